@@ -1,0 +1,111 @@
+"""The gated delta rule in plain PyTorch, chunk by chunk: the CPU path, and the oracle of every kernel."""
+
+import torch
+
+from models.ops.documents import Documents
+from models.ops.precision import at_least_float32
+
+# Shapes: T tokens, Nk key heads of dim K, Nv value heads of dim Kv, G = Nv / Nk value heads a key head;
+# M chunks of C tokens (all documents'), A documents that still have a chunk at some step of the scan.
+CHUNK = 64
+
+
+@torch.compiler.disable  # the number of chunks is known to the host alone, and changes with every batch
+def gated_delta_rule(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    g: torch.Tensor,
+    beta: torch.Tensor,
+    documents: Documents,
+) -> torch.Tensor:
+    """Linear attention whose state S [K, Kv] forgets, and corrects what it has stored (Yang et al. 2024, 2412.06464):
+
+        S = exp(g_t) S;   S = S + k_t (beta_t (v_t - k_t^T S))^T;   o_t = q_t^T S       S = 0 where a document begins
+
+    q, k [T, Nk, K] (L2-normalised here, q then scaled by K^-0.5); v [T, Nv, Kv]; g [T, Nv], the log of the decay, at
+    most 0; beta [T, Nv] -> [T, Nv, Kv] in v's dtype. Each key head serves Nv / Nk value heads. Computed in float32 or
+    wider.
+
+    In a chunk with inclusive prefix sums b of g the recurrence is matrix products and one triangular system:
+
+        D_ij = exp(g_{j+1} + ... + g_i) for i >= j, else 0         (I + strictly_lower(diag(beta) K K^T * D)) [U W] =
+        new values  V = U - W S                                                     [diag(beta) V, diag(beta exp(b)) K]
+        O = diag(exp(b)) Q S + (Q K^T * D) V                       S' = exp(b_C) S + (diag(D_C) K)^T V
+
+    D's exponents are summed, not taken as differences b_i - b_j: under strong decay b is large, and the difference and
+    even more its gradient, a difference of large sums, would lose their digits.
+    """
+    _, num_key_heads, key_dim = k.shape
+    group = v.shape[1] // num_key_heads
+    chunks, position, active = _chunk_layout(documents.lengths(), v.device)
+
+    def cut(x: torch.Tensor) -> torch.Tensor:
+        """[T, N, ...] -> [M, Nk, 1 or G, C, ...]; beyond a document's end there are zeros, which change nothing."""
+        rows = torch.cat([x, x.new_zeros(1, *x.shape[1:])])[chunks]  # [M, C, N, ...]
+        return rows.unflatten(2, (num_key_heads, -1)).movedim(1, 3)
+
+    q, k, v_wide, g, beta = (at_least_float32(x) for x in (q, k, v, g, beta))
+    q, k = _l2_normalise(q) * key_dim**-0.5, _l2_normalise(k)
+    q, k, values, g, beta = (cut(x) for x in (q, k, v_wide, g, beta))
+    beta = beta.unsqueeze(-1)
+
+    prefix_decay = g.cumsum(-1).exp().unsqueeze(-1)  # exp(b) [M, Nk, G, C, 1]
+    decay = _pairwise_decay(g)  # [M, Nk, G, C, C]
+    system = beta * (k @ k.mT) * decay  # solve_triangular reads what is strictly below the diagonal
+    right_side = torch.cat([beta * values, beta * prefix_decay * k], dim=-1)
+    solved = torch.linalg.solve_triangular(system, right_side, upper=False, unitriangular=True)
+    new_values, reads = solved.split([values.shape[-1], key_dim], dim=-1)  # U, W
+    scores = (q @ k.mT) * decay
+    queries = q * prefix_decay
+    keys = k * decay[..., -1, :].unsqueeze(-1)
+    chunk_decay = prefix_decay[..., -1:, :]
+
+    # The scan: one step a chunk index, all documents that have such a chunk at once; their number only falls.
+    state = values.new_zeros(active[0], num_key_heads, group, key_dim, values.shape[-1])
+    outs = []
+    steps = zip(*(x.split(active) for x in (new_values, reads, scores, queries, keys, chunk_decay)))
+    for u, w, score, query, key, last_decay in steps:
+        state = state[: u.shape[0]]
+        corrected = u - w @ state
+        outs.append(query @ state + score @ corrected)
+        state = last_decay * state + key.mT @ corrected
+    out = torch.cat(outs).movedim(3, 1).flatten(0, 1)  # [M * C, Nk, G, Kv]
+    return out[position].flatten(1, 2).to(v.dtype)
+
+
+def _l2_normalise(x: torch.Tensor) -> torch.Tensor:
+    return x * torch.rsqrt(x.square().sum(-1, keepdim=True) + 1e-6)
+
+
+def _pairwise_decay(g: torch.Tensor) -> torch.Tensor:
+    """exp(g_{j+1} + ... + g_i) at [i, j] for i >= j, else 0; g [..., C] -> [..., C, C]."""
+    size = g.shape[-1]
+    below = torch.ones(size, size, dtype=torch.bool, device=g.device).tril(-1)
+    sums = (g.unsqueeze(-1) * below).cumsum(-2)
+    return sums.exp().tril()
+
+
+def _chunk_layout(lengths: list[int], device: torch.device) -> tuple[torch.Tensor, torch.Tensor, list[int]]:
+    """Cuts every document into chunks, its last one short.
+
+    Returns the token of each place of each chunk, int64 [M, C] (T where a chunk is short); the place of each token,
+    int64 [T], in the chunks laid end to end; and the number of documents that have a j-th chunk, for each j. Chunks are
+    ordered by their index in the document, then by document, longest first: those of one j are neighbours, and the
+    documents of one step are a prefix of those of the step before.
+    """
+    size = torch.tensor(lengths)
+    start = size.cumsum(0) - size
+    num_chunks = (size + CHUNK - 1) // CHUNK
+    by_length = num_chunks.argsort(descending=True, stable=True)
+    size, start, num_chunks = size[by_length], start[by_length], num_chunks[by_length]
+    index = torch.arange(int(num_chunks[0])).unsqueeze(-1)  # [steps, 1]
+    exists = index < num_chunks  # [steps, D]
+    step, document = exists.nonzero(as_tuple=True)  # by step, then by document
+    place = step.unsqueeze(-1) * CHUNK + torch.arange(CHUNK)  # [M, C], inside the document
+    inside = place < size[document].unsqueeze(-1)
+    num_tokens = sum(lengths)
+    token = torch.where(inside, place + start[document].unsqueeze(-1), num_tokens)
+    position = torch.empty(num_tokens, dtype=torch.int64)
+    position[token[inside]] = inside.flatten().nonzero().squeeze(-1)
+    return token.to(device), position.to(device), exists.sum(dim=1).tolist()

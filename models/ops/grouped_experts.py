@@ -1,0 +1,37 @@
+"""The routed experts' SwiGLU feed-forward over rows that are sorted by expert."""
+
+import torch
+import torch.nn.functional as F
+
+# Shapes: R routed rows, H hidden, E experts, I expert hidden.
+
+
+def grouped_experts(
+    x: torch.Tensor, gate_up_proj: torch.Tensor, down_proj: torch.Tensor, offsets: torch.Tensor
+) -> torch.Tensor:
+    """down(silu(gate(x)) * up(x)), each row by its own expert.
+
+    x [R, H]; gate_up_proj [E, 2I, H] (rows: gate, then up); down_proj [E, H, I]; offsets int32 [E], where each expert's
+    rows end (the last is R; an expert may have none) -> [R, H]. Weights are read as they are stored, never copied.
+    """
+    gate, up = _grouped_linear(x, gate_up_proj, offsets).chunk(2, dim=-1)
+    return _grouped_linear(F.silu(gate) * up, down_proj, offsets)
+
+
+def _grouped_linear(x: torch.Tensor, weight: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
+    """x [R, A], weight [E, B, A] -> [R, B]."""
+    if _grouped_mm_works(x, weight):
+        return F.grouped_mm(x, weight.transpose(-2, -1), offs=offsets)
+    return _loop(x, weight, offsets)
+
+
+@torch.compiler.disable  # reads the offsets on the host
+def _loop(x: torch.Tensor, weight: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
+    parts = x.tensor_split(offsets[:-1].long().cpu())
+    return torch.cat([part @ matrix.T for part, matrix in zip(parts, weight)])
+
+
+def _grouped_mm_works(x: torch.Tensor, weight: torch.Tensor) -> bool:
+    """grouped_mm takes no float64, no empty input, and only rows whose strides are multiples of 16 bytes."""
+    aligned = all(size * x.element_size() % 16 == 0 for size in weight.shape[-2:])
+    return aligned and x.dtype in (torch.float32, torch.bfloat16) and x.shape[0] > 0

@@ -1,0 +1,59 @@
+"""Linear attention: GatedDeltaNet (Yang et al. 2024, arXiv 2412.06464) with a short causal convolution before it."""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from models.ops.causal_conv1d import causal_conv1d
+from models.ops.documents import Documents
+from models.ops.gated_delta_rule import gated_delta_rule
+from models.ops.precision import at_least_float32
+from models.qwen35_moe.config import ModelConfig
+from models.qwen35_moe.norms import GatedRMSNorm
+
+
+class CausalConv1d(nn.Module):
+    """Holds the depthwise convolution's weight [C, 1, W] under its Hugging Face name."""
+
+    def __init__(self, channels: int, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(channels, 1, width))
+
+    def forward(self, x: torch.Tensor, documents: Documents) -> torch.Tensor:
+        return causal_conv1d(x, self.weight, documents)
+
+
+class GatedDeltaNet(nn.Module):
+    """Shapes: T tokens, H hidden, Nk key heads of dim K, Nv value heads of dim Kv (each key head serves Nv / Nk).
+
+    `A_log` and `dt_bias` [Nv] are stored and used in float32 whatever the model's dtype: rounding the decay
+    exp(-exp(A_log) * softplus(.)) to bfloat16 is an error that grows with the length of a document.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.key_head_dim, self.value_head_dim = config.linear_key_head_dim, config.linear_value_head_dim
+        self.widths = [config.key_dim, config.key_dim, config.value_dim]
+        num_value_heads = config.linear_num_value_heads
+        self.in_proj_qkv = nn.Linear(config.hidden_size, sum(self.widths), bias=False)
+        self.in_proj_z = nn.Linear(config.hidden_size, config.value_dim, bias=False)
+        self.in_proj_b = nn.Linear(config.hidden_size, num_value_heads, bias=False)
+        self.in_proj_a = nn.Linear(config.hidden_size, num_value_heads, bias=False)
+        self.conv1d = CausalConv1d(sum(self.widths), config.linear_conv_kernel_dim)
+        self.A_log = nn.Parameter(torch.empty(num_value_heads, dtype=torch.float32))
+        self.dt_bias = nn.Parameter(torch.empty(num_value_heads, dtype=torch.float32))
+        self.norm = GatedRMSNorm(config.linear_value_head_dim, config.rms_norm_eps)
+        self.out_proj = nn.Linear(config.value_dim, config.hidden_size, bias=False)
+
+    def forward(self, x: torch.Tensor, documents: Documents) -> torch.Tensor:
+        """x [T, H] -> [T, H]."""
+        num_tokens = x.shape[0]
+        q, k, v = self.conv1d(self.in_proj_qkv(x), documents).split(self.widths, dim=-1)
+        q = q.view(num_tokens, -1, self.key_head_dim)  # [T, Nk, K]
+        k = k.view(num_tokens, -1, self.key_head_dim)
+        v = v.view(num_tokens, -1, self.value_head_dim)  # [T, Nv, Kv]
+        beta = self.in_proj_b(x).sigmoid()  # [T, Nv]
+        g = -self.A_log.exp() * F.softplus(at_least_float32(self.in_proj_a(x)) + self.dt_bias)  # log of the decay
+        out = gated_delta_rule(q, k, v, g, beta, documents)
+        out = self.norm(out, self.in_proj_z(x).view_as(out))
+        return self.out_proj(out.reshape(num_tokens, -1))

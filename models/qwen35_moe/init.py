@@ -1,0 +1,64 @@
+"""Initial weights that depend on (seed, parameter name, expert index) alone, never on the mesh.
+
+parameter                                            initial value
+-----------------------------------------------------------------------------------------------------------------
+input_layernorm, post_attention_layernorm,           0       (the norm multiplies by 1 + weight)
+  norm, self_attn.q_norm, self_attn.k_norm
+linear_attn.norm                                     1       (the gated norm multiplies by weight)
+linear_attn.A_log                                    log u, u ~ uniform(0.01, 16)   (never log 0)
+linear_attn.dt_bias                                  1
+embeddings, projections, convolution, router,        normal(0, initializer_range)
+  experts (each expert's matrix drawn by itself)
+"""
+
+import hashlib
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+from models.qwen35_moe.model import Qwen35Moe
+
+Region = tuple[torch.Tensor, tuple[slice, ...]]
+"""A tensor and the part of the full parameter that it holds, one slice a dimension."""
+
+
+def whole(parameter: torch.Tensor) -> Region:
+    """The region of a parameter that is not sharded."""
+    return parameter, tuple(slice(0, size) for size in parameter.shape)
+
+
+def _generator(seed: int, name: str, expert: int | None) -> torch.Generator:
+    digest = hashlib.blake2b(f"{seed}/{name}/{expert}".encode(), digest_size=8).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest) >> 1)  # 63 bits: what manual_seed takes
+
+
+def initial_value(
+    name: str, shape: torch.Size, initializer_range: float, seed: int, expert: int | None = None
+) -> torch.Tensor:
+    """One full parameter (of a stacked one: the matrix of one `expert`) in float32 on the CPU; the table is above."""
+    if name.endswith("linear_attn.norm.weight") or name.endswith("dt_bias"):
+        return torch.ones(shape)
+    if name.endswith("norm.weight"):
+        return torch.zeros(shape)
+    generator = _generator(seed, name, expert)
+    if name.endswith("A_log"):
+        return torch.empty(shape).uniform_(0.01, 16, generator=generator).log()
+    return torch.empty(shape).normal_(0.0, initializer_range, generator=generator)
+
+
+@torch.no_grad()
+def init_weights(model: Qwen35Moe, seed: int, region: Callable[[nn.Parameter], Region] = whole) -> None:
+    """Fills every parameter of the model, or the region of it that `region` says lies in this process.
+
+    Matrices are drawn whole, one at a time, then cut: no more than one full matrix (of one expert) is ever in memory.
+    """
+    std = model.config.initializer_range
+    for name, parameter in model.named_parameters():
+        local, index = region(parameter)
+        if ".experts." in name:
+            for position, expert in enumerate(range(parameter.shape[0])[index[0]]):
+                value = initial_value(name, parameter.shape[1:], std, seed, expert)
+                local[position].copy_(value[index[1:]])
+        else:
+            local.copy_(initial_value(name, parameter.shape, std, seed)[index])

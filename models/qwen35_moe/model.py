@@ -1,0 +1,98 @@
+"""Qwen3.5-MoE, the text model: embedding -> blocks -> norm -> head. Plain PyTorch; knows nothing of parallelism."""
+
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from models.ops.documents import Documents
+from models.ops.kernels import Kernels
+from models.ops.linear_cross_entropy import linear_cross_entropy
+from models.qwen35_moe.attention import GatedAttention
+from models.qwen35_moe.config import FULL, ModelConfig
+from models.qwen35_moe.gated_delta_net import GatedDeltaNet
+from models.qwen35_moe.moe import MixtureOfExperts
+from models.qwen35_moe.norms import RMSNorm
+from models.qwen35_moe.rotary import Rotary, rotary_embedding
+
+# Shapes: T tokens (of all documents, end to end), H hidden, V vocabulary, E experts, L layers.
+
+
+class Block(nn.Module):
+    """norm -> full or linear attention -> residual -> norm -> mixture of experts -> residual."""
+
+    def __init__(self, config: ModelConfig, layer_type: str, kernels: Kernels) -> None:
+        super().__init__()
+        self.layer_type = layer_type
+        if layer_type == FULL:
+            self.self_attn = GatedAttention(config, kernels.attention)
+        else:
+            self.linear_attn = GatedDeltaNet(config)
+        self.mlp = MixtureOfExperts(config)
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(self, hidden: torch.Tensor, rotary: Rotary, documents: Documents) -> tuple[torch.Tensor, torch.Tensor]:
+        """hidden [T, H] -> hidden [T, H], and how many rows each expert was given: int32 [E]."""
+        x = self.input_layernorm(hidden)
+        if self.layer_type == FULL:
+            hidden = hidden + self.self_attn(x, rotary, documents)
+        else:
+            hidden = hidden + self.linear_attn(x, documents)
+        out, expert_counts = self.mlp(self.post_attention_layernorm(hidden))
+        return hidden + out, expert_counts
+
+
+class Qwen35Moe(nn.Module):
+    """The text model. Parameters are left uninitialised: see init.py, and hf_weights.py for names and layouts.
+
+    With `tie_word_embeddings` there is no `lm_head`: the head reads `embed_tokens.weight`, so nothing can come untied.
+    """
+
+    def __init__(self, config: ModelConfig, kernels: Kernels) -> None:
+        super().__init__()
+        self.config = config
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Block(config, layer_type, kernels) for layer_type in config.layer_types)
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        if not config.tie_word_embeddings:
+            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+
+    @property
+    def blocks(self) -> list[Block]:
+        """`layers` as what they are."""
+        return cast(list[Block], list(self.layers))
+
+    def float32_parameters(self) -> list[nn.Parameter]:
+        """The few parameters that stay float32 in storage and arithmetic under bfloat16 training: decays, routers."""
+        parameters = [block.mlp.gate.weight for block in self.blocks]
+        for block in self.blocks:
+            if block.layer_type != FULL:
+                parameters += [block.linear_attn.A_log, block.linear_attn.dt_bias]
+        return parameters
+
+    def forward(
+        self,
+        tokens: torch.Tensor,
+        positions: torch.Tensor,
+        documents: Documents,
+        labels: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Runs one packed stream of documents.
+
+        tokens int64 [T]; positions int64 [T], or [3, T] for time, height and width; labels int64 [T], already shifted,
+        -100 where nothing is trained. Returns (sum of the token losses in nats, a float32 scalar; expert counts) with
+        labels, else (logits [T, V]; expert counts). The counts, int32 [L, E], are the rows each expert was given.
+        """
+        rotary = rotary_embedding(self.config, positions)
+        hidden = self.embed_tokens(tokens)
+        counts = []
+        for layer in self.layers:
+            hidden, expert_counts = layer(hidden, rotary, documents)
+            counts.append(expert_counts)
+        hidden = self.norm(hidden)
+        head = self.embed_tokens if self.config.tie_word_embeddings else self.lm_head
+        if labels is None:
+            return F.linear(hidden, head.weight), torch.stack(counts)
+        return linear_cross_entropy(hidden, head.weight, labels), torch.stack(counts)

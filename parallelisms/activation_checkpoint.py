@@ -1,0 +1,68 @@
+"""Activation checkpointing of whole blocks: what the backward pass recomputes, and what it must not."""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils._python_dispatch import _disable_current_modes
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+_aten = torch.ops.aten
+
+# Routing is decided once. A recomputed router could break a tie the other way (its input may differ in the last bit),
+# and then rows, shapes and gradients would belong to another set of experts.
+_ROUTING = {_aten.topk.default}
+
+# Dear to compute, cheap to keep: matrix products, attention, and the rows that travelled between ranks.
+_DEAR = {
+    _aten.mm.default,
+    _aten.addmm.default,
+    _aten._grouped_mm.default,
+    _aten._scaled_dot_product_flash_attention.default,
+    _aten._scaled_dot_product_flash_attention_for_cpu.default,
+    _aten._scaled_dot_product_efficient_attention.default,
+    _aten._scaled_dot_product_cudnn_attention.default,
+    _aten._flash_attention_forward.default,
+    torch.ops._c10d_functional.all_to_all_single.default,
+}
+
+_SAVED = {"selective": _ROUTING | _DEAR, "full": _ROUTING}
+
+
+def _policy(saved: set[Any], context: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    return CheckpointPolicy.MUST_SAVE if operation in saved else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def apply_activation_checkpointing(blocks: Sequence[nn.Module], mode: str) -> None:
+    """mode "none": keep every activation; "selective": keep matrix products, attention and what travelled, recompute
+    the rest; "full": keep each block's input and its routing. Names of parameters do not change."""
+    if mode == "none":
+        return
+    contexts = functools.partial(create_selective_checkpoint_contexts, functools.partial(_policy, _SAVED[mode]))
+    for block in blocks:
+        # The model draws no random numbers, so there is no RNG state to keep for the recomputation.
+        block.forward = functools.partial(
+            checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False, context_fn=contexts
+        )
+
+
+def hide_fsdp_hooks(module: nn.Module) -> None:
+    """Lets an FSDP unit stand inside a checkpointed block.
+
+    Selective checkpointing wants the recomputation to repeat the forward's operations one for one, those of FSDP's
+    hooks included; but FSDP gathers and frees at other moments in the backward pass. So its hooks run unseen.
+    """
+
+    def unseen(hook: Callable) -> Callable:
+        @torch.compiler.disable
+        def run(*args: Any, **kwargs: Any) -> Any:
+            with _disable_current_modes():
+                return hook(*args, **kwargs)
+
+        return run
+
+    for hooks in (module._forward_pre_hooks, module._forward_hooks):
+        for key, hook in hooks.items():
+            hooks[key] = unseen(hook)

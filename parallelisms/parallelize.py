@@ -1,0 +1,103 @@
+"""parallelize_fn: expert parallelism -> activation checkpointing -> compile -> FSDP2, in that order."""
+
+import functools
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+from models.qwen35_moe.init import Region, init_weights, whole
+from models.qwen35_moe.model import Qwen35Moe
+from parallelisms.activation_checkpoint import apply_activation_checkpointing, hide_fsdp_hooks
+from parallelisms.expert_parallel import apply_expert_parallel
+from parallelisms.mesh import Meshes
+
+
+def parallelize_fn(
+    model: Qwen35Moe,
+    meshes: Meshes,
+    *,
+    compute_dtype: torch.dtype,
+    activation_checkpoint: str = "none",
+    compile_blocks: bool = False,
+) -> None:
+    """Applies every parallelism to a model on the meta device, in place; materialise it afterwards.
+
+    compute_dtype: of parameters and activations inside forward and backward. Gradients are reduced in float32 (float64
+    for a float64 model). Raises ValueError where FSDP cannot shard the experts evenly.
+    """
+    if meshes.expert_parallel.size() > 1:
+        for block in model.blocks:
+            apply_expert_parallel(block.mlp.experts, meshes.expert_parallel)
+
+    apply_activation_checkpointing(model.blocks, activation_checkpoint)
+
+    if compile_blocks:
+        for block in model.blocks:
+            block.compile()
+
+    apply_fsdp(model, meshes, compute_dtype)
+
+    if activation_checkpoint != "none" and meshes.expert_parallel.size() > 1:
+        for block in model.blocks:
+            hide_fsdp_hooks(block.mlp.experts)
+
+
+def apply_fsdp(model: Qwen35Moe, meshes: Meshes, compute_dtype: torch.dtype) -> None:
+    """Shards the model: one unit a block, one for the rest, and at ep > 1 one for each block's experts.
+
+    Gradients are summed, never averaged: the loss is already divided by the global batch's number of trained tokens.
+    The float32 parameters stay outside FSDP, which would round them to `compute_dtype` before the forward sees them;
+    `reduce_replicated_gradients` keeps them equal on all ranks.
+    """
+    shard = functools.partial(
+        fully_shard,
+        # Casting inputs would round the rotary angles; activations have the right dtype from the embedding on.
+        mp_policy=MixedPrecisionPolicy(
+            compute_dtype, torch.promote_types(compute_dtype, torch.float32), cast_forward_inputs=False
+        ),
+        ignored_params=set(model.float32_parameters()),
+    )
+    for block in model.blocks:
+        if meshes.expert_parallel.size() > 1:
+            # Experts alone leave the dense mesh. Their dim 0 is taken by the axis ep, so efsdp cuts dim 1.
+            shard(block.mlp.experts, mesh=meshes.expert, shard_placement_fn=lambda _: Shard(1))
+        shard(block, mesh=meshes.dense)
+    shard(model, mesh=meshes.dense)
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)  # gloo has no pre-multiplied sum
+
+
+def _local_region(parameter: nn.Parameter) -> Region:
+    if not isinstance(parameter, DTensor):
+        return whole(parameter)
+    shape, start = compute_local_shape_and_global_offset(parameter.shape, parameter.device_mesh, parameter.placements)
+    return parameter.to_local(), tuple(slice(first, first + size) for first, size in zip(start, shape))
+
+
+def materialise(model: Qwen35Moe, device: torch.device, seed: int) -> None:
+    """Gives a parallelised meta-device model its memory and its initial weights, this rank's part alone."""
+    model.to_empty(device=device)
+    init_weights(model, seed, _local_region)
+
+
+@torch.no_grad()
+def reduce_replicated_gradients(parameters: list[nn.Parameter], mesh: DeviceMesh) -> None:
+    """Sums the gradients of the parameters outside FSDP over all data-parallel ranks, in one flat all-reduce.
+
+    Call once a step, after the last micro-batch.
+    """
+    if mesh.size() == 1:
+        return
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    assert len(gradients) == len(parameters), "every block's router and decay parameters take part in every step"
+    flat = torch.cat([gradient.flatten() for gradient in gradients])
+    dist.all_reduce(flat, group=mesh.get_group())
+    for gradient, reduced in zip(gradients, flat.split([g.numel() for g in gradients])):
+        gradient.copy_(reduced.view_as(gradient))

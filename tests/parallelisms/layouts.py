@@ -1,0 +1,117 @@
+"""Trains the same tiny model in any layout, for tests that compare layouts with one process on the whole batch."""
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch.distributed.tensor import DTensor
+
+from config import Optimizer
+from data.loader import MicroBatch
+from models.ops.kernels import Kernels
+from models.qwen35_moe.config import ModelConfig
+from models.qwen35_moe.model import Qwen35Moe
+from parallelisms.mesh import build_meshes
+from parallelisms.parallelize import materialise, parallelize_fn
+from tests.models.qwen35_moe.shapes import random_stream
+from train import train_step
+from training.optimizer import build_optimizer
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How the ranks of a test share the work; micro-batches a rank and step: `accumulation`."""
+
+    world: int = 1
+    ep: int = 1
+    replicate: int = 1
+    accumulation: int = 1
+    activation_checkpoint: str = "none"
+    compile: bool = False
+
+    def __str__(self) -> str:
+        changed = {k: v for k, v in vars(self).items() if v not in (1, "none", False)}
+        return " ".join(f"{key}={value}" for key, value in changed.items()) or "world=1"
+
+
+@dataclass
+class Run:
+    """What a layout did. Tensors are full (gathered), float32, on the CPU."""
+
+    initial_weights: dict[str, torch.Tensor]
+    first_gradients: dict[str, torch.Tensor]
+    weights: dict[str, torch.Tensor]
+    losses: list[float]
+    grad_norms: list[float]
+    expert_counts: torch.Tensor  # of the first step, over all ranks [L, E]
+
+
+def full(tensor: torch.Tensor) -> torch.Tensor:
+    """A detached copy of the whole tensor, gathered if it is sharded (a collective)."""
+    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().clone()
+
+
+def rows_as_micro_batch(config: ModelConfig, rows: list[list[int]], seed: int) -> MicroBatch:
+    """Rows of documents with these lengths, laid end to end; a row's content depends on its own lengths and seed."""
+    parts = [random_stream(config, lengths, seed + index) for index, lengths in enumerate(rows)]
+    tokens, positions, _, labels = (list(column) for column in zip(*parts))
+    return MicroBatch(
+        tokens=torch.cat(tokens),
+        labels=torch.cat(labels),
+        positions=torch.cat(positions),
+        lengths=[length for lengths in rows for length in lengths],
+    )
+
+
+def train(config: ModelConfig, layout: Layout, rows: list[list[int]], num_steps: int, adam_eps: float = 1e-4) -> Run:
+    """Runs on every rank of an initialised process group of `layout.world` ranks.
+
+    `rows`: the global batch as document lengths a row; rank r takes the r-th part of it, cut into micro-batches. With
+    Adam's default eps of 1e-8 weights drift by noise divided by noise, so the default here is 1e-4.
+    """
+    assert dist.get_world_size() == layout.world
+    torch.compiler.reset()
+    meshes = build_meshes("cpu", layout.replicate, layout.world // layout.replicate, layout.ep)
+    with torch.device("meta"):
+        model = Qwen35Moe(config, Kernels(attention="sdpa"))
+    parallelize_fn(
+        model,
+        meshes,
+        compute_dtype=torch.float32,
+        activation_checkpoint=layout.activation_checkpoint,
+        compile_blocks=layout.compile,
+    )
+    materialise(model, torch.device("cpu"), seed=3)
+    optimizer = build_optimizer(model, Optimizer(lr=1e-3, eps=adam_eps, weight_decay=0.1))
+    run = Run({n: full(p) for n, p in model.named_parameters()}, {}, {}, [], [], torch.empty(0))
+
+    def keep_gradients(*_) -> None:
+        if not run.first_gradients:
+            run.first_gradients.update({n: full(p.grad) for n, p in model.named_parameters()})
+
+    optimizer.register_step_pre_hook(keep_gradients)
+    per_micro_batch = len(rows) // (layout.world * layout.accumulation)
+    first = dist.get_rank() * layout.accumulation * per_micro_batch
+    for step in range(num_steps):
+        batches = [
+            rows_as_micro_batch(config, [rows[i] for i in range(start, start + per_micro_batch)], 1000 * step + start)
+            for start in range(first, first + layout.accumulation * per_micro_batch, per_micro_batch)
+        ]
+        trained = torch.tensor(sum(int((batch.labels != -100).sum()) for batch in batches))
+        dist.all_reduce(trained)
+        result = train_step(
+            model, optimizer, batches, int(trained), meshes, torch.device("cpu"), max_grad_norm=1.0, max_seqlen=256
+        )
+        dist.all_reduce(result.loss_sum)
+        dist.all_reduce(result.expert_counts)
+        run.losses.append(result.loss_sum.item())
+        run.grad_norms.append(result.grad_norm.item())
+        if step == 0:
+            run.expert_counts = result.expert_counts
+    run.weights = {n: full(p) for n, p in model.named_parameters()}
+    return run
+
+
+def train_layouts(config: ModelConfig, layouts: list[Layout], rows: list[list[int]], num_steps: int) -> list[Run]:
+    """What one spawn of a world size does: all its layouts, one after the other."""
+    return [train(config, layout, rows, num_steps) for layout in layouts]

@@ -1,0 +1,31 @@
+"""How many floating-point operations a token costs, and what the hardware could do."""
+
+from models.qwen35_moe.config import FULL, ModelConfig
+
+# Dense bf16 peak of one device in FLOP/s, from the vendor's datasheets.
+_PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "H800": 989e12, "B200": 2250e12, "A100": 312e12}
+
+
+def flops_per_token(config: ModelConfig, sequence_length: int) -> float:
+    """Forward and backward FLOPs a trained token needs; recomputation is not counted.
+
+    6 for each parameter of a matrix product that the token passes (its k experts, the shared expert, the router, the
+    head; not the embedding look-up), 6 * S * heads * head_dim for each full-attention layer (causal: half of S on
+    average, forward and backward), and 18 * value_heads * K * Kv for each gated-delta-rule layer.
+    """
+    hidden, num_layers = config.hidden_size, config.num_hidden_layers
+    num_full = config.layer_types.count(FULL)
+    num_linear = num_layers - num_full
+    query_dim, kv_dim = (n * config.head_dim for n in (config.num_attention_heads, config.num_key_value_heads))
+    linear = hidden * (2 * config.key_dim + 3 * config.value_dim + 2 * config.linear_num_value_heads)
+    full = hidden * (3 * query_dim + 2 * kv_dim)
+    routed = config.num_experts_per_tok * config.moe_intermediate_size
+    moe = hidden * (3 * (routed + config.shared_expert_intermediate_size) + config.num_experts + 1)
+    parameters = num_linear * linear + num_full * full + num_layers * moe + hidden * config.vocab_size
+    state = config.linear_num_value_heads * config.linear_key_head_dim * config.linear_value_head_dim
+    return 6 * parameters + num_full * 6 * sequence_length * query_dim + num_linear * 18 * state
+
+
+def peak_flops(device_name: str) -> float | None:
+    """The dense bf16 peak of a GPU by its name, FLOP/s; None for one that is not in the table."""
+    return next((peak for name, peak in _PEAK_FLOPS.items() if name in device_name), None)

@@ -1,0 +1,89 @@
+"""What a run tells: one JSON object a logged step, TensorBoard scalars, and a log line."""
+
+import json
+import logging
+import os
+import resource
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+logger = logging.getLogger("train")
+
+
+def setup_logging(rank: int) -> None:
+    """Shows this rank's log if LOG_RANK (global ranks, separated by commas; default 0) names it."""
+    shown = str(rank) in os.environ.get("LOG_RANK", "0").split(",")
+    logging.basicConfig(
+        format=f"%(asctime)s [rank {rank}] %(message)s",
+        datefmt="%H:%M:%S",
+        level=logging.INFO if shown else logging.ERROR,
+        stream=sys.stdout,
+    )
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+
+
+def peak_memory_gib(device: torch.device) -> float:
+    """Peak memory in GiB: allocated on the GPU since the last reset, or resident in this process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # KiB on Linux, bytes on macOS
+    return peak / (2**30 if sys.platform == "darwin" else 2**20)
+
+
+def load_imbalance(expert_counts: torch.Tensor) -> float:
+    """The largest over the mean number of rows of an expert, in the worst layer; expert_counts [L, E]."""
+    counts = expert_counts.double()
+    return (counts.amax(dim=1) / counts.mean(dim=1)).max().item()
+
+
+class MetricsWriter:
+    """Writes `metrics.jsonl` and, if asked, TensorBoard events under `folder`; on rank 0 alone."""
+
+    def __init__(self, folder: Path, tensorboard: bool, start_step: int, total_steps: int) -> None:
+        """Starts after `start_step`: lines of later steps, left by a run that was cut off, are dropped."""
+        path = folder / "metrics.jsonl"
+        kept = []
+        if path.exists() and start_step > 0:
+            # The last line may be half written, if the run was killed.
+            complete = path.read_text().split("\n")[:-1]
+            kept = [line for line in complete if json.loads(line)["step"] <= start_step]
+        path.write_text("".join(line + "\n" for line in kept))
+        self._file = path.open("a")
+        self._total_steps = total_steps
+        self._tensorboard = None
+        if tensorboard:
+            from torch.utils.tensorboard import SummaryWriter  # slow to import, so only where it is used
+
+            self._tensorboard = SummaryWriter(str(folder / "tensorboard"), purge_step=start_step + 1)
+
+    def write(self, metrics: dict[str, Any]) -> None:
+        """Records one step. `metrics` has "step", "loss", "grad_norm", "tokens_per_second" and more numbers."""
+        self._file.write(json.dumps(metrics) + "\n")
+        self._file.flush()
+        if self._tensorboard is not None:
+            for name, value in metrics.items():
+                if name != "step":
+                    self._tensorboard.add_scalar(name, value, metrics["step"])
+        seconds_left = (self._total_steps - metrics["step"]) * metrics["step_seconds"]
+        mfu = f"  mfu {metrics['mfu']:.1%}" if "mfu" in metrics else ""
+        logger.info(
+            f"step {metrics['step']:>6}  loss {metrics['loss']:.4f}  grad norm {metrics['grad_norm']:.3f}  "
+            f"lr {metrics['lr']:.2e}  {metrics['tokens_per_second']:,.0f} tok/s{mfu}  "
+            f"memory {metrics['peak_memory_gib']:.2f} GiB  left {format_seconds(seconds_left)}"
+        )
+
+    def close(self) -> None:
+        """Flushes and closes both files."""
+        self._file.close()
+        if self._tensorboard is not None:
+            self._tensorboard.close()
+
+
+def format_seconds(seconds: float) -> str:
+    """1:02:03 for 3723."""
+    minutes, second = divmod(round(seconds), 60)
+    hour, minute = divmod(minutes, 60)
+    return f"{hour}:{minute:02}:{second:02}"

@@ -1,0 +1,51 @@
+"""The optimizer and its learning-rate schedule."""
+
+import math
+
+import torch
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+from config import LRScheduler, Optimizer
+
+
+def build_optimizer(model: nn.Module, config: Optimizer) -> torch.optim.Optimizer:
+    """AdamW (Loshchilov & Hutter 2019, arXiv 1711.05101), fused. Matrices decay; vectors (norms, A_log, dt_bias) don't.
+
+    One group for each (decays or not, sharded or not): fused kernels take no mixture of sharded and plain tensors.
+    """
+    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+    for parameter in model.parameters():
+        groups.setdefault((parameter.dim() > 1, isinstance(parameter, DTensor)), []).append(parameter)
+    return torch.optim.AdamW(
+        [
+            {"params": parameters, "weight_decay": config.weight_decay if decays else 0.0}
+            for (decays, _), parameters in groups.items()
+        ],
+        lr=config.lr,
+        betas=config.betas,
+        eps=config.eps,
+        fused=True,
+    )
+
+
+def lr_factor(step: int, total_steps: int, config: LRScheduler) -> float:
+    """What the peak learning rate is multiplied by at optimizer step `step` (1 is the first).
+
+    Linear warm-up, then a decay to `min_lr_ratio` at the last step: "cosine" (Loshchilov & Hutter 2017, arXiv
+    1608.03983), "linear", "wsd" (constant until the last `decay_steps`, then linear: arXiv 2404.06395) or "constant".
+    """
+    if step <= config.warmup_steps:
+        return step / config.warmup_steps
+    if config.decay == "constant":
+        return 1.0
+    start = total_steps - config.decay_steps if config.decay == "wsd" else config.warmup_steps
+    progress = min(max((step - start) / max(total_steps - start, 1), 0.0), 1.0)
+    remaining = (1 + math.cos(math.pi * progress)) / 2 if config.decay == "cosine" else 1 - progress
+    return config.min_lr_ratio + (1 - config.min_lr_ratio) * remaining
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """Sets every group's learning rate."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr
