@@ -31,7 +31,7 @@ class Documents(NamedTuple):
         """Each document's number of tokens."""
         return self.cu_seqlens_cpu.diff().tolist()
 
-    def token_offsets(self) -> torch.Tensor:
-        """int64 [T] on the device: how far each token stands from its document's first; T is read on the host."""
-        index = torch.arange(int(self.cu_seqlens_cpu[-1]), device=self.cu_seqlens.device)
+    def token_offsets(self, num_tokens: int) -> torch.Tensor:
+        """int64 [T] on the device: how far each of the stream's tokens stands from its document's first."""
+        index = torch.arange(num_tokens, device=self.cu_seqlens.device)
         return index - self.cu_seqlens[torch.searchsorted(self.cu_seqlens, index, right=True) - 1]

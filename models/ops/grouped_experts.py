@@ -1,5 +1,7 @@
 """The routed experts' SwiGLU feed-forward over rows that are sorted by expert."""
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 
@@ -15,7 +17,19 @@ def grouped_experts(
     rows end (the last is R; an expert may have none) -> [R, H]. Weights are read as they are stored, never copied.
     """
     gate, up = _grouped_linear(x, gate_up_proj, offsets).chunk(2, dim=-1)
-    return _grouped_linear(F.silu(gate) * up, down_proj, offsets)
+    return _ContiguousGradient.apply(_grouped_linear(F.silu(gate) * up, down_proj, offsets))
+
+
+class _ContiguousGradient(torch.autograd.Function):
+    """The identity. grouped_mm's backward refuses a gradient without strides of its own, as .sum() hands back."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
+        return gradient.contiguous()
 
 
 def _grouped_linear(x: torch.Tensor, weight: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
@@ -32,6 +46,10 @@ def _loop(x: torch.Tensor, weight: torch.Tensor, offsets: torch.Tensor) -> torch
 
 
 def _grouped_mm_works(x: torch.Tensor, weight: torch.Tensor) -> bool:
-    """grouped_mm takes no float64, no empty input, and only rows whose strides are multiples of 16 bytes."""
+    """grouped_mm takes no float64, no empty input, and only rows whose strides are multiples of 16 bytes.
+
+    Its shape function, which the compiler runs, knows bfloat16 alone (torch 2.11 to 2.13).
+    """
     aligned = all(size * x.element_size() % 16 == 0 for size in weight.shape[-2:])
-    return aligned and x.dtype in (torch.float32, torch.bfloat16) and x.shape[0] > 0
+    float32_works = x.dtype == torch.float32 and not torch.compiler.is_compiling()
+    return aligned and (x.dtype == torch.bfloat16 or float32_works) and x.shape[0] > 0

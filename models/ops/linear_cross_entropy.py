@@ -30,7 +30,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             logits = at_least_float32(rows @ weight.T)  # [chunk, V]
             log_normaliser = logits.logsumexp(dim=-1, keepdim=True)
             trained = (targets != IGNORED).unsqueeze(-1)
-            index = targets.clamp(min=0).unsqueeze(-1)
+            index = targets.masked_fill(targets == IGNORED, 0).unsqueeze(-1)
             loss += ((log_normaliser - logits.gather(-1, index)) * trained).sum()
             if hidden_gradient is None and weight_gradient is None:
                 continue
@@ -50,7 +50,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, scale: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None, None, None]:
         hidden_gradient, weight_gradient = ctx.saved_tensors
         if hidden_gradient is not None:
-            hidden_gradient = hidden_gradient * scale.to(hidden_gradient.dtype)
+            # Not in bfloat16: a scale like 1 / 12345 would be rounded, and with it every gradient alike.
+            hidden_gradient = (at_least_float32(hidden_gradient) * scale).to(hidden_gradient.dtype)
         if weight_gradient is not None:
             weight_gradient = (weight_gradient * scale).to(ctx.weight_dtype)
         return hidden_gradient, weight_gradient, None, None
@@ -64,6 +65,8 @@ def linear_cross_entropy(
     hidden [T, H], weight [V, H], labels int64 [T] -> scalar, float32 (float64 for float64 inputs). `chunk_size` tokens
     at a time (default: what 1 GiB of float32 logits allows). Differentiable once.
     """
+    if not torch.is_grad_enabled():  # an autograd.Function is told that inputs want gradients even then
+        hidden, weight = hidden.detach(), weight.detach()
     if chunk_size is None:
         chunk_size = max(1, _CHUNK_BYTES // (4 * weight.shape[0]))
     return _LinearCrossEntropy.apply(hidden, weight, labels, chunk_size)

@@ -22,8 +22,8 @@ def rotary_embedding(config: ModelConfig, positions: torch.Tensor) -> Rotary:
     for all others. Equal axes give the text's angles. Computed in float32.
     """
     num_pairs = config.rotary_dim // 2
-    pair = torch.arange(num_pairs, device=positions.device, dtype=torch.float32)
-    inverse_frequency = config.rope_theta ** (-2.0 * pair / config.rotary_dim)
+    exponent = torch.arange(0, config.rotary_dim, 2, device=positions.device, dtype=torch.float32) / config.rotary_dim
+    inverse_frequency = 1.0 / config.rope_theta**exponent
     if positions.dim() == 1:
         turns = positions[:, None]  # [T, 1]
     else:

@@ -30,7 +30,7 @@ class Layout:
     compile: bool = False
 
     def __str__(self) -> str:
-        changed = {k: v for k, v in vars(self).items() if v not in (1, "none", False)}
+        changed = {key: value for key, value in vars(self).items() if value != getattr(Layout, key)}
         return " ".join(f"{key}={value}" for key, value in changed.items()) or "world=1"
 
 
@@ -81,7 +81,9 @@ def train(config: ModelConfig, layout: Layout, rows: list[list[int]], num_steps:
         activation_checkpoint=layout.activation_checkpoint,
         compile_blocks=layout.compile,
     )
-    materialise(model, torch.device("cpu"), seed=3)
+    # A seed whose gradients of A_log and dt_bias are not sums that nearly cancel: inductor's exp differs from eager's in
+    # the last bit, and with seed 3 those sums make 2e-5 of it.
+    materialise(model, torch.device("cpu"), seed=4)
     optimizer = build_optimizer(model, Optimizer(lr=1e-3, eps=adam_eps, weight_decay=0.1))
     run = Run({n: full(p) for n, p in model.named_parameters()}, {}, {}, [], [], torch.empty(0))
 

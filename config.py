@@ -1,0 +1,696 @@
+"""Every option of a run: one frozen dataclass a TOML section; read from TOML and the command line, and checked.
+
+Precedence: defaults below < TOML (`extends = "base.toml"`, relative to the file, merges a base first) < command line
+(`--section.key value` or `--section.key=value`). Tables merge key by key, also `[model.config]`; lists replace. A
+`model.path` of a later source takes the place of an earlier source's `model.config`.
+
+Relative paths are taken from the working directory; what is to be read and is not there, from the repository's root.
+A loaded Config holds absolute paths only, so a stored `config.toml` means the same wherever it is loaded.
+
+    python config.py --world-size N --config FILE [--section.key value ...]     checks a run without starting it
+"""
+
+import ast
+import dataclasses
+import difflib
+import glob
+import inspect
+import itertools
+import json
+import math
+import os
+import sys
+import textwrap
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
+
+import tomli
+import tomli_w
+
+from models.qwen35_moe.config import ModelConfig
+
+ROOT = Path(__file__).resolve().parent
+
+
+class ConfigError(ValueError):
+    """A user's mistake. The message is one line: the key, its value, and what would be accepted."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(" ".join(message.splitlines()))
+
+
+class Accept(NamedTuple):
+    """Narrows a field's type, as the second argument of `Annotated`."""
+
+    text: str
+    """What is accepted, for messages and --help."""
+    test: Callable[[Any], bool]
+
+
+PositiveInt = Annotated[int, Accept("a positive integer", lambda n: n > 0)]
+Count = Annotated[int, Accept("an integer of at least 0", lambda n: n >= 0)]
+Seed = Annotated[int, Accept("an integer from 0 to 2**63 - 1", lambda n: 0 <= n < 2**63)]
+Degree = Annotated[int, Accept("a positive integer, or -1", lambda n: n > 0 or n == -1)]
+Positive = Annotated[float, Accept("a positive number", lambda x: 0 < x < math.inf)]
+PositiveOrInf = Annotated[float, Accept("a positive number, or inf", lambda x: x > 0)]
+NotNegative = Annotated[float, Accept("a number of at least 0", lambda x: 0 <= x < math.inf)]
+Ratio = Annotated[float, Accept("a number from 0 to 1", lambda x: 0 <= x <= 1)]
+Beta = Annotated[float, Accept("a number from 0 to below 1", lambda x: 0 <= x < 1)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """The run as a whole."""
+
+    output_dir: str = "outputs/run"
+    """Folder for everything the run writes: config.toml, metrics.jsonl, checkpoints/, tensorboard/."""
+    seed: Seed = 0
+    """Determines the initial weights and the order of the data, whatever the number of processes."""
+    deterministic: bool = False
+    """Only deterministic algorithms: the same run on the same layout gives the same numbers bit for bit, slower."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Model:
+    """The model's shape: either `path` or `config`."""
+
+    path: str = ""
+    """Hugging Face directory whose config.json gives the shape. Its weights are not read."""
+    config: dict[str, Any] = field(default_factory=dict)
+    """The shape as a table, with the keys of config.json's text_config; what is left out is as in 35B-A3B."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Data:
+    """The text to train on, and how it becomes tokens."""
+
+    format: Literal["text"] = "text"
+    """What a sample is. "text": one document, every token trained on."""
+    path: tuple[str, ...] = ()
+    """Files or globs; `**` matches any depth. Each must match at least one file."""
+    text_key: str = "text"
+    """Name of the field that holds a document's text."""
+    tokenizer: str = ""
+    """Hugging Face directory with tokenizer.json. Empty: `model.path`."""
+    shuffle: bool = True
+    """Read the documents in another random order each epoch, instead of the files' order."""
+    num_workers: Count = 2
+    """Background processes a rank that tokenise and pack. 0: in the training process. The data is the same."""
+    end_of_document: bool = True
+    """Append the tokenizer's end-of-sequence token to each document."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Training:
+    """Steps, batch and precision."""
+
+    steps: PositiveInt
+    """Optimizer steps of the whole run, those before a resume included."""
+    sequence_length: PositiveInt
+    """Tokens in a row. Rows are filled with documents end to end; a document that does not fit is cut."""
+    local_batch_size: PositiveInt = 1
+    """Rows in one micro-batch of one process."""
+    global_batch_size: PositiveInt
+    """Rows in one optimizer step: processes * local_batch_size * micro-batches of each process."""
+    max_grad_norm: PositiveOrInf = 1.0
+    """Gradients are scaled down to this global 2-norm. inf: never."""
+    dtype: Literal["auto", "bfloat16", "float32"] = "auto"
+    """Of activations and of weights in matrix products. "auto": bfloat16 on GPUs, float32 on CPUs."""
+    master_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of the stored weights and the optimizer's state."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Optimizer:
+    """What turns gradients into updates."""
+
+    name: Literal["adamw"] = "adamw"
+    """'adamw': Adam with decoupled weight decay."""
+    lr: Positive
+    """Peak learning rate."""
+    betas: tuple[Beta, Beta] = (0.9, 0.95)
+    """Decay rates of the running means of the gradient and of its square."""
+    eps: Positive = 1e-8
+    """Added to the root of the mean square."""
+    weight_decay: NotNegative = 0.1
+    """Of weight matrices; norms, biases, A_log and dt_bias do not decay."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LRScheduler:
+    """The learning rate over the run, as a factor of `optimizer.lr`."""
+
+    warmup_steps: Count = 0
+    """Steps of linear rise from 0 to the peak."""
+    decay: Literal["cosine", "linear", "wsd", "constant"] = "cosine"
+    """Curve from the peak to `min_lr_ratio` at the last step; "wsd": stay at the peak, fall linearly at the end."""
+    decay_steps: Count = 0
+    """Length of the final fall of "wsd", in steps; with any other decay it must be 0."""
+    min_lr_ratio: Ratio = 0.1
+    """Learning rate at the last step / peak learning rate."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parallelism:
+    """How many processes share what. replicate * shard = number of processes; expert divides shard."""
+
+    data_parallel_replicate_degree: PositiveInt = 1
+    """Groups of processes that each hold the whole model between them (HSDP)."""
+    data_parallel_shard_degree: Degree = -1
+    """Processes over which FSDP shards weights, gradients and optimizer state. -1: all that are left."""
+    expert_parallel_degree: PositiveInt = 1
+    """Processes over which the experts are spread; tokens travel to them. 1: experts are sharded like the rest."""
+
+    def shard_degree(self, world_size: int) -> int:
+        """`data_parallel_shard_degree` with -1 worked out."""
+        given = self.data_parallel_shard_degree
+        return world_size // self.data_parallel_replicate_degree if given == -1 else given
+
+
+@dataclass(frozen=True, kw_only=True)
+class ActivationCheckpoint:
+    """Less memory for more computation: activations that the backward pass computes again."""
+
+    mode: Literal["none", "selective", "full"] = "none"
+    """'none': keep all; 'selective': recompute what is cheap; 'full': keep each block's input and its routing alone."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Compile:
+    """torch.compile."""
+
+    enable: bool = False
+    """Compile each block."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Kernels:
+    """Which implementation computes what."""
+
+    attention: Literal["auto", "sdpa", "varlen"] = "auto"
+    """'sdpa': one call a document, runs everywhere; 'varlen': FlashAttention over the stream, CUDA and bfloat16."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    """Saving and resuming."""
+
+    enable: bool = True
+    """Save checkpoints, the last step's included."""
+    interval: PositiveInt = 500
+    """Steps from one save to the next."""
+    keep: Count = 3
+    """Newest checkpoints to keep. 0: all."""
+    resume: str = "auto"
+    """'auto': from the newest complete checkpoint in `job.output_dir`, if there is one; 'never'; or a checkpoint."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Metrics:
+    """What is logged."""
+
+    log_interval: PositiveInt = 1
+    """Steps from one log line, and one line of metrics.jsonl, to the next."""
+    tensorboard: bool = False
+    """Write TensorBoard events too."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """All options of a run."""
+
+    job: Job = field(default_factory=Job)
+    model: Model = field(default_factory=Model)
+    data: Data = field(default_factory=Data)
+    training: Training
+    optimizer: Optimizer
+    lr_scheduler: LRScheduler = field(default_factory=LRScheduler)
+    parallelism: Parallelism = field(default_factory=Parallelism)
+    activation_checkpoint: ActivationCheckpoint = field(default_factory=ActivationCheckpoint)
+    compile: Compile = field(default_factory=Compile)
+    kernels: Kernels = field(default_factory=Kernels)
+    checkpoint: Checkpoint = field(default_factory=Checkpoint)
+    metrics: Metrics = field(default_factory=Metrics)
+
+
+# The schema of a TOML file: a table is a dict from its keys to schemas, everything else a type as `typing` writes it.
+# An inline model may have the keys that ModelConfig reads and no others, so that a typo there is found too.
+SECTIONS: dict[str, type] = get_type_hints(Config)
+_NARROWED = {int: PositiveInt, float: Positive}
+_SHAPE = {key: _NARROWED.get(hint, hint) for key, hint in get_type_hints(ModelConfig).items()}
+_ROPE = {key: _SHAPE[key] for key in ("rope_theta", "partial_rotary_factor", "mrope_section")}
+_HF_FORM = {"model_type": str, "full_attention_interval": PositiveInt, "hidden_act": str, "attention_bias": bool}
+_ROPE_PARAMETERS = {"rope_type": str, "mrope_interleaved": bool, **_ROPE}
+SCHEMA: dict[str, Any] = {name: get_type_hints(cls, include_extras=True) for name, cls in SECTIONS.items()}
+SCHEMA["model"]["config"] = _SHAPE | _HF_FORM | {"attention_dropout": float, "rope_parameters": _ROPE_PARAMETERS}
+
+
+def load_config(argv: list[str]) -> Config:
+    """The configuration that a command line asks for. `--help` prints every key and exits with status 0.
+
+    Raises ConfigError. What depends on files or on the number of processes is left to `check_config`.
+    """
+    if "--help" in argv or "-h" in argv:
+        print(help_text())
+        raise SystemExit(0)
+    path, options = _parse_command_line(argv)
+    tables = _merge(_load_toml(path, ()) if path else {}, options)
+    model = tables.get("model", {})
+    if model.get("path") and model.get("config"):
+        raise ConfigError(f"model.path = {model['path']!r} and model.config exclude each other: expected one of them")
+    if not model.get("path") and not model.get("config"):
+        raise ConfigError("model.path = '' and model.config is empty: expected a Hugging Face directory or a table")
+    for section, schema in SCHEMA.items():
+        for item in dataclasses.fields(SECTIONS[section]):
+            required = item.default is dataclasses.MISSING and item.default_factory is dataclasses.MISSING
+            if required and item.name not in tables.get(section, {}):
+                raise ConfigError(f"{section}.{item.name} is missing: expected {_accepted(schema[item.name])}")
+    config = Config(**{section: cls(**tables.get(section, {})) for section, cls in SECTIONS.items()})
+    return _with_absolute_paths(config)
+
+
+def resolved_toml(config: Config) -> str:
+    """The whole configuration as TOML. Loading it gives an equal Config."""
+    return tomli_w.dumps(dataclasses.asdict(config))
+
+
+def model_config(config: Config) -> ModelConfig:
+    """The model's shape, from `model.path` or `model.config`. Raises ConfigError."""
+    try:
+        if config.model.path:
+            return ModelConfig.from_pretrained(config.model.path)
+        return ModelConfig.from_dict(config.model.config)
+    except OSError:
+        raise ConfigError(f"model.path = {config.model.path!r}: expected a directory with a config.json") from None
+    except (ValueError, TypeError, AttributeError) as error:  # the last two: JSON of another structure
+        source = f"model.path = {config.model.path!r}" if config.model.path else "model.config"
+        raise ConfigError(f"{source}: {str(error).removeprefix('model config: ')}") from error
+
+
+def check_config(config: Config, world_size: int) -> None:
+    """Raises ConfigError for what `world_size` processes on this machine could not run."""
+    _check_parallelism(config, model_config(config), world_size)
+    _check_schedule(config.lr_scheduler, config.training.steps)
+    _check_kernels(config)
+    _check_files(config, model_config(config).vocab_size)
+
+
+def _check_parallelism(config: Config, shape: ModelConfig, world_size: int) -> None:
+    parallelism, training = config.parallelism, config.training
+    replicate, shard = parallelism.data_parallel_replicate_degree, parallelism.shard_degree(world_size)
+    expert = parallelism.expert_parallel_degree
+    if replicate * shard != world_size:
+        raise ConfigError(
+            f"parallelism.data_parallel_replicate_degree = {replicate}, data_parallel_shard_degree = "
+            f"{parallelism.data_parallel_shard_degree}: expected a product of {world_size}, the number of processes"
+        )
+    key = f"parallelism.expert_parallel_degree = {expert}"
+    if shard % expert:
+        raise ConfigError(f"{key}: expected a divisor of the shard degree {shard} ({world_size} processes)")
+    if shape.num_experts % expert:
+        raise ConfigError(f"{key}: expected a divisor of the model's num_experts = {shape.num_experts}")
+    if expert > 1:  # each expert's own dimensions are sharded over the rest of the shard degree, evenly or not at all
+        for name, size in (
+            ("2 * moe_intermediate_size", 2 * shape.moe_intermediate_size),
+            ("hidden_size", shape.hidden_size),
+        ):
+            if size % (shard // expert):
+                raise ConfigError(
+                    f"{key}: shard degree {shard} / {expert} = {shard // expert} does not divide the model's "
+                    f"{name} = {size}: expected degrees whose quotient does"
+                )
+    rows = world_size * training.local_batch_size
+    if training.global_batch_size % rows:
+        raise ConfigError(
+            f"training.global_batch_size = {training.global_batch_size}: expected a multiple of {rows} "
+            f"({world_size} processes * local_batch_size = {training.local_batch_size})"
+        )
+
+
+def _check_schedule(schedule: LRScheduler, steps: int) -> None:
+    if schedule.warmup_steps > steps:
+        raise ConfigError(
+            f"lr_scheduler.warmup_steps = {schedule.warmup_steps}: expected at most training.steps = {steps}"
+        )
+    key = f"lr_scheduler.decay_steps = {schedule.decay_steps}"
+    if schedule.decay != "wsd":
+        if schedule.decay_steps:
+            raise ConfigError(f"{key}: expected 0 with lr_scheduler.decay = {schedule.decay!r}; only 'wsd' reads it")
+    elif not 1 <= schedule.decay_steps <= steps - schedule.warmup_steps:
+        raise ConfigError(
+            f"{key}: with decay = 'wsd' expected 1 to training.steps - warmup_steps = {steps - schedule.warmup_steps}"
+        )
+
+
+def _check_kernels(config: Config) -> None:
+    if config.kernels == Kernels():
+        return  # "auto" is always possible; importing torch takes seconds
+    import torch
+
+    from models.ops.kernels import select_kernels
+
+    device_type = "cuda" if torch.cuda.is_available() else "cpu"
+    name = (
+        config.training.dtype
+        if config.training.dtype != "auto"
+        else {"cuda": "bfloat16", "cpu": "float32"}[device_type]
+    )
+    try:
+        select_kernels(dataclasses.asdict(config.kernels), device_type, getattr(torch, name))
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+
+
+def _check_files(config: Config, vocab_size: int) -> None:
+    _check_text(config.data)
+    _check_tokenizer(config.data, vocab_size)
+    if config.checkpoint.resume not in ("auto", "never") and not os.path.isdir(config.checkpoint.resume):
+        raise ConfigError(f"checkpoint.resume = {config.checkpoint.resume!r}: expected 'auto', 'never' or a directory")
+    parent = Path(config.job.output_dir)
+    while not parent.exists():
+        parent = parent.parent
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        output_dir = config.job.output_dir
+        raise ConfigError(f"job.output_dir = {output_dir!r}: expected a folder that can be written in {str(parent)!r}")
+
+
+def _check_text(data: Data) -> None:
+    """The files exist, are of one kind, and the first one's first document is text; the loader looks at the others."""
+    file, *others = find_files(data.path)
+    suffixes = sorted({Path(name).suffix for name in (file, *others)})
+    if len(suffixes) > 1 or suffixes[0] not in (".jsonl", ".parquet", ".txt"):
+        raise ConfigError(
+            f"data.path = {list(data.path)}: expected files in .jsonl, .parquet or .txt, one of these, "
+            f"not in {' and '.join(map(repr, suffixes))}"
+        )
+    names: Any = ["text"]
+    if suffixes == [".parquet"]:
+        import pyarrow.parquet
+
+        names = pyarrow.parquet.read_schema(file).names
+    elif suffixes == [".jsonl"]:
+        try:
+            with open(file, encoding="utf-8") as lines:
+                names = json.loads(next(filter(str.strip, lines), "{}")).keys()
+        except (ValueError, AttributeError):
+            raise ConfigError(f"data.path: {file!r} is not JSON Lines: expected an object on every line") from None
+    if names and data.text_key not in names:
+        raise ConfigError(f"data.text_key = {data.text_key!r}: expected one of {', '.join(names)}, as in {file!r}")
+
+
+def _check_tokenizer(data: Data, vocab_size: int) -> None:
+    key = f"data.tokenizer = {data.tokenizer!r}"
+    if not data.tokenizer:
+        raise ConfigError(f"{key}: expected a directory with tokenizer.json, as there is no model.path to take it from")
+    try:
+        tokenizer = json.loads(Path(data.tokenizer, "tokenizer.json").read_text(encoding="utf-8"))
+        ids = [token["id"] for token in tokenizer["added_tokens"]] + list(tokenizer["model"]["vocab"].values())
+        settings = json.loads(Path(data.tokenizer, "tokenizer_config.json").read_text(encoding="utf-8"))
+        end = settings.get("eos_token")
+    except OSError as error:
+        raise ConfigError(f"{key}: expected a directory with {os.path.basename(error.filename)}") from None
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ConfigError(f"{key}: expected the files of a byte-pair tokenizer: {error!r}") from error
+    if max(ids) >= vocab_size:
+        raise ConfigError(f"{key}: has token {max(ids)}, expected all below the model's vocab_size = {vocab_size}")
+    if data.end_of_document and not end:
+        raise ConfigError(f"data.end_of_document = True: expected an eos_token in {data.tokenizer!r}, or false")
+
+
+def find_files(patterns: Iterable[str]) -> list[str]:
+    """The files that paths and globs stand for, each once: in the order of the patterns, those of a glob by name.
+
+    Raises ConfigError for a pattern that matches no file.
+    """
+    files: list[str] = []
+    for pattern in patterns:
+        found = [os.path.abspath(path) for path in sorted(_matches(pattern)) if os.path.isfile(path)]
+        if not found:
+            raise ConfigError(f"data.path = {pattern!r} matches no file: expected a file or a glob that matches some")
+        files += found
+    if not files:
+        raise ConfigError("data.path = []: expected at least one file or glob")
+    return list(dict.fromkeys(files))
+
+
+def _matches(pattern: str) -> list[str]:
+    """What a path or glob stands for; a path that exists is never taken for a glob."""
+    return [pattern] if os.path.exists(pattern) else glob.glob(pattern, recursive=True)
+
+
+def _with_absolute_paths(config: Config) -> Config:
+    def readable(path: str) -> str:
+        if not path:
+            return path
+        here, shipped = os.path.abspath(os.path.expanduser(path)), os.path.abspath(ROOT / path)
+        return shipped if not _matches(here) and _matches(shipped) else here
+
+    resume, model_path = config.checkpoint.resume, readable(config.model.path)
+    return dataclasses.replace(
+        config,
+        job=dataclasses.replace(config.job, output_dir=os.path.abspath(os.path.expanduser(config.job.output_dir))),
+        model=dataclasses.replace(config.model, path=model_path),
+        data=dataclasses.replace(
+            config.data,
+            path=tuple(map(readable, config.data.path)),
+            tokenizer=readable(config.data.tokenizer) or model_path,
+        ),
+        checkpoint=dataclasses.replace(
+            config.checkpoint, resume=resume if resume in ("auto", "never") else readable(resume)
+        ),
+    )
+
+
+# Reading: TOML and command line -> tables of checked values
+
+
+def _find_config(name: str) -> Path:
+    """The TOML file that `--config NAME` means. Raises ConfigError."""
+    folder = ROOT / "train_configs"
+    for path in (Path(name), ROOT / name, folder / name, folder / f"{name}.toml"):
+        if path.is_file():
+            return path
+    shipped = sorted(path.name for path in folder.glob("*.toml"))
+    raise ConfigError(f"--config = {name!r} does not exist: expected a file's path, or one of {', '.join(shipped)}")
+
+
+def _load_toml(path: Path, below: tuple[Path, ...]) -> dict[str, Any]:
+    """A file's tables, merged over those of the file it extends. `below`: the files that extend this one."""
+    path = path.resolve()
+    if path in below:
+        raise ConfigError(
+            f"{below[-1]}: extends = {str(path)!r} is a cycle: expected a file that does not extend this one"
+        )
+    try:
+        tables = tomli.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{path}: {error.strerror}: expected a TOML file") from None
+    except ValueError as error:  # TOMLDecodeError tells line and column; UnicodeDecodeError the position
+        raise ConfigError(f"{path} is not TOML: {error}") from None
+    base = tables.pop("extends", None)
+    values = _convert_table("", SCHEMA, tables, f"{path}: ")
+    if base is None:
+        return values
+    if not isinstance(base, str) or not (path.parent / base).is_file():
+        raise ConfigError(f"{path}: extends = {base!r}: expected a TOML file's path, relative to this file")
+    return _merge(_load_toml(path.parent / base, (*below, path)), values)
+
+
+def _parse_command_line(argv: list[str]) -> tuple[Path | None, dict[str, Any]]:
+    """The file that `--config` names, and the tables of all other options."""
+    path: Path | None = None
+    tables: dict[str, Any] = {}
+    seen: set[str] = set()
+    words = list(argv)
+    while words:
+        word = words.pop(0)
+        if not word.startswith("--") or word == "--":
+            raise ConfigError(f"unexpected {word!r} on the command line: expected --section.key value")
+        key, equals, value = word[2:].partition("=")
+        text = value if equals else words.pop(0) if words and not words[0].startswith("--") else None
+        if key in seen:
+            raise ConfigError(f"--{key} = {text!r} is given a second time: expected one value")
+        seen.add(key)
+        names = key.split(".")
+        schema: Any = str if key == "config" else SCHEMA
+        for name in names if key != "config" else ():
+            if not isinstance(schema, Mapping) or name not in schema:
+                raise ConfigError(f"--{key} = {text!r} is unknown: {_nearest(key)}")
+            schema = schema[name]
+        if text is None:
+            if schema is not bool:
+                raise ConfigError(f"--{key} has no value: expected {_accepted(schema)}")
+            text = "true"
+        if key == "config":
+            path = _find_config(text)
+            continue
+        try:
+            table = _parse_word(schema, text)
+        except ValueError:
+            raise ConfigError(f"--{key} = {text!r}: {_expected(schema, text)}") from None
+        for name in reversed(names):
+            table = {name: table}
+        tables = _merge(tables, _convert_table("", SCHEMA, table, "--"))
+    return path, tables
+
+
+def _parse_word(schema: Any, text: str) -> Any:
+    """A word of the command line as the TOML value that it means. Raises ValueError."""
+    hint = get_args(schema)[0] if get_origin(schema) is Annotated else schema
+    if hint is str or get_origin(hint) is Literal:
+        return text
+    if get_origin(hint) is tuple and not text.startswith("["):
+        if get_args(hint)[0] is str:
+            return text.split(",")
+        text = f"[{text}]"
+    return tomli.loads(f"value = {text}")["value"]
+
+
+def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    """`over` upon `base`: tables key by key, anything else replaces."""
+    merged = dict(base)
+    if over.get("model", {}).get("path") and "model" in base:
+        merged["model"] = {key: value for key, value in base["model"].items() if key != "config"}
+    for key, value in over.items():
+        both_tables = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = _merge(merged[key], value) if both_tables else value
+    return merged
+
+
+def _convert_table(prefix: str, schema: Mapping[str, Any], table: Any, source: str) -> dict[str, Any]:
+    """A TOML table with every value as its schema wants it. Raises ConfigError, its line begun with `source`."""
+    converted: dict[str, Any] = {}
+    for name, value in table.items():
+        key = prefix + name
+        if name not in schema:
+            raise ConfigError(f"{source}{key} = {value!r} is unknown: {_nearest(key)}")
+        if isinstance(schema[name], Mapping) and isinstance(value, dict):
+            converted[name] = _convert_table(f"{key}.", schema[name], value, source)
+            continue
+        try:
+            converted[name] = _convert(schema[name], value)
+        except ValueError:
+            raise ConfigError(f"{source}{key} = {value!r}: {_expected(schema[name], value)}") from None
+    return converted
+
+
+def _convert(hint: Any, value: Any) -> Any:
+    """`value` as the type `hint`: an integer may be a float, a list becomes a tuple. Raises ValueError."""
+    origin, arguments = get_origin(hint), get_args(hint)
+    if origin is Annotated:
+        value = _convert(arguments[0], value)
+        accepted = arguments[1].test(value)
+    elif origin is Literal:
+        accepted = value in arguments
+    elif origin is tuple:
+        if arguments == (str, ...) and isinstance(value, str):
+            value = [value]
+        if accepted := isinstance(value, list):
+            hints = arguments[:1] * len(value) if arguments[-1] is ... else arguments
+            accepted = len(hints) == len(value)
+            value = tuple(map(_convert, hints, value))
+    elif hint is float:
+        accepted = isinstance(value, int | float) and not isinstance(value, bool)
+        value = float(value) if accepted else value
+    else:
+        accepted = type(value) is hint  # never bool for int
+    if not accepted:
+        raise ValueError(value)
+    return value
+
+
+# Messages
+
+
+def _accepted(hint: Any) -> str:
+    """What a schema accepts, in words."""
+    arguments = get_args(hint)
+    if isinstance(hint, Mapping):
+        return "a table"
+    if get_origin(hint) is Annotated:
+        return str(arguments[1].text)
+    if get_origin(hint) is Literal:
+        *others, last = map(repr, arguments)
+        return f"{', '.join(others)} or {last}" if others else last
+    if get_origin(hint) is tuple:
+        return f"a list of {'any length' if arguments[-1] is ... else len(arguments)}, each {_accepted(arguments[0])}"
+    return {str: "a string", bool: "true or false", int: "an integer", float: "a number"}[hint]
+
+
+def _expected(hint: Any, value: Any) -> str:
+    nearest = difflib.get_close_matches(str(value), get_args(hint), n=1) if get_origin(hint) is Literal else []
+    return f"expected {_accepted(hint)}" + "".join(f"; did you mean {choice!r}?" for choice in nearest)
+
+
+def _nearest(key: str) -> str:
+    """What an unknown key may have been meant to be."""
+
+    def leaves(schema: Mapping[str, Any], prefix: str) -> list[str]:
+        found = []
+        for name, inner in schema.items():
+            found += leaves(inner, f"{prefix}{name}.") if isinstance(inner, Mapping) else [prefix + name]
+        return found
+
+    known = leaves(SCHEMA, "")
+    same_name = [other for other in known if other.rpartition(".")[2] == key.rpartition(".")[2]]
+    nearest = difflib.get_close_matches(key, same_name or known, n=1, cutoff=0.0 if same_name else 0.6)
+    if nearest:
+        return f"did you mean {nearest[0]}?"
+    section = key.partition(".")[0]
+    return f"expected one of {', '.join(SCHEMA.get(section, SCHEMA))}"
+
+
+def help_text() -> str:
+    """Every key with its type, default and docstring."""
+    lines = ["usage: ./run_train.sh --config FILE [--section.key value | --section.key=value ...]", ""]
+    lines += ['FILE is a path or a name in train_configs/. Lists: \'["a", "b"]\' or a,b. --help shows this and ends.']
+    for section, cls in SECTIONS.items():
+        lines += ["", f"[{section}] {inspect.getdoc(cls)}"]
+        docs = field_docs(cls)
+        for item in dataclasses.fields(cls):
+            default = f"default {_default(item)}" if _default(item) else "required"
+            lines.append(f"  --{section}.{item.name}: {_accepted(SCHEMA[section][item.name])}; {default}")
+            lines += textwrap.wrap(docs[item.name], 110, initial_indent=" " * 6, subsequent_indent=" " * 6)
+    return "\n".join(lines)
+
+
+def _default(item: "dataclasses.Field[Any]") -> str:
+    """A field's default as TOML, empty if it has none."""
+    if item.default is dataclasses.MISSING:
+        return "" if item.default_factory is dataclasses.MISSING else "{}"
+    values = list(item.default) if isinstance(item.default, tuple) else item.default
+    return json.dumps(values)
+
+
+def field_docs(cls: type) -> dict[str, str]:
+    """The string literal under each field of a class."""
+    (body,) = (
+        node.body for node in ast.parse(textwrap.dedent(inspect.getsource(cls))).body if isinstance(node, ast.ClassDef)
+    )
+    return {
+        node.target.id: inspect.cleandoc(below.value.value)
+        for node, below in itertools.pairwise(body)
+        if isinstance(node, ast.AnnAssign)
+        and isinstance(node.target, ast.Name)
+        and isinstance(below, ast.Expr)
+        and isinstance(below.value, ast.Constant)
+        and isinstance(below.value.value, str)
+    }
+
+
+def main(argv: list[str]) -> int:
+    """`--world-size N` and then train.py's own arguments: 0, or 2 with one line on stderr."""
+    try:
+        if len(argv) < 2 or argv[0] != "--world-size" or not argv[1].isdecimal() or int(argv[1]) < 1:
+            raise ConfigError("usage: python config.py --world-size N --config FILE [--section.key value ...]")
+        check_config(load_config(argv[2:]), int(argv[1]))
+    except ConfigError as error:
+        print(error, file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

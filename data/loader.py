@@ -1,0 +1,206 @@
+"""The loader: a data-parallel rank's micro-batches, tokenised and packed by worker processes, in a fixed order.
+
+Row slot s of G = `global_batch_size` packs the samples s, s + G, s + 2G, ... of an endless stream of epochs. A rank
+owns G / ranks consecutive slots, and each of its workers some of those for good, so nobody tokenises what another
+needs, and the rows depend on nothing but the seed, the data, `sequence_length` and G. Where each slot stands is all
+there is to save: every row brings the cursor behind it, and what workers prepared ahead does not count until returned.
+"""
+
+import atexit
+import functools
+import itertools
+import multiprocessing
+import os
+import signal
+import threading
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from multiprocessing import forkserver, resource_tracker
+from multiprocessing.connection import Connection
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import IterableDataset, get_worker_info
+from torchdata.stateful_dataloader import StatefulDataLoader
+
+from config import Data, Training
+from data.packing import Cursor, Row, Slot
+from data.samples import TextSamples, load_tokenizer
+from data.sources import TextSource
+
+
+class MicroBatch(NamedTuple):
+    """`local_batch_size` rows laid end to end, on the host. T = local_batch_size * sequence_length."""
+
+    tokens: Tensor  # int64 [T]
+    labels: Tensor  # int64 [T], shifted: what is to be predicted at each token, or -100
+    positions: Tensor  # int64 [T], from 0 in each document
+    lengths: list[int]  # of the documents; their sum is T
+
+
+class TokenLoader:
+    """Iterates over one data-parallel rank's micro-batches, without end; G / (ranks * local_batch_size) make a step."""
+
+    def __init__(
+        self, data: Data, training: Training, tokenizer_dir: str, dp_rank: int, dp_world_size: int, seed: int
+    ) -> None:
+        """Opens the data and the tokenizer. Raises ValueError, one line, if they cannot be used."""
+        assert training.global_batch_size % (dp_world_size * training.local_batch_size) == 0
+        self._training, self._num_slots = training, training.global_batch_size
+        num_local = self._num_slots // dp_world_size
+        self._slots = range(dp_rank * num_local, (dp_rank + 1) * num_local)
+        self._num_workers = min(data.num_workers, num_local)
+        if self._num_workers:
+            _start_forkserver()  # imports while the rest is set up
+        source = TextSource(data.path, data.text_key)
+        tokenizer, end_of_sequence = load_tokenizer(tokenizer_dir)
+        if data.end_of_document and end_of_sequence is None:
+            raise ValueError(
+                f"data.end_of_document = True: {tokenizer_dir!r} has no eos_token: expected false, or one that has"
+            )
+        ending = end_of_sequence if data.end_of_document else None
+        self._samples = TextSamples(source, tokenizer, ending, seed if data.shuffle else None)
+        self._shares: Iterator[list[Row] | ValueError] | None = None  # of the workers in turn; None before `next`
+        self._lifeline: Connection | None = None
+        self._round: list[Row] = []  # a row of each own slot: what a step takes
+        self._next = 0  # which row of the round comes next
+        self.cursors = torch.tensor([(slot, 0) for slot in self._slots])
+        """int64 [own slots, 2]: each own slot's (sample, token offset) after the last micro-batch that was returned."""
+
+    def load_cursors(self, all_cursors: Tensor) -> None:
+        """Continues where the `cursors` of all ranks, in rank order [G, 2], were taken; before the first `next`.
+
+        They may come from any number of ranks and workers, but from the same G and between steps. Raises ValueError.
+        """
+        assert self._shares is None
+        if all_cursors.shape != (self._num_slots, 2):
+            raise ValueError(
+                f"training.global_batch_size = {self._num_slots}: expected {len(all_cursors)}, as in the checkpoint"
+            )
+        assert torch.equal(all_cursors[:, 0] % self._num_slots, torch.arange(self._num_slots))
+        self.cursors = all_cursors[self._slots.start : self._slots.stop].clone()
+
+    def __iter__(self) -> "TokenLoader":
+        return self
+
+    def __next__(self) -> MicroBatch:
+        """Raises ValueError, one line, for a sample that cannot be used."""
+        if not self._next:
+            self._round = self._next_round()
+        rows = self._round[self._next : self._next + self._training.local_batch_size]
+        self.cursors = self.cursors.clone()  # the old ones may be on their way into a checkpoint
+        self.cursors[self._next : self._next + len(rows)] = torch.tensor([row.cursor for row in rows])
+        self._next = (self._next + len(rows)) % len(self._slots)
+        lengths = [length for row in rows for length in row.lengths]
+        return MicroBatch(
+            tokens=torch.from_numpy(np.concatenate([row.tokens for row in rows])).long(),
+            labels=torch.from_numpy(np.concatenate([row.labels for row in rows])).long(),
+            positions=torch.cat([torch.arange(length) for length in lengths]),
+            lengths=lengths,
+        )
+
+    def close(self) -> None:
+        """Ends the workers; there is no micro-batch afterwards."""
+        if self._lifeline is not None:
+            self._lifeline.close()
+        self._shares, self._next = iter(()), 0
+
+    def _next_round(self) -> list[Row]:
+        if self._shares is None:
+            self._shares = self._start()
+        shares = []
+        for _ in range(max(1, self._num_workers)):
+            share = next(self._shares)
+            if isinstance(share, ValueError):
+                self.close()
+                raise share
+            shares.append(share)
+        return [shares[place % len(shares)][place // len(shares)] for place in range(len(self._slots))]
+
+    def _start(self) -> Iterator[list[Row] | ValueError]:
+        cursors = [Cursor(*cursor) for cursor in self.cursors.tolist()]
+        shares = _Shares(self._samples, cursors, self._num_slots, self._training.sequence_length)
+        if not self._num_workers:
+            return iter(shares)
+        worker_end, self._lifeline = _context.Pipe(duplex=False)
+        # Without this, a run that ends without `close` would wait at its exit for workers that ignore SIGTERM.
+        atexit.register(self._lifeline.close)
+        with _stop_signals_blocked(), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "'set_vital' is deprecated")  # torchdata's own affair
+            loader = StatefulDataLoader(
+                shares,
+                batch_size=None,  # items as they are, ...
+                collate_fn=_unchanged,  # ... not even made tensors: these would need a shared-memory file each
+                num_workers=self._num_workers,
+                worker_init_fn=functools.partial(_init_worker, worker_end),
+                multiprocessing_context=_context,
+                generator=torch.Generator(),  # else it draws a number from the global one
+                snapshot_every_n_steps=None,  # the cursors are all the state there is
+            )
+            return iter(loader)
+
+
+class _Shares(IterableDataset[list[Row] | ValueError]):
+    """A row of each of the rank's slots, again and again; in worker w of n, of its slots w, w + n, ...
+
+    A ValueError is the last item: one that is raised would arrive as the text of its traceback.
+    """
+
+    def __init__(self, samples: TextSamples, cursors: list[Cursor], num_slots: int, sequence_length: int) -> None:
+        self._samples, self._cursors = samples, cursors
+        self._num_slots, self._sequence_length = num_slots, sequence_length
+
+    def __iter__(self) -> Iterator[list[Row] | ValueError]:
+        info = get_worker_info()
+        own = self._cursors[info.id :: info.num_workers] if info else self._cursors
+        max_empty = max(self._samples.num_documents, _MIN_MAX_EMPTY)
+        slots = [Slot(self._samples.read, cursor, self._num_slots, max_empty) for cursor in own]
+        try:
+            while True:
+                yield [slot.next_row(self._sequence_length) for slot in slots]
+        except ValueError as error:
+            yield error
+
+
+# In a row, for one slot. A slot of a small source may meet the same empty documents again and again by chance.
+_MIN_MAX_EMPTY = 1000
+
+# Workers are forked from a server process that has imported what is slow to import and nothing else: a fork of the
+# training process would inherit the locks, but not the threads, of NCCL, gloo and CUDA.
+_context = multiprocessing.get_context("forkserver")
+
+
+def _start_forkserver() -> None:
+    _context.set_forkserver_preload(["torch", "torchdata.stateful_dataloader", "datasets"])
+    with _stop_signals_blocked():
+        forkserver.ensure_running()
+
+
+@contextmanager
+def _stop_signals_blocked() -> Iterator[None]:
+    """Processes that start inside never see SIGINT or SIGTERM: schedulers and terminals send these to whole groups of
+    processes, and training needs its workers until it has finished its step."""
+    resource_tracker.ensure_running()  # or else it starts inside, and unblocks the signals
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+
+
+def _init_worker(lifeline: Connection, worker: int) -> None:
+    """Ends this process when the other end of `lifeline` closes: the loader was closed, or the parent died."""
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the other cores belong to other workers
+
+    def watch() -> None:
+        lifeline.poll(None)
+        os._exit(0)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def _unchanged(share: list[Row] | ValueError) -> list[Row] | ValueError:
+    return share

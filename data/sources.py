@@ -1,0 +1,98 @@
+"""What there is to train on: files and globs as one random-access sequence of documents."""
+
+import glob
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import datasets
+
+
+class TextSource:
+    """The documents of files, in the order of the files and, of a file, in its own; memory does not grow with them.
+
+    `.jsonl`: one object a line, `.parquet`: one row, a document each; `.txt`: the whole file is one document. The
+    `datasets` library turns them once into a memory-mapped Arrow file in its cache; processes that start together wait
+    for the first.
+    """
+
+    def __init__(self, patterns: Sequence[str], text_key: str) -> None:
+        """Raises ValueError for a pattern that matches no file, and for files that hold no text under `text_key`."""
+        files = find_files(patterns)
+        self._table = _open_table(files)
+        self._text_key = text_key
+        features = self._table.features
+        if not len(self._table):
+            raise ValueError(f"data.path: no document in {_name(files)}")
+        if text_key not in features:
+            raise ValueError(
+                f"data.text_key = {text_key!r}: expected one of {', '.join(features)}, as in {_name(files)}"
+            )
+        if getattr(features[text_key], "dtype", None) not in ("string", "large_string"):
+            raise ValueError(
+                f"data.text_key = {text_key!r}: expected strings in {_name(files)}, not {features[text_key]}"
+            )
+        self._table = self._table.select_columns([text_key])
+
+    def __len__(self) -> int:
+        return len(self._table)
+
+    def __getitem__(self, index: int) -> str:
+        """Document `index`. Raises ValueError if it is not a string."""
+        try:
+            text = self._table[index][self._text_key]
+        except UnicodeDecodeError as error:
+            raise ValueError(f"data.path: sample {index} is not UTF-8: {error}") from None
+        if not isinstance(text, str):
+            raise ValueError(f"data.path: {self._text_key!r} of sample {index} is {text}, expected a string")
+        return text
+
+
+def find_files(patterns: Sequence[str]) -> list[str]:
+    """The files that paths and globs stand for, each once: in the order of the patterns, those of a glob by name.
+
+    A path that exists is never taken for a glob. Raises ValueError for a pattern that matches no file.
+    """
+    files: list[str] = []
+    for pattern in patterns:
+        matches = [pattern] if os.path.exists(pattern) else sorted(glob.glob(pattern, recursive=True))
+        found = [os.path.abspath(path) for path in matches if os.path.isfile(path)]
+        if not found:
+            raise ValueError(f"data.path = {pattern!r} matches no file: expected a file or a glob that matches some")
+        files += found
+    if not files:
+        raise ValueError("data.path = []: expected at least one file or glob")
+    return list(dict.fromkeys(files))
+
+
+def _open_table(files: list[str]) -> datasets.Dataset:
+    suffixes = sorted({Path(file).suffix for file in files})
+    if len(suffixes) > 1:
+        raise ValueError(f"data.path: {' and '.join(map(repr, suffixes))} files together: expected one kind")
+    escaped = list(map(glob.escape, files))  # the library takes paths for patterns
+    shown = not datasets.are_progress_bars_disabled()
+    datasets.disable_progress_bars()
+    try:
+        match suffixes[0]:
+            case ".jsonl":
+                return datasets.Dataset.from_json(escaped)
+            case ".parquet":
+                return datasets.Dataset.from_parquet(escaped)
+            case ".txt":
+                return datasets.Dataset.from_text(escaped, sample_by="document")
+            case suffix:
+                raise ValueError(f"data.path: {files[0]!r} ends in {suffix!r}: expected .jsonl, .parquet or .txt")
+    except StopIteration:  # no table at all in any file
+        raise ValueError(f"data.path: no document in {_name(files)}") from None
+    except datasets.exceptions.DatasetGenerationError as error:
+        if not isinstance(error.__cause__, ValueError):  # such as a full disk: none of the data's faults
+            raise
+        reason = " ".join(str(error.__cause__).split())
+        raise ValueError(f"data.path: cannot read {_name(files)}: {reason}") from error
+    finally:
+        if shown:
+            datasets.enable_progress_bars()
+
+
+def _name(files: list[str]) -> str:
+    return files[0] if len(files) == 1 else f"{files[0]} and {len(files) - 1} more"
