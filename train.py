@@ -2,62 +2,212 @@
 
 import dataclasses
 import logging
+import sys
+import time
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 
-from config import check_config, load_config, model_config
+from checkpoint.checkpointer import Checkpointer
+from config import Training, check_config, load_config, model_config, resolved_toml
 from data.loader import MicroBatch, TokenLoader
+from data.packing import IGNORED
 from models.ops.documents import Documents
-from models.ops.kernels import select_kernels
+from models.ops.kernels import Kernels, select_kernels
+from models.qwen35_moe.config import ModelConfig
 from models.qwen35_moe.model import Qwen35Moe
 from parallelisms.mesh import Meshes, build_meshes
 from parallelisms.parallelize import materialise, parallelize_fn, reduce_replicated_gradients
-from training.distributed import init_distributed, set_deterministic, world_from_environment
+from training.distributed import init_distributed, set_deterministic, sum_over_ranks, world_from_environment
+from training.errors import exit_on_user_error
+from training.flops import mfu_of_one_token_a_second
 from training.gradients import clip_gradients
-from training.metrics import setup_logging
-from training.optimizer import build_optimizer
+from training.metrics import MetricsWriter, load_imbalance, peak_memory_gib, setup_logging
+from training.optimizer import build_optimizer, lr_factor, set_learning_rate
 from training.signals import StopRequest
 
 logger = logging.getLogger("train")
 
 
 class StepResult(NamedTuple):
-    """What one optimizer step tells, on this rank alone until it is reduced."""
+    """What one optimizer step tells. Shapes: L layers, E experts."""
 
-    loss_sum: torch.Tensor  # [], sum of this rank's token losses divided by the global batch's trained tokens
-    expert_counts: torch.Tensor  # int [L, E]: rows that this rank's tokens sent to each expert
-    grad_norm: torch.Tensor  # [], global, before clipping
+    loss: torch.Tensor
+    """[] float32: this rank's share of the mean loss over the global batch's trained tokens; shares add up."""
+    expert_counts: torch.Tensor
+    """[L, E] int64: how many rows this rank's tokens sent to each expert."""
+    grad_norm: torch.Tensor
+    """[] of the global gradient, before clipping; the same on all ranks."""
 
 
 def train_step(
     model: Qwen35Moe,
     optimizer: torch.optim.Optimizer,
     micro_batches: list[MicroBatch],
-    num_trained_tokens: int,
+    num_trained: int,
     meshes: Meshes,
     device: torch.device,
-    max_grad_norm: float,
-    max_seqlen: int,
+    training: Training,
 ) -> StepResult:
-    """One optimizer step over this rank's micro-batches; `num_trained_tokens` is the whole global batch's."""
-    loss_sum, expert_counts = torch.zeros((), device=device), torch.zeros((), dtype=torch.int64, device=device)
+    """One optimizer step over this rank's micro-batches; `num_trained` counts the GLOBAL batch's trained tokens."""
+    shape = model.config
+    loss = torch.zeros((), device=device)
+    expert_counts = torch.zeros(shape.num_hidden_layers, shape.num_experts, dtype=torch.int64, device=device)
     for batch in micro_batches:
-        documents = Documents.from_lengths(batch.lengths, device, max_seqlen)
         tokens, positions, labels = (
             tensor.to(device, non_blocking=True) for tensor in (batch.tokens, batch.positions, batch.labels)
         )
-        loss, counts = model(tokens, positions, documents, labels)
-        # Sum over tokens / trained tokens of the GLOBAL batch: ranks and micro-batches then simply add up.
-        loss = loss / num_trained_tokens
-        loss.backward()
-        loss_sum += loss.detach()
-        expert_counts = expert_counts + counts
+        documents = Documents.from_lengths(batch.lengths, device, max_seqlen=training.sequence_length)
+        loss_sum, counts = model(tokens, positions, documents, labels)
+        # Divided by what all ranks and micro-batches train together, so that losses and gradients simply add up.
+        share = loss_sum / max(num_trained, 1)
+        share.backward()
+        loss += share.detach()
+        expert_counts += counts
     reduce_replicated_gradients(model.float32_parameters(), meshes.data_parallel)
-    grad_norm = clip_gradients(list(model.parameters()), max_grad_norm)
+    grad_norm = clip_gradients(list(model.parameters()), training.max_grad_norm)
     optimizer.step()
     optimizer.zero_grad()
-    return StepResult(loss_sum, expert_counts, grad_norm)
+    return StepResult(loss, expert_counts, grad_norm)
 
 
+def reduce_result(result: StepResult) -> tuple[float, torch.Tensor]:
+    """The loss of the global batch and all ranks' expert counts [L, E], in one all-reduce."""
+    local = torch.cat([result.loss.double().reshape(1), result.expert_counts.double().flatten()])
+    loss, counts = sum_over_ranks(local).split([1, result.expert_counts.numel()])
+    return loss.item(), counts.view_as(result.expert_counts)
+
+
+def select_dtype(name: str, device: torch.device) -> torch.dtype:
+    """`training.dtype`: "auto" is bfloat16 on a GPU, float32 on a CPU."""
+    if name == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    return getattr(torch, name)
+
+
+def build_on_meta(shape: ModelConfig, kernels: Kernels, master_dtype: torch.dtype) -> Qwen35Moe:
+    """The model without memory, its parameters in the master dtype."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(master_dtype)
+    try:
+        with torch.device("meta"):
+            return Qwen35Moe(shape, kernels)
+    finally:
+        torch.set_default_dtype(before)
+
+
+def main(arguments: list[str]) -> None:
+    # 1. Configuration: defaults < TOML < command line. A mistake ends in one line and exit code 2.
+    rank, world_size = world_from_environment()
+    config = load_config(arguments)
+    check_config(config, world_size)
+    training = config.training
+    output_dir = Path(config.job.output_dir)
+    setup_logging(rank)
+    stop = StopRequest()
+
+    # 2. Processes, devices, meshes.
+    if config.job.deterministic:
+        set_deterministic()
+    device = init_distributed()
+    torch.manual_seed(config.job.seed)
+    replicate_degree = config.parallelism.data_parallel_replicate_degree
+    shard_degree = config.parallelism.shard_degree(world_size)
+    meshes = build_meshes(device.type, replicate_degree, shard_degree, config.parallelism.expert_parallel_degree)
+
+    # 3. Data: every rank reads its own rows.
+    loader = TokenLoader(config.data, training, config.data.tokenizer, rank, world_size, config.job.seed)
+
+    # 4. Model: built without memory, parallelised, then given its memory and its initial weights.
+    shape = model_config(config)
+    compute_dtype = select_dtype(training.dtype, device)
+    kernels = select_kernels(dataclasses.asdict(config.kernels), device.type, compute_dtype)
+    model = build_on_meta(shape, kernels, getattr(torch, training.master_dtype))
+    num_parameters = sum(parameter.numel() for parameter in model.parameters())
+    logger.info(f"{num_parameters / 1e6:,.1f} M parameters, {world_size} x {device.type}, {compute_dtype}, {kernels}")
+    parallelize_fn(
+        model,
+        meshes,
+        compute_dtype=compute_dtype,
+        activation_checkpoint=config.activation_checkpoint.mode,
+        compile_blocks=config.compile.enable,
+    )
+    materialise(model, device, config.job.seed)
+
+    # 5. Optimizer.
+    optimizer = build_optimizer(model, config.optimizer)
+
+    # 6. Checkpoints: continue where an earlier run stopped.
+    checkpointer = Checkpointer(config, shape, model, optimizer)
+    progress = checkpointer.resume()
+    if progress.data_cursors is not None:
+        loader.load_cursors(progress.data_cursors)
+    step, tokens_seen = progress.step, progress.tokens_seen
+
+    # 7. What the run writes.
+    tokens_per_step = training.global_batch_size * training.sequence_length
+    num_micro_batches = training.global_batch_size // (world_size * training.local_batch_size)
+    writer = None
+    if rank == 0:
+        output_dir.mkdir(parents=True, exist_ok=True)
+        (output_dir / "config.toml").write_text(resolved_toml(config), encoding="utf-8")
+        writer = MetricsWriter(output_dir, config.metrics.tensorboard, step, training.steps)
+    mfu_per_token = mfu_of_one_token_a_second(shape, training.sequence_length, world_size, device)
+    logger.info(f"from step {step} to {training.steps}, {num_micro_batches} micro-batches a rank and step")
+
+    # 8. The loop.
+    clock, clock_step = time.perf_counter(), step
+    stopping = False
+    while step < training.steps and not stopping:
+        step += 1
+        micro_batches = [next(loader) for _ in range(num_micro_batches)]
+        num_trained = sum(int((batch.labels != IGNORED).sum()) for batch in micro_batches)
+        # The one place where ranks agree: how many tokens the global batch trains, and whether anyone was told to stop.
+        num_trained, num_stops = sum_over_ranks(
+            torch.tensor([num_trained, int(stop.requested)], device=device)
+        ).tolist()
+        stopping = num_stops > 0
+
+        lr = config.optimizer.lr * lr_factor(step, training.steps, config.lr_scheduler)
+        set_learning_rate(optimizer, lr)
+        result = train_step(model, optimizer, micro_batches, num_trained, meshes, device, training)
+        tokens_seen += tokens_per_step
+        last = stopping or step == training.steps
+
+        if last or step % config.metrics.log_interval == 0:
+            loss, expert_counts = reduce_result(result)
+            step_seconds = (time.perf_counter() - clock) / (step - clock_step)
+            metrics = {
+                "step": step,
+                "loss": loss,
+                "grad_norm": result.grad_norm.item(),
+                "lr": lr,
+                "tokens_seen": tokens_seen,
+                "tokens_per_second": tokens_per_step / step_seconds,
+                "step_seconds": step_seconds,
+                "peak_memory_gib": peak_memory_gib(device),
+                "expert_load_max_over_mean": load_imbalance(expert_counts),
+            }
+            if mfu_per_token is not None:
+                metrics["mfu"] = mfu_per_token * metrics["tokens_per_second"]
+            if writer is not None:
+                writer.write(metrics)
+            clock, clock_step = time.perf_counter(), step
+
+        if config.checkpoint.enable and (last or step % config.checkpoint.interval == 0):
+            checkpointer.save(step, tokens_seen, loader.cursors)
+            clock, clock_step = time.perf_counter(), step
+
+    # 9. The end, of all ranks together.
+    logger.info(f"stopped at step {step} of {training.steps}" if stopping else f"done: {training.steps} steps")
+    loader.close()
+    if writer is not None:
+        writer.close()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    with exit_on_user_error():
+        main(sys.argv[1:])

@@ -1,8 +1,9 @@
 """What there is to train on: files and globs as one random-access sequence of documents."""
 
+import functools
 import glob
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import datasets
@@ -65,30 +66,32 @@ def find_files(patterns: Sequence[str]) -> list[str]:
     return list(dict.fromkeys(files))
 
 
+_READERS: dict[str, Callable[[list[str]], datasets.Dataset]] = {
+    ".jsonl": datasets.Dataset.from_json,
+    ".parquet": datasets.Dataset.from_parquet,
+    ".txt": functools.partial(datasets.Dataset.from_text, sample_by="document"),
+}
+
+
 def _open_table(files: list[str]) -> datasets.Dataset:
     suffixes = sorted({Path(file).suffix for file in files})
+    for suffix in suffixes:
+        if suffix not in _READERS:
+            file = next(file for file in files if Path(file).suffix == suffix)
+            raise ValueError(f"data.path: {file!r} ends in {suffix!r}: expected {', '.join(_READERS)}")
     if len(suffixes) > 1:
-        raise ValueError(f"data.path: {' and '.join(map(repr, suffixes))} files together: expected one kind")
-    escaped = list(map(glob.escape, files))  # the library takes paths for patterns
+        raise ValueError(f"data.path: {' and '.join(suffixes)} files together: expected one kind")
     shown = not datasets.are_progress_bars_disabled()
     datasets.disable_progress_bars()
     try:
-        match suffixes[0]:
-            case ".jsonl":
-                return datasets.Dataset.from_json(escaped)
-            case ".parquet":
-                return datasets.Dataset.from_parquet(escaped)
-            case ".txt":
-                return datasets.Dataset.from_text(escaped, sample_by="document")
-            case suffix:
-                raise ValueError(f"data.path: {files[0]!r} ends in {suffix!r}: expected .jsonl, .parquet or .txt")
+        return _READERS[suffixes[0]](list(map(glob.escape, files)))  # the library takes paths for patterns
     except StopIteration:  # no table at all in any file
         raise ValueError(f"data.path: no document in {_name(files)}") from None
-    except datasets.exceptions.DatasetGenerationError as error:
-        if not isinstance(error.__cause__, ValueError):  # such as a full disk: none of the data's faults
+    except (ValueError, datasets.exceptions.DatasetGenerationError) as error:
+        cause = error if isinstance(error, ValueError) else error.__cause__
+        if not isinstance(cause, ValueError):  # such as a full disk: not the data's fault
             raise
-        reason = " ".join(str(error.__cause__).split())
-        raise ValueError(f"data.path: cannot read {_name(files)}: {reason}") from error
+        raise ValueError(f"data.path: cannot read {_name(files)}: {' '.join(str(cause).split())}") from error
     finally:
         if shown:
             datasets.enable_progress_bars()

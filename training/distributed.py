@@ -30,3 +30,10 @@ def set_deterministic() -> None:
     """Makes two runs on one machine and layout agree bit for bit; call before the first CUDA operation."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True)
+
+
+def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:
+    """The sum of each rank's `values` (any shape), on all ranks; one all-reduce, none in a world of one."""
+    if dist.get_world_size() > 1:
+        dist.all_reduce(values)
+    return values

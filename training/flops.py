@@ -1,5 +1,7 @@
 """How many floating-point operations a token costs, and what the hardware could do."""
 
+import torch
+
 from models.qwen35_moe.config import FULL, ModelConfig
 
 # Dense bf16 peak of one device in FLOP/s, from the vendor's datasheets.
@@ -29,3 +31,11 @@ def flops_per_token(config: ModelConfig, sequence_length: int) -> float:
 def peak_flops(device_name: str) -> float | None:
     """The dense bf16 peak of a GPU by its name, FLOP/s; None for one that is not in the table."""
     return next((peak for name, peak in _PEAK_FLOPS.items() if name in device_name), None)
+
+
+def mfu_of_one_token_a_second(
+    config: ModelConfig, sequence_length: int, num_devices: int, device: torch.device
+) -> float | None:
+    """Model FLOPs utilisation at one token a second over all devices; None on CPUs and unknown GPUs."""
+    peak = peak_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+    return None if peak is None else flops_per_token(config, sequence_length) / (peak * num_devices)

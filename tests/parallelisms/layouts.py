@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
-from config import Optimizer
+from config import Optimizer, Training
 from data.loader import MicroBatch
 from models.ops.kernels import Kernels
 from models.qwen35_moe.config import ModelConfig
@@ -14,8 +14,11 @@ from models.qwen35_moe.model import Qwen35Moe
 from parallelisms.mesh import build_meshes
 from parallelisms.parallelize import materialise, parallelize_fn
 from tests.models.qwen35_moe.shapes import random_stream
-from train import train_step
+from train import reduce_result, train_step
 from training.optimizer import build_optimizer
+
+
+TRAINING = Training(steps=5, sequence_length=64, global_batch_size=4)
 
 
 @dataclass(frozen=True)
@@ -81,8 +84,8 @@ def train(config: ModelConfig, layout: Layout, rows: list[list[int]], num_steps:
         activation_checkpoint=layout.activation_checkpoint,
         compile_blocks=layout.compile,
     )
-    # A seed whose gradients of A_log and dt_bias are not sums that nearly cancel: inductor's exp differs from eager's in
-    # the last bit, and with seed 3 those sums make 2e-5 of it.
+    # A seed whose gradients of A_log and dt_bias are not sums that nearly cancel: inductor's exp differs from eager's
+    # in the last bit, and with seed 3 those sums make 2e-5 of it.
     materialise(model, torch.device("cpu"), seed=4)
     optimizer = build_optimizer(model, Optimizer(lr=1e-3, eps=adam_eps, weight_decay=0.1))
     run = Run({n: full(p) for n, p in model.named_parameters()}, {}, {}, [], [], torch.empty(0))
@@ -101,15 +104,12 @@ def train(config: ModelConfig, layout: Layout, rows: list[list[int]], num_steps:
         ]
         trained = torch.tensor(sum(int((batch.labels != -100).sum()) for batch in batches))
         dist.all_reduce(trained)
-        result = train_step(
-            model, optimizer, batches, int(trained), meshes, torch.device("cpu"), max_grad_norm=1.0, max_seqlen=256
-        )
-        dist.all_reduce(result.loss_sum)
-        dist.all_reduce(result.expert_counts)
-        run.losses.append(result.loss_sum.item())
+        result = train_step(model, optimizer, batches, int(trained), meshes, torch.device("cpu"), TRAINING)
+        loss, expert_counts = reduce_result(result)
+        run.losses.append(loss)
         run.grad_norms.append(result.grad_norm.item())
         if step == 0:
-            run.expert_counts = result.expert_counts
+            run.expert_counts = expert_counts
     run.weights = {n: full(p) for n, p in model.named_parameters()}
     return run
 

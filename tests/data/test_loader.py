@@ -1,0 +1,321 @@
+"""The loader: the global batch depends on no layout, resuming is exact, and workers behave."""
+
+import collections
+import itertools
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from transformers import AutoTokenizer
+
+from config import Data, Training
+from data.loader import TokenLoader
+from data.shuffle import permute
+
+ROOT = Path(__file__).resolve().parents[2]
+TOKENIZER = str(ROOT / "data" / "tiny" / "tokenizer")
+END_OF_TEXT = 4093
+TEXTS = ["word " * length for length in (3, 0, 1, 40, 7, 0, 0, 2, 90, 5, 13, 1, 21)] + ["a", ""]
+NUM_SLOTS, SEQUENCE_LENGTH = 12, 16
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory):
+    path = tmp_path_factory.mktemp("data") / "texts.jsonl"
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
+    return str(path)
+
+
+def make_loader(path, rank=0, ranks=1, *, workers=0, micro=1, seed=5, tokenizer=TOKENIZER, **data):
+    training = Training(steps=1, sequence_length=SEQUENCE_LENGTH, local_batch_size=micro, global_batch_size=NUM_SLOTS)
+    return TokenLoader(Data(path=(path,), num_workers=workers, **data), training, tokenizer, rank, ranks, seed)
+
+
+def run(path, num_steps, ranks=1, workers=0, micro=1, cursors=None, **options):
+    """The rows of each global batch, as (tokens, labels, positions, lengths) of one row, in slot order; and the cursors
+    of all slots before the first step and after each."""
+    loaders = [make_loader(path, rank, ranks, workers=workers, micro=micro, **options) for rank in range(ranks)]
+    try:
+        for loader in loaders:
+            if cursors is not None:
+                loader.load_cursors(cursors)
+        steps, all_cursors = [], [torch.cat([loader.cursors for loader in loaders])]
+        for _ in range(num_steps):
+            rows = []
+            for loader in loaders:
+                for _ in range(NUM_SLOTS // ranks // micro):
+                    rows += rows_of(next(loader), micro)
+            steps.append(rows)
+            all_cursors.append(torch.cat([loader.cursors for loader in loaders]))
+        return steps, all_cursors
+    finally:
+        for loader in loaders:
+            loader.close()
+
+
+def rows_of(batch, micro):
+    """A micro-batch's rows. Checks what is true of each."""
+    assert {tensor.dtype for tensor in batch[:3]} == {torch.int64}
+    assert {tensor.shape for tensor in batch[:3]} == {(micro * SEQUENCE_LENGTH,)}
+    lengths, rows = list(batch.lengths), []
+    for columns in zip(*(tensor.view(micro, SEQUENCE_LENGTH).tolist() for tensor in batch[:3])):
+        own = []
+        while sum(own) < SEQUENCE_LENGTH:
+            own.append(lengths.pop(0))
+        assert sum(own) == SEQUENCE_LENGTH, "a document reaches over the end of its row"
+        rows.append((*columns, own))
+    assert not lengths
+    return rows
+
+
+@pytest.fixture(scope="module")
+def reference(path):
+    """Eight steps in one process."""
+    return run(path, 8)
+
+
+def expected_rows(slot, num_rows, seed, shuffle=True, end_of_document=True):
+    """A slot's rows as the design has them, written down another way: the whole stream first, then cut."""
+    tokenizer = AutoTokenizer.from_pretrained(TOKENIZER)
+    stream, sample = [], slot  # (token, label, whether it is the first of its document)
+    while len(stream) < num_rows * SEQUENCE_LENGTH:
+        epoch, index = divmod(sample, len(TEXTS))
+        text = TEXTS[permute(index, len(TEXTS), seed, epoch) if shuffle else index]
+        tokens = tokenizer(text, add_special_tokens=False).input_ids
+        tokens += [END_OF_TEXT] if tokens and end_of_document else []
+        stream += zip(tokens, [*tokens[1:], -100], [True] + [False] * len(tokens))
+        sample += NUM_SLOTS
+    rows = []
+    for start in range(0, num_rows * SEQUENCE_LENGTH, SEQUENCE_LENGTH):
+        tokens, labels, begins = map(list, zip(*stream[start : start + SEQUENCE_LENGTH]))
+        positions = []
+        for begin in begins:
+            positions.append(0 if begin or not positions else positions[-1] + 1)
+        borders = [place for place, position in enumerate(positions) if not position] + [SEQUENCE_LENGTH]
+        rows.append((tokens, labels, positions, [b - a for a, b in itertools.pairwise(borders)]))
+    return rows
+
+
+@pytest.mark.parametrize("options", [{}, {"shuffle": False}, {"end_of_document": False}], ids=str)
+def test_rows_are_what_the_design_says(path, options):
+    steps, _ = run(path, 6, seed=11, **options)
+    for slot in range(NUM_SLOTS):
+        assert [rows[slot] for rows in steps] == expected_rows(slot, 6, 11, **options)
+
+
+@pytest.mark.parametrize(("ranks", "micro"), [(1, 12), (2, 3), (3, 1), (3, 4), (4, 3), (12, 1)])
+def test_the_global_batch_is_the_same_on_any_layout(path, reference, ranks, micro):
+    steps, cursors = run(path, 8, ranks, 0, micro)
+    assert steps == reference[0]
+    assert torch.equal(torch.stack(cursors), torch.stack(reference[1]))
+
+
+@pytest.mark.parametrize(("ranks", "workers", "micro"), [(1, 2, 4), (2, 1, 1), (4, 2, 3)])
+def test_the_global_batch_is_the_same_with_workers(path, reference, ranks, workers, micro):
+    """In (4, 2, 3) a worker has two slots, the other one. What they prepare ahead must not move the cursors."""
+    steps, cursors = run(path, 8, ranks, workers, micro)
+    assert steps == reference[0]
+    assert torch.equal(torch.stack(cursors), torch.stack(reference[1]))
+
+
+LAYOUTS = st.sampled_from(
+    [(ranks, micro) for ranks in (1, 2, 3, 4) for micro in (1, 2, 3, 12) if 12 % (ranks * micro) == 0]
+)
+
+
+@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.lists(st.tuples(st.integers(0, 3), LAYOUTS), min_size=1, max_size=3), LAYOUTS)
+def test_any_interruptions_and_changes_of_layout_change_nothing(path, reference, interruptions, last):
+    steps, cursors = [], None
+    for num_steps, (ranks, micro) in interruptions:
+        more, all_cursors = run(path, num_steps, ranks, 0, micro, cursors)
+        steps, cursors = steps + more, all_cursors[-1]
+    more, _ = run(path, max(0, 8 - len(steps)), *(last[0], 0, last[1]), cursors)
+    assert (steps + more)[:8] == reference[0]
+
+
+def test_resuming_with_workers(path, reference):
+    first, cursors = run(path, 3, ranks=2, workers=2, micro=2)
+    assert first == reference[0][:3]
+    rest, _ = run(path, 5, ranks=3, workers=1, micro=4, cursors=cursors[-1])
+    assert rest == reference[0][3:]
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_cursors_are_those_of_the_returned_rows_and_stay_as_handed_out(path, workers):
+    loader = make_loader(path, workers=workers, micro=2)
+    for step in range(2):
+        for place in range(0, NUM_SLOTS, 2):
+            before = loader.cursors
+            copy = before.clone()
+            next(loader)
+            moved = (loader.cursors != copy).any(dim=1).nonzero().flatten().tolist()
+            assert moved == [place, place + 1], f"step {step}"
+            assert torch.equal(before, copy)
+    loader.close()
+
+
+def test_cursors_of_another_batch_size_are_refused(path):
+    loader = make_loader(path)
+    with pytest.raises(ValueError, match=r"training\.global_batch_size = 12: expected 8, as in the checkpoint"):
+        loader.load_cursors(torch.tensor([(slot, 0) for slot in range(8)]))
+
+
+def test_seed_and_epoch_change_the_order(path, reference):
+    other, _ = run(path, 1, seed=6)
+    assert other[0] != reference[0][0]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_the_global_random_state_is_left_alone(path, workers):
+    state = torch.get_rng_state()
+    loader = make_loader(path, workers=workers, micro=12)
+    next(loader)
+    loader.close()
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_bad_sample_ends_in_one_line(tmp_path, workers):
+    path = tmp_path / "bad.jsonl"
+    path.write_text('{"text": "good"}\n' * 30 + '{"text": null}\n' + '{"text": "good"}\n')
+    loader = make_loader(str(path), workers=workers, shuffle=False)
+    with pytest.raises(ValueError, match=r"^data\.path: 'text' of sample 30 is None, expected a string$"):
+        collections.deque(itertools.islice(loader, 1000), maxlen=0)
+    assert next(loader, None) is None
+
+
+def test_a_source_of_empty_texts_ends_in_an_error(tmp_path):
+    path = tmp_path / "empty.jsonl"
+    path.write_text('{"text": ""}\n' * 3)
+    with pytest.raises(ValueError, match="documents in a row without any token"):
+        next(make_loader(str(path)))
+
+
+def test_a_slot_finds_the_one_text_there_is(tmp_path):
+    """With two documents one slot may draw the empty one many times in a row; that is no reason to give up."""
+    path = tmp_path / "one.jsonl"
+    path.write_text('{"text": ""}\n{"text": "x"}\n')
+    for seed in range(5):
+        tokens = next(make_loader(str(path), micro=12, seed=seed)).tokens.tolist()
+        assert tokens == tokens[:2] * (12 * SEQUENCE_LENGTH // 2)
+        assert tokens[1] == END_OF_TEXT
+
+
+def test_a_tokenizer_without_an_ending_is_refused(path, tmp_path):
+    settings = json.loads(Path(TOKENIZER, "tokenizer_config.json").read_text())
+    del settings["eos_token"]
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    # Truncation and padding that a file asks for are for inference: documents stay whole.
+    tokenizer = json.loads(Path(TOKENIZER, "tokenizer.json").read_text())
+    tokenizer["truncation"] = {"direction": "Right", "max_length": 2, "strategy": "LongestFirst", "stride": 0}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(tokenizer))
+    with pytest.raises(ValueError, match=r"end_of_document = True: '.*' has no eos_token") as raised:
+        make_loader(path, tokenizer=str(tmp_path))
+    assert "\n" not in str(raised.value)
+    other, whole = (
+        next(make_loader(path, micro=12, tokenizer=folder, end_of_document=False))
+        for folder in (str(tmp_path), TOKENIZER)
+    )
+    assert torch.equal(other.tokens, whole.tokens)
+
+
+SCRIPT = """
+import multiprocessing, os, signal, sys
+from config import Data, Training
+from data.loader import TokenLoader
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: None)
+    signal.signal(signal.SIGINT, lambda *_: None)
+    training = Training(steps=1, sequence_length=64, local_batch_size=1, global_batch_size=4)
+    loader = TokenLoader(Data(path=(sys.argv[1],), num_workers=2), training, sys.argv[2], 0, 1, 0)
+    next(loader)
+    print(*(worker.pid for worker in multiprocessing.active_children()), flush=True)
+    for command in sys.stdin:
+        if command == "next\\n":
+            for _ in range(40):  # more than is prepared ahead
+                next(loader)
+        elif command == "close\\n":
+            loader.close()
+            assert not multiprocessing.active_children()
+        elif command == "fail\\n":
+            raise RuntimeError("on purpose")
+        print("done", flush=True)
+"""
+
+
+def is_alive(pid):
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def wait_until_ended(pids, seconds):
+    deadline = time.monotonic() + seconds
+    while any(map(is_alive, pids)):
+        assert time.monotonic() < deadline, f"workers still there after {seconds} s"
+        time.sleep(0.05)
+
+
+@pytest.fixture
+def script(path, tmp_path):
+    """A process with two workers in a process group of its own, and the workers' numbers."""
+    file = tmp_path / "script.py"
+    file.write_text(textwrap.dedent(SCRIPT))
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_DATASETS_CACHE": str(tmp_path / "cache")}
+    process = subprocess.Popen(
+        [sys.executable, str(file), path, TOKENIZER],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment,
+        start_new_session=True,
+    )  # fmt: skip
+    try:
+        pids = [int(word) for word in process.stdout.readline().split()]
+        assert len(pids) == 2, process.stderr.read()
+        yield process, pids
+    finally:
+        process.kill()
+        process.communicate()
+        wait_until_ended(pids, 5)
+
+
+def tell(process, command):
+    process.stdin.write(command + "\n")
+    process.stdin.flush()
+    return process.stdout.readline()
+
+
+def test_workers_outlive_stop_signals_to_the_group_and_end_with_close(script):
+    process, pids = script
+    for number in (signal.SIGINT, signal.SIGTERM):
+        os.killpg(process.pid, number)
+    assert tell(process, "next") == "done\n"
+    assert all(map(is_alive, pids))
+    assert tell(process, "close") == "done\n"
+    wait_until_ended(pids, 1)
+    output, error = process.communicate(timeout=10)
+    assert (process.returncode, output, error) == (0, "", "")
+
+
+def test_workers_end_when_their_parent_is_killed(script):
+    process, pids = script
+    process.kill()
+    wait_until_ended(pids, 5)
+
+
+def test_a_run_that_fails_does_not_wait_for_its_workers(script):
+    process, pids = script
+    tell(process, "fail")
+    assert process.wait(timeout=10) == 1
+    assert process.stderr.read().splitlines()[-1] == "RuntimeError: on purpose"
+    wait_until_ended(pids, 5)

@@ -1,0 +1,69 @@
+"""The permutation: one of range(size) for every size, and well mixed."""
+
+import math
+from collections import Counter
+from itertools import pairwise
+
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from data.shuffle import permute
+
+SEEDS = st.integers(0, 2**63 - 1)
+EPOCHS = st.integers(0, 10**6)
+
+
+@given(st.integers(1, 700), SEEDS, EPOCHS)
+@example(1, 0, 0)
+@example(2, 0, 0)
+@example(63, 1, 0)
+@example(64, 1, 0)
+@example(65, 1, 0)
+@example(256, 2**63 - 1, 0)
+@example(257, 2**63 - 1, 0)
+def test_a_permutation_for_every_size(size, seed, epoch):
+    assert sorted(permute(index, size, seed, epoch) for index in range(size)) == list(range(size))
+
+
+@given(st.integers(2, 2**40), SEEDS, EPOCHS, st.data())
+def test_no_two_places_meet_where_the_size_is_large(size, seed, epoch, data):
+    indices = data.draw(st.lists(st.integers(0, size - 1), min_size=2, max_size=20, unique=True))
+    places = [permute(index, size, seed, epoch) for index in indices]
+    assert len(set(places)) == len(places)
+    assert all(0 <= place < size for place in places)
+
+
+def test_the_same_for_ever():
+    """Checkpoints rely on it: a changed permutation would read some samples twice and others never."""
+    assert [permute(index, 10, 0, 0) for index in range(10)] == [1, 3, 6, 0, 8, 4, 5, 2, 9, 7]
+    assert permute(123_456_789, 10**12, 42, 7) == 428_846_001_119
+
+
+@pytest.mark.parametrize("varied", ["seed", "epoch"])
+def test_all_orders_of_a_few_are_equally_likely(varied):
+    """Pearson's statistic over the 120 orders of 5 has mean 119 and variance 2 * 119: six deviations happen by chance
+    once in about ten million, and the numbers here are fixed."""
+    num_draws = 12_000
+    draws = range(num_draws)
+    orders = Counter(
+        tuple(permute(index, 5, *((draw, 0) if varied == "seed" else (0, draw))) for index in range(5))
+        for draw in draws
+    )
+    expected = num_draws / 120
+    statistic = sum((count - expected) ** 2 / expected for count in orders.values()) + (120 - len(orders)) * expected
+    assert abs(statistic - 119) < 6 * math.sqrt(2 * 119)
+
+
+@pytest.mark.parametrize("size", [1000, 1024, 1025, 4096])
+def test_places_tell_nothing_of_their_neighbours(size):
+    """Of two random orders, the correlation has mean 0 and variance 1 / (size - 1); the number of places where they
+    agree, and of steps by one, are Poisson(1), which exceeds 10 with a probability of 1e-8."""
+    first, second = ([permute(index, size, 3, epoch) for index in range(size)] for epoch in (0, 1))
+    mean = (size - 1) / 2
+    variance = (size**2 - 1) / 12
+    for other in (range(size), second):
+        correlation = sum((a - mean) * (b - mean) for a, b in zip(first, other)) / size / variance
+        assert abs(correlation) < 6 / math.sqrt(size - 1)
+        assert sum(a == b for a, b in zip(first, other)) <= 10
+    assert sum(b - a == 1 for a, b in pairwise(first)) <= 10

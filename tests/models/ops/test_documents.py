@@ -1,0 +1,28 @@
+"""Documents: boundaries and offsets."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from models.ops.documents import Documents
+
+
+@given(st.lists(st.integers(1, 9), min_size=1, max_size=8))
+def test_boundaries_and_offsets(lengths: list[int]) -> None:
+    documents = Documents.from_lengths(lengths)
+    assert documents.cu_seqlens.dtype == documents.cu_seqlens_cpu.dtype == torch.int32
+    assert documents.cu_seqlens.tolist() == [sum(lengths[:i]) for i in range(len(lengths) + 1)]
+    assert documents.cu_seqlens_cpu.tolist() == documents.cu_seqlens.tolist()
+    assert documents.lengths() == lengths
+    assert documents.max_seqlen == max(lengths)
+    expected = [offset for length in lengths for offset in range(length)]
+    assert documents.token_offsets(sum(lengths)).tolist() == expected
+
+
+def test_max_seqlen_is_an_upper_bound() -> None:
+    assert Documents.from_lengths([3, 5], max_seqlen=64).max_seqlen == 64
+    with pytest.raises(AssertionError):
+        Documents.from_lengths([3, 5], max_seqlen=4)
+    with pytest.raises(AssertionError):
+        Documents.from_lengths([3, 0])

@@ -1,0 +1,103 @@
+"""The plain operations on a GPU in bfloat16, as training runs them, against the same values in float64 on the CPU."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from models.ops.causal_conv1d import causal_conv1d
+from models.ops.documents import Documents
+from models.ops.gated_delta_rule import gated_delta_rule
+from models.ops.grouped_experts import grouped_experts
+from models.ops.linear_cross_entropy import linear_cross_entropy
+from models.ops.permute import permute, unpermute
+from models.ops.precision import at_least_float32
+from tests.models.ops.compare import assert_close, run
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
+
+DEVICE = torch.device("cuda")
+LENGTHS = [1, 64, 130, 5]
+NUM_TOKENS = sum(LENGTHS)
+
+# 2%: bfloat16 rounds at 0.4%, and the longest chains (two matrix products and SwiGLU, or the delta rule's inputs,
+# gradients and result) round a few times.
+TOLERANCE = 2e-2
+
+
+def random(*shapes: tuple[int, ...]) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn(shape, generator=generator) for shape in shapes]
+
+
+def check(
+    operation: Callable[..., torch.Tensor], inputs: list[torch.Tensor], *integers: torch.Tensor, compiled: bool
+) -> None:
+    """`operation(*inputs, *integers, documents)`, the floating-point inputs rounded to bfloat16 on both sides."""
+    inputs = [x.bfloat16() for x in inputs]
+    torch._dynamo.reset()
+    function = torch.compile(operation, fullgraph=True) if compiled else operation
+    documents = Documents.from_lengths(LENGTHS, DEVICE)
+    on_device = [x.to(DEVICE) for x in integers]
+    out, gradients = run(lambda *x: function(*x, *on_device, documents), [x.to(DEVICE) for x in inputs])
+    documents = Documents.from_lengths(LENGTHS)
+    expected = run(lambda *x: operation(*x, *integers, documents), [x.double() for x in inputs])
+    assert_close((out.cpu(), [x.cpu() for x in gradients]), expected, TOLERANCE)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_causal_conv1d(compiled: bool) -> None:
+    check(causal_conv1d, random((NUM_TOKENS, 64), (64, 1, 4)), compiled=compiled)
+
+
+def test_gated_delta_rule() -> None:
+    q, k, v, g, beta = random((NUM_TOKENS, 2, 32), (NUM_TOKENS, 2, 32), (NUM_TOKENS, 4, 32), *2 * [(NUM_TOKENS, 4)])
+
+    def rule(*x: torch.Tensor) -> torch.Tensor:
+        q, k, v, g, beta, documents = x
+        return gated_delta_rule(q, k, v, -at_least_float32(g).exp(), beta, documents)
+
+    check(rule, [q, k, v, g, beta.sigmoid()], compiled=False)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("counts", [[3, 0, 70, 1], [0, 0, 0, 200]])
+def test_grouped_experts(counts: list[int], compiled: bool) -> None:
+    offsets = torch.tensor(counts).cumsum(0).to(torch.int32)
+    inputs = random((sum(counts), 64), (4, 64, 64), (4, 64, 32))
+    check(
+        lambda x, gate_up, down, offsets, _: grouped_experts(x, gate_up, down, offsets),
+        inputs,
+        offsets,
+        compiled=compiled,
+    )
+
+
+def test_grouped_experts_without_rows() -> None:
+    offsets = torch.zeros(4, dtype=torch.int32, device=DEVICE)
+    inputs = [x.to(DEVICE, torch.bfloat16) for x in random((0, 64), (4, 64, 64), (4, 64, 32))]
+    out, gradients = run(lambda *x: grouped_experts(*x, offsets), inputs)
+    assert out.shape == (0, 64)
+    assert not any(x.any() for x in gradients)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_permute(compiled: bool) -> None:
+    order = torch.randperm(NUM_TOKENS * 2, generator=torch.Generator().manual_seed(0))
+
+    def both(x: torch.Tensor, order: torch.Tensor, inverse: torch.Tensor, _: Documents) -> torch.Tensor:
+        return unpermute(permute(x, order, inverse, 2) * 2, order, inverse)
+
+    check(both, random((NUM_TOKENS, 64)), order, order.argsort(), compiled=compiled)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_linear_cross_entropy(compiled: bool) -> None:
+    labels = torch.arange(NUM_TOKENS) % 300
+    labels[::3] = -100
+    hidden, weight = random((NUM_TOKENS, 64), (300, 64))
+
+    def loss(hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, _: Documents) -> torch.Tensor:
+        return linear_cross_entropy(hidden, weight, labels, 64)
+
+    check(loss, [hidden, weight / 8], labels, compiled=compiled)

@@ -1,0 +1,69 @@
+"""Permuting rows to their experts and back, against plain indexing."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from models.ops.permute import permute, unpermute
+from tests.models.ops.compare import OperationLog, assert_close, run
+
+
+def routing(num_tokens: int, top_k: int, num_experts: int = 5) -> tuple[torch.Tensor, torch.Tensor]:
+    """order and inverse of a random routing."""
+    generator = torch.Generator().manual_seed(num_tokens * 31 + top_k)
+    experts = torch.randint(num_experts, (num_tokens * top_k,), generator=generator)
+    order = experts.argsort(stable=True)
+    return order, order.argsort()
+
+
+@given(st.integers(0, 9), st.integers(1, 4))
+def test_equals_plain_indexing(num_tokens: int, top_k: int) -> None:
+    # 1e-15: float64; only the sum over a token's k choices may be ordered differently.
+    order, inverse = routing(num_tokens, top_k)
+    x = torch.randn(num_tokens, 3, dtype=torch.float64)
+    rows = torch.randn(num_tokens * top_k, 3, dtype=torch.float64)
+    permuted = run(lambda x: permute(x, order, inverse, top_k), [x])
+    assert_close(permuted, run(lambda x: x.repeat_interleave(top_k, dim=0)[order], [x]), 1e-15)
+    unpermuted = run(lambda rows: unpermute(rows, order, inverse), [rows])
+    assert_close(unpermuted, run(lambda rows: rows[inverse], [rows]), 0.0)
+
+
+def test_round_trip_gives_each_token_k_times() -> None:
+    order, inverse = routing(17, 3)
+    x = torch.randn(17, 4)
+    back = unpermute(permute(x, order, inverse, 3), order, inverse)
+    assert torch.equal(back, x.repeat_interleave(3, dim=0))
+
+
+def test_rows_are_sorted_by_expert_and_choices_come_back_in_order() -> None:
+    experts = torch.tensor([[2, 0], [1, 2], [0, 1]])
+    order = experts.flatten().argsort(stable=True)
+    inverse = order.argsort()
+    tokens = torch.arange(3.0).unsqueeze(-1)
+    assert permute(tokens, order, inverse, 2).flatten().tolist() == [0, 2, 1, 2, 0, 1]
+    sorted_experts = experts.flatten()[order].unsqueeze(-1)
+    assert unpermute(sorted_experts, order, inverse).view(3, 2).tolist() == experts.tolist()
+
+
+@pytest.mark.parametrize("which", ["permute", "unpermute"])
+def test_backward_only_gathers(which: str) -> None:
+    """Scatters add atomically on a GPU, in another order every run."""
+    order, inverse = routing(17, 3)
+    x = torch.randn(17 if which == "permute" else 51, 4, requires_grad=True)
+    out = permute(x, order, inverse, 3) if which == "permute" else unpermute(x, order, inverse)
+    with OperationLog() as log:
+        out.backward(torch.randn(51, 4))
+    assert "index" in log.names
+    assert not [name for name in log.names if "put" in name or "add" in name or "scatter" in name]
+
+
+def test_one_graph() -> None:
+    order, inverse = routing(17, 3)
+    x = torch.randn(17, 4)
+
+    def both(x: torch.Tensor) -> torch.Tensor:
+        return unpermute(permute(x, order, inverse, 3) * 2, order, inverse)
+
+    torch._dynamo.reset()
+    assert_close(run(torch.compile(both, fullgraph=True, backend="aot_eager"), [x]), run(both, [x]), 0.0)

@@ -1,0 +1,31 @@
+"""Turns a user's mistake into one line and exit code 2."""
+
+import os
+import sys
+import time
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@contextmanager
+def exit_on_user_error() -> Iterator[None]:
+    """A ValueError that this repository raises is a user's mistake (house rule): print it, exit with code 2.
+
+    One that comes from a library is a bug and keeps its traceback. Rank 0 prints first: torchrun ends all ranks when
+    one has ended, so the others wait for it.
+    """
+    try:
+        yield
+    except ValueError as error:
+        raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename).resolve()
+        if not raised_in.is_relative_to(ROOT) or "site-packages" in raised_in.parts:
+            raise
+        rank = int(os.environ.get("RANK", "0"))
+        if rank > 0:
+            time.sleep(5)
+        print(error if rank == 0 else f"[rank {rank}] {error}", file=sys.stderr, flush=True)
+        sys.exit(2)
