@@ -182,7 +182,7 @@ def _start_forkserver() -> None:
 def _stop_signals_blocked() -> Iterator[None]:
     """Processes that start inside never see SIGINT or SIGTERM: schedulers and terminals send these to whole groups of
     processes, and training needs its workers until it has finished its step."""
-    pass  # or else it starts inside, and unblocks the signals
+    resource_tracker.ensure_running()  # or else it starts inside, and unblocks the signals
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
     try:
         yield

@@ -17,7 +17,6 @@ from tests.models.qwen35_moe.shapes import random_stream
 from train import reduce_result, train_step
 from training.optimizer import build_optimizer
 
-
 TRAINING = Training(steps=5, sequence_length=64, global_batch_size=4)
 
 

@@ -1,0 +1,130 @@
+"""The rules between native parameters and Hugging Face's: one table that training, export, import and tests share.
+
+Names and stored layouts are the same on both sides but for a prefix. What differs is what may be read: experts stacked,
+as published checkpoints have them, or one tensor an expert, as transformers' `save_pretrained` writes them.
+"""
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+from models.qwen35_moe.config import FULL, ModelConfig
+
+Shape = tuple[int, ...]
+
+PREFIXES = ("model.language_model.", "model.")
+"""Before every name but `lm_head.weight`: of the image-text class, of the causal-LM class."""
+NOT_TEXT = ("model.visual.", "mtp.")
+"""Tensors of a Hugging Face model that are no part of the text model: vision tower, multi-token prediction."""
+
+
+class Piece(NamedTuple):
+    """A Hugging Face tensor, and the part of a native parameter that it fills."""
+
+    key: str
+    region: tuple[int | slice, ...] = ()
+    """Indexes the native parameter's first dimensions; (): all of it."""
+
+
+def parameter_shapes(config: ModelConfig) -> dict[str, Shape]:
+    """Every native parameter with its shape, in the order of the model. THE table."""
+    hidden, head = config.hidden_size, config.head_dim
+    query, key_value = config.num_attention_heads * head, config.num_key_value_heads * head
+    value_heads, value, channels = (
+        config.linear_num_value_heads,
+        config.value_dim,
+        2 * config.key_dim + config.value_dim,
+    )
+    experts, inner, shared = config.num_experts, config.moe_intermediate_size, config.shared_expert_intermediate_size
+    full: dict[str, Shape] = {
+        "self_attn.q_proj.weight": (2 * query, hidden),  # rows, for each head: its query, then its gate
+        "self_attn.k_proj.weight": (key_value, hidden),
+        "self_attn.v_proj.weight": (key_value, hidden),
+        "self_attn.o_proj.weight": (hidden, query),
+        "self_attn.q_norm.weight": (head,),
+        "self_attn.k_norm.weight": (head,),
+    }
+    linear: dict[str, Shape] = {
+        "linear_attn.A_log": (value_heads,),
+        "linear_attn.dt_bias": (value_heads,),
+        "linear_attn.in_proj_qkv.weight": (channels, hidden),
+        "linear_attn.in_proj_z.weight": (value, hidden),
+        "linear_attn.in_proj_b.weight": (value_heads, hidden),
+        "linear_attn.in_proj_a.weight": (value_heads, hidden),
+        "linear_attn.conv1d.weight": (channels, 1, config.linear_conv_kernel_dim),
+        "linear_attn.norm.weight": (config.linear_value_head_dim,),
+        "linear_attn.out_proj.weight": (hidden, value),
+    }
+    common: dict[str, Shape] = {
+        "mlp.gate.weight": (experts, hidden),
+        "mlp.experts.gate_up_proj": (experts, 2 * inner, hidden),  # rows: gate, then up
+        "mlp.experts.down_proj": (experts, hidden, inner),
+        "mlp.shared_expert.gate_proj.weight": (shared, hidden),
+        "mlp.shared_expert.up_proj.weight": (shared, hidden),
+        "mlp.shared_expert.down_proj.weight": (hidden, shared),
+        "mlp.shared_expert_gate.weight": (1, hidden),
+        "input_layernorm.weight": (hidden,),
+        "post_attention_layernorm.weight": (hidden,),
+    }
+    shapes: dict[str, Shape] = {"embed_tokens.weight": (config.vocab_size, hidden)}
+    for layer, layer_type in enumerate(config.layer_types):
+        mixer = full if layer_type == FULL else linear
+        shapes |= {f"layers.{layer}.{name}": shape for name, shape in (mixer | common).items()}
+    shapes["norm.weight"] = (hidden,)
+    if not config.tie_word_embeddings:
+        shapes["lm_head.weight"] = (config.vocab_size, hidden)
+    return shapes
+
+
+def hf_name(name: str) -> str:
+    """A native parameter's name in a causal-LM checkpoint with stacked experts."""
+    return name if name.startswith("lm_head.") else "model." + name
+
+
+def is_float32(name: str) -> bool:
+    """Whether a parameter stays float32 in training whatever the dtype of the others: decays and routers."""
+    return name.endswith(("linear_attn.A_log", "linear_attn.dt_bias", "mlp.gate.weight"))
+
+
+def find_pieces(config: ModelConfig, available: Mapping[str, Shape]) -> dict[str, list[Piece]]:
+    """Which tensors of a Hugging Face checkpoint make up each native parameter.
+
+    `available`: the checkpoint's tensors and their shapes. Raises ValueError naming what is missing, of a wrong shape,
+    or unknown; vision and multi-token-prediction tensors are passed over, and so is a tied model's copy of the head.
+    """
+    prefix = next((p for p in PREFIXES if p + "embed_tokens.weight" in available), PREFIXES[-1])
+    found: dict[str, list[Piece]] = {}
+    for name, shape in parameter_shapes(config).items():
+        key = name if name.startswith("lm_head.") else prefix + name
+        pieces = [Piece(key)]
+        if ".experts." in name and key not in available:
+            pieces = _pieces_of_experts(key, shape)
+        for piece in pieces:
+            if piece.key not in available:
+                raise ValueError(f"weights: {piece.key!r} is missing")
+            expected = _shape_of_region(shape, piece.region)
+            if available[piece.key] != expected:
+                raise ValueError(f"weights: {piece.key!r} has shape {list(available[piece.key])}, not {list(expected)}")
+        found[name] = pieces
+    used = {piece.key for pieces in found.values() for piece in pieces}
+    spare = {key for key in available if not key.startswith(NOT_TEXT)} - used
+    spare -= {"lm_head.weight"} if config.tie_word_embeddings else set()
+    if spare:
+        raise ValueError(f"weights: {min(spare)!r} (and {len(spare) - 1} more) belong to no parameter of this model")
+    return found
+
+
+def _pieces_of_experts(key: str, shape: Shape) -> list[Piece]:
+    folder, _, which = key.rpartition(".")
+    if which == "down_proj":
+        return [Piece(f"{folder}.{expert}.down_proj.weight", (expert,)) for expert in range(shape[0])]
+    gate, up = slice(0, shape[1] // 2), slice(shape[1] // 2, shape[1])
+    return [
+        Piece(f"{folder}.{expert}.{half}_proj.weight", (expert, rows))
+        for expert in range(shape[0])
+        for half, rows in (("gate", gate), ("up", up))
+    ]
+
+
+def _shape_of_region(shape: Shape, region: tuple[int | slice, ...]) -> Shape:
+    cut = tuple(index.stop - index.start for index in region if isinstance(index, slice))
+    return cut + shape[len(region) :]
