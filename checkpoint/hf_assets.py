@@ -1,4 +1,4 @@
-"""What a Hugging Face directory holds beside the weights: config.json, generation_config.json, the tokenizer's files."""
+"""What a Hugging Face directory holds beside the weights: config.json, generation_config.json, the tokenizer."""
 
 import json
 import shutil
@@ -22,8 +22,8 @@ _COPIED = (
 def write_hf_assets(folder: Path, config: dict[str, Any], *sources: Path) -> None:
     """Writes `config` (as in a config.json, of either form) in the text-only form, and copies the other files.
 
-    A file that several of `sources` have is taken from the first. Ids of special tokens that `config` does not tell come
-    from the tokenizer.
+    A file that several of `sources` have is taken from the first. Ids of special tokens that `config` does not tell
+    come from the tokenizer.
     """
     text_config = config.get("text_config", config) | ModelConfig.from_dict(config).to_dict()
     for source in reversed(sources):
