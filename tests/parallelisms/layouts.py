@@ -1,5 +1,8 @@
 """Trains the same tiny model in any layout, for tests that compare layouts with one process on the whole batch."""
 
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -11,6 +14,7 @@ from data.loader import MicroBatch
 from models.ops.kernels import Kernels
 from models.qwen35_moe.config import ModelConfig
 from models.qwen35_moe.model import Qwen35Moe
+from models.qwen35_moe.moe import Router
 from parallelisms.mesh import build_meshes
 from parallelisms.parallelize import materialise, parallelize_fn
 from tests.models.qwen35_moe.shapes import random_stream
@@ -30,6 +34,8 @@ class Layout:
     accumulation: int = 1
     activation_checkpoint: str = "none"
     compile: bool = False
+    adam_eps: float = 1e-4
+    """With Adam's default of 1e-8 weights drift by noise divided by noise: then only the update's norm compares."""
 
     def __str__(self) -> str:
         changed = {key: value for key, value in vars(self).items() if value != getattr(Layout, key)}
@@ -46,6 +52,7 @@ class Run:
     losses: list[float]
     grad_norms: list[float]
     expert_counts: torch.Tensor  # of the first step, over all ranks [L, E]
+    smallest_gap: float  # between a token's k-th and next logit, over all tokens, layers and steps: how far from a tie
 
 
 def full(tensor: torch.Tensor) -> torch.Tensor:
@@ -65,11 +72,28 @@ def rows_as_micro_batch(config: ModelConfig, rows: list[list[int]], seed: int) -
     )
 
 
-def train(config: ModelConfig, layout: Layout, rows: list[list[int]], num_steps: int, adam_eps: float = 1e-4) -> Run:
+@contextmanager
+def forced_routing(experts: tuple[int, ...]) -> Iterator[None]:
+    """Sends every token to these experts, whatever the router prefers; with none, leaves the router alone."""
+
+    def forward(self: Router, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        chosen = torch.tensor(experts).expand(len(x), -1)
+        weights = torch.nn.functional.linear(x, self.weight).softmax(dim=-1).gather(1, chosen)
+        return weights / weights.sum(dim=-1, keepdim=True), chosen
+
+    original = Router.forward
+    if experts:
+        Router.forward = forward  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        Router.forward = original  # type: ignore[method-assign]
+
+
+def train(config: ModelConfig, layout: Layout, rows: list[list[int]], num_steps: int) -> Run:
     """Runs on every rank of an initialised process group of `layout.world` ranks.
 
-    `rows`: the global batch as document lengths a row; rank r takes the r-th part of it, cut into micro-batches. With
-    Adam's default eps of 1e-8 weights drift by noise divided by noise, so the default here is 1e-4.
+    `rows`: the global batch as document lengths a row; rank r takes the r-th part of it, cut into micro-batches.
     """
     assert dist.get_world_size() == layout.world
     torch.compiler.reset()
@@ -86,14 +110,21 @@ def train(config: ModelConfig, layout: Layout, rows: list[list[int]], num_steps:
     # A seed whose gradients of A_log and dt_bias are not sums that nearly cancel: inductor's exp differs from eager's
     # in the last bit, and with seed 3 those sums make 2e-5 of it.
     materialise(model, torch.device("cpu"), seed=4)
-    optimizer = build_optimizer(model, Optimizer(lr=1e-3, eps=adam_eps, weight_decay=0.1))
-    run = Run({n: full(p) for n, p in model.named_parameters()}, {}, {}, [], [], torch.empty(0))
+    optimizer = build_optimizer(model, Optimizer(lr=1e-3, eps=layout.adam_eps, weight_decay=0.1))
+    run = Run({n: full(p) for n, p in model.named_parameters()}, {}, {}, [], [], torch.empty(0), math.inf)
 
     def keep_gradients(*_) -> None:
         if not run.first_gradients:
             run.first_gradients.update({n: full(p.grad) for n, p in model.named_parameters()})
 
+    def keep_smallest_gap(router: Router, inputs: tuple[torch.Tensor, ...], _) -> None:
+        largest = torch.nn.functional.linear(inputs[0], router.weight).topk(config.num_experts_per_tok + 1)[0]
+        run.smallest_gap = min(run.smallest_gap, (largest[:, -2] - largest[:, -1]).min().item())
+
     optimizer.register_step_pre_hook(keep_gradients)
+    if layout.world == 1 and not layout.compile and config.num_experts_per_tok < config.num_experts:
+        for block in model.blocks:
+            block.mlp.gate.register_forward_hook(keep_smallest_gap)
     per_micro_batch = len(rows) // (layout.world * layout.accumulation)
     first = dist.get_rank() * layout.accumulation * per_micro_batch
     for step in range(num_steps):
@@ -113,6 +144,9 @@ def train(config: ModelConfig, layout: Layout, rows: list[list[int]], num_steps:
     return run
 
 
-def train_layouts(config: ModelConfig, layouts: list[Layout], rows: list[list[int]], num_steps: int) -> list[Run]:
+def train_layouts(
+    config: ModelConfig, layouts: list[Layout], rows: list[list[int]], num_steps: int, experts: tuple[int, ...] = ()
+) -> list[Run]:
     """What one spawn of a world size does: all its layouts, one after the other."""
-    return [train(config, layout, rows, num_steps) for layout in layouts]
+    with forced_routing(experts):
+        return [train(config, layout, rows, num_steps) for layout in layouts]
