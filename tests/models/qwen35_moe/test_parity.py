@@ -118,6 +118,12 @@ def test_no_further_from_float64_than_transformers(name: str) -> None:
     reference_logits, _, reference_gradients = reference_run(reference, stream[0], LENGTHS)
     exact_logits, exact_loss, exact_gradients = native_run(random_model(config, dtype=torch.float64), stream)
     assert exact_logits.dtype == torch.float64
+    decays = [n for n in gradients if n.endswith(("A_log", "dt_bias"))]
+    print(f"\n{name}: error against float64, relative to the largest value (ours | transformers)")
+    print(f"  logits               {error(logits, exact_logits):.1e} | {error(reference_logits, exact_logits):.1e}")
+    for label, names in (("decay gradients", decays), ("all other gradients", gradients.keys() - decays)):
+        worst = [max(error(g[n], exact_gradients[n]) for n in names) for g in (gradients, reference_gradients)]
+        print(f"  {label:20} {worst[0]:.1e} | {worst[1]:.1e}   (worst parameter)")
     assert error(logits, exact_logits) <= 2 * error(reference_logits, exact_logits)
     assert error(loss, exact_loss) < 1e-6
 
