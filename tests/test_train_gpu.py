@@ -46,13 +46,13 @@ def losses(folder: Path, options: list[str], gpu: bool) -> list[float]:
     ("shapes", "steps"), [([], 30), (SHAPES_35B, 10)], ids=["tiny", "35B layer shapes, 4 layers, 8 experts"]
 )
 def test_bfloat16_compiled_run_tracks_float32_on_the_cpu(tmp_path: Path, shapes: list[str], steps: int) -> None:
-    # bfloat16 keeps 8 bits: a rounding is 0.4 %, and over thousands of tokens the errors average out. Half a percent of
-    # the loss at every step is ten times what a run shows, and far below the loss's fall.
+    # bfloat16 keeps 8 bits: a rounding is up to 0.4 %, and over thousands of tokens the errors average out. On an H100
+    # losses differed by at most 0.23 % and 0.21 %; half a percent is twice that, and far below the loss's fall.
     options = [*ONE_PROCESS, *shapes, f"--training.steps={steps}", "--lr_scheduler.warmup_steps=5"]
     expected = losses(tmp_path / "cpu", options, gpu=False)
     actual = losses(tmp_path / "gpu", [*options, "--compile.enable=true"], gpu=True)
     print("cpu float32 ", [f"{loss:.4f}" for loss in expected])
     print("gpu bfloat16", [f"{loss:.4f}" for loss in actual])
     assert len(actual) == len(expected) == steps
-    assert expected[0] - expected[-1] > 0.5
+    assert expected[0] - expected[-1] > 0.5  # there is a curve to track
     assert actual == pytest.approx(expected, rel=5e-3)
