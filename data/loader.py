@@ -47,6 +47,7 @@ class TokenLoader:
         self, data: Data, training: Training, tokenizer_dir: str, dp_rank: int, dp_world_size: int, seed: int
     ) -> None:
         """Opens the data and the tokenizer. Raises ValueError, one line, if they cannot be used."""
+        assert data.format == "text"  # the one there is
         assert training.global_batch_size % (dp_world_size * training.local_batch_size) == 0
         self._training, self._num_slots = training, training.global_batch_size
         num_local = self._num_slots // dp_world_size

@@ -2,11 +2,12 @@
 
 import functools
 import glob
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import datasets
+
+from config import find_files
 
 
 class TextSource:
@@ -47,23 +48,6 @@ class TextSource:
         if not isinstance(text, str):
             raise ValueError(f"data.path: {self._text_key!r} of sample {index} is {text}, expected a string")
         return text
-
-
-def find_files(patterns: Sequence[str]) -> list[str]:
-    """The files that paths and globs stand for, each once: in the order of the patterns, those of a glob by name.
-
-    A path that exists is never taken for a glob. Raises ValueError for a pattern that matches no file.
-    """
-    files: list[str] = []
-    for pattern in patterns:
-        matches = [pattern] if os.path.exists(pattern) else sorted(glob.glob(pattern, recursive=True))
-        found = [os.path.abspath(path) for path in matches if os.path.isfile(path)]
-        if not found:
-            raise ValueError(f"data.path = {pattern!r} matches no file: expected a file or a glob that matches some")
-        files += found
-    if not files:
-        raise ValueError("data.path = []: expected at least one file or glob")
-    return list(dict.fromkeys(files))
 
 
 _READERS: dict[str, Callable[[list[str]], datasets.Dataset]] = {

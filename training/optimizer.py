@@ -14,6 +14,7 @@ def build_optimizer(model: nn.Module, config: Optimizer) -> torch.optim.Optimize
 
     One group for each (decays or not, sharded or not): fused kernels take no mixture of sharded and plain tensors.
     """
+    assert config.name == "adamw"  # the one there is
     groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
     for parameter in model.parameters():
         groups.setdefault((parameter.dim() > 1, isinstance(parameter, DTensor)), []).append(parameter)

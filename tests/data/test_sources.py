@@ -11,7 +11,8 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 
-from data.sources import TextSource, find_files
+from config import find_files
+from data.sources import TextSource
 
 
 @pytest.fixture(autouse=True)
