@@ -1,0 +1,59 @@
+"""Metrics files across a resume, log lines, times."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from training.metrics import MetricsWriter, format_seconds, setup_logging
+
+
+def line(step: int) -> dict:
+    numbers = ("loss", "grad_norm", "lr", "tokens_per_second", "step_seconds", "peak_memory_gib")
+    return {"step": step, **dict.fromkeys(numbers, 1.0)}
+
+
+def test_a_resumed_run_goes_on_after_its_checkpoint(tmp_path: Path) -> None:
+    writer = MetricsWriter(tmp_path, tensorboard=False, start_step=0, total_steps=9)
+    for step in range(1, 6):
+        writer.write(line(step))
+    writer.close()
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(path.read_text() + '{"step": 6, "lo')  # killed in the middle of a line
+    writer = MetricsWriter(tmp_path, tensorboard=False, start_step=3, total_steps=9)
+    writer.write(line(4))
+    writer.close()
+    assert [json.loads(text)["step"] for text in path.read_text().splitlines()] == [1, 2, 3, 4]
+
+
+def test_a_fresh_run_starts_a_fresh_file(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n')
+    MetricsWriter(tmp_path, tensorboard=False, start_step=0, total_steps=9).close()
+    assert (tmp_path / "metrics.jsonl").read_text() == ""
+
+
+def test_tensorboard_has_the_same_numbers(tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    writer = MetricsWriter(tmp_path, tensorboard=True, start_step=0, total_steps=9)
+    writer.write({**line(1), "loss": 2.5})
+    writer.close()
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert [(event.step, event.value) for event in events.Scalars("loss")] == [(1, 2.5)]
+
+
+def test_format_seconds() -> None:
+    assert [format_seconds(s) for s in (0.4, 59.6, 3723)] == ["0:00:00", "0:01:00", "1:02:03"]
+
+
+@pytest.mark.parametrize(("log_rank", "shown"), [("0", True), ("1,0", True), ("1", False), ("10", False)])
+def test_log_rank_chooses_whose_log_is_shown(log_rank: str, shown: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    import logging
+
+    root = logging.getLogger()
+    monkeypatch.setattr(root, "handlers", [])
+    monkeypatch.setattr(root, "level", logging.WARNING)
+    monkeypatch.setenv("LOG_RANK", log_rank)
+    setup_logging(0)
+    assert logging.getLogger("train").isEnabledFor(logging.INFO) == shown
