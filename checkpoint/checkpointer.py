@@ -5,7 +5,8 @@
         config.toml              the resolved configuration
         hf/                      config.json and the tokenizer: all that an export needs beside the weights
 
-A checkpoint is written under a name that starts with a dot and renamed when it is complete.
+A checkpoint is written under a name that starts with a dot and renamed when it is complete; names with a dot are
+leftovers of a run that was killed.
 """
 
 import json
@@ -20,6 +21,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 
 from checkpoint.dcp_reader import read_index
+from checkpoint.directories import publish, remove
 from checkpoint.hf_assets import write_hf_assets
 from config import Config, resolved_toml
 from models.qwen35_moe.config import ModelConfig
@@ -85,8 +87,9 @@ class Checkpointer:
         weights_only = not any(name.startswith("train.") for name in stored)
         state = self._model_state()
         if not weights_only:
-            train = {name: torch.empty(t.shape, dtype=t.dtype) for name, t in stored.items() if name[:6] == "train."}
-            state |= self._optimizer_state() | train
+            # Cursors of another global batch size are loaded too: the data loader tells what is wrong with them.
+            num_slots = stored["train.data_cursors"].shape[0] if "train.data_cursors" in stored else 0
+            state |= self._optimizer_state() | _train_state(0, 0, torch.zeros(num_slots, 2, dtype=torch.int64))
         for name in sorted(state.keys() | stored.keys()):
             if name not in stored or name not in state:
                 what = "lacks" if name not in stored else "has an unknown"
@@ -110,22 +113,17 @@ class Checkpointer:
         unfinished = self._folder / f".{final.name}"
         is_first = dist.get_rank() == 0
         if is_first:
-            shutil.rmtree(unfinished, ignore_errors=True)  # left by a run that was killed
+            for leftover in self._folder.glob(".step-*"):
+                shutil.rmtree(leftover)
             (unfinished / "hf").mkdir(parents=True)
         state = self._model_state() | self._optimizer_state()
-        state["train.step"] = torch.tensor(step)
-        state["train.tokens_seen"] = torch.tensor(tokens_seen)
-        state["train.data_cursors"] = _gather_cursors(own_cursors)
-        state["train.rng_state"] = torch.get_rng_state()
+        state |= _train_state(step, tokens_seen, _gather_cursors(own_cursors))
         dist.barrier()  # the folder is there
         dcp.save(state, checkpoint_id=unfinished)
         if is_first:
             (unfinished / "config.toml").write_text(resolved_toml(self._config), encoding="utf-8")
             self._write_hf_assets(unfinished / "hf")
-            shutil.rmtree(
-                final, ignore_errors=True
-            )  # the same step, saved by an earlier run that was resumed before it
-            unfinished.rename(final)
+            publish(unfinished, final)
             self._remove_old(final)
             logger.info(f"saved {final}")
         dist.barrier()  # nobody goes on, or ends, before the checkpoint has its name
@@ -134,9 +132,8 @@ class Checkpointer:
         """Leaves `checkpoint.keep`; never takes the one just written, which may not have the highest step."""
         keep = self._config.checkpoint.keep
         others = [path for path in complete_checkpoints(self._folder) if path != newest]
-        for path in others[: len(others) + 1 - keep] if keep else []:
-            leaving = path.rename(path.with_name(f".{path.name}"))  # a reader never sees half of one
-            shutil.rmtree(leaving)
+        for path in others[: max(len(others) + 1 - keep, 0)] if keep else []:
+            remove(path)
 
     def _write_hf_assets(self, folder: Path) -> None:
         sources = [Path(self._config.data.tokenizer)]
@@ -159,6 +156,15 @@ class Checkpointer:
                 own["exp_avg"], own["exp_avg_sq"] = torch.zeros_like(parameter), torch.zeros_like(parameter)
             state |= {f"optimizer.{name}.{key}": tensor.detach() for key, tensor in own.items()}
         return state
+
+
+def _train_state(step: int, tokens_seen: int, data_cursors: torch.Tensor) -> dict[str, torch.Tensor]:
+    return {
+        "train.step": torch.tensor(step),
+        "train.tokens_seen": torch.tensor(tokens_seen),
+        "train.data_cursors": data_cursors,
+        "train.rng_state": torch.get_rng_state(),
+    }
 
 
 def _gather_cursors(own: torch.Tensor) -> torch.Tensor:

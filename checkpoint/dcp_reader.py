@@ -8,9 +8,10 @@ for each chunk the file and the bytes that hold it, in the format of `torch.save
 import io
 import pickle
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import torch
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
 # What DCP's index is made of; nothing else is let in, so that reading a checkpoint runs no code of its author.
 _ALLOWED = {
@@ -33,10 +34,14 @@ _ALLOWED = {
 }
 
 
+class _Refused(ValueError):
+    """The index names something that is not in `_ALLOWED`."""
+
+
 class _Unpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         if name not in _ALLOWED.get(module, ()):
-            raise ValueError(f"checkpoint: .metadata asks for {module}.{name}, which no DCP checkpoint needs: refused")
+            raise _Refused(f"checkpoint: .metadata asks for {module}.{name}, which no DCP checkpoint needs: refused")
         return super().find_class(module, name)
 
 
@@ -50,6 +55,33 @@ class Chunk(NamedTuple):
     length: int
 
 
+class _Window(io.RawIOBase):
+    """The part of an open file that holds one chunk, as a file of its own: it is read in place, not copied first."""
+
+    def __init__(self, file: BinaryIO, start: int, length: int) -> None:
+        self._file, self._start, self._length, self._position = file, start, length, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._position
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        self._position = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._length}[whence]
+        return self._position
+
+    def readinto(self, buffer: Any) -> int:
+        self._file.seek(self._start + self._position)
+        view = memoryview(buffer).cast("B")
+        count = self._file.readinto(view[: max(self._length - self._position, 0)])  # type: ignore[attr-defined]
+        self._position += count
+        return count
+
+
 class StoredTensor(NamedTuple):
     """A tensor of a checkpoint, not read yet."""
 
@@ -60,6 +92,8 @@ class StoredTensor(NamedTuple):
 
     def read(self) -> torch.Tensor:
         """The whole tensor, on the CPU; takes its size and one chunk's in memory. Raises ValueError for bad bytes."""
+        if len(self.chunks) == 1:
+            return self._read_chunk(self.chunks[0])
         full = torch.empty(self.shape, dtype=self.dtype)
         for chunk in self.chunks:
             region = tuple(slice(start, start + size) for start, size in zip(chunk.offsets, chunk.sizes))
@@ -69,12 +103,13 @@ class StoredTensor(NamedTuple):
     def _read_chunk(self, chunk: Chunk) -> torch.Tensor:
         try:
             with chunk.file.open("rb") as file:
-                file.seek(chunk.start)
-                stored = torch.load(io.BytesIO(file.read(chunk.length)), map_location="cpu", weights_only=True)
+                window: Any = _Window(file, chunk.start, chunk.length)
+                stored = torch.load(window, map_location="cpu", weights_only=True)
         except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise ValueError(f"checkpoint: cannot read {self.name!r} from {chunk.file}: {reason}") from error
-        if tuple(stored.shape) != chunk.sizes or stored.dtype != self.dtype:
+        described = isinstance(stored, torch.Tensor) and (tuple(stored.shape), stored.dtype)
+        if described != (chunk.sizes, self.dtype):
             raise ValueError(f"checkpoint: {self.name!r} in {chunk.file} is not what the index says")
         return stored
 
@@ -89,16 +124,24 @@ def read_index(folder: Path) -> dict[str, StoredTensor]:
             metadata = _Unpickler(file).load()
     except FileNotFoundError:
         raise ValueError(f"checkpoint: {folder} has no .metadata: expected a complete DCP checkpoint") from None
-    except (pickle.UnpicklingError, EOFError, AttributeError) as error:
+    except _Refused:
+        raise
+    except Exception as error:  # a damaged pickle can raise nearly anything
         raise ValueError(f"checkpoint: {folder / '.metadata'} cannot be read: {error}") from error
-    places = {(index.fqn, tuple(index.offset or ())): info for index, info in metadata.storage_data.items()}
+    if not isinstance(metadata, Metadata):
+        raise ValueError(f"checkpoint: {folder / '.metadata'} is no index of a DCP checkpoint")
+    places = {(index.fqn, tuple(index.offset or ())): info for index, info in (metadata.storage_data or {}).items()}
     tensors = {}
     for name, entry in metadata.state_dict_metadata.items():
-        if not hasattr(entry, "chunks"):
+        if not isinstance(entry, TensorStorageMetadata):
             raise ValueError(f"checkpoint: {name!r} is no tensor")
         chunks = []
         for chunk in entry.chunks:
-            info = places[name, tuple(chunk.offsets)]
+            if 0 in chunk.sizes and 0 not in entry.size:
+                continue  # of a rank that has no part of this tensor
+            info = places.get((name, tuple(chunk.offsets)))
+            if info is None or Path(info.relative_path).name != info.relative_path:
+                raise ValueError(f"checkpoint: the index tells no file of {folder} for {name!r} at {chunk.offsets}")
             file = folder / info.relative_path
             chunks.append(Chunk(tuple(chunk.offsets), tuple(chunk.sizes), file, info.offset, info.length))
         tensors[name] = StoredTensor(name, tuple(entry.size), entry.properties.dtype, chunks)
@@ -107,16 +150,18 @@ def read_index(folder: Path) -> dict[str, StoredTensor]:
 
 
 def _check_cover(tensor: StoredTensor) -> None:
-    """Disjoint chunks inside the tensor whose volumes add up to its own cover it exactly."""
-    volume = 0
-    for i, chunk in enumerate(tensor.chunks):
-        volume += torch.Size(chunk.sizes).numel()
-        inside = all(o >= 0 and o + s <= n for o, s, n in zip(chunk.offsets, chunk.sizes, tensor.shape))
-        overlaps = any(
-            all(a < c + d and c < a + b for a, b, c, d in zip(chunk.offsets, chunk.sizes, other.offsets, other.sizes))
-            for other in tensor.chunks[:i]
+    """Counts the chunks on each cell of the grid that all chunks' edges draw: there must be one."""
+    edges = [
+        sorted(
+            {0, size, *(c.offsets[dim] for c in tensor.chunks), *(c.offsets[dim] + c.sizes[dim] for c in tensor.chunks)}
         )
-        if not inside or (overlaps and 0 not in chunk.sizes):
-            raise ValueError(f"checkpoint: chunks of {tensor.name!r} overlap or lie outside of it")
-    if volume != torch.Size(tensor.shape).numel():
-        raise ValueError(f"checkpoint: the chunks of {tensor.name!r} do not cover it")
+        for dim, size in enumerate(tensor.shape)
+    ]
+    if any(edge[0] < 0 or edge[-1] > size for edge, size in zip(edges, tensor.shape)):
+        raise ValueError(f"checkpoint: a chunk of {tensor.name!r} lies outside of it")
+    cells = [{position: cell for cell, position in enumerate(edge)} for edge in edges]
+    count = torch.zeros([len(edge) - 1 for edge in edges], dtype=torch.int32)
+    for chunk in tensor.chunks:
+        count[tuple(slice(of[o], of[o + size]) for of, o, size in zip(cells, chunk.offsets, chunk.sizes))] += 1
+    if (count != 1).any():
+        raise ValueError(f"checkpoint: the chunks of {tensor.name!r} overlap or leave a hole")

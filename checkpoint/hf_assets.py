@@ -26,11 +26,13 @@ def write_hf_assets(folder: Path, config: dict[str, Any], *sources: Path) -> Non
     come from the tokenizer.
     """
     text_config = config.get("text_config", config) | ModelConfig.from_dict(config).to_dict()
+    if text_config.get("mtp_num_hidden_layers"):
+        text_config["mtp_num_hidden_layers"] = 0  # a checkpoint has no weights of multi-token prediction
     for source in reversed(sources):
         for name in _COPIED:
             if (source / name).exists():
                 shutil.copy(source / name, folder / name)
-    if (folder / "tokenizer_config.json").exists():
+    if (folder / "tokenizer_config.json").exists() and (folder / "tokenizer.json").exists():
         text_config = _special_token_ids(folder) | {k: v for k, v in text_config.items() if v is not None}
     (folder / "config.json").write_text(json.dumps(text_config, indent=2) + "\n", encoding="utf-8")
 

@@ -85,6 +85,11 @@ def is_float32(name: str) -> bool:
     return name.endswith(("linear_attn.A_log", "linear_attn.dt_bias", "mlp.gate.weight"))
 
 
+def is_published_in_float32(name: str) -> bool:
+    """Whether the published checkpoints, bfloat16 otherwise, keep this parameter in float32, as serving does."""
+    return name.endswith(("linear_attn.A_log", "linear_attn.norm.weight"))
+
+
 def find_pieces(config: ModelConfig, available: Mapping[str, Shape]) -> dict[str, list[Piece]]:
     """Which tensors of a Hugging Face checkpoint make up each native parameter.
 
