@@ -153,6 +153,21 @@ class LRScheduler:
 
 
 @dataclass(frozen=True, kw_only=True)
+class MoE:
+    """Losses on the router, beside the cross-entropy, that keep the experts in use."""
+
+    aux_loss_coef: NotNegative = 0.0
+    """Weight of the load-balancing loss. 0: off. Models of this family use 0.001."""
+    aux_loss_scope: Literal["global", "hf"] = "global"
+    """What is to be balanced. "global": the micro-batches of all processes together; "hf": each by itself, pooled over
+    layers, as transformers does."""
+    aux_loss_pooled: bool = False
+    """Count an expert's tokens over all layers together, and not in each. With the scope "hf" this is always so."""
+    z_loss_coef: NotNegative = 0.0
+    """Weight of the router z-loss, which keeps the router's logits small. 0: off."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Parallelism:
     """How many processes share what. replicate * shard = number of processes; expert divides shard."""
 
@@ -227,6 +242,7 @@ class Config:
     training: Training
     optimizer: Optimizer
     lr_scheduler: LRScheduler = field(default_factory=LRScheduler)
+    moe: MoE = field(default_factory=MoE)
     parallelism: Parallelism = field(default_factory=Parallelism)
     activation_checkpoint: ActivationCheckpoint = field(default_factory=ActivationCheckpoint)
     compile: Compile = field(default_factory=Compile)

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 from checkpoint.checkpointer import Checkpointer
-from config import Training, check_config, load_config, model_config, resolved_toml
+from config import MoE, Training, check_config, load_config, model_config, resolved_toml
 from data.loader import MicroBatch, TokenLoader
 from data.packing import IGNORED
 from models.ops.documents import Documents
@@ -24,7 +24,8 @@ from training.distributed import init_distributed, set_deterministic, sum_over_r
 from training.errors import exit_on_user_error
 from training.flops import mfu_of_one_token_a_second
 from training.gradients import clip_gradients
-from training.metrics import MetricsWriter, load_imbalance, peak_memory_gib, setup_logging
+from training.load_balancing import measure_for, router_losses
+from training.metrics import MetricsWriter, expert_load, peak_memory_gib, setup_logging
 from training.optimizer import build_optimizer, lr_factor, set_learning_rate
 from training.signals import StopRequest
 
@@ -36,8 +37,12 @@ class StepResult(NamedTuple):
 
     loss: torch.Tensor
     """[] float32: this rank's share of the mean loss over the global batch's trained tokens; shares add up."""
+    aux_loss: torch.Tensor
+    """[] float32: this rank's share of the load-balancing loss, the mean over micro-steps; 0 if it is off."""
+    z_loss: torch.Tensor
+    """The same of the router z-loss."""
     expert_counts: torch.Tensor
-    """[L, E] int64: how many rows this rank's tokens sent to each expert."""
+    """[L, E] int64: how many of this rank's tokens chose each expert."""
     grad_norm: torch.Tensor
     """[] of the global gradient, before clipping; the same on all ranks."""
 
@@ -50,34 +55,44 @@ def train_step(
     meshes: Meshes,
     device: torch.device,
     training: Training,
+    moe: MoE,
 ) -> StepResult:
     """One optimizer step over this rank's micro-batches; `num_trained` counts the GLOBAL batch's trained tokens."""
     shape = model.config
-    loss = torch.zeros((), device=device)
+    measure, num_ranks = measure_for(moe), meshes.data_parallel.size()
+    loss, aux_loss, z_loss = (torch.zeros((), device=device) for _ in range(3))
     expert_counts = torch.zeros(shape.num_hidden_layers, shape.num_experts, dtype=torch.int64, device=device)
     for batch in micro_batches:
         tokens, positions, labels = (
             tensor.to(device, non_blocking=True) for tensor in (batch.tokens, batch.positions, batch.labels)
         )
         documents = Documents.from_lengths(batch.lengths, device, max_seqlen=training.sequence_length)
-        loss_sum, counts = model(tokens, positions, documents, labels)
+        loss_sum, statistics = model(tokens, positions, documents, labels, measure)
         # Divided by what all ranks and micro-batches train together, so that losses and gradients simply add up.
         share = loss_sum / max(num_trained, 1)
-        share.backward()
+        total = share
+        if measure.probabilities or measure.logsumexp:
+            aux, z = router_losses(statistics, moe, shape.num_experts_per_tok, num_ranks, sum_over_ranks)
+            total = share + (moe.aux_loss_coef * aux + moe.z_loss_coef * z) / len(micro_batches)
+            aux_loss += aux.detach() / len(micro_batches)
+            z_loss += z.detach() / len(micro_batches)
+        total.backward()
         loss += share.detach()
-        expert_counts += counts
+        expert_counts += statistics.expert_counts
     reduce_replicated_gradients(model.float32_parameters(), meshes.data_parallel)
     grad_norm = clip_gradients(list(model.parameters()), training.max_grad_norm)
     optimizer.step()
     optimizer.zero_grad()
-    return StepResult(loss, expert_counts, grad_norm)
+    return StepResult(loss, aux_loss, z_loss, expert_counts, grad_norm)
 
 
-def reduce_result(result: StepResult) -> tuple[float, torch.Tensor]:
-    """The loss of the global batch and all ranks' expert counts [L, E], in one all-reduce."""
-    local = torch.cat([result.loss.double().reshape(1), result.expert_counts.double().flatten()])
-    loss, counts = sum_over_ranks(local).split([1, result.expert_counts.numel()])
-    return loss.item(), counts.view_as(result.expert_counts)
+def reduce_result(result: StepResult) -> StepResult:
+    """The losses and expert counts of all ranks together, in one all-reduce."""
+    losses = torch.stack([result.loss, result.aux_loss, result.z_loss]).double()
+    reduced = sum_over_ranks(torch.cat([losses, result.expert_counts.flatten()]))
+    loss, aux_loss, z_loss = reduced[:3]
+    expert_counts = reduced[3:].long().view_as(result.expert_counts)
+    return StepResult(loss, aux_loss, z_loss, expert_counts, result.grad_norm)
 
 
 def select_dtype(name: str, device: torch.device) -> torch.dtype:
@@ -172,24 +187,28 @@ def main(arguments: list[str]) -> None:
 
         lr = config.optimizer.lr * lr_factor(step, training.steps, config.lr_scheduler)
         set_learning_rate(optimizer, lr)
-        result = train_step(model, optimizer, micro_batches, num_trained, meshes, device, training)
+        result = train_step(model, optimizer, micro_batches, num_trained, meshes, device, training, config.moe)
         tokens_seen += tokens_per_step
         last = stopping or step == training.steps
 
         if last or step % config.metrics.log_interval == 0:
-            loss, expert_counts = reduce_result(result)
+            result = reduce_result(result)
             step_seconds = (time.perf_counter() - clock) / (step - clock_step)
             metrics = {
                 "step": step,
-                "loss": loss,
+                "loss": result.loss.item(),
                 "grad_norm": result.grad_norm.item(),
                 "lr": lr,
                 "tokens_seen": tokens_seen,
                 "tokens_per_second": tokens_per_step / step_seconds,
                 "step_seconds": step_seconds,
                 "peak_memory_gib": peak_memory_gib(device),
-                "expert_load_max_over_mean": load_imbalance(expert_counts),
+                **expert_load(result.expert_counts),
             }
+            if config.moe.aux_loss_coef > 0:
+                metrics["aux_loss"] = result.aux_loss.item()
+            if config.moe.z_loss_coef > 0:
+                metrics["z_loss"] = result.z_loss.item()
             if mfu_per_token is not None:
                 metrics["mfu"] = mfu_per_token * metrics["tokens_per_second"]
             if writer is not None:

@@ -33,10 +33,19 @@ def peak_memory_gib(device: torch.device) -> float:
     return peak / (2**30 if sys.platform == "darwin" else 2**20)
 
 
-def load_imbalance(expert_counts: torch.Tensor) -> float:
-    """The largest over the mean number of rows of an expert, in the worst layer; expert_counts [L, E]."""
+def expert_load(expert_counts: torch.Tensor) -> dict[str, float | int]:
+    """How evenly a step's tokens were spread over the experts; expert_counts [L, E], of all ranks.
+
+    The largest over the mean load of an expert in the worst layer, that layer's index from 0, and how many experts, of
+    all layers, were given no token.
+    """
     counts = expert_counts.double()
-    return (counts.amax(dim=1) / counts.mean(dim=1)).max().item()
+    largest, layer = (counts.amax(dim=1) / counts.mean(dim=1)).max(dim=0)
+    return {
+        "expert_load_max_over_mean": largest.item(),
+        "expert_load_worst_layer": int(layer),
+        "experts_without_tokens": int((expert_counts == 0).sum()),
+    }
 
 
 class MetricsWriter:

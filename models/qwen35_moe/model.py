@@ -12,7 +12,7 @@ from models.ops.linear_cross_entropy import linear_cross_entropy
 from models.qwen35_moe.attention import GatedAttention
 from models.qwen35_moe.config import FULL, ModelConfig
 from models.qwen35_moe.gated_delta_net import GatedDeltaNet
-from models.qwen35_moe.moe import MixtureOfExperts
+from models.qwen35_moe.moe import COUNTS_OF_ALL, Measure, MixtureOfExperts, RouterStatistics
 from models.qwen35_moe.norms import RMSNorm
 from models.qwen35_moe.rotary import Rotary, rotary_embedding
 
@@ -33,15 +33,17 @@ class Block(nn.Module):
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, hidden: torch.Tensor, rotary: Rotary, documents: Documents) -> tuple[torch.Tensor, torch.Tensor]:
-        """hidden [T, H] -> hidden [T, H], and how many rows each expert was given: int32 [E]."""
+    def forward(
+        self, hidden: torch.Tensor, rotary: Rotary, documents: Documents, measure: Measure = COUNTS_OF_ALL
+    ) -> tuple[torch.Tensor, RouterStatistics]:
+        """hidden [T, H] -> hidden [T, H], and what the router did."""
         x = self.input_layernorm(hidden)
         if self.layer_type == FULL:
             hidden = hidden + self.self_attn(x, rotary, documents)
         else:
             hidden = hidden + self.linear_attn(x, documents)
-        out, expert_counts = self.mlp(self.post_attention_layernorm(hidden))
-        return hidden + out, expert_counts
+        out, statistics = self.mlp(self.post_attention_layernorm(hidden), measure)
+        return hidden + out, statistics
 
 
 class Qwen35Moe(nn.Module):
@@ -78,21 +80,24 @@ class Qwen35Moe(nn.Module):
         positions: torch.Tensor,
         documents: Documents,
         labels: torch.Tensor | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+        measure: Measure = COUNTS_OF_ALL,
+    ) -> tuple[torch.Tensor, RouterStatistics]:
         """Runs one packed stream of documents.
 
         tokens int64 [T]; positions int64 [T], or [3, T] for time, height and width; labels int64 [T], already shifted,
-        -100 where nothing is trained. Returns (sum of the token losses in nats, a float32 scalar; expert counts) with
-        labels, else (logits [T, V]; expert counts). The counts, int32 [L, E], are the rows each expert was given.
+        -100 where nothing is trained. Returns (sum of the token losses in nats, a float32 scalar; statistics) with
+        labels, else (logits [T, V]; statistics). The statistics are the routers', as `measure` asks for them, with the
+        layers as first dimension: counts [L, E], probability sums [L, E], logsumexp sums [L].
         """
         rotary = rotary_embedding(self.config, positions)
         hidden = self.embed_tokens(tokens)
-        counts = []
+        of_layers = []
         for layer in self.layers:
-            hidden, expert_counts = layer(hidden, rotary, documents)
-            counts.append(expert_counts)
+            hidden, of_layer = layer(hidden, rotary, documents, measure)
+            of_layers.append(of_layer)
+        statistics = RouterStatistics.stack(of_layers)
         hidden = self.norm(hidden)
         head = self.embed_tokens if self.config.tie_word_embeddings else self.lm_head
         if labels is None:
-            return F.linear(hidden, head.weight), torch.stack(counts)
-        return linear_cross_entropy(hidden, head.weight, labels), torch.stack(counts)
+            return F.linear(hidden, head.weight), statistics
+        return linear_cross_entropy(hidden, head.weight, labels), statistics

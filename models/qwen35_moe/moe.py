@@ -1,5 +1,8 @@
 """Mixture of experts: router, stacked experts, shared expert."""
 
+from collections.abc import Sequence
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -12,6 +15,34 @@ from models.qwen35_moe.config import ModelConfig
 # Shapes: T tokens, H hidden, E experts, k experts a token, R = T * k routed rows, I expert hidden.
 
 
+class Measure(NamedTuple):
+    """Which statistics routers take beside the counts, and of which tokens."""
+
+    is_real: torch.Tensor | None = None
+    """bool [T]: False for fillers, which pass the experts like any token but are counted nowhere. None: all real."""
+    probabilities: bool = False
+    logsumexp: bool = False
+
+
+COUNTS_OF_ALL = Measure()
+
+
+class RouterStatistics(NamedTuple):
+    """What a router did with the real tokens. Sums over tokens, so that those of micro-batches and ranks add up."""
+
+    expert_counts: torch.Tensor
+    """int32 [E]: how many tokens chose each expert; k * tokens in all."""
+    probability_sums: torch.Tensor | None
+    """float32 [E]: each expert's probability, differentiable. None if not asked for."""
+    squared_logsumexp_sum: torch.Tensor | None
+    """float32 []: the square of the logits' logsumexp, differentiable. None if not asked for."""
+
+    @classmethod
+    def stack(cls, of_layers: Sequence["RouterStatistics"]) -> "RouterStatistics":
+        """Those of several layers, with the layers as first dimension."""
+        return cls._make(None if kind[0] is None else torch.stack(kind) for kind in zip(*of_layers))
+
+
 class Router(nn.Module):
     """Softmax over all experts, the k largest, renormalised to sum to one. `weight` [E, H] is float32 always."""
 
@@ -20,11 +51,12 @@ class Router(nn.Module):
         self.top_k = config.num_experts_per_tok
         self.weight = nn.Parameter(torch.empty(config.num_experts, config.hidden_size, dtype=torch.float32))
 
-    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """x [T, H] -> weights float32 [T, k], experts int64 [T, k]."""
-        probabilities = F.linear(at_least_float32(x), self.weight).softmax(dim=-1)
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """x [T, H] -> weights float32 [T, k], experts int64 [T, k], logits and probabilities float32 [T, E]."""
+        logits = F.linear(at_least_float32(x), self.weight)
+        probabilities = logits.softmax(dim=-1)
         weights, experts = probabilities.topk(self.top_k, dim=-1)
-        return weights / weights.sum(dim=-1, keepdim=True), experts
+        return weights / weights.sum(dim=-1, keepdim=True), experts, logits, probabilities
 
 
 class Experts(nn.Module):
@@ -66,9 +98,9 @@ class MixtureOfExperts(nn.Module):
         self.shared_expert = SharedExpert(config)
         self.shared_expert_gate = nn.Linear(config.hidden_size, 1, bias=False)
 
-    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """x [T, H] -> output [T, H], and how many rows each expert was given: int32 [E]."""
-        weights, experts = self.gate(x)
+    def forward(self, x: torch.Tensor, measure: Measure = COUNTS_OF_ALL) -> tuple[torch.Tensor, RouterStatistics]:
+        """x [T, H] -> output [T, H], and what the router did."""
+        weights, experts, logits, probabilities = self.gate(x)
         num_tokens, top_k = experts.shape
         sorted_experts, order = experts.flatten().sort(stable=True)
         inverse = order.argsort()
@@ -79,4 +111,21 @@ class MixtureOfExperts(nn.Module):
         rows = unpermute(rows, order, inverse).view(num_tokens, top_k, -1)
         routed = (rows * weights.unsqueeze(-1)).sum(dim=1).to(x.dtype)
         shared = self.shared_expert_gate(x).sigmoid() * self.shared_expert(x)
-        return routed + shared, offsets.diff(prepend=offsets.new_zeros(1))
+
+        ends = offsets
+        if measure.is_real is not None:  # where they would end without the fillers
+            real_rows = measure.is_real[order // top_k].cumsum(0, dtype=torch.int32)  # [R]
+            ends = F.pad(real_rows, (1, 0))[offsets]
+        statistics = RouterStatistics(
+            ends.diff(prepend=ends.new_zeros(1)),
+            _sum_of_real(probabilities, measure) if measure.probabilities else None,
+            _sum_of_real(logits.logsumexp(dim=-1).square(), measure) if measure.logsumexp else None,
+        )
+        return routed + shared, statistics
+
+
+def _sum_of_real(values: torch.Tensor, measure: Measure) -> torch.Tensor:
+    """[T, ...] summed over the real tokens."""
+    if measure.is_real is not None:
+        values = values.where(measure.is_real.view(-1, *[1] * (values.dim() - 1)), 0.0)
+    return values.sum(dim=0)

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
-from config import Optimizer, Training
+from config import MoE, Optimizer, Training
 from data.loader import MicroBatch
 from models.ops.kernels import Kernels
 from models.qwen35_moe.config import ModelConfig
@@ -22,6 +22,7 @@ from train import reduce_result, train_step
 from training.optimizer import build_optimizer
 
 TRAINING = Training(steps=5, sequence_length=64, global_batch_size=4)
+OFF = MoE()
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,8 @@ class Run:
     weights: dict[str, torch.Tensor]
     losses: list[float]
     grad_norms: list[float]
+    aux_losses: list[float]
+    z_losses: list[float]
     expert_counts: torch.Tensor  # of the first step, over all ranks [L, E]
     smallest_gap: float  # between a token's k-th and next logit, over all tokens, layers and steps: how far from a tie
 
@@ -76,10 +79,12 @@ def rows_as_micro_batch(config: ModelConfig, rows: list[list[int]], seed: int) -
 def forced_routing(experts: tuple[int, ...]) -> Iterator[None]:
     """Sends every token to these experts, whatever the router prefers; with none, leaves the router alone."""
 
-    def forward(self: Router, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(self: Router, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
         chosen = torch.tensor(experts).expand(len(x), -1)
-        weights = torch.nn.functional.linear(x, self.weight).softmax(dim=-1).gather(1, chosen)
-        return weights / weights.sum(dim=-1, keepdim=True), chosen
+        logits = torch.nn.functional.linear(x, self.weight)
+        probabilities = logits.softmax(dim=-1)
+        weights = probabilities.gather(1, chosen)
+        return weights / weights.sum(dim=-1, keepdim=True), chosen, logits, probabilities
 
     original = Router.forward
     if experts:
@@ -90,10 +95,11 @@ def forced_routing(experts: tuple[int, ...]) -> Iterator[None]:
         Router.forward = original  # type: ignore[method-assign]
 
 
-def train(config: ModelConfig, layout: Layout, rows: list[list[int]], num_steps: int) -> Run:
+def train(config: ModelConfig, layout: Layout, rows: list[list[int]], num_steps: int, moe: MoE = OFF) -> Run:
     """Runs on every rank of an initialised process group of `layout.world` ranks.
 
-    `rows`: the global batch as document lengths a row; rank r takes the r-th part of it, cut into micro-batches.
+    `rows`: the global batch as document lengths a row, cut into as many parts as there are micro-steps; of each, rank r
+    takes the r-th part. So layouts with the same accumulation have the same tokens in each micro-step.
     """
     assert dist.get_world_size() == layout.world
     torch.compiler.reset()
@@ -111,7 +117,7 @@ def train(config: ModelConfig, layout: Layout, rows: list[list[int]], num_steps:
     # in the last bit, and with seed 3 those sums make 2e-5 of it.
     materialise(model, torch.device("cpu"), seed=4)
     optimizer = build_optimizer(model, Optimizer(lr=1e-3, eps=layout.adam_eps, weight_decay=0.1))
-    run = Run({n: full(p) for n, p in model.named_parameters()}, {}, {}, [], [], torch.empty(0), math.inf)
+    run = Run({n: full(p) for n, p in model.named_parameters()}, {}, {}, [], [], [], [], torch.empty(0), math.inf)
 
     def keep_gradients(*_) -> None:
         if not run.first_gradients:
@@ -126,20 +132,22 @@ def train(config: ModelConfig, layout: Layout, rows: list[list[int]], num_steps:
         for block in model.blocks:
             block.mlp.gate.register_forward_hook(keep_smallest_gap)
     per_micro_batch = len(rows) // (layout.world * layout.accumulation)
-    first = dist.get_rank() * layout.accumulation * per_micro_batch
+    starts = range(dist.get_rank() * per_micro_batch, len(rows), layout.world * per_micro_batch)
     for step in range(num_steps):
         batches = [
             rows_as_micro_batch(config, [rows[i] for i in range(start, start + per_micro_batch)], 1000 * step + start)
-            for start in range(first, first + layout.accumulation * per_micro_batch, per_micro_batch)
+            for start in starts
         ]
         trained = torch.tensor(sum(int((batch.labels != -100).sum()) for batch in batches))
         dist.all_reduce(trained)
-        result = train_step(model, optimizer, batches, int(trained), meshes, torch.device("cpu"), TRAINING)
-        loss, expert_counts = reduce_result(result)
-        run.losses.append(loss)
+        result = train_step(model, optimizer, batches, int(trained), meshes, torch.device("cpu"), TRAINING, moe)
+        result = reduce_result(result)
+        run.losses.append(result.loss.item())
         run.grad_norms.append(result.grad_norm.item())
+        run.aux_losses.append(result.aux_loss.item())
+        run.z_losses.append(result.z_loss.item())
         if step == 0:
-            run.expert_counts = expert_counts
+            run.expert_counts = result.expert_counts
     run.weights = {n: full(p) for n, p in model.named_parameters()}
     return run
 

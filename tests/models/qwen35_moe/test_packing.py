@@ -71,7 +71,8 @@ def test_whole_blocks_are_isolated_bit_for_bit_with_routing_pinned(layer: int, m
     hidden = torch.randn(len(tokens), CONFIG.hidden_size, generator=generator)
     weights = torch.rand(len(tokens), CONFIG.num_experts_per_tok, generator=generator)
     experts = torch.rand(len(tokens), CONFIG.num_experts, generator=generator).topk(CONFIG.num_experts_per_tok)[1]
-    monkeypatch.setattr(Router, "forward", lambda self, x: (weights, experts))
+    unread = torch.empty(0)
+    monkeypatch.setattr(Router, "forward", lambda self, x: (weights, experts, unread, unread))
     rotary = rotary_embedding(CONFIG, positions)
     with torch.no_grad():
         before, _ = block(hidden, rotary, documents)
