@@ -165,6 +165,8 @@ class MoE:
     """Count an expert's tokens over all layers together, and not in each. With the scope "hf" this is always so."""
     z_loss_coef: NotNegative = 0.0
     """Weight of the router z-loss, which keeps the router's logits small. 0: off."""
+    force_balanced_routing: bool = False
+    """Benchmarks only: tokens go to the experts in turn, whatever the router prefers."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -204,8 +206,15 @@ class Compile:
 class Kernels:
     """Which implementation computes what."""
 
-    attention: Literal["auto", "sdpa", "varlen"] = "auto"
-    """'sdpa': one call a document, runs everywhere; 'varlen': FlashAttention over the stream, CUDA and bfloat16."""
+    attention: Literal["auto", "sdpa", "varlen", "cudnn"] = "auto"
+    """'sdpa': one call a document, runs everywhere; 'varlen': FlashAttention over the stream, CUDA and bfloat16;
+    'cudnn': cuDNN where all documents of a micro-batch have one length, else as 'varlen'."""
+    gated_delta_rule: Literal["auto", "torch", "fla", "flash_qla"] = "auto"
+    """'torch': runs everywhere; 'fla': flash-linear-attention, 'flash_qla': flash-qla, both CUDA and bfloat16."""
+    causal_conv1d: Literal["auto", "torch", "triton"] = "auto"
+    """The short convolution of linear attention. 'torch': runs everywhere; 'triton': one kernel each way, on CUDA."""
+    cross_entropy: Literal["auto", "torch", "compiled"] = "auto"
+    """The softmax over the vocabulary. 'torch': runs everywhere; 'compiled': by torch.compile, on CUDA."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -309,7 +318,7 @@ def check_config(config: Config, world_size: int) -> None:
     """Raises ConfigError for what `world_size` processes on this machine could not run."""
     _check_parallelism(config, model_config(config), world_size)
     _check_schedule(config.lr_scheduler, config.training.steps)
-    _check_kernels(config)
+    _check_kernels(config, model_config(config))
     _check_files(config, model_config(config).vocab_size)
 
 
@@ -360,7 +369,7 @@ def _check_schedule(schedule: LRScheduler, steps: int) -> None:
         )
 
 
-def _check_kernels(config: Config) -> None:
+def _check_kernels(config: Config, shape: ModelConfig) -> None:
     if config.kernels == Kernels():
         return  # "auto" is always possible; importing torch takes seconds
     import torch
@@ -374,7 +383,8 @@ def _check_kernels(config: Config) -> None:
         else {"cuda": "bfloat16", "cpu": "float32"}[device_type]
     )
     try:
-        select_kernels(dataclasses.asdict(config.kernels), device_type, getattr(torch, name))
+        head_dims = (shape.linear_key_head_dim, shape.linear_value_head_dim)
+        select_kernels(dataclasses.asdict(config.kernels), device_type, getattr(torch, name), head_dims)
     except ValueError as error:
         raise ConfigError(str(error)) from error
 

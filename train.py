@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 from checkpoint.checkpointer import Checkpointer
-from config import MoE, Training, check_config, load_config, model_config, resolved_toml
+from config import Config, MoE, Training, check_config, load_config, model_config, resolved_toml
 from data.loader import MicroBatch, TokenLoader
 from data.packing import IGNORED
 from models.ops.documents import Documents
@@ -113,6 +113,28 @@ def build_on_meta(shape: ModelConfig, kernels: Kernels, master_dtype: torch.dtyp
         torch.set_default_dtype(before)
 
 
+def build_model(config: Config, shape: ModelConfig, meshes: Meshes, device: torch.device) -> Qwen35Moe:
+    """The parallelised model on its device, with its initial weights."""
+    compute_dtype = select_dtype(config.training.dtype, device)
+    head_dims = (shape.linear_key_head_dim, shape.linear_value_head_dim)
+    kernels = select_kernels(dataclasses.asdict(config.kernels), device.type, compute_dtype, head_dims)
+    model = build_on_meta(shape, kernels, getattr(torch, config.training.master_dtype))
+    for block in model.blocks:
+        block.mlp.gate.force_balanced = config.moe.force_balanced_routing
+    num_parameters = sum(parameter.numel() for parameter in model.parameters())
+    world_size = meshes.data_parallel.size()
+    logger.info(f"{num_parameters / 1e6:,.1f} M parameters, {world_size} x {device.type}, {compute_dtype}, {kernels}")
+    parallelize_fn(
+        model,
+        meshes,
+        compute_dtype=compute_dtype,
+        activation_checkpoint=config.activation_checkpoint.mode,
+        compile_blocks=config.compile.enable,
+    )
+    materialise(model, device, config.job.seed)
+    return model
+
+
 def main(arguments: list[str]) -> None:
     # 1. Configuration: defaults < TOML < command line. A mistake ends in one line and exit code 2.
     rank, world_size = world_from_environment()
@@ -137,19 +159,7 @@ def main(arguments: list[str]) -> None:
 
     # 4. Model: built without memory, parallelised, then given its memory and its initial weights.
     shape = model_config(config)
-    compute_dtype = select_dtype(training.dtype, device)
-    kernels = select_kernels(dataclasses.asdict(config.kernels), device.type, compute_dtype)
-    model = build_on_meta(shape, kernels, getattr(torch, training.master_dtype))
-    num_parameters = sum(parameter.numel() for parameter in model.parameters())
-    logger.info(f"{num_parameters / 1e6:,.1f} M parameters, {world_size} x {device.type}, {compute_dtype}, {kernels}")
-    parallelize_fn(
-        model,
-        meshes,
-        compute_dtype=compute_dtype,
-        activation_checkpoint=config.activation_checkpoint.mode,
-        compile_blocks=config.compile.enable,
-    )
-    materialise(model, device, config.job.seed)
+    model = build_model(config, shape, meshes, device)
 
     # 5. Optimizer.
     optimizer = build_optimizer(model, config.optimizer)
@@ -180,9 +190,8 @@ def main(arguments: list[str]) -> None:
         micro_batches = [next(loader) for _ in range(num_micro_batches)]
         num_trained = sum(int((batch.labels != IGNORED).sum()) for batch in micro_batches)
         # The one place where ranks agree: how many tokens the global batch trains, and whether anyone was told to stop.
-        num_trained, num_stops = sum_over_ranks(
-            torch.tensor([num_trained, int(stop.requested)], device=device)
-        ).tolist()
+        # On the host, so that no rank waits here for its GPU to finish the step before.
+        num_trained, num_stops = sum_over_ranks(torch.tensor([num_trained, int(stop.requested)])).tolist()
         stopping = num_stops > 0
 
         lr = config.optimizer.lr * lr_factor(step, training.steps, config.lr_scheduler)

@@ -62,14 +62,16 @@ def apply_fsdp(model: Qwen35Moe, meshes: Meshes, compute_dtype: torch.dtype) -> 
         ),
         ignored_params=set(model.float32_parameters()),
     )
+    # Where nothing is sharded, gathering anew for the backward pass would only repeat the cast.
+    is_sharded = meshes.dense.size() > 1
     for block in model.blocks:
         if meshes.expert_parallel.size() > 1:
             # Experts alone leave the dense mesh. Their dim 0 is taken by the axis ep, so efsdp cuts dim 1.
             shard(block.mlp.experts, mesh=meshes.expert, shard_placement_fn=lambda _: Shard(1))
-        shard(block, mesh=meshes.dense)
+        shard(block, mesh=meshes.dense, reshard_after_forward=is_sharded)
     shard(model, mesh=meshes.dense)
     for module in model.modules():
-        if isinstance(module, FSDPModule):
+        if isinstance(module, FSDPModule) and is_sharded:  # one process has nothing to divide, not even by 1
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)  # gloo has no pre-multiplied sum
 
