@@ -421,7 +421,7 @@ def test_help_lists_every_key_with_type_default_and_docstring(capsys: pytest.Cap
         for field in dataclasses.fields(cls):
             doc = " ".join(field_docs(cls)[field.name].split())
             assert doc.endswith((".", "?")), f"{section}.{field.name}"
-            start = text.index(f"--{section}.{field.name}: ")
+            start = text.index(f"--{section}.{field.name.rstrip('_')}: ")
             assert doc in text[start : start + len(doc) + 250]
     assert "--optimizer.betas: a list of 2, each a number from 0 to below 1; default [0.9, 0.95]" in text
     assert "--optimizer.lr: a positive number; required" in text
