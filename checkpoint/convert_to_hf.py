@@ -10,6 +10,7 @@ import json
 import re
 import sys
 from collections.abc import Iterable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -236,11 +237,12 @@ def verify(checkpoint: Path, out: Path, plan: Plan, progress: bool = False) -> N
 
 
 def _load_with_transformers(out: Path, plan: Plan) -> None:
-    """Loads `out` without memory for its tensors; no key may be missing, unexpected or mismatched."""
+    """Loads `out`; no key may be missing, unexpected or mismatched. Takes no memory where accelerate is installed."""
     import transformers  # slow to import
 
     cls = getattr(transformers, plan.config["architectures"][0])
-    _, loading = cls.from_pretrained(out, dtype="auto", device_map="meta", output_loading_info=True)
+    place = "meta" if find_spec("accelerate") else None
+    _, loading = cls.from_pretrained(out, dtype="auto", device_map=place, output_loading_info=True)
     for problem, keys in loading.items():
         if keys:
             raise ValueError(f"verify: {cls.__name__} finds {problem.replace('_', ' ')}: {sorted(map(str, keys))[0]}")
