@@ -1,8 +1,10 @@
 """Starts train.py's main in real gloo processes that a test can watch and kill; a start takes a second or two."""
 
+import faulthandler
 import json
 import multiprocessing
 import os
+import signal
 import sys
 import time
 from pathlib import Path
@@ -44,6 +46,7 @@ def _rank_main(rank: int, world_size: int, port: int, log: str, arguments: list[
 
     torch.set_num_threads(1)
     sys.stdout = sys.stderr = open(log, "a", buffering=1)  # noqa: SIM115
+    faulthandler.register(signal.SIGUSR1)  # shows where a rank hangs
     with exit_on_user_error():
         main(arguments)
 
@@ -79,6 +82,9 @@ class Run:
             process.join(max(deadline - time.monotonic(), 0))
         codes = [process.exitcode for process in self.ranks]
         for process in self.ranks:
+            if process.is_alive():
+                os.kill(process.pid or 0, signal.SIGUSR1)
+                time.sleep(0.5)
             process.kill()
             process.join()
         return codes
