@@ -27,7 +27,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
+from torch.distributed.checkpoint.staging import BlockingAsyncStager
 
 from checkpoint.convert_to_hf import convert_to_hf
 from checkpoint.dcp_reader import read_index
@@ -71,8 +71,8 @@ class Checkpointer:
         self._group = dist.new_group(backend="gloo", timeout=timedelta(hours=4))
         self._thread = ThreadPoolExecutor(1, "checkpoint")
         self._pending: Future[bool] | None = None
-        on_gpu = next(model.parameters()).is_cuda
-        self._stager = DefaultStager(StagingOptions(on_gpu, False, False, on_gpu))  # pinned memory, kept for the next
+        # On a GPU the copy goes to pinned memory, which is kept for the next one. (DefaultStager of torch 2.11 fails.)
+        self._stager = BlockingAsyncStager(cache_staged_state_dict=next(model.parameters()).is_cuda)
         self.blocked_seconds = 0.0
         """For how long saves have kept the training waiting, since whoever reads it last set it to 0."""
 
