@@ -31,9 +31,9 @@ class Stub:
         self.state: Any
 
     def __setstate__(self, state: Any) -> None:
-        # Of a class with __slots__: (None or a dict, a dict).
-        parts = state if isinstance(state, tuple) and len(state) == 2 and isinstance(state[1], dict) else (state,)
-        self.state = {k: v for part in parts if part for k, v in part.items()} if isinstance(parts[-1], dict) else state
+        if isinstance(state, tuple) and len(state) == 2 and isinstance(state[1], dict):  # of a class with __slots__
+            state = (state[0] or {}) | state[1]
+        self.state = state
 
     def __getattr__(self, name: str) -> Any:
         if isinstance(self.__dict__.get("state"), dict) and name in self.state:

@@ -18,7 +18,8 @@ from torch.distributed.tensor.placement_types import _StridedShard
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from checkpoint import convert_to_hf as to_hf
-from checkpoint.fsdp_shards import read_shards
+from checkpoint.fsdp_shards import _mesh_position, read_shards
+from checkpoint.torch_file import Stub, read_torch_file
 from models.qwen35_moe.hf_weights import hf_name, is_float32
 from tests.checkpoint.test_conversion import add_assets, random_weights
 
@@ -160,6 +161,19 @@ def test_what_does_not_fit_is_named(tmp_path: Path) -> None:
     torch.save({}, folder / "model_world_size_2_rank_0.pt")
     with pytest.raises(ValueError, match=r"worlds of \[2, 4\] ranks"):
         read_shards(folder)
+
+
+def test_a_mesh_of_torch_before_2_10(tmp_path: Path) -> None:
+    """It holds its ranks as a tensor, and a mesh that is a part of another holds those of this part alone."""
+    torch.save({"whole": torch.tensor([[4, 5, 6], [0, 1, 2]]), "part": torch.tensor([1, 5])}, tmp_path / "mesh.pt")
+    for (kind, rank), expected in {
+        ("whole", 4): [(2, 0), (3, 0)],
+        ("whole", 2): [(2, 1), (3, 2)],
+        ("part", 5): [(2, 1)],
+    }.items():
+        mesh = Stub()
+        mesh.state = {"mesh": read_torch_file(tmp_path / "mesh.pt")[kind]}
+        assert _mesh_position(mesh, rank) == expected
 
 
 @pytest.mark.parametrize("version", sorted(path.name for path in FIXTURES.glob("torch-*")))
