@@ -30,7 +30,7 @@ def wait_for(run: Run, moment: str, chance: random.Random) -> bool:
     if moment == "start":
         time.sleep(chance.uniform(0, 6))
         return run.alive
-    steps = chance.randint(1, 4)
+    steps = chance.randint(1, 3)
     folder, suffix = run.folder / "checkpoints", ".removed" if moment == "deletion" else ""
     while run.alive:
         lines = run.metrics()
@@ -69,8 +69,8 @@ def main() -> None:
     options = parser.parse_args()
     chance = random.Random(options.seed)
     with tempfile.TemporaryDirectory() as temporary:
-        common = [f"--training.steps={8 * options.kills + 8}", "--job.deterministic"]
-        expected = Run(Path(temporary, "reference"), 2, *common, "--checkpoint.interval=100000").finish()
+        common = [f"--training.steps={6 * options.kills + 10}", "--job.deterministic"]
+        expected = Run(Path(temporary, "reference"), 2, *common, "--checkpoint.interval=100000").finish(900)
         common += ["--checkpoint.interval=1", "--checkpoint.keep=2"]
         folder = Path(temporary, "run")
         kills: Counter[str] = Counter()
@@ -99,7 +99,7 @@ def main() -> None:
                 kills[f"{moment}, {'all ranks' if len(victims) == 2 else 'one rank'}"] += 1
             if not killed and newest == len(expected):
                 break
-        last = Run(folder, 2, *common).finish()
+        last = Run(folder, 2, *common).finish(900)
         assert len(last) == len(expected)
         assert same(last, expected)
         print(f"{sum(kills.values())} kills, last at step {newest} of {len(expected)}: {dict(sorted(kills.items()))}")

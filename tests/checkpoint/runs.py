@@ -89,9 +89,9 @@ class Run:
             process.join()
         return codes
 
-    def finish(self) -> list[dict]:
+    def finish(self, seconds: float = 120) -> list[dict]:
         """Waits for a good end; the lines of metrics.jsonl."""
-        codes = self.wait()
+        codes = self.wait(seconds)
         assert set(codes) == {0}, (codes, self.log.read_text())
         return self.metrics()
 

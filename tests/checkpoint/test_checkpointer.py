@@ -12,6 +12,7 @@ import torch.distributed as dist
 import checkpoint.checkpointer as checkpointer_module
 from checkpoint.checkpointer import Checkpointer, Progress
 from checkpoint.directories import complete_checkpoints, find_checkpoint
+from checkpoint.hf_assets import read_base
 from config import Checkpoint, Config, Data, Job, Model, Optimizer, Training
 from models.ops.kernels import Kernels
 from models.qwen35_moe.model import Qwen35Moe
@@ -200,6 +201,7 @@ def test_damage_is_named_and_auto_falls_back(
 def test_starting_from_weights_alone_and_under_another_name(tmp_path: Path) -> None:
     model, optimizer, checkpointer = build(str(tmp_path / "old"), 1, 1, seed=0)
     take_steps(model, optimizer, 2)
+    checkpointer._base = TOKENIZER  # as if it had been loaded from there
     save(checkpointer, 2)
     expected = contents(model, optimizer)
     (tmp_path / "old").rename(tmp_path / "renamed")
@@ -215,6 +217,7 @@ def test_starting_from_weights_alone_and_under_another_name(tmp_path: Path) -> N
     take_steps(model, optimizer, 1)
     save(checkpointer, 1)
     assert build(**new)[2].resume().step == 1  # from now on its own checkpoints count
+    assert read_base(tmp_path / "new/checkpoints/step-00000001") == TOKENIZER  # handed on
 
 
 @pytest.mark.usefixtures("one_rank")
