@@ -187,6 +187,8 @@ def test_damage_is_named_and_auto_falls_back(
 ) -> None:
     first, second = (checkpoint_in(tmp_path, step) for step in (2, 4))
     damage(second / name)
+    if (damage, name) == (flip_a_bit, "manifest.json"):
+        name = ""  # wherever the bit lies, some file is not what it says
     for path in (second, tmp_path):
         with pytest.raises(ValueError, match=f"checkpoint.resume = .*{name}"):
             build(str(tmp_path / "new"), 1, 1, seed=0, resume=str(path))[2].resume()
