@@ -77,7 +77,9 @@ class Model:
     """The model's shape: either `path` or `config`."""
 
     path: str = ""
-    """Hugging Face directory whose config.json gives the shape. Its weights are not read."""
+    """Hugging Face directory whose config.json gives the shape."""
+    initial_load: Literal["none", "hf"] = "none"
+    """What a run without checkpoints starts from. "none": random weights; "hf": the weights in `path`."""
     config: dict[str, Any] = field(default_factory=dict)
     """The shape as a table, with the keys of config.json's text_config; what is left out is as in 35B-A3B."""
 
@@ -227,8 +229,17 @@ class Checkpoint:
     """Steps from one save to the next."""
     keep: Count = 3
     """Newest checkpoints to keep. 0: all."""
+    async_: bool = True
+    """Save in the background, from a copy in host memory: each process needs room for its whole state there. The last
+    save is never in the background."""
     resume: str = "auto"
-    """'auto': from the newest complete checkpoint in `job.output_dir`, if there is one; 'never'; or a checkpoint."""
+    """'auto': everything from the newest undamaged checkpoint in `job.output_dir`, if there is one; 'never': there must
+    be none; or everything from the checkpoint at this path, whatever `job.output_dir` holds."""
+    start_from: str = ""
+    """A checkpoint whose weights, and nothing else of it, a run without checkpoints of its own starts from: new
+    optimizer, step 0, the data's beginning. Also what convert_from_hf.py makes."""
+    export_hf: Literal["never", "last", "all"] = "never"
+    """Which saves are also written as Hugging Face directories, in bfloat16, to `job.output_dir`/hf; all are kept."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -268,7 +279,11 @@ _SHAPE = {key: _NARROWED.get(hint, hint) for key, hint in get_type_hints(ModelCo
 _ROPE = {key: _SHAPE[key] for key in ("rope_theta", "partial_rotary_factor", "mrope_section")}
 _HF_FORM = {"model_type": str, "full_attention_interval": PositiveInt, "hidden_act": str, "attention_bias": bool}
 _ROPE_PARAMETERS = {"rope_type": str, "mrope_interleaved": bool, **_ROPE}
-SCHEMA: dict[str, Any] = {name: get_type_hints(cls, include_extras=True) for name, cls in SECTIONS.items()}
+# A field whose TOML key is a Python keyword ends in an underscore.
+SCHEMA: dict[str, Any] = {
+    name: {field.rstrip("_"): hint for field, hint in get_type_hints(cls, include_extras=True).items()}
+    for name, cls in SECTIONS.items()
+}
 SCHEMA["model"]["config"] = _SHAPE | _HF_FORM | {"attention_dropout": float, "rope_parameters": _ROPE_PARAMETERS}
 
 
@@ -292,13 +307,18 @@ def load_config(argv: list[str]) -> Config:
             required = item.default is dataclasses.MISSING and item.default_factory is dataclasses.MISSING
             if required and item.name not in tables.get(section, {}):
                 raise ConfigError(f"{section}.{item.name} is missing: expected {_accepted(schema[item.name])}")
-    config = Config(**{section: cls(**tables.get(section, {})) for section, cls in SECTIONS.items()})
+    keywords = {item.name.rstrip("_"): item.name for cls in SECTIONS.values() for item in dataclasses.fields(cls)}
+    sections = {
+        section: cls(**{keywords[key]: value for key, value in tables.get(section, {}).items()})
+        for section, cls in SECTIONS.items()
+    }
+    config = Config(**sections)
     return _with_absolute_paths(config)
 
 
 def resolved_toml(config: Config) -> str:
     """The whole configuration as TOML. Loading it gives an equal Config."""
-    return tomli_w.dumps(dataclasses.asdict(config))
+    return tomli_w.dumps(dataclasses.asdict(config, dict_factory=lambda items: {k.rstrip("_"): v for k, v in items}))
 
 
 def model_config(config: Config) -> ModelConfig:
@@ -392,8 +412,20 @@ def _check_kernels(config: Config, shape: ModelConfig) -> None:
 def _check_files(config: Config, vocab_size: int) -> None:
     _check_text(config.data)
     _check_tokenizer(config.data, vocab_size)
-    if config.checkpoint.resume not in ("auto", "never") and not os.path.isdir(config.checkpoint.resume):
-        raise ConfigError(f"checkpoint.resume = {config.checkpoint.resume!r}: expected 'auto', 'never' or a directory")
+    resume, start = config.checkpoint.resume, config.checkpoint.start_from
+    if resume not in ("auto", "never") and not os.path.isdir(resume):
+        raise ConfigError(f"checkpoint.resume = {resume!r}: expected 'auto', 'never' or a directory")
+    if start and not os.path.isdir(start):
+        raise ConfigError(f"checkpoint.start_from = {start!r}: expected a directory")
+    if start and resume not in ("auto", "never"):
+        raise ConfigError(f"checkpoint.start_from and checkpoint.resume = {resume!r}: expected one of them")
+    if config.model.initial_load == "hf":
+        if start:
+            raise ConfigError("model.initial_load = 'hf' and checkpoint.start_from exclude each other: expected one")
+        if not list(Path(config.model.path or "/dev/null").glob("*.safetensors")):
+            raise ConfigError(
+                f"model.initial_load = 'hf': expected model.path = {config.model.path!r} to hold safetensors files"
+            )
     parent = Path(config.job.output_dir)
     while not parent.exists():
         parent = parent.parent
@@ -484,7 +516,9 @@ def _with_absolute_paths(config: Config) -> Config:
             tokenizer=readable(config.data.tokenizer) or model_path,
         ),
         checkpoint=dataclasses.replace(
-            config.checkpoint, resume=resume if resume in ("auto", "never") else readable(resume)
+            config.checkpoint,
+            resume=resume if resume in ("auto", "never") else readable(resume),
+            start_from=readable(config.checkpoint.start_from),
         ),
     )
 
@@ -677,7 +711,8 @@ def help_text() -> str:
         docs = field_docs(cls)
         for item in dataclasses.fields(cls):
             default = f"default {_default(item)}" if _default(item) else "required"
-            lines.append(f"  --{section}.{item.name}: {_accepted(SCHEMA[section][item.name])}; {default}")
+            key = item.name.rstrip("_")
+            lines.append(f"  --{section}.{key}: {_accepted(SCHEMA[section][key])}; {default}")
             lines += textwrap.wrap(docs[item.name], 110, initial_indent=" " * 6, subsequent_indent=" " * 6)
     return "\n".join(lines)
 

@@ -10,16 +10,18 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 
-from checkpoint.checkpointer import Checkpointer
+from checkpoint.checkpointer import Checkpointer, Progress
+from checkpoint.hf_reader import load_hf_weights
 from config import Config, MoE, Training, check_config, load_config, model_config, resolved_toml
 from data.loader import MicroBatch, TokenLoader
 from data.packing import IGNORED
 from models.ops.documents import Documents
 from models.ops.kernels import Kernels, select_kernels
 from models.qwen35_moe.config import ModelConfig
+from models.qwen35_moe.init import init_weights
 from models.qwen35_moe.model import Qwen35Moe
 from parallelisms.mesh import Meshes, build_meshes
-from parallelisms.parallelize import materialise, parallelize_fn, reduce_replicated_gradients
+from parallelisms.parallelize import local_region, parallelize_fn, reduce_replicated_gradients
 from training.distributed import init_distributed, set_deterministic, sum_over_ranks, world_from_environment
 from training.errors import exit_on_user_error
 from training.flops import mfu_of_one_token_a_second
@@ -114,7 +116,7 @@ def build_on_meta(shape: ModelConfig, kernels: Kernels, master_dtype: torch.dtyp
 
 
 def build_model(config: Config, shape: ModelConfig, meshes: Meshes, device: torch.device) -> Qwen35Moe:
-    """The parallelised model on its device, with its initial weights."""
+    """The parallelised model on its device, its weights yet to be filled."""
     compute_dtype = select_dtype(config.training.dtype, device)
     head_dims = (shape.linear_key_head_dim, shape.linear_value_head_dim)
     kernels = select_kernels(dataclasses.asdict(config.kernels), device.type, compute_dtype, head_dims)
@@ -131,7 +133,7 @@ def build_model(config: Config, shape: ModelConfig, meshes: Meshes, device: torc
         activation_checkpoint=config.activation_checkpoint.mode,
         compile_blocks=config.compile.enable,
     )
-    materialise(model, device, config.job.seed)
+    model.to_empty(device=device)
     return model
 
 
@@ -157,16 +159,22 @@ def main(arguments: list[str]) -> None:
     # 3. Data: every rank reads its own rows.
     loader = TokenLoader(config.data, training, config.data.tokenizer, rank, world_size, config.job.seed)
 
-    # 4. Model: built without memory, parallelised, then given its memory and its initial weights.
+    # 4. Model: built without memory, parallelised, then given its memory.
     shape = model_config(config)
     model = build_model(config, shape, meshes, device)
 
     # 5. Optimizer.
     optimizer = build_optimizer(model, config.optimizer)
 
-    # 6. Checkpoints: continue where an earlier run stopped.
+    # 6. Weights: those of an earlier run, which then goes on; of a Hugging Face directory; or random ones.
     checkpointer = Checkpointer(config, shape, model, optimizer)
     progress = checkpointer.resume()
+    if progress is None:
+        progress = Progress()
+        if config.model.initial_load == "hf":
+            load_hf_weights(model, Path(config.model.path), local_region)
+        else:
+            init_weights(model, config.job.seed, local_region)
     if progress.data_cursors is not None:
         loader.load_cursors(progress.data_cursors)
     step, tokens_seen = progress.step, progress.tokens_seen
@@ -220,20 +228,25 @@ def main(arguments: list[str]) -> None:
                 metrics["z_loss"] = result.z_loss.item()
             if mfu_per_token is not None:
                 metrics["mfu"] = mfu_per_token * metrics["tokens_per_second"]
+            if config.checkpoint.enable:  # how long saves kept the training waiting since the last line
+                metrics["checkpoint_seconds"], checkpointer.blocked_seconds = checkpointer.blocked_seconds, 0.0
             if writer is not None:
                 writer.write(metrics)
             clock, clock_step = time.perf_counter(), step
 
         if config.checkpoint.enable and (last or step % config.checkpoint.interval == 0):
-            checkpointer.save(step, tokens_seen, loader.cursors)
+            checkpointer.save(step, tokens_seen, loader.cursors, last)
             clock, clock_step = time.perf_counter(), step
 
     # 9. The end, of all ranks together.
+    saved = checkpointer.wait()
     logger.info(f"stopped at step {step} of {training.steps}" if stopping else f"done: {training.steps} steps")
     loader.close()
     if writer is not None:
         writer.close()
     dist.destroy_process_group()
+    if not saved:
+        sys.exit(1)  # the reason has been logged
 
 
 if __name__ == "__main__":

@@ -25,7 +25,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a file fr
 
 from config import Config, check_config, load_config, model_config
 from data.loader import MicroBatch
+from models.qwen35_moe.init import init_weights
 from parallelisms.mesh import build_meshes
+from parallelisms.parallelize import local_region
 from train import build_model, reduce_result, train_step
 from training.distributed import init_distributed, world_from_environment
 from training.flops import flops_per_token, peak_flops
@@ -96,6 +98,7 @@ def measure(config: Config, lengths: list[int], num_steps: int, profile_steps: i
     shape = model_config(config)
     torch.manual_seed(config.job.seed)
     model = build_model(config, shape, meshes, device)
+    init_weights(model, config.job.seed, local_region)
     optimizer = build_optimizer(model, config.optimizer)
     num_micro_batches = training.global_batch_size // (world_size * training.local_batch_size)
     tokens_per_step = training.global_batch_size * training.sequence_length

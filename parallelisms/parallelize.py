@@ -76,7 +76,8 @@ def apply_fsdp(model: Qwen35Moe, meshes: Meshes, compute_dtype: torch.dtype) -> 
             module.set_force_sum_reduction_for_comms(True)  # gloo has no pre-multiplied sum
 
 
-def _local_region(parameter: nn.Parameter) -> Region:
+def local_region(parameter: nn.Parameter) -> Region:
+    """This rank's part of a parameter, and where it lies in the whole."""
     if not isinstance(parameter, DTensor):
         return whole(parameter)
     shape, start = compute_local_shape_and_global_offset(parameter.shape, parameter.device_mesh, parameter.placements)
@@ -86,7 +87,7 @@ def _local_region(parameter: nn.Parameter) -> Region:
 def materialise(model: Qwen35Moe, device: torch.device, seed: int) -> None:
     """Gives a parallelised meta-device model its memory and its initial weights, this rank's part alone."""
     model.to_empty(device=device)
-    init_weights(model, seed, _local_region)
+    init_weights(model, seed, local_region)
 
 
 @torch.no_grad()

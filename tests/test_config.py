@@ -269,6 +269,9 @@ def test_every_value_survives_the_round_trip(text_key: str, seed: int, lr: float
         ("--data.tokenizer=text", "text': expected a directory with tokenizer.json"),
         ("--model.config.vocab_size=4095", "has token 4095, expected all below the model's vocab_size = 4095"),
         ("--checkpoint.resume=latest", "latest': expected 'auto', 'never' or a directory"),
+        ("--checkpoint.start_from=none", "none': expected a directory"),
+        ("--model.initial_load=hf", "initial_load = 'hf': expected model.path = '' to hold safetensors files"),
+        ("--checkpoint.export_hf=yes", "expected 'never', 'last' or 'all'"),
         ("--job.output_dir=text/a.jsonl/run", "expected a folder"),
     ],
 )
@@ -326,6 +329,21 @@ def test_experts_that_fsdp_cannot_cut_evenly(key: str, value: int, expected: str
 )
 def test_a_mistake_in_a_file(toml: str, expected: str) -> None:
     assert expected in error_of(toml=toml)
+
+
+def test_what_a_run_starts_from_is_one_thing(folder: Path) -> None:
+    start = ["--config", "base.toml", "--checkpoint.start_from=text"]
+    assert "start_from and checkpoint.resume = " in error_of(*start, "--checkpoint.resume=text")
+    assert "exclude each other" in error_of(*start, "--model.initial_load=hf")
+
+
+def test_a_key_that_is_a_keyword_of_python(folder: Path) -> None:
+    config = load("--checkpoint.async", "false")
+    assert config.checkpoint.async_ is False
+    assert "async = false" in resolved_toml(config)
+    assert "--checkpoint.async_ = 'false' is unknown: did you mean checkpoint.async?" in error_of(
+        "--config", "base.toml", "--checkpoint.async_=false"
+    )
 
 
 def test_a_cycle_of_two(folder: Path) -> None:
@@ -421,7 +439,7 @@ def test_help_lists_every_key_with_type_default_and_docstring(capsys: pytest.Cap
         for field in dataclasses.fields(cls):
             doc = " ".join(field_docs(cls)[field.name].split())
             assert doc.endswith((".", "?")), f"{section}.{field.name}"
-            start = text.index(f"--{section}.{field.name}: ")
+            start = text.index(f"--{section}.{field.name.rstrip('_')}: ")
             assert doc in text[start : start + len(doc) + 250]
     assert "--optimizer.betas: a list of 2, each a number from 0 to below 1; default [0.9, 0.95]" in text
     assert "--optimizer.lr: a positive number; required" in text
