@@ -133,7 +133,7 @@ def main(arguments: list[str]) -> None:
     meshes = build_meshes(device.type, replicate_degree, shard_degree, config.parallelism.expert_parallel_degree)
 
     # 3. Data: every rank reads its own rows.
-    loader = TokenLoader(config.data, training, config.data.tokenizer, rank, world_size, config.job.seed)
+    loader = TokenLoader(config.data, training, rank, world_size, config.job.seed, skipped_dir=output_dir / "skipped")
 
     # 4. Model: built without memory, parallelised, then given its memory and its initial weights.
     shape = model_config(config)
