@@ -93,7 +93,7 @@ class ChatTemplate:
             raise BadSample("template_error", "no special token ends the assistant's turns")
         self._end_of_turn = end[0]
         self._prompt = prompts[0] if prompts else ""
-        self._openings = sorted({text for text in prompts + openings if text}, key=len, reverse=True)
+        self._openings = sorted({text for text in prompts + openings if text}, key=len, reverse=True)  # longest first
 
     def _spans(self, messages: list[Message], tools: Any) -> tuple[str, dict[int, tuple[int, int]]]:
         """The rendering, and where in it each of the assistant's turns begins and ends."""
@@ -137,13 +137,14 @@ class ChatTemplate:
 
         # The beginning: what the model is to write after the prompt for an answer. If it is not told what to think, the
         # empty thoughts before its answer are the template's, unless they are wanted.
-        openings = [self._prompt] if self._prompt else []
-        if kind != "reasoning_content" and not self._train_empty_thinking:
-            if kind == "content":
-                return first, end
-            openings = []
-        if kind == "tool_call":
-            openings = openings + self._openings  # the longest first
+        if kind == "reasoning_content":
+            openings = [self._prompt] if self._prompt else []
+        elif self._train_empty_thinking:
+            openings = self._openings[::-1]
+        elif kind == "tool_call":
+            openings = self._openings
+        else:
+            return first, end
         before = rendered[previous:first]
         begin = next((previous + before.rfind(text) + len(text) for text in openings if text in before), None)
         if begin is None and kind == "tool_call":
