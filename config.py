@@ -344,7 +344,8 @@ def check_config(config: Config, world_size: int) -> None:
     _check_parallelism(config, model_config(config), world_size)
     _check_schedule(config.lr_scheduler, config.training.steps)
     _check_kernels(config)
-    _check_files(config, model_config(config).vocab_size)
+    check_data(config)
+    _check_paths(config)
 
 
 def _check_parallelism(config: Config, shape: ModelConfig, world_size: int) -> None:
@@ -413,11 +414,15 @@ def _check_kernels(config: Config) -> None:
         raise ConfigError(str(error)) from error
 
 
-def _check_files(config: Config, vocab_size: int) -> None:
-    _check_data(config.data, config.data.path, "data.path")
+def check_data(config: Config) -> None:
+    """Raises ConfigError for data and a tokenizer that could not be used."""
+    _check_source(config.data, config.data.path, "data.path")
     if config.validation.enable:
-        _check_data(config.data, config.validation.path, "validation.path")
-    _check_tokenizer(config.data, vocab_size)
+        _check_source(config.data, config.validation.path, "validation.path")
+    _check_tokenizer(config.data, model_config(config).vocab_size)
+
+
+def _check_paths(config: Config) -> None:
     if config.checkpoint.resume not in ("auto", "never") and not os.path.isdir(config.checkpoint.resume):
         raise ConfigError(f"checkpoint.resume = {config.checkpoint.resume!r}: expected 'auto', 'never' or a directory")
     parent = Path(config.job.output_dir)
@@ -428,10 +433,12 @@ def _check_files(config: Config, vocab_size: int) -> None:
         raise ConfigError(f"job.output_dir = {output_dir!r}: expected a folder that can be written in {str(parent)!r}")
 
 
-def _check_data(data: Data, entries: Iterable[str], key: str) -> None:
+def _check_source(data: Data, entries: Iterable[str], key: str) -> None:
     """Everything exists, and the first sample of the first file has the field; the loader looks at the others."""
     if data.weights and len(data.weights) != len(data.path):
         raise ConfigError(f"data.weights = {list(data.weights)}: expected {len(data.path)}, one for each of data.path")
+    if data.weights and min(data.weights) < 1e-3 * sum(data.weights):
+        raise ConfigError(f"data.weights = {list(data.weights)}: expected none below a thousandth of their sum")
     field_key, name = ("text_key", data.text_key) if data.format == "text" else ("messages_key", data.messages_key)
     files = [file for entry in entries if not is_dataset(entry) for file in find_files([entry], key)]
     if not files and not any(map(is_dataset, entries)):

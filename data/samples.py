@@ -1,9 +1,10 @@
 """Samples: the endless, shuffled stream of epochs over the sources, each sample as tokens and what is trained on."""
 
+import bisect
+import itertools
 import json
-from collections import Counter
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from tokenizers import Tokenizer
@@ -21,39 +22,39 @@ Encode = Callable[[Record], Sample]
 
 
 class Samples:
-    """Sample v is document perm(v % N) of the source's N, with the permutation of epoch v // N.
+    """Sample v is document perm(v % N) of the sources' N, with the permutation of epoch v // N.
 
-    Of several sources, each has its own epochs, and every run of BLOCK samples takes from each source its share, in an
-    order drawn by the block's number. Small to pickle: a worker process opens the sources' files itself.
+    With weights, each source has its own epochs, and every run of _BLOCK samples takes from each source its share, in
+    an order drawn by the block's number. Small to pickle: a worker process opens the sources' files itself.
     """
 
-    BLOCK = 1 << 14
-
     def __init__(self, sources: Sequence[Source], weights: Sequence[float], encode: Encode, seed: int | None) -> None:
-        """`weights`: none for one source. `seed`: None for the documents' own order."""
+        """`weights`: of the sources, or none. `seed`: None for the documents' own order."""
         self._sources, self._encode, self._seed = sources, encode, seed
-        counts = _shares(weights, self.BLOCK) if len(sources) > 1 else [1]
-        self._counts = counts  # of each source in a block
-        self._source_of = np.repeat(np.arange(len(counts)), counts)  # place in a block -> source
-        self._first = np.cumsum([0, *counts])  # source -> its first place
+        self._ends = list(itertools.accumulate(map(len, sources)))
+        self._bounds = np.rint(np.cumsum([0, *weights]) / (sum(weights) or 1) * _BLOCK).astype(int).tolist()
 
     @property
     def num_documents(self) -> int:
-        """N: of all sources."""
-        return sum(map(len, self._sources))
+        """N."""
+        return self._ends[-1]
 
     def find(self, sample: int) -> tuple[Source, int]:
         """The source of a sample, and the record's number there."""
-        block, place = divmod(sample, len(self._source_of))
-        seed = self._seed or 0
-        if len(self._sources) > 1:
-            place = permute(place, len(self._source_of), seed + _OTHER_SEEDS, block)
-        number = int(self._source_of[place])
+        if len(self._bounds) == 1:
+            index = self._permuted(sample, self.num_documents)
+            number = bisect.bisect_right(self._ends, index)
+            return self._sources[number], index - (self._ends[number - 1] if number else 0)
+        block, place = divmod(sample, _BLOCK)
+        place = permute(place, _BLOCK, (self._seed or 0) + _OTHER_SEEDS, block)
+        number = bisect.bisect_right(self._bounds, place) - 1
+        first, end = self._bounds[number : number + 2]
         source = self._sources[number]
-        epoch, index = divmod(block * self._counts[number] + place - int(self._first[number]), len(source))
-        if self._seed is not None:
-            index = permute(index, len(source), seed + number * 2 * _OTHER_SEEDS, epoch)
-        return source, index
+        return source, self._permuted(block * (end - first) + place - first, len(source), number)
+
+    def _permuted(self, sample: int, size: int, number: int = 0) -> int:
+        epoch, index = divmod(sample, size)
+        return index if self._seed is None else permute(index, size, self._seed + 2 * number * _OTHER_SEEDS, epoch)
 
     def read(self, sample: int) -> Sample:
         """Raises BadSample, which names the place of the record."""
@@ -73,6 +74,7 @@ class Samples:
                 raise ValueError(f"{errors[0]} (and none of the first {len(errors)} samples can be used)")
 
 
+_BLOCK = 1 << 16
 _NUM_CHECKED = 100
 _OTHER_SEEDS = 2**64  # seeds are below
 
@@ -88,15 +90,6 @@ def _read(source: Source, index: int, encode: Encode) -> Sample:
     return sample
 
 
-def _shares(weights: Sequence[float], total: int) -> list[int]:
-    """`total` in whole parts nearest to the weights, each at least 1: the largest remainders are rounded up."""
-    exact = [weight / sum(weights) * (total - len(weights)) for weight in weights]
-    parts = [int(part) for part in exact]
-    by_remainder = sorted(range(len(exact)), key=lambda place: parts[place] - exact[place])
-    extra = Counter(by_remainder[: total - len(weights) - sum(parts)])
-    return [1 + part + extra[place] for place, part in enumerate(parts)]
-
-
 class EncodeText:
     """A document: every token is trained on but the first."""
 
@@ -106,14 +99,12 @@ class EncodeText:
         self._ending = [] if end_of_document is None else [end_of_document]
 
     def __call__(self, record: Record) -> Sample:
-        tokens = self.tokenise(record) if isinstance(record, dict) else record
+        tokens = self._tokenise(record) if isinstance(record, dict) else record
         if not len(tokens):
             raise BadSample("empty", "has no text")
         return Sample.of(np.concatenate([tokens, self._ending], dtype=np.int32, casting="unsafe"))
 
-    def tokenise(self, record: Record) -> list[int]:
-        """A document's tokens alone. Raises BadSample."""
-        assert isinstance(record, dict)
+    def _tokenise(self, record: dict[str, Any]) -> list[int]:
         text = record.get(self._text_key)
         if not isinstance(text, str):
             found = f"is {text!r:.60}" if self._text_key in record else f"is missing among {', '.join(record)}"

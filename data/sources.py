@@ -5,12 +5,12 @@ are memory-mapped. What is derived (indices, unpacked and Arrow files) goes to t
 """
 
 import bisect
+import functools
 import hashlib
 import itertools
 import json
 import os
-from collections.abc import Callable, Iterable, Sequence
-from functools import cached_property
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -24,6 +24,8 @@ from numpy.typing import NDArray
 from config import TOKENS_META, Data, find_files, is_dataset, suffix_of
 from data.packing import BadSample
 
+datasets.disable_progress_bars()
+
 Record = dict[str, Any] | NDArray[np.unsignedinteger]
 """A document's fields, or, of a tokenised corpus, its tokens."""
 
@@ -33,23 +35,14 @@ class Source(Protocol):
 
     def __len__(self) -> int: ...
 
-    def __getitem__(self, index: int) -> Record:
-        """Raises BadSample."""
-        ...
+    def __getitem__(self, index: int) -> Record: ...  # raises BadSample
 
-    def where(self, index: int) -> str:
-        """The file and the line of a record, for messages."""
-        ...
+    def where(self, index: int) -> str: ...  # the file and the line of a record
 
 
 def open_sources(data: Data) -> list[Source]:
-    """The sources to mix: one for each entry of `data.path` if there are weights, else all of them in a row as one.
-
-    Raises ValueError, one line, for what does not exist, is empty or cannot be read.
-    """
-    if not data.path:
-        find_files([])  # raises
-    sources, seen = [], set()
+    """One source for each entry of `data.path`. Raises ValueError, one line, for what is missing, empty or damaged."""
+    sources, seen = [], set[str]()
     for entry in data.path:
         if is_dataset(entry):
             sources.append(_open_dataset(entry, data))
@@ -60,41 +53,34 @@ def open_sources(data: Data) -> list[Source]:
             sources.append(_open_files(files, data))
     empty = [entry for entry, source in zip(data.path, sources) if data.weights and not len(source)]
     if empty or not any(map(len, sources)):
-        raise ValueError(f"data.path: no document in {', '.join(map(repr, empty or data.path))}")
-    return sources if data.weights or len(sources) == 1 else [_Chain(sources)]
+        raise ValueError(f"data.path: no document in {', '.join(map(repr, empty or data.path)) or '[]'}")
+    return sources
 
 
 def _open_files(files: list[str], data: Data) -> Source:
-    kinds = {suffix_of(file).partition(".gz")[0].partition(".zst")[0] for file in files}
+    kinds = {suffix_of(file).removesuffix(".gz").removesuffix(".zst") for file in files}
     if len(kinds) > 1:
         raise ValueError(f"data.path: {' and '.join(sorted(kinds))} files in one entry: expected one kind")
-    match kinds.pop():
-        case ".jsonl":
-            return JsonLines(files)
-        case ".txt":
-            return _TextFiles(files, data.text_key)
-        case ".parquet":
-            rows = [_readable(file, lambda name: pa.parquet.read_metadata(name).num_rows) for file in files]
-            if not any(rows):
-                return _TextFiles([], "")
-            table = _readable(", ".join(files), lambda _: _quietly(lambda: datasets.Dataset.from_parquet(files)))
-            return _Table(table, files, rows, _columns(data))
-        case _:
-            raise AssertionError("find_files lets nothing else through")
+    if kinds == {".jsonl"}:
+        return JsonLines(files)
+    if kinds == {".txt"}:
+        return _TextFiles(files, data.text_key)
+    rows = [_readable(file, lambda name: pa.parquet.read_metadata(name).num_rows) for file in files]
+    if not any(rows):
+        return _TextFiles([], "")  # which `datasets` cannot open
+    table = _readable(", ".join(files), lambda _: datasets.Dataset.from_parquet(files))
+    return _Table(table, files, rows, _columns(data))
 
 
 def _open_dataset(entry: str, data: Data) -> Source:
     """A tokenised corpus, a directory that `datasets` saved, or a dataset's name, with `:subset` if it has some."""
     if Path(entry, TOKENS_META).exists():
         return TokenisedCorpus(entry, data.tokenizer)
-
-    def load(name: str) -> Any:
-        if os.path.isdir(name):
-            return datasets.load_from_disk(name)
-        name, _, subset = name.partition(":")
-        return datasets.load_dataset(name, subset or None)
-
-    table = _readable(entry, lambda name: _quietly(lambda: load(name)))
+    if os.path.isdir(entry):
+        table = _readable(entry, datasets.load_from_disk)
+    else:
+        name, _, subset = entry.partition(":")
+        table = _readable(entry, lambda _: datasets.load_dataset(name, subset or None))
     if isinstance(table, dict):
         if data.split not in table:
             raise ValueError(f"data.split = {data.split!r}: expected one of {', '.join(table)}, as in {entry!r}")
@@ -104,16 +90,6 @@ def _open_dataset(entry: str, data: Data) -> Source:
 
 def _columns(data: Data) -> list[str]:
     return [data.text_key] if data.format == "text" else [data.messages_key, data.tools_key]
-
-
-def _quietly(function: Callable[[], Any]) -> Any:
-    shown = not datasets.are_progress_bars_disabled()
-    datasets.disable_progress_bars()
-    try:
-        return function()
-    finally:
-        if shown:
-            datasets.enable_progress_bars()
 
 
 def _readable(name: str, function: Callable[[str], Any]) -> Any:
@@ -127,21 +103,12 @@ def _readable(name: str, function: Callable[[str], Any]) -> Any:
         raise ValueError(f"data.path: cannot read {name}: {' '.join(str(cause).split())}") from error
 
 
-class MappedArray:
-    """A file of numbers as an array [n] or [n, width], mapped where it is used: a pickle carries the name alone."""
-
-    def __init__(self, path: Path, dtype: str, width: int = 1) -> None:
-        self._path, self._dtype, self._width = path, dtype, width
-
-    @cached_property
-    def array(self) -> NDArray[Any]:
-        shape = (-1,) if self._width == 1 else (-1, self._width)
-        if not self._path.stat().st_size:  # which cannot be mapped
-            return np.empty(0, self._dtype).reshape(shape)
-        return np.memmap(self._path, self._dtype, "r").reshape(shape)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {key: value for key, value in self.__dict__.items() if key != "array"}
+@functools.cache
+def _mapped(path: Path, dtype: str, width: int) -> NDArray[Any]:
+    """A file of numbers as an array [n, width], mapped once in each process."""
+    if not path.stat().st_size:  # which cannot be mapped
+        return np.empty((0, width), dtype)
+    return np.memmap(path, dtype, "r").reshape(-1, width)
 
 
 class JsonLines:
@@ -150,13 +117,17 @@ class JsonLines:
     def __init__(self, files: list[str]) -> None:
         self._files = files
         self._plain = [_unpacked(file) for file in files]
-        self._index = MappedArray(_line_index(self._plain), "<i8", width=3)  # file, offset, line
+        self._index_file = _line_index(self._plain)
+
+    @property
+    def _index(self) -> NDArray[np.int64]:
+        return _mapped(self._index_file, "<i8", 3)  # file, offset, line
 
     def __len__(self) -> int:
-        return len(self._index.array)
+        return len(self._index)
 
     def __getitem__(self, index: int) -> Record:
-        file, offset, _ = self._index.array[index].tolist()
+        file, offset, _ = self._index[index].tolist()
         with open(self._plain[file], "rb") as lines:  # kept open, many files would be too many
             lines.seek(offset)
             line = lines.readline()
@@ -167,11 +138,11 @@ class JsonLines:
         except (ValueError, RecursionError) as error:
             raise BadSample("not_json", f"is not JSON: {error}") from None
         if not isinstance(record, dict):
-            raise BadSample("not_json", f"is {_short(record)}, expected a JSON object")
+            raise BadSample("not_json", f"is {record!r:.60}, expected a JSON object")
         return record
 
     def where(self, index: int) -> str:
-        file, _, line = self._index.array[index].tolist()
+        file, _, line = self._index[index].tolist()
         return f"{self._files[file]}, line {line}"
 
 
@@ -201,9 +172,7 @@ class _Table:
         """`rows`: how many come from each of `names`."""
         if columns[0] not in table.features:
             key = "data.text_key" if len(columns) == 1 else "data.messages_key"
-            raise ValueError(
-                f"{key} = {columns[0]!r}: expected one of {', '.join(table.features)}, as in {_shown(names)}"
-            )
+            raise ValueError(f"{key} = {columns[0]!r}: expected one of {', '.join(table.features)}, as in {names[0]}")
         self._table = table.select_columns([column for column in columns if column in table.features])
         self._names, self._ends = names, list(itertools.accumulate(rows))
 
@@ -231,49 +200,27 @@ class TokenisedCorpus:
             raise ValueError(
                 f"data.path: {folder!r} was made with another tokenizer than data.tokenizer = {tokenizer!r}"
             )
-        self._folder = folder
+        self._folder, self._dtype = folder, meta["dtype"]
         self._last = list(itertools.accumulate(meta["documents"]))
-        self._tokens = [MappedArray(Path(folder, f"{k:05}.tokens"), meta["dtype"]) for k in range(len(self._last))]
-        self._ends = [MappedArray(Path(folder, f"{k:05}.ends"), "<i8") for k in range(len(self._last))]
-        for k, (num_documents, num_tokens) in enumerate(zip(meta["documents"], meta["tokens"])):
-            sizes = (Path(folder, f"{k:05}.{end}").stat().st_size for end in ("ends", "tokens"))
-            if tuple(sizes) != (8 * num_documents, num_tokens * np.dtype(meta["dtype"]).itemsize):
-                raise ValueError(
-                    f"data.path: {folder!r} is damaged: shard {k} has another size than {TOKENS_META} says"
-                )
+        for shard, (num_documents, num_tokens) in enumerate(zip(meta["documents"], meta["tokens"])):
+            tokens, ends = self._shard(shard)
+            if (len(ends), len(tokens)) != (num_documents, num_tokens):
+                raise ValueError(f"data.path: {folder!r} is damaged: shard {shard} has not the size in {TOKENS_META}")
+
+    def _shard(self, shard: int) -> tuple[NDArray[np.unsignedinteger], NDArray[np.int64]]:
+        tokens, ends = Path(self._folder, f"{shard:05}.tokens"), Path(self._folder, f"{shard:05}.ends")
+        return _mapped(tokens, self._dtype, 1)[:, 0], _mapped(ends, "<i8", 1)[:, 0]
 
     def __len__(self) -> int:
         return self._last[-1] if self._last else 0
 
     def __getitem__(self, index: int) -> Record:
         shard = bisect.bisect_right(self._last, index)
-        place, ends = index - (self._last[shard - 1] if shard else 0), self._ends[shard].array
-        return self._tokens[shard].array[ends[place - 1] if place else 0 : ends[place]]
+        place, (tokens, ends) = index - (self._last[shard - 1] if shard else 0), self._shard(shard)
+        return tokens[ends[place - 1] if place else 0 : ends[place]]
 
     def where(self, index: int) -> str:
         return f"{self._folder}, document {index + 1}"
-
-
-class _Chain:
-    """Sources one after the other."""
-
-    def __init__(self, sources: Sequence[Source]) -> None:
-        self._sources, self._ends = sources, list(itertools.accumulate(map(len, sources)))
-
-    def __len__(self) -> int:
-        return self._ends[-1]
-
-    def _place(self, index: int) -> tuple[Source, int]:
-        number = bisect.bisect_right(self._ends, index)
-        return self._sources[number], index - (self._ends[number - 1] if number else 0)
-
-    def __getitem__(self, index: int) -> Record:
-        source, place = self._place(index)
-        return source[place]
-
-    def where(self, index: int) -> str:
-        source, place = self._place(index)
-        return source.where(place)
 
 
 def tokenizer_sha256(folder: str) -> str:
@@ -333,12 +280,3 @@ def _line_index(files: list[str]) -> Path:
                         start = int(ends[-1]) + 1 if len(ends) else start
 
     return _cached(files, ".index", make)
-
-
-def _shown(names: list[str]) -> str:
-    return names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."

@@ -41,8 +41,8 @@ def open_source(*patterns, **data):
 
 
 def documents_of(*patterns, text_key="text"):
-    source = open_source(*patterns, text_key=text_key)
-    return [source[index][text_key] for index in range(len(source))]
+    sources = open_sources(Data(path=tuple(map(str, patterns)), text_key=text_key))
+    return [source[index][text_key] for source in sources for index in range(len(source))]
 
 
 def test_jsonl(tmp_path):
@@ -97,16 +97,9 @@ def write_parquet(folder, num_rows):
     return folder / f"{num_rows}.parquet"
 
 
-@pytest.mark.parametrize("shown", [True, False])
-def test_progress_bars_are_silent_and_left_as_they_were(tmp_path, capfd, shown):
-    path = write_parquet(tmp_path, 1)
-    (datasets.enable_progress_bars if shown else datasets.disable_progress_bars)()
-    try:
-        open_source(path)
-        assert datasets.are_progress_bars_disabled() is not shown
-        assert capfd.readouterr() == ("", "")
-    finally:
-        datasets.enable_progress_bars()
+def test_no_progress_bars(tmp_path, capfd):
+    open_source(write_parquet(tmp_path, 1))
+    assert capfd.readouterr() == ("", "")
 
 
 def _open(cache, path):
@@ -131,7 +124,7 @@ def make(tmp_path, **files):
 @pytest.mark.parametrize(
     ("files", "patterns", "message"),
     [
-        ({}, [], r"data\.path = \[\]: expected at least one"),
+        ({}, [], r"data\.path: no document in \[\]"),
         ({}, ["none*.jsonl"], r"data\.path = '.*none\*\.jsonl' matches no file"),
         ({"a_jsonl": '{"text": "x"}\n'}, ["a.jsonl", "b.jsonl"], r"data\.path = '.*b\.jsonl' matches no file"),
         ({"a_csv": "text\nx\n"}, ["a.csv"], r"'.*a\.csv' ends in '\.csv': expected \.jsonl, .*\.parquet, \.txt"),
@@ -217,17 +210,13 @@ def test_packed_lines(tmp_path, suffix):
 
 def test_entries_of_different_kinds_follow_each_other(tmp_path):
     (tmp_path / "b.txt").write_text("b")
-    source = open_source(
-        write_jsonl(tmp_path / "a.jsonl", ["a0", "a1"]), tmp_path / "b.txt", write_parquet(tmp_path, 2)
-    )
-    assert [source[index]["text"] for index in range(len(source))] == ["a0", "a1", "b", *["word " * 100] * 2]
-    assert [source.where(index).rpartition("/")[2] for index in range(len(source))] == [
-        "a.jsonl, line 1", "a.jsonl, line 2", "b.txt", "2.parquet, row 1", "2.parquet, row 2",
-    ]  # fmt: skip
+    paths = (write_jsonl(tmp_path / "a.jsonl", ["a0", "a1"]), tmp_path / "b.txt", write_parquet(tmp_path, 2))
+    assert documents_of(*paths) == ["a0", "a1", "b", *["word " * 100] * 2]
 
 
 def test_rows_of_several_tables_are_told_by_file(tmp_path):
-    source = open_source(write_parquet(tmp_path, 2), write_parquet(tmp_path, 3))
+    write_parquet(tmp_path, 2), write_parquet(tmp_path, 3)
+    source = open_source(tmp_path / "*.parquet")
     assert source.where(1) == f"{tmp_path}/2.parquet, row 2"
     assert source.where(2) == f"{tmp_path}/3.parquet, row 1"
 
