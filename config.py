@@ -476,7 +476,7 @@ def _check_tokenizer(data: Data, vocab_size: int) -> None:
         raise ConfigError(f"{key}: expected the files of a byte-pair tokenizer: {error!r}") from error
     if max(ids) >= vocab_size:
         raise ConfigError(f"{key}: has token {max(ids)}, expected all below the model's vocab_size = {vocab_size}")
-    if data.end_of_document and not end:
+    if data.format == "text" and data.end_of_document and not end:
         raise ConfigError(f"data.end_of_document = True: expected an eos_token in {data.tokenizer!r}, or false")
 
 
