@@ -24,15 +24,21 @@ Encode = Callable[[Record], Sample]
 class Samples:
     """Sample v is document perm(v % N) of the sources' N, with the permutation of epoch v // N.
 
-    With weights, each source has its own epochs, and every run of _BLOCK samples takes from each source its share, in
-    an order drawn by the block's number. Small to pickle: a worker process opens the sources' files itself.
+    With weights, each source has its own epochs, and every _BLOCK samples take from each source its share, in an order
+    drawn once. Small to pickle: a worker process opens the sources' files itself.
     """
 
     def __init__(self, sources: Sequence[Source], weights: Sequence[float], encode: Encode, seed: int | None) -> None:
         """`weights`: of the sources, or none. `seed`: None for the documents' own order."""
         self._sources, self._encode, self._seed = sources, encode, seed
         self._ends = list(itertools.accumulate(map(len, sources)))
-        self._bounds = np.rint(np.cumsum([0, *weights]) / (sum(weights) or 1) * _BLOCK).astype(int).tolist()
+        bounds = np.rint(np.cumsum(weights) / (sum(weights) or 1) * _BLOCK)
+        order = [permute(place, _BLOCK, (seed or 0) + _OTHER_SEEDS, 0) for place in range(_BLOCK if weights else 0)]
+        self._source_of = np.searchsorted(bounds, order, side="right")  # place in a block -> source
+        self._counts = np.bincount(self._source_of, minlength=len(sources))
+        self._rank = np.zeros(len(order), np.int64)  # place in a block -> how many samples of the same source before
+        for number, count in enumerate(self._counts):
+            self._rank[self._source_of == number] = np.arange(count)
 
     @property
     def num_documents(self) -> int:
@@ -41,16 +47,14 @@ class Samples:
 
     def find(self, sample: int) -> tuple[Source, int]:
         """The source of a sample, and the record's number there."""
-        if len(self._bounds) == 1:
+        if not len(self._rank):
             index = self._permuted(sample, self.num_documents)
             number = bisect.bisect_right(self._ends, index)
             return self._sources[number], index - (self._ends[number - 1] if number else 0)
         block, place = divmod(sample, _BLOCK)
-        place = permute(place, _BLOCK, (self._seed or 0) + _OTHER_SEEDS, block)
-        number = bisect.bisect_right(self._bounds, place) - 1
-        first, end = self._bounds[number : number + 2]
+        number = int(self._source_of[place])
         source = self._sources[number]
-        return source, self._permuted(block * (end - first) + place - first, len(source), number)
+        return source, self._permuted(int(block * self._counts[number] + self._rank[place]), len(source), number)
 
     def _permuted(self, sample: int, size: int, number: int = 0) -> int:
         epoch, index = divmod(sample, size)
@@ -74,7 +78,7 @@ class Samples:
                 raise ValueError(f"{errors[0]} (and none of the first {len(errors)} samples can be used)")
 
 
-_BLOCK = 1 << 16
+_BLOCK = 8191  # a prime: whatever the number of slots, each of them meets all places
 _NUM_CHECKED = 100
 _OTHER_SEEDS = 2**64  # seeds are below
 
