@@ -71,7 +71,7 @@ class TokenLoader:
         tokenizer = load_tokenizer(data.tokenizer)
         samples = open_samples(data, tokenizer, training.sequence_length, seed)
         filler = 0 if tokenizer.eos_token_id is None else tokenizer.eos_token_id
-        self._packer = _Packer(samples, data, filler, self._num_slots, one_epoch)
+        self._packer = Packer(samples, data, filler, self._num_slots, one_epoch)
         self._may_fill = one_epoch or data.format == "chat"
         self._shares: Iterator[list[Row] | ValueError] | None = None  # of the workers in turn; None before `next`
         self._lifeline: Connection | None = None
@@ -80,17 +80,13 @@ class TokenLoader:
         self._skipped_file = skipped_dir and skipped_dir / f"rank-{dp_rank:05}.jsonl"
         self.counts = Counter[str]()
         """Since the beginning: "real_tokens" and "tokens" of the rows returned; of REASONS, samples met on the way."""
-        self.cursors = self._first_cursors()
+        self.cursors = self._first_cursors = torch.tensor([self._packer.first_cursor(slot) for slot in self._slots])
         """int64 [own slots, width]: where each own slot stands after the last micro-batch that was returned."""
-
-    def _first_cursors(self) -> Tensor:
-        padding = (0,) if self._packer.data.format == "text" else (NO_SAMPLE,) * NUM_PENDING
-        return torch.tensor([(slot, *padding) for slot in self._slots])
 
     def rewind(self) -> None:
         """Starts again from the beginning; without workers only."""
         assert not self._num_workers
-        self._shares, self._next, self.cursors = None, 0, self._first_cursors()
+        self._shares, self._next, self.cursors = None, 0, self._first_cursors
 
     def load_cursors(self, all_cursors: Tensor) -> None:
         """Continues where the `cursors` of all ranks, in rank order [G, width], were taken; before the first `next`.
@@ -179,7 +175,7 @@ class TokenLoader:
             return iter(loader)
 
 
-class _Packer(NamedTuple):
+class Packer(NamedTuple):
     """What it takes to make a slot."""
 
     samples: Samples
@@ -187,6 +183,10 @@ class _Packer(NamedTuple):
     filler: int
     num_slots: int
     one_epoch: bool
+
+    def first_cursor(self, number: int) -> Cursor:
+        """Where slot `number` begins."""
+        return (number, 0) if self.data.format == "text" else (number, *[NO_SAMPLE] * NUM_PENDING)
 
     def slot(self, cursor: Cursor) -> Slot:
         """The one that stands at `cursor`."""
@@ -209,7 +209,7 @@ class _Shares(IterableDataset[list[Row] | ValueError]):
     A ValueError is the last item: one that is raised would arrive as the text of its traceback.
     """
 
-    def __init__(self, packer: _Packer, cursors: list[Cursor], sequence_length: int) -> None:
+    def __init__(self, packer: Packer, cursors: list[Cursor], sequence_length: int) -> None:
         self._packer, self._cursors, self._sequence_length = packer, cursors, sequence_length
 
     def __iter__(self) -> Iterator[list[Row] | ValueError]:

@@ -24,7 +24,7 @@ from pathlib import Path
 import numpy as np
 
 from config import TOKENS_META, check_data, load_config
-from data.packing import Share
+from data.packing import BadSample, Share
 from data.samples import EncodeText, Samples, load_tokenizer
 from data.sources import open_sources, tokenizer_sha256
 from training.errors import exit_on_user_error
@@ -76,7 +76,10 @@ def main(argv: list[str]) -> None:
             for shard in range(-(-samples.num_documents // _SHARD))
         ]
         for future in futures:
-            num_documents, num_tokens, notes = future.result()
+            try:
+                num_documents, num_tokens, notes = future.result()
+            except BadSample as error:  # not raised here, so taken for a bug otherwise
+                raise ValueError(str(error)) from None
             documents.append(num_documents)
             tokens.append(num_tokens)
             skipped.update(reason for reason, _ in notes)
