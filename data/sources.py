@@ -1,7 +1,8 @@
 """What there is to train on: each entry of `data.path` as a random-access sequence of records, whatever its kind.
 
-Nothing is held in memory: JSON Lines are read in place by an index of their lines, tokenised corpora and Arrow files
-are memory-mapped. What is derived (indices, unpacked and Arrow files) goes to the cache of `datasets`, once a file.
+Nothing is held in memory: JSON Lines are read in place by a file that says where each line begins, tokenised corpora
+and Arrow files are memory-mapped. What is derived (indices, unpacked and Arrow files) goes to the cache of `datasets`,
+once a file.
 """
 
 import bisect
@@ -104,11 +105,9 @@ def _readable(name: str, function: Callable[[str], Any]) -> Any:
 
 
 @functools.cache
-def _mapped(path: Path, dtype: str, width: int) -> NDArray[Any]:
-    """A file of numbers as an array [n, width], mapped once in each process."""
-    if not path.stat().st_size:  # which cannot be mapped
-        return np.empty((0, width), dtype)
-    return np.memmap(path, dtype, "r").reshape(-1, width)
+def _mapped(path: Path, dtype: str) -> NDArray[Any]:
+    """A file of numbers, mapped once in each process."""
+    return np.memmap(path, dtype, "r") if path.stat().st_size else np.empty(0, dtype)  # nothing cannot be mapped
 
 
 class JsonLines:
@@ -117,17 +116,17 @@ class JsonLines:
     def __init__(self, files: list[str]) -> None:
         self._files = files
         self._plain = [_unpacked(file) for file in files]
-        self._index_file = _line_index(self._plain)
+        self._index = _line_index(self._plain)
 
-    @property
-    def _index(self) -> NDArray[np.int64]:
-        return _mapped(self._index_file, "<i8", 3)  # file, offset, line
+    def _place(self, index: int) -> list[int]:
+        """The file, the offset in it, and the line."""
+        return np.fromfile(self._index, "<i8", count=3, offset=24 * index).tolist()
 
     def __len__(self) -> int:
-        return len(self._index)
+        return self._index.stat().st_size // 24
 
     def __getitem__(self, index: int) -> Record:
-        file, offset, _ = self._index[index].tolist()
+        file, offset, _ = self._place(index)
         with open(self._plain[file], "rb") as lines:  # kept open, many files would be too many
             lines.seek(offset)
             line = lines.readline()
@@ -142,7 +141,7 @@ class JsonLines:
         return record
 
     def where(self, index: int) -> str:
-        file, _, line = self._index[index].tolist()
+        file, _, line = self._place(index)
         return f"{self._files[file]}, line {line}"
 
 
@@ -209,7 +208,7 @@ class TokenisedCorpus:
 
     def _shard(self, shard: int) -> tuple[NDArray[np.unsignedinteger], NDArray[np.int64]]:
         tokens, ends = Path(self._folder, f"{shard:05}.tokens"), Path(self._folder, f"{shard:05}.ends")
-        return _mapped(tokens, self._dtype, 1)[:, 0], _mapped(ends, "<i8", 1)[:, 0]
+        return _mapped(tokens, self._dtype), _mapped(ends, "<i8")
 
     def __len__(self) -> int:
         return self._last[-1] if self._last else 0
