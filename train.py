@@ -20,6 +20,7 @@ from models.ops.kernels import Kernels, select_kernels
 from models.qwen35_moe.config import ModelConfig
 from models.qwen35_moe.init import init_weights
 from models.qwen35_moe.model import Qwen35Moe
+from models.qwen35_moe.moe import Measure, RouterStatistics
 from parallelisms.mesh import Meshes, build_meshes
 from parallelisms.parallelize import local_region, parallelize_fn, reduce_replicated_gradients
 from training.distributed import init_distributed, set_deterministic, sum_over_ranks, world_from_environment
@@ -27,9 +28,10 @@ from training.errors import exit_on_user_error
 from training.flops import mfu_of_one_token_a_second
 from training.gradients import clip_gradients
 from training.load_balancing import measure_for, router_losses
-from training.metrics import MetricsWriter, expert_load, peak_memory_gib, setup_logging
+from training.metrics import MetricsWriter, data_quality, expert_load, peak_memory_gib, setup_logging
 from training.optimizer import build_optimizer, lr_factor, set_learning_rate
 from training.signals import StopRequest
+from training.validation import Validator
 
 logger = logging.getLogger("train")
 
@@ -49,6 +51,18 @@ class StepResult(NamedTuple):
     """[] of the global gradient, before clipping; the same on all ranks."""
 
 
+def run_model(
+    model: Qwen35Moe, batch: MicroBatch, device: torch.device, training: Training, moe: MoE
+) -> tuple[torch.Tensor, RouterStatistics, Measure]:
+    """The sum of a micro-batch's token losses, and what the routers did and had to measure."""
+    tokens, positions, labels = (
+        tensor.to(device, non_blocking=True) for tensor in (batch.tokens, batch.positions, batch.labels)
+    )
+    documents = Documents.from_lengths(batch.lengths, device, max_seqlen=training.sequence_length)
+    measure = measure_for(moe, None if batch.is_real is None else batch.is_real.to(device, non_blocking=True))
+    return *model(tokens, positions, documents, labels, measure), measure
+
+
 def train_step(
     model: Qwen35Moe,
     optimizer: torch.optim.Optimizer,
@@ -61,15 +75,11 @@ def train_step(
 ) -> StepResult:
     """One optimizer step over this rank's micro-batches; `num_trained` counts the GLOBAL batch's trained tokens."""
     shape = model.config
-    measure, num_ranks = measure_for(moe), meshes.data_parallel.size()
+    num_ranks = meshes.data_parallel.size()
     loss, aux_loss, z_loss = (torch.zeros((), device=device) for _ in range(3))
     expert_counts = torch.zeros(shape.num_hidden_layers, shape.num_experts, dtype=torch.int64, device=device)
     for batch in micro_batches:
-        tokens, positions, labels = (
-            tensor.to(device, non_blocking=True) for tensor in (batch.tokens, batch.positions, batch.labels)
-        )
-        documents = Documents.from_lengths(batch.lengths, device, max_seqlen=training.sequence_length)
-        loss_sum, statistics = model(tokens, positions, documents, labels, measure)
+        loss_sum, statistics, measure = run_model(model, batch, device, training, moe)
         # Divided by what all ranks and micro-batches train together, so that losses and gradients simply add up.
         share = loss_sum / max(num_trained, 1)
         total = share
@@ -157,7 +167,8 @@ def main(arguments: list[str]) -> None:
     meshes = build_meshes(device.type, replicate_degree, shard_degree, config.parallelism.expert_parallel_degree)
 
     # 3. Data: every rank reads its own rows.
-    loader = TokenLoader(config.data, training, config.data.tokenizer, rank, world_size, config.job.seed)
+    loader = TokenLoader(config.data, training, rank, world_size, config.job.seed, skipped_dir=output_dir / "skipped")
+    validator = Validator(config, rank, world_size) if config.validation.enable else None
 
     # 4. Model: built without memory, parallelised, then given its memory.
     shape = model_config(config)
@@ -191,11 +202,13 @@ def main(arguments: list[str]) -> None:
     logger.info(f"from step {step} to {training.steps}, {num_micro_batches} micro-batches a rank and step")
 
     # 8. The loop.
-    clock, clock_step = time.perf_counter(), step
+    clock, clock_step, data_seconds = time.perf_counter(), step, 0.0
     stopping = False
     while step < training.steps and not stopping:
         step += 1
+        data_clock = time.perf_counter()
         micro_batches = [next(loader) for _ in range(num_micro_batches)]
+        data_seconds += time.perf_counter() - data_clock
         num_trained = sum(int((batch.labels != IGNORED).sum()) for batch in micro_batches)
         # The one place where ranks agree: how many tokens the global batch trains, and whether anyone was told to stop.
         # On the host, so that no rank waits here for its GPU to finish the step before.
@@ -208,7 +221,8 @@ def main(arguments: list[str]) -> None:
         tokens_seen += tokens_per_step
         last = stopping or step == training.steps
 
-        if last or step % config.metrics.log_interval == 0:
+        validates = validator is not None and step % config.validation.interval == 0
+        if last or validates or step % config.metrics.log_interval == 0:
             result = reduce_result(result)
             step_seconds = (time.perf_counter() - clock) / (step - clock_step)
             metrics = {
@@ -219,8 +233,10 @@ def main(arguments: list[str]) -> None:
                 "tokens_seen": tokens_seen,
                 "tokens_per_second": tokens_per_step / step_seconds,
                 "step_seconds": step_seconds,
+                "data_seconds": data_seconds / (step - clock_step),
                 "peak_memory_gib": peak_memory_gib(device),
                 **expert_load(result.expert_counts),
+                **data_quality(loader.counts, device),
             }
             if config.moe.aux_loss_coef > 0:
                 metrics["aux_loss"] = result.aux_loss.item()
@@ -230,13 +246,17 @@ def main(arguments: list[str]) -> None:
                 metrics["mfu"] = mfu_per_token * metrics["tokens_per_second"]
             if config.checkpoint.enable:  # how long saves kept the training waiting since the last line
                 metrics["checkpoint_seconds"], checkpointer.blocked_seconds = checkpointer.blocked_seconds, 0.0
+            if validator is not None and validates:
+                metrics["validation_loss"] = validator.loss(
+                    model, lambda batch: run_model(model, batch, device, training, config.moe)[0], device
+                )
             if writer is not None:
                 writer.write(metrics)
-            clock, clock_step = time.perf_counter(), step
+            clock, clock_step, data_seconds = time.perf_counter(), step, 0.0
 
         if config.checkpoint.enable and (last or step % config.checkpoint.interval == 0):
             checkpointer.save(step, tokens_seen, loader.cursors, last)
-            clock, clock_step = time.perf_counter(), step
+            clock, clock_step, data_seconds = time.perf_counter(), step, 0.0
 
     # 9. The end, of all ranks together.
     saved = checkpointer.wait()

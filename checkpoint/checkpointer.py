@@ -55,7 +55,7 @@ class Progress(NamedTuple):
     step: int = 0
     tokens_seen: int = 0
     data_cursors: torch.Tensor | None = None
-    """int64 [global_batch_size, 2], of all slots in order; None: from the data's beginning."""
+    """int64 [global_batch_size, width], of all slots in order; None: from the data's beginning."""
 
 
 class Checkpointer:
@@ -142,8 +142,8 @@ class Checkpointer:
             stored = {name: tensor for name, tensor in stored.items() if name.startswith("model.")}
         else:
             # Cursors of another global batch size are loaded too: the data loader tells what is wrong with them.
-            num_slots = stored["train.data_cursors"].shape[0] if "train.data_cursors" in stored else 0
-            state |= self._optimizer_state() | _train_state(0, 0, torch.zeros(num_slots, 2, dtype=torch.int64))
+            shape = stored["train.data_cursors"].shape if "train.data_cursors" in stored else (0, 2)
+            state |= self._optimizer_state() | _train_state(0, 0, torch.zeros(shape, dtype=torch.int64))
         for name in sorted(state.keys() | stored.keys()):
             if name not in stored or name not in state:
                 what = "lacks" if name not in stored else "has an unknown"

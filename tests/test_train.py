@@ -46,7 +46,7 @@ log_interval = 1
 tensorboard = false
 """
 
-TIMES = {"tokens_per_second", "step_seconds", "peak_memory_gib", "checkpoint_seconds"}
+TIMES = {"tokens_per_second", "step_seconds", "data_seconds", "peak_memory_gib", "checkpoint_seconds"}
 
 
 @pytest.fixture(scope="module")
