@@ -88,16 +88,18 @@ def materialise(model: Qwen35Moe, device: torch.device, seed: int) -> None:
 
 
 @torch.no_grad()
-def reduce_replicated_gradients(parameters: list[nn.Parameter], mesh: DeviceMesh) -> None:
+def reduce_replicated_gradients(parameters: list[nn.Parameter], loss: torch.Tensor, mesh: DeviceMesh) -> torch.Tensor:
     """Sums the gradients of the parameters outside FSDP over all data-parallel ranks, in one flat all-reduce.
 
-    Call once a step, after the last micro-batch.
+    Call once a step, after the last micro-batch. Each rank's share of the loss, a scalar, travels along: returns the
+    sum, so that every rank knows whether all are finite.
     """
     if mesh.size() == 1:
-        return
+        return loss
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     assert len(gradients) == len(parameters), "every block's router and decay parameters take part in every step"
-    flat = torch.cat([gradient.flatten() for gradient in gradients])
+    flat = torch.cat([gradient.flatten() for gradient in gradients] + [loss.view(1)])
     dist.all_reduce(flat, group=mesh.get_group())
-    for gradient, reduced in zip(gradients, flat.split([g.numel() for g in gradients])):
+    for gradient, reduced in zip(gradients, flat[:-1].split([g.numel() for g in gradients])):
         gradient.copy_(reduced.view_as(gradient))
+    return flat[-1]
