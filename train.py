@@ -19,7 +19,12 @@ from models.ops.kernels import Kernels, select_kernels
 from models.qwen35_moe.config import ModelConfig
 from models.qwen35_moe.model import Qwen35Moe
 from parallelisms.mesh import Meshes, build_meshes
-from parallelisms.parallelize import materialise, parallelize_fn, reduce_replicated_gradients
+from parallelisms.parallelize import (
+    materialise,
+    parallelize_fn,
+    reduce_replicas_after,
+    reduce_replicated_gradients,
+)
 from training.distributed import init_distributed, set_deterministic, sum_over_ranks, world_from_environment
 from training.errors import RunError, exit_on_error
 from training.flops import mfu_of_one_token_a_second
@@ -64,7 +69,7 @@ def train_step(
     measure, num_ranks = measure_for(moe), meshes.data_parallel.size()
     loss, aux_loss, z_loss = (torch.zeros((), device=device) for _ in range(3))
     expert_counts = torch.zeros(shape.num_hidden_layers, shape.num_experts, dtype=torch.int64, device=device)
-    for batch in micro_batches:
+    for index, batch in enumerate(micro_batches, start=1):
         tokens, positions, labels = (
             tensor.to(device, non_blocking=True) for tensor in (batch.tokens, batch.positions, batch.labels)
         )
@@ -78,6 +83,7 @@ def train_step(
             total = share + (moe.aux_loss_coef * aux + moe.z_loss_coef * z) / len(micro_batches)
             aux_loss += aux.detach() / len(micro_batches)
             z_loss += z.detach() / len(micro_batches)
+        reduce_replicas_after(model, this_micro_batch=index == len(micro_batches))
         total.backward()
         loss += share.detach()
         expert_counts += statistics.expert_counts

@@ -12,8 +12,10 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 _aten = torch.ops.aten
 
 # Routing is decided once. A recomputed router could break a tie the other way (its input may differ in the last bit),
-# and then rows, shapes and gradients would belong to another set of experts.
+# and then rows, shapes and gradients would belong to another set of experts. How many rows travel between ranks belongs
+# to it: see `_policy`.
 _ROUTING = {_aten.topk.default}
+_ALL_TO_ALL = torch.ops._c10d_functional.all_to_all_single.default
 
 # Dear to compute, cheap to keep: matrix products, attention, and the rows that travelled between ranks.
 _DEAR = {
@@ -25,14 +27,15 @@ _DEAR = {
     _aten._scaled_dot_product_efficient_attention.default,
     _aten._scaled_dot_product_cudnn_attention.default,
     _aten._flash_attention_forward.default,
-    torch.ops._c10d_functional.all_to_all_single.default,
+    _ALL_TO_ALL,
 }
 
 _SAVED = {"selective": _ROUTING | _DEAR, "full": _ROUTING}
 
 
 def _policy(saved: set[Any], context: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-    return CheckpointPolicy.MUST_SAVE if operation in saved else CheckpointPolicy.PREFER_RECOMPUTE
+    is_count = operation is _ALL_TO_ALL and not args[0].is_floating_point()
+    return CheckpointPolicy.MUST_SAVE if operation in saved or is_count else CheckpointPolicy.PREFER_RECOMPUTE
 
 
 def apply_activation_checkpointing(blocks: Sequence[nn.Module], mode: str) -> None:

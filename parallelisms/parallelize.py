@@ -1,6 +1,7 @@
 """parallelize_fn: expert parallelism -> activation checkpointing -> compile -> FSDP2, in that order."""
 
 import functools
+from typing import cast
 
 import torch
 import torch.distributed as dist
@@ -62,16 +63,39 @@ def apply_fsdp(model: Qwen35Moe, meshes: Meshes, compute_dtype: torch.dtype) -> 
         ),
         ignored_params=set(model.float32_parameters()),
     )
-    for block in model.blocks:
-        if meshes.expert_parallel.size() > 1:
+    blocks, has_expert_units = model.blocks, meshes.expert_parallel.size() > 1
+    for block in blocks:
+        free = block is not blocks[-1]  # the backward pass begins with the last block and would gather it again at once
+        if has_expert_units:
             # Experts alone leave the dense mesh. Their dim 0 is taken by the axis ep, so efsdp cuts dim 1.
-            shard(block.mlp.experts, mesh=meshes.expert, shard_placement_fn=lambda _: Shard(1))
-        shard(block, mesh=meshes.dense)
+            shard(
+                block.mlp.experts,
+                mesh=meshes.expert,
+                shard_placement_fn=lambda _: Shard(1),
+                reshard_after_forward=free,
+            )
+        shard(block, mesh=meshes.dense, reshard_after_forward=free)
     shard(model, mesh=meshes.dense)
+    if has_expert_units:
+        _prefetch_neighbours(model)
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)  # gloo has no pre-multiplied sum
+
+
+def _prefetch_neighbours(model: Qwen35Moe) -> None:
+    """Has each block gather the next one's dense weights and experts before it computes, in both directions.
+
+    Left to itself FSDP gathers a unit when the host comes to it, which is early enough only where the host runs ahead;
+    at ep > 1 the host waits in every block for the number of rows that travel.
+    """
+    units = cast(list[FSDPModule], [model, *model.blocks])
+    with_experts = [cast(list[FSDPModule], [block, block.mlp.experts]) for block in model.blocks]
+    for unit, following in zip(units, with_experts):
+        unit.set_modules_to_forward_prefetch(following)
+    for unit, preceding in zip(units[2:], with_experts):
+        unit.set_modules_to_backward_prefetch(preceding)
 
 
 def _local_region(parameter: nn.Parameter) -> Region:
@@ -85,6 +109,12 @@ def materialise(model: Qwen35Moe, device: torch.device, seed: int) -> None:
     """Gives a parallelised meta-device model its memory and its initial weights, this rank's part alone."""
     model.to_empty(device=device)
     init_weights(model, seed, _local_region)
+
+
+def reduce_replicas_after(model: nn.Module, *, this_micro_batch: bool) -> None:
+    """HSDP: replicas sum their gradients after a step's last micro-batch alone; until then each adds up its own."""
+    if isinstance(model, FSDPModule):
+        model.set_requires_all_reduce(this_micro_batch)
 
 
 @torch.no_grad()
