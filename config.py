@@ -137,6 +137,8 @@ class Training:
     """Rows in one optimizer step: processes * local_batch_size * micro-batches of each process."""
     max_grad_norm: PositiveOrInf = 1.0
     """Gradients are scaled down to this global 2-norm. inf: never."""
+    nonfinite: Literal["stop", "skip"] = "stop"
+    """A step whose loss or gradients are not finite is never applied. 'stop': end the run; 'skip': go on after it."""
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
     """Of activations and of weights in matrix products. "auto": bfloat16 on GPUs, float32 on CPUs."""
     master_dtype: Literal["float32", "bfloat16"] = "float32"

@@ -22,11 +22,16 @@ from models.qwen35_moe.init import init_weights
 from models.qwen35_moe.model import Qwen35Moe
 from models.qwen35_moe.moe import Measure, RouterStatistics
 from parallelisms.mesh import Meshes, build_meshes
-from parallelisms.parallelize import local_region, parallelize_fn, reduce_replicated_gradients
+from parallelisms.parallelize import (
+    local_region,
+    parallelize_fn,
+    reduce_replicas_after,
+    reduce_replicated_gradients,
+)
 from training.distributed import init_distributed, set_deterministic, sum_over_ranks, world_from_environment
-from training.errors import exit_on_user_error
+from training.errors import RunError, exit_on_error
 from training.flops import mfu_of_one_token_a_second
-from training.gradients import clip_gradients
+from training.gradients import clip_gradients, gradient_norm, last_nonfinite
 from training.load_balancing import measure_for, router_losses
 from training.metrics import MetricsWriter, data_quality, expert_load, peak_memory_gib, setup_logging
 from training.optimizer import build_optimizer, lr_factor, set_learning_rate
@@ -49,6 +54,8 @@ class StepResult(NamedTuple):
     """[L, E] int64: how many of this rank's tokens chose each expert."""
     grad_norm: torch.Tensor
     """[] of the global gradient, before clipping; the same on all ranks."""
+    nonfinite: str
+    """Where loss or gradients are not finite, so that the step was not applied; empty if all are."""
 
 
 def run_model(
@@ -78,7 +85,7 @@ def train_step(
     num_ranks = meshes.data_parallel.size()
     loss, aux_loss, z_loss = (torch.zeros((), device=device) for _ in range(3))
     expert_counts = torch.zeros(shape.num_hidden_layers, shape.num_experts, dtype=torch.int64, device=device)
-    for batch in micro_batches:
+    for index, batch in enumerate(micro_batches, start=1):
         loss_sum, statistics, measure = run_model(model, batch, device, training, moe)
         # Divided by what all ranks and micro-batches train together, so that losses and gradients simply add up.
         share = loss_sum / max(num_trained, 1)
@@ -88,14 +95,31 @@ def train_step(
             total = share + (moe.aux_loss_coef * aux + moe.z_loss_coef * z) / len(micro_batches)
             aux_loss += aux.detach() / len(micro_batches)
             z_loss += z.detach() / len(micro_batches)
+        reduce_replicas_after(model, this_micro_batch=index == len(micro_batches))
         total.backward()
         loss += share.detach()
         expert_counts += statistics.expert_counts
-    reduce_replicated_gradients(model.float32_parameters(), meshes.data_parallel)
-    grad_norm = clip_gradients(list(model.parameters()), training.max_grad_norm)
-    optimizer.step()
+    parameters = list(model.parameters())
+    loss_of_all = reduce_replicated_gradients(model.float32_parameters(), loss, meshes.data_parallel)
+    grad_norm = gradient_norm(parameters)
+    # The host has to know before it applies the step, and all ranks know the same. It waits for the device here, once a
+    # step: what is left to launch after it are a few fused kernels. (Fused AdamW could skip on the device, by
+    # `found_inf`; but the gradients would be gone before anyone can say where they were bad.)
+    nonfinite = ""
+    if (loss_of_all + grad_norm).isfinite():
+        clip_gradients(parameters, training.max_grad_norm, grad_norm)
+        optimizer.step()
+    else:
+        nonfinite = describe_nonfinite(model, loss, grad_norm)
     optimizer.zero_grad()
-    return StepResult(loss, aux_loss, z_loss, expert_counts, grad_norm)
+    return StepResult(loss, aux_loss, z_loss, expert_counts, grad_norm, nonfinite)
+
+
+def describe_nonfinite(model: Qwen35Moe, loss: torch.Tensor, grad_norm: torch.Tensor) -> str:
+    """Where a step went wrong, in words; all ranks together. A sharded gradient lies on another rank than its cause."""
+    of_loss = last_nonfinite({"not finite": loss})
+    of_gradients = last_nonfinite({name: parameter.grad for name, parameter in model.named_parameters()})
+    return f"loss {of_loss or 'finite'}, gradient norm {grad_norm.item()}, first in the backward pass: {of_gradients}"
 
 
 def reduce_result(result: StepResult) -> StepResult:
@@ -104,7 +128,7 @@ def reduce_result(result: StepResult) -> StepResult:
     reduced = sum_over_ranks(torch.cat([losses, result.expert_counts.flatten()]))
     loss, aux_loss, z_loss = reduced[:3]
     expert_counts = reduced[3:].long().view_as(result.expert_counts)
-    return StepResult(loss, aux_loss, z_loss, expert_counts, result.grad_norm)
+    return result._replace(loss=loss, aux_loss=aux_loss, z_loss=z_loss, expert_counts=expert_counts)
 
 
 def select_dtype(name: str, device: torch.device) -> torch.dtype:
@@ -203,6 +227,7 @@ def main(arguments: list[str]) -> None:
 
     # 8. The loop.
     clock, clock_step, data_seconds = time.perf_counter(), step, 0.0
+    num_skipped = 0
     stopping = False
     while step < training.steps and not stopping:
         step += 1
@@ -218,6 +243,11 @@ def main(arguments: list[str]) -> None:
         lr = config.optimizer.lr * lr_factor(step, training.steps, config.lr_scheduler)
         set_learning_rate(optimizer, lr)
         result = train_step(model, optimizer, micro_batches, num_trained, meshes, device, training, config.moe)
+        if result.nonfinite:
+            if training.nonfinite == "stop":
+                raise RunError(f"step {step} is not applied: {result.nonfinite}")
+            num_skipped += 1
+            logger.warning(f"step {step} is skipped: {result.nonfinite}")
         tokens_seen += tokens_per_step
         last = stopping or step == training.steps
 
@@ -238,6 +268,8 @@ def main(arguments: list[str]) -> None:
                 **expert_load(result.expert_counts),
                 **data_quality(loader.counts, device),
             }
+            if training.nonfinite == "skip":
+                metrics["skipped_steps"] = num_skipped
             if config.moe.aux_loss_coef > 0:
                 metrics["aux_loss"] = result.aux_loss.item()
             if config.moe.z_loss_coef > 0:
@@ -255,6 +287,9 @@ def main(arguments: list[str]) -> None:
             clock, clock_step, data_seconds = time.perf_counter(), step, 0.0
 
         if config.checkpoint.enable and (last or step % config.checkpoint.interval == 0):
+            bad = last_nonfinite(dict(model.named_parameters()))
+            if bad is not None:
+                raise RunError(f"step {step}: no checkpoint is written, weights are not finite: {bad}")
             checkpointer.save(step, tokens_seen, loader.cursors, last)
             clock, clock_step, data_seconds = time.perf_counter(), step, 0.0
 
@@ -270,5 +305,5 @@ def main(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    with exit_on_user_error():
+    with exit_on_error():
         main(sys.argv[1:])

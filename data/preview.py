@@ -17,7 +17,7 @@ from config import check_data, load_config
 from data.loader import Packer
 from data.packing import IGNORED, BadSample, Row
 from data.samples import load_tokenizer, open_samples
-from training.errors import exit_on_user_error
+from training.errors import exit_on_error
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -98,5 +98,5 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    with exit_on_user_error():
+    with exit_on_error():
         main(sys.argv[1:])

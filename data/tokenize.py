@@ -27,7 +27,7 @@ from config import TOKENS_META, check_data, load_config
 from data.packing import BadSample, Share
 from data.samples import EncodeText, Samples, load_tokenizer
 from data.sources import open_sources, tokenizer_sha256
-from training.errors import exit_on_user_error
+from training.errors import exit_on_error
 
 _SHARD = 100_000  # documents
 
@@ -94,5 +94,5 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    with exit_on_user_error():
+    with exit_on_error():
         main(sys.argv[1:])

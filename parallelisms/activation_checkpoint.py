@@ -15,8 +15,10 @@ import models.ops.gated_delta_rule  # noqa: F401  (the two register the operatio
 _aten = torch.ops.aten
 
 # Routing is decided once. A recomputed router could break a tie the other way (its input may differ in the last bit),
-# and then rows, shapes and gradients would belong to another set of experts.
+# and then rows, shapes and gradients would belong to another set of experts. How many rows travel between ranks belongs
+# to it: see `_policy`.
 _ROUTING = {_aten.topk.default}
+_ALL_TO_ALL = torch.ops._c10d_functional.all_to_all_single.default
 
 # Dear to compute, cheap to keep: matrix products, attention, and the rows that travelled between ranks.
 _DEAR = {
@@ -29,7 +31,7 @@ _DEAR = {
     _aten._scaled_dot_product_cudnn_attention.default,
     torch.ops.qwen35_moe.attention.default,
     torch.ops.qwen35_moe.gated_delta_rule.default,
-    torch.ops._c10d_functional.all_to_all_single.default,
+    _ALL_TO_ALL,
 }
 
 _SAVED = {"selective": _ROUTING | _DEAR, "full": _ROUTING}
@@ -39,7 +41,8 @@ def _policy(saved: set[Any], context: Any, operation: Any, *args: Any, **kwargs:
     if operation is _aten._grouped_mm.default and args[1].shape[-1] > args[0].shape[-1]:
         # The experts' down_proj: k rows of H a token, the largest tensor there is, and no gradient needs it.
         return CheckpointPolicy.PREFER_RECOMPUTE
-    return CheckpointPolicy.MUST_SAVE if operation in saved else CheckpointPolicy.PREFER_RECOMPUTE
+    is_count = operation is _ALL_TO_ALL and not args[0].is_floating_point()
+    return CheckpointPolicy.MUST_SAVE if operation in saved or is_count else CheckpointPolicy.PREFER_RECOMPUTE
 
 
 def apply_activation_checkpointing(blocks: Sequence[nn.Module], mode: str) -> None:

@@ -34,8 +34,9 @@ def _forward(
     """
     num_ranks = dist.get_world_size(group)
     sent_counts = offsets.diff(prepend=offsets.new_zeros(1))  # [E], destination-major: experts are contiguous
-    received_counts = torch.empty_like(sent_counts)  # [P * E/P], source-major
-    dist.all_to_all_single(received_counts, sent_counts, group=group)
+    even = [sent_counts.numel() // num_ranks] * num_ranks
+    # [P * E/P], source-major. The functional form, so that activation checkpointing sees it and need not repeat it.
+    received_counts = all_to_all_single_autograd(sent_counts, even, even, group)
     splits = torch.stack([sent_counts, received_counts]).view(2, num_ranks, -1).sum(dim=-1)
     sent, received = splits.tolist()
     rows = all_to_all_single_autograd(rows, received, sent, group)  # [S, H], sorted by (source, expert)

@@ -1,6 +1,7 @@
 """parallelize_fn: expert parallelism -> activation checkpointing -> compile -> FSDP2, in that order."""
 
 import functools
+from typing import cast
 
 import torch
 import torch.distributed as dist
@@ -62,18 +63,42 @@ def apply_fsdp(model: Qwen35Moe, meshes: Meshes, compute_dtype: torch.dtype) -> 
         ),
         ignored_params=set(model.float32_parameters()),
     )
-    # Where nothing is sharded, gathering anew for the backward pass would only repeat the cast.
+    blocks, has_expert_units = model.blocks, meshes.expert_parallel.size() > 1
     is_sharded = meshes.dense.size() > 1
-    for block in model.blocks:
-        if meshes.expert_parallel.size() > 1:
+    for block in blocks:
+        # Gathered again for the backward pass; but that begins with the last block, and would do so at once, and where
+        # nothing is sharded it would only repeat the cast.
+        free = is_sharded and block is not blocks[-1]
+        if has_expert_units:
             # Experts alone leave the dense mesh. Their dim 0 is taken by the axis ep, so efsdp cuts dim 1.
-            shard(block.mlp.experts, mesh=meshes.expert, shard_placement_fn=lambda _: Shard(1))
-        shard(block, mesh=meshes.dense, reshard_after_forward=is_sharded)
+            shard(
+                block.mlp.experts,
+                mesh=meshes.expert,
+                shard_placement_fn=lambda _: Shard(1),
+                reshard_after_forward=free,
+            )
+        shard(block, mesh=meshes.dense, reshard_after_forward=free)
     shard(model, mesh=meshes.dense)
+    if has_expert_units:
+        _prefetch_neighbours(model)
     for module in model.modules():
         if isinstance(module, FSDPModule) and is_sharded:  # one process has nothing to divide, not even by 1
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)  # gloo has no pre-multiplied sum
+
+
+def _prefetch_neighbours(model: Qwen35Moe) -> None:
+    """Has each block gather the next one's dense weights and experts before it computes, in both directions.
+
+    Left to itself FSDP gathers a unit when the host comes to it, which is early enough only where the host runs ahead;
+    at ep > 1 the host waits in every block for the number of rows that travel.
+    """
+    units = cast(list[FSDPModule], [model, *model.blocks])
+    with_experts = [cast(list[FSDPModule], [block, block.mlp.experts]) for block in model.blocks]
+    for unit, following in zip(units, with_experts):
+        unit.set_modules_to_forward_prefetch(following)
+    for unit, preceding in zip(units[2:], with_experts):
+        unit.set_modules_to_backward_prefetch(preceding)
 
 
 def local_region(parameter: nn.Parameter) -> Region:
@@ -90,17 +115,25 @@ def materialise(model: Qwen35Moe, device: torch.device, seed: int) -> None:
     init_weights(model, seed, local_region)
 
 
+def reduce_replicas_after(model: nn.Module, *, this_micro_batch: bool) -> None:
+    """HSDP: replicas sum their gradients after a step's last micro-batch alone; until then each adds up its own."""
+    if isinstance(model, FSDPModule):
+        model.set_requires_all_reduce(this_micro_batch)
+
+
 @torch.no_grad()
-def reduce_replicated_gradients(parameters: list[nn.Parameter], mesh: DeviceMesh) -> None:
+def reduce_replicated_gradients(parameters: list[nn.Parameter], loss: torch.Tensor, mesh: DeviceMesh) -> torch.Tensor:
     """Sums the gradients of the parameters outside FSDP over all data-parallel ranks, in one flat all-reduce.
 
-    Call once a step, after the last micro-batch.
+    Call once a step, after the last micro-batch. Each rank's share of the loss, a scalar, travels along: returns the
+    sum, so that every rank knows whether all are finite.
     """
     if mesh.size() == 1:
-        return
+        return loss
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     assert len(gradients) == len(parameters), "every block's router and decay parameters take part in every step"
-    flat = torch.cat([gradient.flatten() for gradient in gradients])
+    flat = torch.cat([gradient.flatten() for gradient in gradients] + [loss.view(1)])
     dist.all_reduce(flat, group=mesh.get_group())
-    for gradient, reduced in zip(gradients, flat.split([g.numel() for g in gradients])):
+    for gradient, reduced in zip(gradients, flat[:-1].split([g.numel() for g in gradients])):
         gradient.copy_(reduced.view_as(gradient))
+    return flat[-1]

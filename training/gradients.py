@@ -1,27 +1,51 @@
-"""One gradient norm over all meshes, and one clip by it."""
+"""One gradient norm over all meshes, one clip by it, and where values that are not finite lie."""
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.distributed.tensor import DTensor
 
 
 @torch.no_grad()
-def clip_gradients(parameters: list[nn.Parameter], max_norm: float) -> torch.Tensor:
-    """Scales all gradients so that their global 2-norm is at most `max_norm`; returns the norm before, a scalar.
+def gradient_norm(parameters: list[nn.Parameter]) -> torch.Tensor:
+    """The global 2-norm of all gradients, a scalar, the same on all ranks.
 
     Parameters may be sharded over different meshes (dense, experts) or plain and replicated: a norm is taken for each
     mesh, where it is reduced over the axes that shard it, and the norms are combined.
     """
-    by_mesh: dict[object, list[nn.Parameter]] = {}
+    norms = []
+    for members in _by_mesh(parameters):
+        norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in members if parameter.grad is not None])
+        norms.append(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+    return torch.linalg.vector_norm(torch.stack(norms))
+
+
+@torch.no_grad()
+def clip_gradients(parameters: list[nn.Parameter], max_norm: float, norm: torch.Tensor) -> None:
+    """Scales all gradients so that their global 2-norm, which is `norm`, becomes at most `max_norm`."""
+    for members in _by_mesh(parameters):
+        torch.nn.utils.clip_grads_with_norm_(members, max_norm, norm)
+
+
+def _by_mesh(parameters: list[nn.Parameter]) -> list[list[nn.Parameter]]:
+    """The parameters that have a gradient, grouped by its mesh: foreach operations take no mixture."""
+    groups: dict[object, list[nn.Parameter]] = {}
     for parameter in parameters:
         if parameter.grad is not None:
             mesh = parameter.grad.device_mesh if isinstance(parameter.grad, DTensor) else None
-            by_mesh.setdefault(mesh, []).append(parameter)
-    norms = []
-    for members in by_mesh.values():
-        norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in members if parameter.grad is not None])
-        norms.append(norm.full_tensor() if isinstance(norm, DTensor) else norm)
-    total = torch.linalg.vector_norm(torch.stack(norms))
-    for members in by_mesh.values():
-        torch.nn.utils.clip_grads_with_norm_(members, max_norm, total)
-    return total
+            groups.setdefault(mesh, []).append(parameter)
+    return list(groups.values())
+
+
+def last_nonfinite(tensors: dict[str, torch.Tensor | None]) -> str | None:
+    """ "NAME on rank R" of the last tensor, in the order given, with a value that is not finite on some rank; or None.
+
+    All ranks call it together, with the same names, and get the same answer. Of gradients in the model's order, the
+    last is the one that the backward pass reached first: from there it went to all before.
+    """
+    local = [t.to_local() if isinstance(t, DTensor) else t for t in tensors.values()]
+    bad = [index for index, t in enumerate(local) if t is not None and not t.isfinite().all()]
+    last_of_ranks: list[int] = [-1] * dist.get_world_size()
+    dist.all_gather_object(last_of_ranks, max(bad, default=-1))
+    last = max(last_of_ranks)
+    return None if last < 0 else f"{list(tensors)[last]} on rank {last_of_ranks.index(last)}"

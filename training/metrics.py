@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 import os
 import resource
 import sys
@@ -84,7 +85,9 @@ class MetricsWriter:
 
     def write(self, metrics: dict[str, Any]) -> None:
         """Records one step. `metrics` has "step", "loss", "grad_norm", "tokens_per_second" and more numbers."""
-        self._file.write(json.dumps(metrics) + "\n")
+        # JSON has no NaN and no infinity.
+        finite = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
+        self._file.write(json.dumps(finite, allow_nan=False) + "\n")
         self._file.flush()
         if self._tensorboard is not None:
             for name, value in metrics.items():

@@ -15,10 +15,10 @@ from models.ops.kernels import Kernels
 from models.qwen35_moe.config import ModelConfig
 from models.qwen35_moe.model import Qwen35Moe
 from models.qwen35_moe.moe import Router
-from parallelisms.mesh import build_meshes
+from parallelisms.mesh import Meshes, build_meshes
 from parallelisms.parallelize import materialise, parallelize_fn
 from tests.models.qwen35_moe.shapes import random_stream
-from train import reduce_result, train_step
+from train import StepResult, reduce_result, train_step
 from training.optimizer import build_optimizer
 
 TRAINING = Training(steps=5, sequence_length=64, global_batch_size=4)
@@ -95,12 +95,10 @@ def forced_routing(experts: tuple[int, ...]) -> Iterator[None]:
         Router.forward = original  # type: ignore[method-assign]
 
 
-def train(config: ModelConfig, layout: Layout, rows: list[list[int]], num_steps: int, moe: MoE = OFF) -> Run:
-    """Runs on every rank of an initialised process group of `layout.world` ranks.
-
-    `rows`: the global batch as document lengths a row, cut into as many parts as there are micro-steps; of each, rank r
-    takes the r-th part. So layouts with the same accumulation have the same tokens in each micro-step.
-    """
+def build(
+    config: ModelConfig, layout: Layout, compute_dtype: torch.dtype = torch.float32
+) -> tuple[Qwen35Moe, Meshes, torch.optim.Optimizer]:
+    """The parallelised model with its initial weights, as train.py builds it."""
     assert dist.get_world_size() == layout.world
     torch.compiler.reset()
     meshes = build_meshes("cpu", layout.replicate, layout.world // layout.replicate, layout.ep)
@@ -109,7 +107,7 @@ def train(config: ModelConfig, layout: Layout, rows: list[list[int]], num_steps:
     parallelize_fn(
         model,
         meshes,
-        compute_dtype=torch.float32,
+        compute_dtype=compute_dtype,
         activation_checkpoint=layout.activation_checkpoint,
         compile_blocks=layout.compile,
     )
@@ -117,6 +115,36 @@ def train(config: ModelConfig, layout: Layout, rows: list[list[int]], num_steps:
     # in the last bit, and with seed 3 those sums make 2e-5 of it.
     materialise(model, torch.device("cpu"), seed=4)
     optimizer = build_optimizer(model, Optimizer(lr=1e-3, eps=layout.adam_eps, weight_decay=0.1))
+    return model, meshes, optimizer
+
+
+def own_batches(config: ModelConfig, layout: Layout, rows: list[list[int]], seed: int) -> list[MicroBatch]:
+    """This rank's micro-batches of a step; `rows` as in `train`."""
+    per_micro_batch = len(rows) // (layout.world * layout.accumulation)
+    starts = range(dist.get_rank() * per_micro_batch, len(rows), layout.world * per_micro_batch)
+    return [rows_as_micro_batch(config, rows[start : start + per_micro_batch], seed + start) for start in starts]
+
+
+def step(
+    model: Qwen35Moe,
+    meshes: Meshes,
+    optimizer: torch.optim.Optimizer,
+    batches: list[MicroBatch],
+    moe: MoE = OFF,
+) -> StepResult:
+    """One optimizer step, as train.py makes it; the result is this rank's."""
+    trained = torch.tensor(sum(int((batch.labels != -100).sum()) for batch in batches))
+    dist.all_reduce(trained)
+    return train_step(model, optimizer, batches, int(trained), meshes, torch.device("cpu"), TRAINING, moe)
+
+
+def train(config: ModelConfig, layout: Layout, rows: list[list[int]], num_steps: int, moe: MoE = OFF) -> Run:
+    """Runs on every rank of an initialised process group of `layout.world` ranks.
+
+    `rows`: the global batch as document lengths a row, cut into as many parts as there are micro-steps; of each, rank r
+    takes the r-th part. So layouts with the same accumulation have the same tokens in each micro-step.
+    """
+    model, meshes, optimizer = build(config, layout)
     run = Run({n: full(p) for n, p in model.named_parameters()}, {}, {}, [], [], [], [], torch.empty(0), math.inf)
 
     def keep_gradients(*_) -> None:
@@ -131,22 +159,14 @@ def train(config: ModelConfig, layout: Layout, rows: list[list[int]], num_steps:
     if layout.world == 1 and not layout.compile and config.num_experts_per_tok < config.num_experts:
         for block in model.blocks:
             block.mlp.gate.register_forward_hook(keep_smallest_gap)
-    per_micro_batch = len(rows) // (layout.world * layout.accumulation)
-    starts = range(dist.get_rank() * per_micro_batch, len(rows), layout.world * per_micro_batch)
-    for step in range(num_steps):
-        batches = [
-            rows_as_micro_batch(config, [rows[i] for i in range(start, start + per_micro_batch)], 1000 * step + start)
-            for start in starts
-        ]
-        trained = torch.tensor(sum(int((batch.labels != -100).sum()) for batch in batches))
-        dist.all_reduce(trained)
-        result = train_step(model, optimizer, batches, int(trained), meshes, torch.device("cpu"), TRAINING, moe)
-        result = reduce_result(result)
+    for number in range(num_steps):
+        batches = own_batches(config, layout, rows, 1000 * number)
+        result = reduce_result(step(model, meshes, optimizer, batches, moe))
         run.losses.append(result.loss.item())
         run.grad_norms.append(result.grad_norm.item())
         run.aux_losses.append(result.aux_loss.item())
         run.z_losses.append(result.z_loss.item())
-        if step == 0:
+        if number == 0:
             run.expert_counts = result.expert_counts
     run.weights = {n: full(p) for n, p in model.named_parameters()}
     return run

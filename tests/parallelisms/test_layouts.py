@@ -1,5 +1,7 @@
 """Every layout trains the same model: initial weights, losses, gradient norms, gradients and weights of one process."""
 
+import itertools
+
 import pytest
 import torch
 
@@ -10,23 +12,28 @@ from tests.parallelisms.layouts import Layout, Run, train_layouts
 
 # 47 and 5 divide nothing: dense parameters are sharded unevenly. The expert shapes must divide (FSDP's dim 1).
 CONFIG = tiny_config(vocab_size=47, linear_num_key_heads=1, linear_num_value_heads=5, initializer_range=0.05)
-# Unequal work: documents of one token (nothing to train on), a row with 4 trained tokens, a row with none.
-ROWS = [[40, 24], [1, 1, 1, 61], [2, 2, 2, 2] + [1] * 56, [1] * 64]
+# Unequal work: documents of one token (nothing to train on), rows with 1 to 14 trained tokens, rows with none. The last
+# of 4 ranks has none at all, and so has the last of 4 micro-batches.
+ROWS = [[10, 6], [1, 1, 14], [2, 2, 2, 2] + [1] * 8, [16]]
+ROWS += [[3, 13], [1] * 14 + [2], [16], [5, 11]] * 2 + [[1] * 16] * 4
 NUM_STEPS = 5
 
-# Pairwise: each value of each axis meets each value of the others that it can meet somewhere, at few rows.
+# Pairwise: each value of each axis meets each value of the others that it can meet somewhere (a test counts).
 LAYOUTS = [
     Layout(accumulation=2),
     Layout(accumulation=4, activation_checkpoint="full"),
     Layout(compile=True, activation_checkpoint="selective"),
     Layout(world=2),
-    Layout(world=2, ep=2, accumulation=2),
-    Layout(world=2, replicate=2, activation_checkpoint="selective"),
+    Layout(world=2, ep=2, accumulation=2, activation_checkpoint="selective"),
+    Layout(world=2, replicate=2, accumulation=4, activation_checkpoint="selective"),
     Layout(world=2, ep=2, activation_checkpoint="full", adam_eps=1e-8),
+    Layout(world=2, ep=2, accumulation=4, compile=True),
     Layout(world=4),
     Layout(world=4, ep=2, activation_checkpoint="selective"),
-    Layout(world=4, ep=4, activation_checkpoint="full"),
-    Layout(world=4, replicate=2, ep=1, compile=True),
+    Layout(world=4, ep=4, accumulation=2, activation_checkpoint="full"),
+    Layout(world=4, ep=4, accumulation=4, activation_checkpoint="selective", compile=True),
+    Layout(world=4, ep=4),
+    Layout(world=4, replicate=2, accumulation=2, activation_checkpoint="full", compile=True),
     Layout(world=4, replicate=2, ep=2),
     Layout(world=4, ep=2, compile=True, adam_eps=1e-8),
 ]
@@ -52,6 +59,25 @@ def expected() -> dict[float, Run]:
     # at most about 1 here, differ between layouts by a few 1e-7.
     assert runs[1e-4].smallest_gap > 2e-6
     return runs
+
+
+def test_each_value_meets_each_other() -> None:
+    axes = {
+        "world": (1, 2, 4),
+        "ep": (1, 2, 4),
+        "replicate": (1, 2),
+        "accumulation": (1, 2, 4),
+        "activation_checkpoint": ("none", "selective", "full"),
+        "compile": (False, True),
+    }
+
+    def pairs(layout: Layout) -> set[frozenset]:
+        return {frozenset(pair) for pair in itertools.combinations(((axis, getattr(layout, axis)) for axis in axes), 2)}
+
+    possible = [Layout(**dict(zip(axes, values))) for values in itertools.product(*axes.values())]
+    possible = [each for each in possible if each.world % (each.replicate * each.ep) == 0]
+    missing = set().union(*map(pairs, possible)) - set().union(*map(pairs, LAYOUTS))
+    assert not missing, missing
 
 
 @pytest.mark.parametrize("world", [1, 2, 4])

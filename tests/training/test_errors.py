@@ -5,11 +5,11 @@ import json
 import pytest
 
 from config import load_config
-from training.errors import exit_on_user_error
+from training.errors import exit_on_error
 
 
 def test_our_own_value_error_is_one_line_and_exit_code_2(capsys: pytest.CaptureFixture) -> None:
-    with pytest.raises(SystemExit, match="2"), exit_on_user_error():
+    with pytest.raises(SystemExit, match="2"), exit_on_error():
         load_config(["--training.stepz", "3"])
     error = capsys.readouterr().err
     assert len(error.splitlines()) == 1
@@ -17,5 +17,5 @@ def test_our_own_value_error_is_one_line_and_exit_code_2(capsys: pytest.CaptureF
 
 
 def test_a_librarys_value_error_is_a_bug() -> None:
-    with pytest.raises(json.JSONDecodeError), exit_on_user_error():
+    with pytest.raises(json.JSONDecodeError), exit_on_error():
         json.loads("{")

@@ -1,0 +1,151 @@
+"""The collectives of one step are those of docs/communication.md, and gathers are issued before they are needed."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from models.ops.kernels import Kernels
+from models.qwen35_moe.model import Qwen35Moe
+from tests.distributed import run_ranks
+from tests.models.qwen35_moe.shapes import tiny_config
+from tests.parallelisms.collectives import Collective, recorded
+from tests.parallelisms.layouts import Layout, build, own_batches, step
+
+CONFIG = tiny_config(vocab_size=96)
+ROWS = [[64]] * 8
+LAYOUTS = [
+    Layout(world=4),
+    Layout(world=4, accumulation=2, activation_checkpoint="full"),
+    Layout(world=4, ep=2),
+    Layout(world=4, ep=2, accumulation=2, activation_checkpoint="selective"),
+    Layout(world=4, ep=4),
+    Layout(world=4, ep=2, activation_checkpoint="full"),
+    Layout(world=4, replicate=2, accumulation=2),
+]
+Totals = dict[tuple[str, str], tuple[int, int]]
+
+
+def record_steps(layouts: list[Layout]) -> list[list[Collective]]:
+    """The collectives of each layout's second step, under bfloat16."""
+    records = []
+    for layout in layouts:
+        model, meshes, optimizer = build(CONFIG, layout, torch.bfloat16)
+        batches = own_batches(CONFIG, layout, ROWS, 0)
+        step(model, meshes, optimizer, batches)
+        with recorded(meshes) as calls:
+            step(model, meshes, optimizer, batches)
+        records.append(calls[1:])  # the first is the test's own: the number of trained tokens
+    return records
+
+
+@pytest.fixture(scope="module")
+def records() -> dict[Layout, list[list[Collective]]]:
+    """Of each layout, the collectives of each rank."""
+    return dict(zip(LAYOUTS, zip(*run_ranks(record_steps, 4, LAYOUTS))))
+
+
+def symbols(layout: Layout) -> dict[str, int]:
+    """What the documentation's letters stand for; see there."""
+    with torch.device("meta"):
+        model = Qwen35Moe(CONFIG, Kernels(attention="sdpa"))
+    fsdp = layout.world // layout.replicate
+    outside = {n for n, _ in model.named_parameters() if n.endswith(("mlp.gate.weight", "A_log", "dt_bias"))}
+    sizes = {}
+    for name, parameter in model.named_parameters():
+        rows = len(parameter) if name in outside else -(-len(parameter) // fsdp) * fsdp  # FSDP pads dimension 0
+        sizes[name] = rows * parameter[0].numel()
+
+    def total(pattern: str) -> int:
+        return sum(size for name, size in sizes.items() if re.match(pattern, name) and name not in outside)
+
+    last = CONFIG.num_hidden_layers - 1
+    return {
+        "A": layout.accumulation,
+        "L": CONFIG.num_hidden_layers,
+        "D": total(r"layers\.") - total(r"layers.*\.experts\."),
+        "D_last": total(rf"layers\.{last}\.") - total(rf"layers\.{last}\..*\.experts\."),
+        "X": total(r"layers.*\.experts\."),
+        "X_last": total(rf"layers\.{last}\..*\.experts\."),
+        "R": total(r"(?!layers\.)"),
+        "F": sum(sizes[name] for name in outside),
+        "c": 2,
+        "T": 64 * len(ROWS) // (layout.world * layout.accumulation),
+        "k": CONFIG.num_experts_per_tok,
+        "H": CONFIG.hidden_size,
+        "E": CONFIG.num_experts,
+        "ep": layout.ep,
+    }
+
+
+def documented(layout: Layout) -> Totals:
+    """(kind, axis) -> (count, bytes) of a step, from the tables of docs/communication.md."""
+    text = (Path(__file__).resolve().parents[2] / "docs/communication.md").read_text()
+    _, alone, experts = re.split(r"^## (?:FSDP alone|FSDP and expert).*$", text, flags=re.MULTILINE)
+    table = alone if layout.ep == 1 else experts
+    rows = re.findall(r"^\| (\S+) \| (\w+) \| .* \| `(.*)` \| `(.*)` \|$", table, flags=re.MULTILINE)
+    values = symbols(layout)
+    return {(kind, axis): (eval(count, {}, values), eval(size, {}, values)) for kind, axis, count, size in rows}
+
+
+def measured(calls: list[list[Collective]]) -> Totals:
+    """The same from what the ranks did: the mean over ranks, without the gradient norm's small all-reduces."""
+    totals: dict[tuple[str, str], list[int]] = {}
+    for rank in calls:
+        for kind, axis, size in rank:
+            if kind != "all-reduce" or size > 300:
+                total = totals.setdefault((kind, axis), [0, 0])
+                total[0] += 1
+                total[1] += size
+    assert all(count % len(calls) == size % len(calls) == 0 for count, size in totals.values())
+    return {key: (count // len(calls), size // len(calls)) for key, (count, size) in totals.items()}
+
+
+def expected(layout: Layout) -> Totals:
+    totals, of = documented(layout), symbols(layout)
+    if layout.ep == layout.world:  # ep is the axis fsdp itself
+        totals = {key: value for key, value in totals.items() if key[1] != "efsdp"}
+        totals["all-to-all", "fsdp"] = totals.pop(("all-to-all", "ep"))
+    if layout.ep > 1 and layout.activation_checkpoint == "full":
+        count, size = totals["all-to-all", "ep"]
+        again = of["A"] * of["L"] * 2
+        totals["all-to-all", "ep"] = (count + again, size + again * of["c"] * of["T"] * of["k"] * of["H"])
+    if layout.replicate > 1:
+        totals["all-reduce", "data_parallel"] = totals.pop(("all-reduce", "fsdp"))
+        sharded = 4 * (of["R"] + of["D"] + of["X"]) // 2
+        totals["all-reduce", "replicate"] = (of["L"] + 1, sharded)
+    return totals
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_a_step_communicates_as_documented(records: dict[Layout, list[list[Collective]]], layout: Layout) -> None:
+    assert measured(records[layout]) == expected(layout)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_the_gradient_norm_is_a_few_small_reductions(
+    records: dict[Layout, list[list[Collective]]], layout: Layout
+) -> None:
+    small = [call for call in records[layout][0] if call.kind == "all-reduce" and call.num_bytes <= 300]
+    # One for each mesh and axis: torch 2.13 merges the axes of a mesh where it can.
+    assert 1 <= len(small) <= 4
+
+
+@pytest.mark.parametrize("layout", [each for each in LAYOUTS if each.ep == 2], ids=str)
+def test_experts_and_dense_weights_are_gathered_a_block_ahead(
+    records: dict[Layout, list[list[Collective]]], layout: Layout
+) -> None:
+    num_layers = CONFIG.num_hidden_layers
+    gathers, at_counts, at_exchanges = 0, [], []
+    for call in records[layout][0]:
+        if call.kind == "all-gather":
+            gathers += 1
+        elif call.kind == "all-to-all":
+            at_exchanges.append(gathers)
+            if call.num_bytes == 4 * CONFIG.num_experts:  # the numbers of rows: here the host waits, in each block
+                at_counts.append(gathers)
+    # When the host waits in a block, its own two units and the next one's are under way, after the one of the root.
+    assert at_counts[:num_layers] == [1 + 2 * min(block + 2, num_layers) for block in range(num_layers)]
+    # The same on the way back, where the last block was kept: before a block's first exchange, the preceding one's two.
+    assert at_exchanges[3 * num_layers] == at_exchanges[3 * num_layers - 1] + 2

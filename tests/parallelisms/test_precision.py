@@ -1,0 +1,96 @@
+"""What stays float32 under bfloat16: decays and routers inside the forward pass, and all that is stored or reduced."""
+
+import pytest
+import torch
+import torch._dynamo.utils
+
+from models.qwen35_moe import gated_delta_net
+from models.qwen35_moe.gated_delta_net import GatedDeltaNet
+from models.qwen35_moe.moe import Router
+from tests.distributed import run_ranks
+from tests.models.qwen35_moe.shapes import tiny_config
+from tests.parallelisms.collectives import recorded
+from tests.parallelisms.layouts import Layout, build, full, own_batches, step
+
+CONFIG = tiny_config(layer_types=("linear_attention", "full_attention"), num_hidden_layers=2)
+ROWS = [[40, 24], [10, 54]]
+NAMES = ("A_log", "dt_bias", "weight")
+
+
+def observe(layout: Layout) -> dict[str, object]:
+    """Trains two steps in bfloat16 and tells what the modules met inside their forward passes."""
+    model, meshes, optimizer = build(CONFIG, layout, torch.bfloat16)
+    with torch.no_grad():
+        for parameter in model.float32_parameters():
+            parameter += 2**-12  # no bfloat16 number is that near to 1 or 0
+    seen: list[tuple[str, torch.Tensor]] = []
+    computed: list[torch.dtype] = []
+    gradients: list[torch.dtype] = []
+
+    # Hooks of modules inside a block: they run after FSDP has put its own parameters in place, and are compiled too.
+    def keep_parameters(module: torch.nn.Module, inputs: object) -> None:
+        seen.extend((name, getattr(module, name).detach().clone()) for name in NAMES if hasattr(module, name))
+
+    def keep_logits(module: torch.nn.Module, inputs: object, output: tuple[torch.Tensor, ...]) -> None:
+        computed.extend(tensor.dtype for tensor in (output[0], output[2], output[3]))
+
+    original = gated_delta_net.gated_delta_rule
+
+    def keep_decay(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, g: torch.Tensor, *others: object) -> torch.Tensor:
+        computed.append(g.dtype)
+        return original(q, k, v, g, *others)
+
+    for module in model.modules():
+        if isinstance(module, GatedDeltaNet | Router):
+            module.register_forward_pre_hook(keep_parameters)
+        if isinstance(module, Router):
+            module.register_forward_hook(keep_logits)
+    optimizer.register_step_pre_hook(lambda *_: gradients.extend(p.grad.dtype for p in model.parameters()))
+    expected = {name: full(p) for name, p in model.named_parameters() if name.rpartition(".")[2] in NAMES}
+    batches = own_batches(CONFIG, layout, ROWS, 0)
+    torch._dynamo.utils.counters.clear()
+    gated_delta_net.gated_delta_rule = keep_decay
+    try:
+        step(model, meshes, optimizer, batches)
+    finally:
+        gated_delta_net.gated_delta_rule = original
+    first_seen = list(seen)
+    with recorded(meshes) as calls:
+        step(model, meshes, optimizer, batches)
+    outside = 4 * (1 + sum(parameter.numel() for parameter in model.float32_parameters()))
+    return {
+        "inside": [
+            (name, tensor.dtype, any(torch.equal(tensor, value) for value in expected.values()))
+            for name, tensor in first_seen
+        ],
+        "computed": set(computed),
+        "stored": {parameter.dtype for parameter in model.parameters()} | set(gradients),
+        "adam": {tensor.dtype for state in optimizer.state.values() for tensor in state.values()},
+        "flat reductions": sum(call.kind == "all-reduce" and call.num_bytes == outside for call in calls),
+        "large reductions": sum(call.kind == "all-reduce" and call.num_bytes > 300 for call in calls),
+        "graphs": torch._dynamo.utils.counters["stats"]["unique_graphs"],
+    }
+
+
+def observe_all(layouts: list[Layout]) -> list[dict[str, object]]:
+    return [observe(layout) for layout in layouts]
+
+
+LAYOUTS = [Layout(world=2), Layout(world=2, ep=2), Layout(world=2, compile=True), Layout(world=2, ep=2, compile=True)]
+
+
+@pytest.fixture(scope="module")
+def observed() -> dict[Layout, dict[str, object]]:
+    return dict(zip(LAYOUTS, run_ranks(observe_all, 2, LAYOUTS, seconds=240)[0]))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_what_is_float32_under_bfloat16(observed: dict[Layout, dict[str, object]], layout: Layout) -> None:
+    what = observed[layout]
+    # Their own master values, to the last bit: one mixer and two routers.
+    inside = [(name, torch.float32, True) for name in ("A_log", "dt_bias", "weight", "weight")]
+    assert what["inside"] == inside
+    assert what["computed"] == {torch.float32}
+    assert what["stored"] == what["adam"] == {torch.float32}
+    assert (what["flat reductions"], what["large reductions"]) == (1, 1)
+    assert (what["graphs"] > 0) == layout.compile
