@@ -40,7 +40,7 @@ class MicroBatch(NamedTuple):
     labels: Tensor  # int64 [T], shifted: what is to be predicted at each token, or -100
     positions: Tensor  # int64 [T], from 0 in each document
     lengths: list[int]  # of the documents, fillers included; their sum is T
-    is_real: Tensor | None  # bool [T], False for fillers; None where there are none ever
+    is_real: Tensor | None = None  # bool [T], False for fillers; None where there are none ever
 
 
 class TokenLoader:

@@ -42,12 +42,12 @@ def _rank_main(rank: int, world_size: int, port: int, log: str, arguments: list[
     import torch
 
     from train import main
-    from training.errors import exit_on_user_error
+    from training.errors import exit_on_error
 
     torch.set_num_threads(1)
     sys.stdout = sys.stderr = open(log, "a", buffering=1)  # noqa: SIM115
     faulthandler.register(signal.SIGUSR1)  # shows where a rank hangs
-    with exit_on_user_error():
+    with exit_on_error():
         main(arguments)
 
 
