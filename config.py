@@ -71,6 +71,8 @@ class Job:
     """Determines the initial weights and the order of the data, whatever the number of processes."""
     deterministic: bool = False
     """Only deterministic algorithms: the same run on the same layout gives the same numbers bit for bit, slower."""
+    collective_timeout_seconds: PositiveInt = 600
+    """How long a process waits for the others; then the run ends and names those that did not come."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -28,7 +28,14 @@ from parallelisms.parallelize import (
     reduce_replicas_after,
     reduce_replicated_gradients,
 )
-from training.distributed import init_distributed, set_deterministic, sum_over_ranks, world_from_environment
+from training.distributed import (
+    init_distributed,
+    name_missing_ranks,
+    set_deterministic,
+    set_timeout,
+    sum_over_ranks,
+    world_from_environment,
+)
 from training.errors import RunError, exit_on_error
 from training.flops import mfu_of_one_token_a_second
 from training.gradients import clip_gradients, gradient_norm, last_nonfinite
@@ -184,11 +191,12 @@ def main(arguments: list[str]) -> None:
     # 2. Processes, devices, meshes.
     if config.job.deterministic:
         set_deterministic()
-    device = init_distributed()
+    device = init_distributed(config.job.collective_timeout_seconds)
     torch.manual_seed(config.job.seed)
     replicate_degree = config.parallelism.data_parallel_replicate_degree
     shard_degree = config.parallelism.shard_degree(world_size)
     meshes = build_meshes(device.type, replicate_degree, shard_degree, config.parallelism.expert_parallel_degree)
+    set_timeout(meshes, config.job.collective_timeout_seconds)
 
     # 3. Data: every rank reads its own rows.
     loader = TokenLoader(config.data, training, rank, world_size, config.job.seed, skipped_dir=output_dir / "skipped")
@@ -305,5 +313,5 @@ def main(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    with exit_on_error():
+    with exit_on_error(), name_missing_ranks():
         main(sys.argv[1:])

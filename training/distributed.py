@@ -1,9 +1,20 @@
-"""Process start-up: the process group, this rank's device, determinism."""
+"""Process start-up: the process group, this rank's device, determinism; and who is missing when a wait is too long."""
 
 import os
+import re
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
+
+from training.errors import RunError
+
+# What gloo says when a peer does not come, and when it has gone.
+_WAITED_IN_VAIN = re.compile("[Tt]imed out|timeout|Connection (closed|reset) by peer|Broken pipe")
 
 
 def world_from_environment() -> tuple[int, int]:
@@ -11,19 +22,47 @@ def world_from_environment() -> tuple[int, int]:
     return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def init_distributed() -> torch.device:
+def init_distributed(timeout_seconds: int) -> torch.device:
     """Joins the process group (NCCL on GPUs, gloo on CPUs) and returns this rank's device."""
+    timeout = timedelta(seconds=timeout_seconds)
     defaults = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
     for name, value in defaults.items():
         os.environ.setdefault(name, value)
     if not torch.cuda.is_available():
-        dist.init_process_group("gloo")
+        dist.init_process_group("gloo", timeout=timeout)
         return torch.device("cpu")
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
     torch.cuda.set_device(device)
-    # Host tensors (checkpoint metadata) travel over gloo beside NCCL.
-    dist.init_process_group("cpu:gloo,cuda:nccl", device_id=device)
+    # A collective of the device that waits too long is ended by NCCL's watchdog, which then tells who did not join.
+    os.environ.setdefault("TORCH_NCCL_DESYNC_DEBUG", "1")
+    # Host tensors (a step's agreement, checkpoint metadata) travel over gloo beside NCCL.
+    dist.init_process_group("cpu:gloo,cuda:nccl", timeout=timeout, device_id=device)
     return device
+
+
+def set_timeout(meshes: Iterable[DeviceMesh], timeout_seconds: int) -> None:
+    """Bounds the waits in every mesh's groups: new groups have torch's own timeout, not that of the first."""
+    for mesh in meshes:
+        for group in mesh.get_all_groups():
+            dist.distributed_c10d._set_pg_timeout(timedelta(seconds=timeout_seconds), group)
+
+
+@contextmanager
+def name_missing_ranks() -> Iterator[None]:
+    """Turns a collective of the host that waited in vain into a RunError that names the ranks that did not come.
+
+    All that wait give up at about the same time and say so through the store; the others are the missing.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if not dist.is_initialized() or not _WAITED_IN_VAIN.search(str(error)):
+            raise
+        store = dist.distributed_c10d._get_default_store()
+        store.set(f"gave_up/{dist.get_rank()}", "")
+        time.sleep(5)
+        missing = [rank for rank in range(dist.get_world_size()) if not store.check([f"gave_up/{rank}"])]
+        raise RunError(f"a collective waited in vain: missing ranks {missing} (stuck or ended); {error}") from error
 
 
 def set_deterministic() -> None:

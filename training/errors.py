@@ -15,6 +15,9 @@ ROOT = Path(__file__).resolve().parents[1]
 class RunError(RuntimeError):
     """What stops a run that was started rightly. The message is one line."""
 
+    def __init__(self, message: str) -> None:
+        super().__init__(" ".join(message.splitlines()))
+
 
 @contextmanager
 def exit_on_error() -> Iterator[None]:
