@@ -89,7 +89,7 @@ def time_by_kind(profile: torch.profiler.profile, num_steps: int) -> dict[str, f
 def measure(config: Config, lengths: list[int], num_steps: int, profile_steps: int, trace: str) -> dict[str, Any]:
     """Runs and times optimizer steps on this rank's device; all ranks together."""
     rank, world_size = world_from_environment()
-    device = init_distributed()
+    device = init_distributed(config.job.collective_timeout_seconds)
     parallelism, training = config.parallelism, config.training
     shard_degree = parallelism.shard_degree(world_size)
     meshes = build_meshes(
