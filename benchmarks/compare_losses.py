@@ -2,8 +2,8 @@
 
     python benchmarks/compare_losses.py BEFORE AFTER [--tolerance 1e-4]
 
-BEFORE and AFTER are runs' output folders or `metrics.jsonl` files. Exit status: 0 if all steps that both have agree within
-the tolerance (relative; default 0: bit for bit), 1 if not, 2 for a mistake.
+BEFORE and AFTER are runs' output folders or `metrics.jsonl` files. Exit status: 0 if all steps that both have agree
+within the tolerance (relative; default 0: bit for bit), 1 if not, 2 for a mistake.
 """
 
 import argparse
@@ -89,9 +89,8 @@ def main(argv: list[str]) -> int:
         if parted is None:
             print(f"{key}: equal bit for bit")
             continue
-        print(
-            f"{key}: part at step {parted} ({before[parted][key]} and {after[parted][key]}); at most {largest:.1e} apart"
-        )
+        values = f"{before[parted][key]} and {after[parted][key]}"
+        print(f"{key}: part at step {parted} ({values}); at most {largest:.1e} apart")
         if beyond is not None:
             values = f"{before[beyond][key]} and {after[beyond][key]}"
             print(f"{key}: more than {arguments.tolerance:g} apart from step {beyond} ({values})")

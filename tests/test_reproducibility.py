@@ -50,7 +50,7 @@ def test_the_first_losses_are_those_on_record(tmp_path: Path) -> None:
     finally:
         process.kill()
     assert sorted(golden) == list(range(1, 21))
-    # As measured: ep 1, 2 and 4 agree within 3e-7 for 15 steps; then a token near a tie goes the other way, and they are
-    # within 7.1e-5 to the end. Another CPU is another order of sums, too.
+    # As measured: ep 1, 2 and 4 agree within 3e-7 for 15 steps; then a token near a tie goes the other way, and they
+    # are within 7.1e-5 to the end. Another CPU is another order of sums, too.
     result = compare(golden, read_run(tmp_path), "loss", tolerance=1e-4)
     assert result.beyond is None, result
