@@ -19,6 +19,7 @@ import itertools
 import json
 import math
 import os
+import re
 import sys
 import textwrap
 from collections.abc import Callable, Iterable, Mapping
@@ -79,21 +80,41 @@ class Model:
     """The model's shape: either `path` or `config`."""
 
     path: str = ""
-    """Hugging Face directory whose config.json gives the shape. Its weights are not read."""
+    """Hugging Face directory whose config.json gives the shape."""
+    initial_load: Literal["none", "hf"] = "none"
+    """What a run without checkpoints starts from. "none": random weights; "hf": the weights in `path`."""
     config: dict[str, Any] = field(default_factory=dict)
     """The shape as a table, with the keys of config.json's text_config; what is left out is as in 35B-A3B."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Data:
-    """The text to train on, and how it becomes tokens."""
+    """What to train on, and how it becomes tokens."""
 
-    format: Literal["text"] = "text"
-    """What a sample is. "text": one document, every token trained on."""
+    format: Literal["text", "chat"] = "text"
+    """What a sample is. "text": one document, every token trained on; "chat": a conversation, the assistant's turns."""
     path: tuple[str, ...] = ()
-    """Files or globs; `**` matches any depth. Each must match at least one file."""
+    """Files or globs (.jsonl, .jsonl.gz, .jsonl.zst, .parquet, .txt), folders that `datasets` or data.tokenize wrote,
+    or names of datasets on the Hub: "owner/name", "owner/name:subset"."""
+    weights: tuple[Positive, ...] = ()
+    """Of the entries of `path`: the shares of their samples in what is trained on; they need not sum to 1. Empty: each
+    sample as often as the others."""
+    split: str = "train"
+    """Of those datasets that come in several."""
     text_key: str = "text"
     """Name of the field that holds a document's text."""
+    messages_key: str = "messages"
+    """Name of the field that holds a conversation's messages, as transformers' chat templates take them."""
+    tools_key: str = "tools"
+    """Name of the field that holds the tools a conversation may use, if there is one."""
+    train_on: Literal["all", "last"] = "all"
+    """Which turns of the assistant are trained on."""
+    train_empty_thinking: bool = False
+    """Train on the empty <think></think> that a chat template puts before answers without reasoning."""
+    too_long: Literal["drop", "truncate"] = "drop"
+    """What happens to conversations that are longer than a row."""
+    on_bad_sample: Literal["skip", "error"] = "skip"
+    """"skip": go on, count it and write it down in skipped/ of the run's folder; "error": stop at the first."""
     tokenizer: str = ""
     """Hugging Face directory with tokenizer.json. Empty: `model.path`."""
     shuffle: bool = True
@@ -169,6 +190,8 @@ class MoE:
     """Count an expert's tokens over all layers together, and not in each. With the scope "hf" this is always so."""
     z_loss_coef: NotNegative = 0.0
     """Weight of the router z-loss, which keeps the router's logits small. 0: off."""
+    force_balanced_routing: bool = False
+    """Benchmarks only: tokens go to the experts in turn, whatever the router prefers."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -208,8 +231,15 @@ class Compile:
 class Kernels:
     """Which implementation computes what."""
 
-    attention: Literal["auto", "sdpa", "varlen"] = "auto"
-    """'sdpa': one call a document, runs everywhere; 'varlen': FlashAttention over the stream, CUDA and bfloat16."""
+    attention: Literal["auto", "sdpa", "varlen", "cudnn"] = "auto"
+    """'sdpa': one call a document, runs everywhere; 'varlen': FlashAttention over the stream, CUDA and bfloat16;
+    'cudnn': cuDNN where all documents of a micro-batch have one length, else as 'varlen'."""
+    gated_delta_rule: Literal["auto", "torch", "fla", "flash_qla"] = "auto"
+    """'torch': runs everywhere; 'fla': flash-linear-attention, 'flash_qla': flash-qla, both CUDA and bfloat16."""
+    causal_conv1d: Literal["auto", "torch", "triton"] = "auto"
+    """The short convolution of linear attention. 'torch': runs everywhere; 'triton': one kernel each way, on CUDA."""
+    cross_entropy: Literal["auto", "torch", "compiled"] = "auto"
+    """The softmax over the vocabulary. 'torch': runs everywhere; 'compiled': by torch.compile, on CUDA."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -222,8 +252,31 @@ class Checkpoint:
     """Steps from one save to the next."""
     keep: Count = 3
     """Newest checkpoints to keep. 0: all."""
+    async_: bool = True
+    """Save in the background, from a copy in host memory: each process needs room for its whole state there. The last
+    save is never in the background."""
     resume: str = "auto"
-    """'auto': from the newest complete checkpoint in `job.output_dir`, if there is one; 'never'; or a checkpoint."""
+    """'auto': everything from the newest undamaged checkpoint in `job.output_dir`, if there is one; 'never': there must
+    be none; or everything from the checkpoint at this path, whatever `job.output_dir` holds."""
+    start_from: str = ""
+    """A checkpoint whose weights, and nothing else of it, a run without checkpoints of its own starts from: new
+    optimizer, step 0, the data's beginning. Also what convert_from_hf.py makes."""
+    export_hf: Literal["never", "last", "all"] = "never"
+    """Which saves are also written as Hugging Face directories, in bfloat16, to `job.output_dir`/hf; all are kept."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Validation:
+    """The loss on data that is not trained on."""
+
+    enable: bool = False
+    """Measure it."""
+    path: tuple[str, ...] = ()
+    """As `data.path`; all else is as in [data]."""
+    interval: PositiveInt = 100
+    """Training steps from one validation to the next."""
+    steps: Count = 0
+    """At most so many batches of `training.global_batch_size` rows. 0: all of the data, once."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -252,6 +305,7 @@ class Config:
     compile: Compile = field(default_factory=Compile)
     kernels: Kernels = field(default_factory=Kernels)
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
+    validation: Validation = field(default_factory=Validation)
     metrics: Metrics = field(default_factory=Metrics)
 
 
@@ -263,7 +317,11 @@ _SHAPE = {key: _NARROWED.get(hint, hint) for key, hint in get_type_hints(ModelCo
 _ROPE = {key: _SHAPE[key] for key in ("rope_theta", "partial_rotary_factor", "mrope_section")}
 _HF_FORM = {"model_type": str, "full_attention_interval": PositiveInt, "hidden_act": str, "attention_bias": bool}
 _ROPE_PARAMETERS = {"rope_type": str, "mrope_interleaved": bool, **_ROPE}
-SCHEMA: dict[str, Any] = {name: get_type_hints(cls, include_extras=True) for name, cls in SECTIONS.items()}
+# A field whose TOML key is a Python keyword ends in an underscore.
+SCHEMA: dict[str, Any] = {
+    name: {field.rstrip("_"): hint for field, hint in get_type_hints(cls, include_extras=True).items()}
+    for name, cls in SECTIONS.items()
+}
 SCHEMA["model"]["config"] = _SHAPE | _HF_FORM | {"attention_dropout": float, "rope_parameters": _ROPE_PARAMETERS}
 
 
@@ -287,13 +345,18 @@ def load_config(argv: list[str]) -> Config:
             required = item.default is dataclasses.MISSING and item.default_factory is dataclasses.MISSING
             if required and item.name not in tables.get(section, {}):
                 raise ConfigError(f"{section}.{item.name} is missing: expected {_accepted(schema[item.name])}")
-    config = Config(**{section: cls(**tables.get(section, {})) for section, cls in SECTIONS.items()})
+    keywords = {item.name.rstrip("_"): item.name for cls in SECTIONS.values() for item in dataclasses.fields(cls)}
+    sections = {
+        section: cls(**{keywords[key]: value for key, value in tables.get(section, {}).items()})
+        for section, cls in SECTIONS.items()
+    }
+    config = Config(**sections)
     return _with_absolute_paths(config)
 
 
 def resolved_toml(config: Config) -> str:
     """The whole configuration as TOML. Loading it gives an equal Config."""
-    return tomli_w.dumps(dataclasses.asdict(config))
+    return tomli_w.dumps(dataclasses.asdict(config, dict_factory=lambda items: {k.rstrip("_"): v for k, v in items}))
 
 
 def model_config(config: Config) -> ModelConfig:
@@ -313,8 +376,9 @@ def check_config(config: Config, world_size: int) -> None:
     """Raises ConfigError for what `world_size` processes on this machine could not run."""
     _check_parallelism(config, model_config(config), world_size)
     _check_schedule(config.lr_scheduler, config.training.steps)
-    _check_kernels(config)
-    _check_files(config, model_config(config).vocab_size)
+    _check_kernels(config, model_config(config))
+    check_data(config)
+    _check_paths(config)
 
 
 def _check_parallelism(config: Config, shape: ModelConfig, world_size: int) -> None:
@@ -364,7 +428,7 @@ def _check_schedule(schedule: LRScheduler, steps: int) -> None:
         )
 
 
-def _check_kernels(config: Config) -> None:
+def _check_kernels(config: Config, shape: ModelConfig) -> None:
     if config.kernels == Kernels():
         return  # "auto" is always possible; importing torch takes seconds
     import torch
@@ -378,16 +442,35 @@ def _check_kernels(config: Config) -> None:
         else {"cuda": "bfloat16", "cpu": "float32"}[device_type]
     )
     try:
-        select_kernels(dataclasses.asdict(config.kernels), device_type, getattr(torch, name))
+        head_dims = (shape.linear_key_head_dim, shape.linear_value_head_dim)
+        select_kernels(dataclasses.asdict(config.kernels), device_type, getattr(torch, name), head_dims)
     except ValueError as error:
         raise ConfigError(str(error)) from error
 
 
-def _check_files(config: Config, vocab_size: int) -> None:
-    _check_text(config.data)
-    _check_tokenizer(config.data, vocab_size)
-    if config.checkpoint.resume not in ("auto", "never") and not os.path.isdir(config.checkpoint.resume):
-        raise ConfigError(f"checkpoint.resume = {config.checkpoint.resume!r}: expected 'auto', 'never' or a directory")
+def check_data(config: Config) -> None:
+    """Raises ConfigError for data and a tokenizer that could not be used."""
+    _check_source(config.data, config.data.path, "data.path")
+    if config.validation.enable:
+        _check_source(config.data, config.validation.path, "validation.path")
+    _check_tokenizer(config.data, model_config(config).vocab_size)
+
+
+def _check_paths(config: Config) -> None:
+    resume, start = config.checkpoint.resume, config.checkpoint.start_from
+    if resume not in ("auto", "never") and not os.path.isdir(resume):
+        raise ConfigError(f"checkpoint.resume = {resume!r}: expected 'auto', 'never' or a directory")
+    if start and not os.path.isdir(start):
+        raise ConfigError(f"checkpoint.start_from = {start!r}: expected a directory")
+    if start and resume not in ("auto", "never"):
+        raise ConfigError(f"checkpoint.start_from and checkpoint.resume = {resume!r}: expected one of them")
+    if config.model.initial_load == "hf":
+        if start:
+            raise ConfigError("model.initial_load = 'hf' and checkpoint.start_from exclude each other: expected one")
+        if not list(Path(config.model.path or "/dev/null").glob("*.safetensors")):
+            raise ConfigError(
+                f"model.initial_load = 'hf': expected model.path = {config.model.path!r} to hold safetensors files"
+            )
     parent = Path(config.job.output_dir)
     while not parent.exists():
         parent = parent.parent
@@ -396,28 +479,32 @@ def _check_files(config: Config, vocab_size: int) -> None:
         raise ConfigError(f"job.output_dir = {output_dir!r}: expected a folder that can be written in {str(parent)!r}")
 
 
-def _check_text(data: Data) -> None:
-    """The files exist, are of one kind, and the first one's first document is text; the loader looks at the others."""
-    file, *others = find_files(data.path)
-    suffixes = sorted({Path(name).suffix for name in (file, *others)})
-    if len(suffixes) > 1 or suffixes[0] not in (".jsonl", ".parquet", ".txt"):
-        raise ConfigError(
-            f"data.path = {list(data.path)}: expected files in .jsonl, .parquet or .txt, one of these, "
-            f"not in {' and '.join(map(repr, suffixes))}"
-        )
-    names: Any = ["text"]
-    if suffixes == [".parquet"]:
-        import pyarrow.parquet
+def _check_source(data: Data, entries: Iterable[str], key: str) -> None:
+    """Everything exists, and the first sample of the first file has the field; the loader looks at the others."""
+    if data.weights and len(data.weights) != len(data.path):
+        raise ConfigError(f"data.weights = {list(data.weights)}: expected {len(data.path)}, one for each of data.path")
+    if data.weights and min(data.weights) < 1e-3 * sum(data.weights):
+        raise ConfigError(f"data.weights = {list(data.weights)}: expected none below a thousandth of their sum")
+    field_key, name = ("text_key", data.text_key) if data.format == "text" else ("messages_key", data.messages_key)
+    files = [file for entry in entries if not is_dataset(entry) for file in find_files([entry], key)]
+    if not files and not any(map(is_dataset, entries)):
+        find_files([], key)  # raises
+    names: Any = []
+    for file in files[:1]:
+        if suffix_of(file) == ".parquet":
+            import pyarrow.parquet
 
-        names = pyarrow.parquet.read_schema(file).names
-    elif suffixes == [".jsonl"]:
-        try:
-            with open(file, encoding="utf-8") as lines:
-                names = json.loads(next(filter(str.strip, lines), "{}")).keys()
-        except (ValueError, AttributeError):
-            raise ConfigError(f"data.path: {file!r} is not JSON Lines: expected an object on every line") from None
-    if names and data.text_key not in names:
-        raise ConfigError(f"data.text_key = {data.text_key!r}: expected one of {', '.join(names)}, as in {file!r}")
+            names = pyarrow.parquet.read_schema(file).names
+        elif suffix_of(file) == ".jsonl":
+            try:
+                with open(file, encoding="utf-8") as lines:
+                    names = json.loads(next(filter(str.strip, lines), "{}")).keys()
+            except (ValueError, AttributeError):
+                raise ConfigError(f"{key}: {file!r}, line 1 is not JSON: expected an object on every line") from None
+        elif suffix_of(file) == ".txt" and data.format == "chat":
+            raise ConfigError(f"{key}: {file!r} with data.format = 'chat': expected conversations, not text files")
+        if names and name not in names:
+            raise ConfigError(f"data.{field_key} = {name!r}: expected one of {', '.join(names)}, as in {file!r}")
 
 
 def _check_tokenizer(data: Data, vocab_size: int) -> None:
@@ -435,23 +522,46 @@ def _check_tokenizer(data: Data, vocab_size: int) -> None:
         raise ConfigError(f"{key}: expected the files of a byte-pair tokenizer: {error!r}") from error
     if max(ids) >= vocab_size:
         raise ConfigError(f"{key}: has token {max(ids)}, expected all below the model's vocab_size = {vocab_size}")
-    if data.end_of_document and not end:
+    if data.format == "text" and data.end_of_document and not end:
         raise ConfigError(f"data.end_of_document = True: expected an eos_token in {data.tokenizer!r}, or false")
 
 
-def find_files(patterns: Iterable[str]) -> list[str]:
+SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet", ".txt")
+TOKENS_META = "tokens.json"
+"""The file by which a folder is known as one that data.tokenize wrote."""
+
+
+def suffix_of(file: str) -> str:
+    """The one of SUFFIXES that a name ends in, or else whatever it ends in."""
+    fitting = [suffix for suffix in SUFFIXES if file.endswith(suffix)]
+    return fitting[0] if fitting else Path(file).suffix
+
+
+def is_dataset(entry: str) -> bool:
+    """Whether an entry of `data.path` is a folder that `datasets` or data.tokenize wrote, or a name on the Hub."""
+    if os.path.isdir(entry):
+        markers = (TOKENS_META, "dataset_info.json", "dataset_dict.json")
+        return any(os.path.exists(os.path.join(entry, marker)) for marker in markers)
+    is_name = re.fullmatch(r"[\w.-]+/[\w.-]+(:[\w.-]+)?", entry) and suffix_of(entry) not in SUFFIXES
+    return bool(is_name) and not os.path.exists(entry)
+
+
+def find_files(patterns: Iterable[str], key: str = "data.path") -> list[str]:
     """The files that paths and globs stand for, each once: in the order of the patterns, those of a glob by name.
 
-    Raises ConfigError for a pattern that matches no file.
+    Raises ConfigError for a pattern that matches no file, or one that is not in SUFFIXES.
     """
     files: list[str] = []
     for pattern in patterns:
         found = [os.path.abspath(path) for path in sorted(_matches(pattern)) if os.path.isfile(path)]
         if not found:
-            raise ConfigError(f"data.path = {pattern!r} matches no file: expected a file or a glob that matches some")
+            raise ConfigError(f"{key} = {pattern!r} matches no file: expected a file or a glob that matches some")
+        for file in found:
+            if suffix_of(file) not in SUFFIXES:
+                raise ConfigError(f"{key}: {file!r} ends in {suffix_of(file)!r}: expected {', '.join(SUFFIXES)}")
         files += found
     if not files:
-        raise ConfigError("data.path = []: expected at least one file or glob")
+        raise ConfigError(f"{key} = []: expected at least one file or glob")
     return list(dict.fromkeys(files))
 
 
@@ -467,6 +577,9 @@ def _with_absolute_paths(config: Config) -> Config:
         here, shipped = os.path.abspath(os.path.expanduser(path)), os.path.abspath(ROOT / path)
         return shipped if not _matches(here) and _matches(shipped) else here
 
+    def entries(paths: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(path if is_dataset(path) and not _matches(readable(path)) else readable(path) for path in paths)
+
     resume, model_path = config.checkpoint.resume, readable(config.model.path)
     return dataclasses.replace(
         config,
@@ -474,11 +587,14 @@ def _with_absolute_paths(config: Config) -> Config:
         model=dataclasses.replace(config.model, path=model_path),
         data=dataclasses.replace(
             config.data,
-            path=tuple(map(readable, config.data.path)),
+            path=entries(config.data.path),
             tokenizer=readable(config.data.tokenizer) or model_path,
         ),
+        validation=dataclasses.replace(config.validation, path=entries(config.validation.path)),
         checkpoint=dataclasses.replace(
-            config.checkpoint, resume=resume if resume in ("auto", "never") else readable(resume)
+            config.checkpoint,
+            resume=resume if resume in ("auto", "never") else readable(resume),
+            start_from=readable(config.checkpoint.start_from),
         ),
     )
 
@@ -671,7 +787,8 @@ def help_text() -> str:
         docs = field_docs(cls)
         for item in dataclasses.fields(cls):
             default = f"default {_default(item)}" if _default(item) else "required"
-            lines.append(f"  --{section}.{item.name}: {_accepted(SCHEMA[section][item.name])}; {default}")
+            key = item.name.rstrip("_")
+            lines.append(f"  --{section}.{key}: {_accepted(SCHEMA[section][key])}; {default}")
             lines += textwrap.wrap(docs[item.name], 110, initial_indent=" " * 6, subsequent_indent=" " * 6)
     return "\n".join(lines)
 

@@ -10,17 +10,20 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 
-from checkpoint.checkpointer import Checkpointer
-from config import MoE, Training, check_config, load_config, model_config, resolved_toml
+from checkpoint.checkpointer import Checkpointer, Progress
+from checkpoint.hf_reader import load_hf_weights
+from config import Config, MoE, Training, check_config, load_config, model_config, resolved_toml
 from data.loader import MicroBatch, TokenLoader
 from data.packing import IGNORED
 from models.ops.documents import Documents
 from models.ops.kernels import Kernels, select_kernels
 from models.qwen35_moe.config import ModelConfig
+from models.qwen35_moe.init import init_weights
 from models.qwen35_moe.model import Qwen35Moe
+from models.qwen35_moe.moe import Measure, RouterStatistics
 from parallelisms.mesh import Meshes, build_meshes
 from parallelisms.parallelize import (
-    materialise,
+    local_region,
     parallelize_fn,
     reduce_replicas_after,
     reduce_replicated_gradients,
@@ -37,9 +40,10 @@ from training.errors import RunError, exit_on_error
 from training.flops import mfu_of_one_token_a_second
 from training.gradients import clip_gradients, gradient_norm, last_nonfinite
 from training.load_balancing import measure_for, router_losses
-from training.metrics import MetricsWriter, expert_load, peak_memory_gib, setup_logging
+from training.metrics import MetricsWriter, data_quality, expert_load, peak_memory_gib, setup_logging
 from training.optimizer import build_optimizer, lr_factor, set_learning_rate
 from training.signals import StopRequest
+from training.validation import Validator
 
 logger = logging.getLogger("train")
 
@@ -61,6 +65,18 @@ class StepResult(NamedTuple):
     """Where loss or gradients are not finite, so that the step was not applied; empty if all are."""
 
 
+def run_model(
+    model: Qwen35Moe, batch: MicroBatch, device: torch.device, training: Training, moe: MoE
+) -> tuple[torch.Tensor, RouterStatistics, Measure]:
+    """The sum of a micro-batch's token losses, and what the routers did and had to measure."""
+    tokens, positions, labels = (
+        tensor.to(device, non_blocking=True) for tensor in (batch.tokens, batch.positions, batch.labels)
+    )
+    documents = Documents.from_lengths(batch.lengths, device, max_seqlen=training.sequence_length)
+    measure = measure_for(moe, None if batch.is_real is None else batch.is_real.to(device, non_blocking=True))
+    return *model(tokens, positions, documents, labels, measure), measure
+
+
 def train_step(
     model: Qwen35Moe,
     optimizer: torch.optim.Optimizer,
@@ -73,15 +89,11 @@ def train_step(
 ) -> StepResult:
     """One optimizer step over this rank's micro-batches; `num_trained` counts the GLOBAL batch's trained tokens."""
     shape = model.config
-    measure, num_ranks = measure_for(moe), meshes.data_parallel.size()
+    num_ranks = meshes.data_parallel.size()
     loss, aux_loss, z_loss = (torch.zeros((), device=device) for _ in range(3))
     expert_counts = torch.zeros(shape.num_hidden_layers, shape.num_experts, dtype=torch.int64, device=device)
     for index, batch in enumerate(micro_batches, start=1):
-        tokens, positions, labels = (
-            tensor.to(device, non_blocking=True) for tensor in (batch.tokens, batch.positions, batch.labels)
-        )
-        documents = Documents.from_lengths(batch.lengths, device, max_seqlen=training.sequence_length)
-        loss_sum, statistics = model(tokens, positions, documents, labels, measure)
+        loss_sum, statistics, measure = run_model(model, batch, device, training, moe)
         # Divided by what all ranks and micro-batches train together, so that losses and gradients simply add up.
         share = loss_sum / max(num_trained, 1)
         total = share
@@ -144,6 +156,28 @@ def build_on_meta(shape: ModelConfig, kernels: Kernels, master_dtype: torch.dtyp
         torch.set_default_dtype(before)
 
 
+def build_model(config: Config, shape: ModelConfig, meshes: Meshes, device: torch.device) -> Qwen35Moe:
+    """The parallelised model on its device, its weights yet to be filled."""
+    compute_dtype = select_dtype(config.training.dtype, device)
+    head_dims = (shape.linear_key_head_dim, shape.linear_value_head_dim)
+    kernels = select_kernels(dataclasses.asdict(config.kernels), device.type, compute_dtype, head_dims)
+    model = build_on_meta(shape, kernels, getattr(torch, config.training.master_dtype))
+    for block in model.blocks:
+        block.mlp.gate.force_balanced = config.moe.force_balanced_routing
+    num_parameters = sum(parameter.numel() for parameter in model.parameters())
+    world_size = meshes.data_parallel.size()
+    logger.info(f"{num_parameters / 1e6:,.1f} M parameters, {world_size} x {device.type}, {compute_dtype}, {kernels}")
+    parallelize_fn(
+        model,
+        meshes,
+        compute_dtype=compute_dtype,
+        activation_checkpoint=config.activation_checkpoint.mode,
+        compile_blocks=config.compile.enable,
+    )
+    model.to_empty(device=device)
+    return model
+
+
 def main(arguments: list[str]) -> None:
     # 1. Configuration: defaults < TOML < command line. A mistake ends in one line and exit code 2.
     rank, world_size = world_from_environment()
@@ -165,30 +199,25 @@ def main(arguments: list[str]) -> None:
     set_timeout(meshes, config.job.collective_timeout_seconds)
 
     # 3. Data: every rank reads its own rows.
-    loader = TokenLoader(config.data, training, config.data.tokenizer, rank, world_size, config.job.seed)
+    loader = TokenLoader(config.data, training, rank, world_size, config.job.seed, skipped_dir=output_dir / "skipped")
+    validator = Validator(config, rank, world_size) if config.validation.enable else None
 
-    # 4. Model: built without memory, parallelised, then given its memory and its initial weights.
+    # 4. Model: built without memory, parallelised, then given its memory.
     shape = model_config(config)
-    compute_dtype = select_dtype(training.dtype, device)
-    kernels = select_kernels(dataclasses.asdict(config.kernels), device.type, compute_dtype)
-    model = build_on_meta(shape, kernels, getattr(torch, training.master_dtype))
-    num_parameters = sum(parameter.numel() for parameter in model.parameters())
-    logger.info(f"{num_parameters / 1e6:,.1f} M parameters, {world_size} x {device.type}, {compute_dtype}, {kernels}")
-    parallelize_fn(
-        model,
-        meshes,
-        compute_dtype=compute_dtype,
-        activation_checkpoint=config.activation_checkpoint.mode,
-        compile_blocks=config.compile.enable,
-    )
-    materialise(model, device, config.job.seed)
+    model = build_model(config, shape, meshes, device)
 
     # 5. Optimizer.
     optimizer = build_optimizer(model, config.optimizer)
 
-    # 6. Checkpoints: continue where an earlier run stopped.
+    # 6. Weights: those of an earlier run, which then goes on; of a Hugging Face directory; or random ones.
     checkpointer = Checkpointer(config, shape, model, optimizer)
     progress = checkpointer.resume()
+    if progress is None:
+        progress = Progress()
+        if config.model.initial_load == "hf":
+            load_hf_weights(model, Path(config.model.path), local_region)
+        else:
+            init_weights(model, config.job.seed, local_region)
     if progress.data_cursors is not None:
         loader.load_cursors(progress.data_cursors)
     step, tokens_seen = progress.step, progress.tokens_seen
@@ -205,15 +234,17 @@ def main(arguments: list[str]) -> None:
     logger.info(f"from step {step} to {training.steps}, {num_micro_batches} micro-batches a rank and step")
 
     # 8. The loop.
-    clock, clock_step = time.perf_counter(), step
+    clock, clock_step, data_seconds = time.perf_counter(), step, 0.0
     num_skipped = 0
     stopping = False
     while step < training.steps and not stopping:
         step += 1
+        data_clock = time.perf_counter()
         micro_batches = [next(loader) for _ in range(num_micro_batches)]
+        data_seconds += time.perf_counter() - data_clock
         num_trained = sum(int((batch.labels != IGNORED).sum()) for batch in micro_batches)
         # The one place where ranks agree: how many tokens the global batch trains, and whether anyone was told to stop.
-        # On the host: nothing here waits for the device.
+        # On the host, so that no rank waits here for its GPU to finish the step before.
         num_trained, num_stops = sum_over_ranks(torch.tensor([num_trained, int(stop.requested)])).tolist()
         stopping = num_stops > 0
 
@@ -228,7 +259,8 @@ def main(arguments: list[str]) -> None:
         tokens_seen += tokens_per_step
         last = stopping or step == training.steps
 
-        if last or step % config.metrics.log_interval == 0:
+        validates = validator is not None and step % config.validation.interval == 0
+        if last or validates or step % config.metrics.log_interval == 0:
             result = reduce_result(result)
             step_seconds = (time.perf_counter() - clock) / (step - clock_step)
             metrics = {
@@ -239,8 +271,10 @@ def main(arguments: list[str]) -> None:
                 "tokens_seen": tokens_seen,
                 "tokens_per_second": tokens_per_step / step_seconds,
                 "step_seconds": step_seconds,
+                "data_seconds": data_seconds / (step - clock_step),
                 "peak_memory_gib": peak_memory_gib(device),
                 **expert_load(result.expert_counts),
+                **data_quality(loader.counts, device),
             }
             if training.nonfinite == "skip":
                 metrics["skipped_steps"] = num_skipped
@@ -250,23 +284,32 @@ def main(arguments: list[str]) -> None:
                 metrics["z_loss"] = result.z_loss.item()
             if mfu_per_token is not None:
                 metrics["mfu"] = mfu_per_token * metrics["tokens_per_second"]
+            if config.checkpoint.enable:  # how long saves kept the training waiting since the last line
+                metrics["checkpoint_seconds"], checkpointer.blocked_seconds = checkpointer.blocked_seconds, 0.0
+            if validator is not None and validates:
+                metrics["validation_loss"] = validator.loss(
+                    model, lambda batch: run_model(model, batch, device, training, config.moe)[0], device
+                )
             if writer is not None:
                 writer.write(metrics)
-            clock, clock_step = time.perf_counter(), step
+            clock, clock_step, data_seconds = time.perf_counter(), step, 0.0
 
         if config.checkpoint.enable and (last or step % config.checkpoint.interval == 0):
             bad = last_nonfinite(dict(model.named_parameters()))
             if bad is not None:
                 raise RunError(f"step {step}: no checkpoint is written, weights are not finite: {bad}")
-            checkpointer.save(step, tokens_seen, loader.cursors)
-            clock, clock_step = time.perf_counter(), step
+            checkpointer.save(step, tokens_seen, loader.cursors, last)
+            clock, clock_step, data_seconds = time.perf_counter(), step, 0.0
 
     # 9. The end, of all ranks together.
+    saved = checkpointer.wait()
     logger.info(f"stopped at step {step} of {training.steps}" if stopping else f"done: {training.steps} steps")
     loader.close()
     if writer is not None:
         writer.close()
     dist.destroy_process_group()
+    if not saved:
+        sys.exit(1)  # the reason has been logged
 
 
 if __name__ == "__main__":

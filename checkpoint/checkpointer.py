@@ -4,25 +4,44 @@
         .metadata, *.distcp      DCP: `model.<name>`, `optimizer.<name>.<exp_avg|exp_avg_sq|step>`, `train.<...>`
         config.toml              the resolved configuration
         hf/                      config.json and the tokenizer: all that an export needs beside the weights
+        manifest.json            every other file's size and CRC-32
 
 A checkpoint is written under a name that starts with a dot and renamed when it is complete; names with a dot are
-leftovers of a run that was killed.
+leftovers of a run that was killed. docs/checkpoints.md has the guarantees.
 """
 
+import functools
 import json
 import logging
-import re
+import os
 import shutil
+import tempfile
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from datetime import timedelta
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.staging import BlockingAsyncStager
 
+from checkpoint.convert_to_hf import convert_to_hf
 from checkpoint.dcp_reader import read_index
-from checkpoint.directories import publish, remove
-from checkpoint.hf_assets import write_hf_assets
+from checkpoint.directories import (
+    complete_checkpoints,
+    describe_files,
+    find_checkpoint,
+    find_damage,
+    publish,
+    remove,
+    tidy,
+    write_manifest,
+)
+from checkpoint.hf_assets import read_base, write_checkpoint_assets
 from config import Config, resolved_toml
 from models.qwen35_moe.config import ModelConfig
 from models.qwen35_moe.model import Qwen35Moe
@@ -36,60 +55,95 @@ class Progress(NamedTuple):
     step: int = 0
     tokens_seen: int = 0
     data_cursors: torch.Tensor | None = None
-    """int64 [global_batch_size, 2], of all slots in order; None: from the data's beginning."""
-
-
-def complete_checkpoints(folder: Path) -> list[Path]:
-    """The complete checkpoints in a run's `checkpoints` folder, oldest first."""
-    return sorted(path for path in folder.glob("step-*") if re.fullmatch(r"step-\d{8}", path.name))
-
-
-def find_checkpoint(path: Path) -> Path:
-    """`path` itself if it is a checkpoint, else the newest of the run whose output_dir it is. Raises ValueError."""
-    if (path / ".metadata").exists():
-        return path
-    found = complete_checkpoints(path / "checkpoints")
-    if not found:
-        raise ValueError(f"{path}: expected a checkpoint, or a run's output_dir with a complete one in checkpoints/")
-    return found[-1]
+    """int64 [global_batch_size, width], of all slots in order; None: from the data's beginning."""
 
 
 class Checkpointer:
-    """Saves to and resumes from `job.output_dir`. All ranks call `resume` and `save` together."""
+    """Saves to and resumes from `job.output_dir`. All ranks call `resume`, `save` and `wait` together."""
 
     def __init__(self, config: Config, shape: ModelConfig, model: Qwen35Moe, optimizer: torch.optim.Optimizer) -> None:
         self._config, self._shape = config, shape
         self._model, self._optimizer = model, optimizer
         self._folder = Path(config.job.output_dir) / "checkpoints"
+        self._base = Path(config.model.path) if config.model.initial_load == "hf" else None
+        # Saves run beside the training's collectives, which must not wait for each other: they have a group of their
+        # own. A slow disk, or the export of a large model, is no dead peer: hours pass before it gives up.
+        self._group = dist.new_group(backend="gloo", timeout=timedelta(hours=4))
+        self._thread = ThreadPoolExecutor(1, "checkpoint")
+        self._pending: Future[bool] | None = None
+        # On a GPU the copy goes to pinned memory, which is kept for the next one. (DefaultStager of torch 2.11 fails.)
+        self._stager = BlockingAsyncStager(cache_staged_state_dict=next(model.parameters()).is_cuda)
+        self.blocked_seconds = 0.0
+        """For how long saves have kept the training waiting, since whoever reads it last set it to 0."""
 
-    def resume(self) -> Progress:
-        """Loads what `checkpoint.resume` asks for into model, optimizer and RNG.
+    # Resuming
 
-        A checkpoint that holds weights alone (see convert_from_hf.py) starts a run at step 0 with them. Raises
-        ValueError naming what does not fit.
+    def resume(self) -> Progress | None:
+        """Loads what `[checkpoint]` asks for into model, optimizer and RNG; None if the run has nothing to start from.
+
+        Raises ValueError naming what does not fit, the file that is damaged, or that no checkpoint can be used.
         """
-        resume = self._config.checkpoint.resume
-        existing = complete_checkpoints(self._folder)
-        if resume == "never" and existing:
+        options = self._config.checkpoint
+        if options.enable:
+            self._check_folder()
+        existing = self._from_rank_0(lambda: complete_checkpoints(self._folder))
+        if options.resume == "never" and existing:
             raise ValueError(
                 f"checkpoint.resume = 'never': {str(self._folder)!r} holds {existing[-1].name} of an earlier run: "
                 "expected another job.output_dir"
             )
-        if resume in ("auto", "never") and not existing:
-            return Progress()
-        path = existing[-1] if resume == "auto" else find_checkpoint(Path(resume))
-        progress = self._load(path)
-        logger.info(f"resumed from {path} at step {progress.step}")
-        return progress
+        if options.resume not in ("auto", "never"):
+            return self._load(self._undamaged(Path(options.resume), "resume"))
+        for path in reversed(existing):
+            if (damage := self._find_damage(path)) is None:
+                return self._load(path)
+            logger.warning(f"cannot resume from {path}: {damage}")
+        if existing:
+            raise ValueError(
+                f"checkpoint.resume = 'auto': none of the {len(existing)} checkpoints in {str(self._folder)!r} can be "
+                f"used ({damage}): expected one to be restored, or another job.output_dir to start afresh in"
+            )
+        if options.start_from:
+            return self._load(self._undamaged(Path(options.start_from), "start_from"), weights_only=True)
+        return None
 
-    def _load(self, path: Path) -> Progress:
+    def _check_folder(self) -> None:
+        """Clears what a killed run left, and makes sure that all ranks see one folder."""
+        seen = self._from_rank_0(self._open_folder)
+        if self._agree(lambda: os.stat(seen)):
+            raise ValueError(
+                f"job.output_dir = {self._config.job.output_dir!r}: expected a folder that the processes of all nodes "
+                "share and can write to"
+            )
+        self._from_rank_0(Path(seen).rmdir)
+
+    def _open_folder(self) -> str:
+        self._folder.mkdir(parents=True, exist_ok=True)
+        tidy(self._folder)
+        return tempfile.mkdtemp(prefix=".shared-", dir=self._folder)
+
+    def _undamaged(self, path: Path, key: str) -> Path:
+        path = self._from_rank_0(lambda: find_checkpoint(path))
+        if damage := self._find_damage(path):
+            raise ValueError(f"checkpoint.{key} = {str(path)!r}: {damage}: expected an undamaged checkpoint")
+        return path
+
+    def _find_damage(self, path: Path) -> str | None:
+        """The ranks share the reading; all have the same answer."""
+        found: list[str | None] = [None] * dist.get_world_size()
+        dist.all_gather_object(found, find_damage(path, dist.get_rank(), dist.get_world_size()), group=self._group)
+        return next((damage for damage in found if damage), None)
+
+    def _load(self, path: Path, weights_only: bool = False) -> Progress:
         stored = read_index(path)
-        weights_only = not any(name.startswith("train.") for name in stored)
+        weights_only |= not any(name.startswith("train.") for name in stored)
         state = self._model_state()
-        if not weights_only:
+        if weights_only:
+            stored = {name: tensor for name, tensor in stored.items() if name.startswith("model.")}
+        else:
             # Cursors of another global batch size are loaded too: the data loader tells what is wrong with them.
-            num_slots = stored["train.data_cursors"].shape[0] if "train.data_cursors" in stored else 0
-            state |= self._optimizer_state() | _train_state(0, 0, torch.zeros(num_slots, 2, dtype=torch.int64))
+            shape = stored["train.data_cursors"].shape if "train.data_cursors" in stored else (0, 2)
+            state |= self._optimizer_state() | _train_state(0, 0, torch.zeros(shape, dtype=torch.int64))
         for name in sorted(state.keys() | stored.keys()):
             if name not in stored or name not in state:
                 what = "lacks" if name not in stored else "has an unknown"
@@ -99,49 +153,141 @@ class Checkpointer:
                     f"checkpoint {path}: {name!r} has shape {list(stored[name].shape)}, the model's has "
                     f"{list(state[name].shape)}"
                 )
-        dcp.load(state, checkpoint_id=path)
+        dcp.load(state, checkpoint_id=path, process_group=self._group)
+        self._base = read_base(path)
         if weights_only:
+            logger.info(f"starts with the weights of {path}")
             return Progress()
         torch.set_rng_state(state["train.rng_state"])
+        logger.info(f"resumed from {path} at step {int(state['train.step'])}")
         return Progress(
             int(state["train.step"]), int(state["train.tokens_seen"]), data_cursors=state["train.data_cursors"]
         )
 
-    def save(self, step: int, tokens_seen: int, own_cursors: torch.Tensor) -> None:
-        """Writes step `step` and then removes checkpoints beyond `checkpoint.keep`; `own_cursors` are this rank's."""
+    # Saving
+
+    def save(self, step: int, tokens_seen: int, own_cursors: torch.Tensor, last: bool = False) -> None:
+        """Saves step `step`, and then removes checkpoints beyond `checkpoint.keep`; `own_cursors` are this rank's.
+
+        With `checkpoint.async` it returns once the state is copied and the rest happens in the background; not so for
+        the last save. A save that fails is logged and leaves nothing behind. `wait` tells how it went.
+        """
+        started = time.perf_counter()
+        self.wait()
         final = self._folder / f"step-{step:08}"
         unfinished = self._folder / f".{final.name}"
-        is_first = dist.get_rank() == 0
-        if is_first:
-            for leftover in self._folder.glob(".step-*"):
-                shutil.rmtree(leftover)
-            (unfinished / "hf").mkdir(parents=True)
-        state = self._model_state() | self._optimizer_state()
-        state |= _train_state(step, tokens_seen, _gather_cursors(own_cursors))
-        dist.barrier()  # the folder is there
-        dcp.save(state, checkpoint_id=unfinished)
-        if is_first:
-            (unfinished / "config.toml").write_text(resolved_toml(self._config), encoding="utf-8")
-            self._write_hf_assets(unfinished / "hf")
-            publish(unfinished, final)
-            self._remove_old(final)
-            logger.info(f"saved {final}")
-        dist.barrier()  # nobody goes on, or ends, before the checkpoint has its name
+        write: Callable[[], object] = list  # nothing
+        error = self._agree(lambda: _make_folder(unfinished) if dist.get_rank() == 0 else None)
+        if error is None:
+            state = self._model_state() | self._optimizer_state()
+            state |= _train_state(step, tokens_seen, self._gather_cursors(own_cursors))
+            if self._config.checkpoint.async_ and not last:
+                # It returns when the state is copied.
+                saving = dcp.async_save(
+                    state, checkpoint_id=unfinished, process_group=self._group, async_stager=self._stager
+                )
+                assert isinstance(saving, Future)
+                write = saving.result
+            else:
+                write = functools.partial(dcp.save, state, checkpoint_id=unfinished, process_group=self._group)
+        self._pending = self._thread.submit(self._complete, error, write, unfinished, final, last)
+        if last or not self._config.checkpoint.async_:
+            self.wait()
+        self.blocked_seconds += time.perf_counter() - started
 
-    def _remove_old(self, newest: Path) -> None:
-        """Leaves `checkpoint.keep`; never takes the one just written, which may not have the highest step."""
-        keep = self._config.checkpoint.keep
-        others = [path for path in complete_checkpoints(self._folder) if path != newest]
-        for path in others[: max(len(others) + 1 - keep, 0)] if keep else []:
-            remove(path)
+    def wait(self) -> bool:
+        """Waits until the save under way, if there is one, has ended. Whether the last one succeeded."""
+        return self._pending is None or self._pending.result()
 
-    def _write_hf_assets(self, folder: Path) -> None:
+    def _complete(
+        self, error: str | None, write: Callable[[], object], unfinished: Path, final: Path, last: bool
+    ) -> bool:
+        """Waits for DCP's files, then publishes them; in the background, on all ranks. Whether all went well."""
+        export = self._config.checkpoint.export_hf
+        gathered: list[dict[str, dict[str, int]]] = [{}] * dist.get_world_size()
+
+        def describe_own_files() -> None:
+            own = describe_files(unfinished, sorted(unfinished.glob(f"__{dist.get_rank()}_*")))
+            dist.all_gather_object(gathered, own, group=self._group)
+
+        def publish_all() -> None:
+            if dist.get_rank() == 0:
+                self._publish(unfinished, final, {name: file for files in gathered for name, file in files.items()})
+
+        def export_hf() -> None:
+            if dist.get_rank() == 0 and (export == "all" or (export == "last" and last)):
+                out = self._folder.parent / "hf" / final.name
+                shutil.rmtree(out, ignore_errors=True)
+                convert_to_hf(final, out)
+                logger.info(f"exported {out}")
+
+        for action in (write, describe_own_files, publish_all, export_hf):
+            error = error or self._agree(action)
+        if dist.get_rank() == 0:
+            shutil.rmtree(unfinished, ignore_errors=True)  # if it failed: what was written takes up room
+            if error:
+                free = shutil.disk_usage(self._folder).free / 2**20 if self._folder.exists() else 0
+                logger.error(f"cannot save {final}: {error} ({free:,.0f} MiB free); earlier checkpoints are untouched")
+            else:
+                logger.info(f"saved {final}")
+        return error is None
+
+    def _publish(self, unfinished: Path, final: Path, files: dict[str, dict[str, int]]) -> None:
+        """Adds what is not DCP's, names the checkpoint, and leaves `checkpoint.keep` of them."""
+        (unfinished / "config.toml").write_text(resolved_toml(self._config), encoding="utf-8")
+        assets = unfinished / "hf"
+        assets.mkdir()
         sources = [Path(self._config.data.tokenizer)]
         config = self._shape.to_dict()
         if self._config.model.path:  # it may say more than the shape
             sources.append(Path(self._config.model.path))
             config = json.loads((sources[-1] / "config.json").read_text(encoding="utf-8"))
-        write_hf_assets(folder, config, *sources)
+        write_checkpoint_assets(assets, config, self._base, *sources)
+        others = [path for path in unfinished.rglob("*") if path.is_file() and path.name not in files]
+        write_manifest(unfinished, files | describe_files(unfinished, others))
+        publish(unfinished, final)
+        # Never the one just written, which may not have the highest step.
+        keep, older = self._config.checkpoint.keep, complete_checkpoints(self._folder)
+        older.remove(final)
+        for path in older[: max(len(older) + 1 - keep, 0)] if keep else []:
+            try:
+                remove(path)
+            except OSError as error:
+                logger.warning(f"cannot remove {path}: {error}")
+
+    # What ranks do together
+
+    def _agree(self, action: Callable[[], object]) -> str | None:
+        """Does something on every rank; all get the first rank's error, as one line, or None."""
+        error = None
+        try:
+            action()
+        except (Exception, CheckpointException) as raised:
+            error = _one_line(raised)
+        errors: list[str | None] = [None] * dist.get_world_size()
+        dist.all_gather_object(errors, error, group=self._group)
+        return next((error for error in errors if error), None)
+
+    def _from_rank_0(self, action: Callable[[], Any]) -> Any:
+        """What rank 0 finds, on all ranks; its ValueError or OSError is a ValueError on all of them."""
+        outcome: list[Any] = [None, None]
+        if dist.get_rank() == 0:
+            try:
+                outcome[0] = action()
+            except (ValueError, OSError) as error:
+                outcome[1] = str(error)
+        dist.broadcast_object_list(outcome, group=self._group)
+        if outcome[1] is not None:
+            raise ValueError(outcome[1])
+        return outcome[0]
+
+    def _gather_cursors(self, own: torch.Tensor) -> torch.Tensor:
+        """[slots of this rank, 2] -> [global_batch_size, 2]: ranks own consecutive slots, all as many."""
+        gathered = [torch.empty_like(own) for _ in range(dist.get_world_size())]
+        dist.all_gather(gathered, own, group=self._group)
+        return torch.cat(gathered)
+
+    # What a checkpoint holds
 
     def _model_state(self) -> dict[str, torch.Tensor]:
         return {f"model.{name}": parameter.detach() for name, parameter in self._model.named_parameters()}
@@ -167,8 +313,14 @@ def _train_state(step: int, tokens_seen: int, data_cursors: torch.Tensor) -> dic
     }
 
 
-def _gather_cursors(own: torch.Tensor) -> torch.Tensor:
-    """[slots of this rank, 2] -> [global_batch_size, 2]: ranks own consecutive slots, all as many."""
-    gathered = [torch.empty_like(own) for _ in range(dist.get_world_size())]
-    dist.all_gather(gathered, own)
-    return torch.cat(gathered)
+def _make_folder(unfinished: Path) -> None:
+    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished.mkdir(parents=True)
+
+
+def _one_line(error: BaseException) -> str:
+    """The reason, without DCP's tracebacks of every rank."""
+    if isinstance(error, CheckpointException):
+        error = next(iter(error.failures.values()))[0]
+    lines = str(error).splitlines()
+    return lines[0] if lines else type(error).__name__

@@ -1,16 +1,15 @@
 """Turns a Hugging Face directory into a checkpoint that a run can start from, in one process, a tensor at a time.
 
     python checkpoint/convert_from_hf.py HF_DIR OUT [--dtype bfloat16|float32|keep]
-    ./run_train.sh --config X.toml --model.path HF_DIR --checkpoint.resume OUT
+    ./run_train.sh --config X.toml --model.path HF_DIR --checkpoint.start_from OUT
 
-The checkpoint holds weights alone: a run that resumes from it begins at step 0 with a fresh optimizer.
+The checkpoint holds weights alone. A run can also read HF_DIR itself: `model.initial_load = "hf"`.
 """
 
 import json
 import pickle
 import sys
 from collections.abc import Mapping
-from contextlib import ExitStack
 from pathlib import Path
 
 import torch
@@ -27,98 +26,58 @@ from torch.distributed.checkpoint.metadata import (
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a file from anywhere
 
-from safetensors import SafetensorError, safe_open
-
 from checkpoint.command_line import DTYPES, OneLineParser
-from checkpoint.directories import is_taken, new_directory
-from checkpoint.hf_assets import write_hf_assets
+from checkpoint.directories import describe_files, is_taken, new_directory, write_manifest
+from checkpoint.hf_assets import write_checkpoint_assets
+from checkpoint.hf_reader import text_tensors
+from checkpoint.safetensors_files import read_headers
+from checkpoint.stored import StoredTensor
 from models.qwen35_moe.config import ModelConfig
-from models.qwen35_moe.hf_weights import NOT_TEXT, Piece, Shape, find_pieces, is_float32, parameter_shapes
+from models.qwen35_moe.hf_weights import NOT_TEXT, is_float32
+
+_BLOCK_BYTES = 256 * 2**20
 
 
 def convert_from_hf(source: Path, out: Path, dtype: torch.dtype | None) -> list[str]:
     """Writes the text model of `source` (one safetensors file or several, experts stacked or one by one) to `out`.
 
     dtype: of all parameters but the few that are float32 in training; None keeps what is stored. Returns the tensors
-    that were left out: vision tower and multi-token prediction. `out` is new or empty; it appears when it is complete.
-    Raises ValueError naming a tensor that is missing, of a wrong shape, or unknown.
+    that were left out: vision tower and multi-token prediction, which an export takes from `source` again. `out` is new
+    or empty; it appears when it is complete. Raises ValueError naming a tensor that is missing, odd or unknown.
     """
-    shape = ModelConfig.from_pretrained(source)
-    files, available = _read_headers(source)
-    pieces = find_pieces(shape, available)
+    arrays = read_headers(source)
+    tensors = text_tensors(ModelConfig.from_pretrained(source), arrays)
+    config = json.loads((source / "config.json").read_text(encoding="utf-8"))
     with new_directory(out) as folder:
         (folder / "hf").mkdir()
-        _write_dcp(folder, parameter_shapes(shape), pieces, files, dtype)
-        write_hf_assets(folder / "hf", json.loads((source / "config.json").read_text(encoding="utf-8")), source)
-    return [key for key in available if key.startswith(NOT_TEXT)]
+        _write_dcp(folder, tensors, dtype)
+        write_checkpoint_assets(folder / "hf", config, source, source)
+        write_manifest(folder, describe_files(folder, [path for path in folder.rglob("*") if path.is_file()]))
+    return [key for key in arrays if key.startswith(NOT_TEXT)]
 
 
-def _read_headers(source: Path) -> tuple[dict[str, Path], dict[str, Shape]]:
-    """The file and the shape of each tensor."""
-    index = source / "model.safetensors.index.json"
-    names = ["model.safetensors"]
-    if index.exists():
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    files: dict[str, Path] = {}
-    shapes: dict[str, Shape] = {}
-    for name in names:
-        path = source / name
-        if not path.exists():
-            raise ValueError(f"{source}: {name} is missing")
-        try:
-            with safe_open(path, framework="pt") as file:
-                keys = file.keys()
-                shapes |= {key: tuple(file.get_slice(key).get_shape()) for key in keys}
-                files |= dict.fromkeys(keys, path)
-        except SafetensorError as error:
-            raise ValueError(f"{path} is no complete safetensors file: {error}") from error
-    return files, shapes
-
-
-def _write_dcp(
-    folder: Path,
-    shapes: Mapping[str, Shape],
-    pieces: Mapping[str, list[Piece]],
-    files: Mapping[str, Path],
-    dtype: torch.dtype | None,
-) -> None:
-    """One `.distcp` file, each tensor one chunk, and its index: what `dcp.save` writes, but never all in memory."""
+def _write_dcp(folder: Path, tensors: Mapping[str, StoredTensor], dtype: torch.dtype | None) -> None:
+    """One `.distcp` file, each tensor in chunks of its rows, and its index: what `dcp.save` writes, block by block."""
     entries: dict[str, TensorStorageMetadata | BytesStorageMetadata] = {}
     places: dict[MetadataIndex, _StorageInfo] = {}
-    with (folder / "__0_0.distcp").open("wb") as file:
-        for name, shape in shapes.items():
-            tensor = _assemble(shape, pieces[name], files)
-            tensor = tensor.to(torch.float32 if is_float32(name) else dtype or tensor.dtype)
-            start = file.tell()
-            torch.save(tensor, file)
-            key, whole = f"model.{name}", torch.Size([0] * tensor.dim())
-            entries[key] = TensorStorageMetadata(
-                TensorProperties(dtype=tensor.dtype), tensor.shape, [ChunkStorageMetadata(whole, tensor.shape)]
-            )
-            places[MetadataIndex(key, whole, 0)] = _StorageInfo(
-                file.name.rpartition("/")[2], start, file.tell() - start
-            )
+    path = folder / "__0_0.distcp"
+    with path.open("wb") as file:
+        for name, tensor in tensors.items():
+            key, row = f"model.{name}", 0
+            chunks: list[ChunkStorageMetadata] = []
+            stored_dtype = tensor.dtype if dtype is None else torch.float32 if is_float32(name) else dtype
+            for block in tensor.blocks(_BLOCK_BYTES):
+                offsets = torch.Size([row] + [0] * (block.dim() - 1)) if block.dim() else torch.Size()
+                start = file.tell()
+                torch.save(block.to(stored_dtype), file)
+                places[MetadataIndex(key, offsets, len(chunks))] = _StorageInfo(path.name, start, file.tell() - start)
+                chunks.append(ChunkStorageMetadata(offsets, block.shape))
+                row += block.shape[0] if block.dim() else 0
+            properties = TensorProperties(dtype=stored_dtype)
+            entries[key] = TensorStorageMetadata(properties, torch.Size(tensor.shape), chunks)
     plain = {key: (key,) for key in entries}
     metadata = Metadata(entries, planner_data=plain, storage_data=places, storage_meta=StorageMeta())
     (folder / ".metadata").write_bytes(pickle.dumps(metadata))
-
-
-def _assemble(shape: Shape, pieces: list[Piece], files: Mapping[str, Path]) -> torch.Tensor:
-    # Files are opened anew for each parameter: what is read of one stays mapped, and counts as memory, until it closes.
-    with ExitStack() as stack:
-        paths = {files[piece.key] for piece in pieces}
-        opened = {path: stack.enter_context(safe_open(path, framework="pt")) for path in paths}
-
-        def read(piece: Piece) -> torch.Tensor:
-            return opened[files[piece.key]].get_tensor(piece.key)
-
-        first = read(pieces[0])
-        if not pieces[0].region:
-            return first
-        full = torch.empty(shape, dtype=first.dtype)
-        for piece in pieces:
-            full[piece.region] = read(piece)
-        return full
 
 
 def main(arguments: list[str]) -> int:
@@ -131,7 +90,7 @@ def main(arguments: list[str]) -> int:
         choices=DTYPES,
         default="float32",
         help="of the master weights (default: %(default)s; A_log, dt_bias and routers are float32 in any case); "
-        "keep: as stored",
+        "keep: all as stored",
     )
     options = parser.parse_args(arguments)
     if is_taken(options.out):

@@ -1,10 +1,72 @@
-"""Directories that readers see complete or not at all: they get their name last, and lose it first."""
+"""Directories that readers see complete or not at all: they get their name last, and lose it first.
 
+A checkpoint's manifest.json, written after everything else, tells every other file's size and CRC-32.
+"""
+
+import json
 import os
+import re
 import shutil
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
+
+MANIFEST = "manifest.json"
+
+
+def complete_checkpoints(folder: Path) -> list[Path]:
+    """The complete checkpoints in a run's `checkpoints` folder, oldest first."""
+    return sorted(path for path in folder.glob("step-*") if re.fullmatch(r"step-\d{8}", path.name))
+
+
+def find_checkpoint(path: Path) -> Path:
+    """`path` itself if it is a checkpoint, else the newest of the run whose output_dir it is. Raises ValueError."""
+    if (path / ".metadata").exists() or (path / MANIFEST).exists():
+        return path
+    found = complete_checkpoints(path / "checkpoints")
+    if not found:
+        raise ValueError(f"{path}: expected a checkpoint, or a run's output_dir with a complete one in checkpoints/")
+    return found[-1]
+
+
+def describe_files(folder: Path, paths: list[Path]) -> dict[str, dict[str, int]]:
+    """What a manifest says of these files, by their path in `folder`."""
+    return {str(path.relative_to(folder)): {"size": path.stat().st_size, "crc32": _crc32(path)} for path in paths}
+
+
+def write_manifest(folder: Path, files: dict[str, dict[str, int]]) -> None:
+    """Writes the list of `folder`'s files, and makes sure that what it lists is on disk before it is."""
+    _flush_all(folder)
+    (folder / MANIFEST).write_text(json.dumps({"files": files}, indent=1) + "\n", encoding="utf-8")
+
+
+def find_damage(folder: Path, share: int = 0, num_shares: int = 1) -> str | None:
+    """What is wrong with a checkpoint's files, or None; with several shares, each looks at its part of them."""
+    try:
+        files: dict[str, dict[str, Any]] = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
+        for name, said in sorted(files.items())[share::num_shares]:
+            path = folder / name
+            if path.stat().st_size != said["size"]:
+                return f"{path} has {path.stat().st_size} bytes instead of {said['size']}"
+            if _crc32(path) != said["crc32"]:
+                return f"{path} is corrupted (CRC-32)"
+    except FileNotFoundError as error:
+        return f"{error.filename} is missing"
+    except OSError as error:
+        return f"{error.filename} cannot be read: {error.strerror}"
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return f"{folder / MANIFEST} is damaged"
+    return None
+
+
+def _crc32(path: Path) -> int:
+    value = 0
+    with path.open("rb", buffering=0) as file:
+        while data := file.read(1 << 24):
+            value = zlib.crc32(data, value)
+    return value
 
 
 @contextmanager
@@ -33,8 +95,7 @@ def is_taken(out: Path) -> bool:
 
 def publish(unfinished: Path, final: Path) -> None:
     """Gives a finished directory its name, in place of what bears it; by then its contents survive a power cut."""
-    for path in (*unfinished.rglob("*"), unfinished):
-        _flush(path)
+    _flush_all(unfinished)
     before = _hide(final) if final.exists() else None
     unfinished.rename(final)
     _flush(final.parent)
@@ -47,10 +108,29 @@ def remove(folder: Path) -> None:
     shutil.rmtree(_hide(folder))
 
 
+def tidy(folder: Path) -> None:
+    """Clears what killed runs left among the checkpoints in `folder`.
+
+    One that was complete and had not got its name yet gets it, where none bears it: the one that it was to replace may
+    have lost the name already.
+    """
+    for path in sorted(folder.glob(".step-*")):
+        final = folder / path.name.removeprefix(".")
+        if re.fullmatch(r"\.step-\d{8}", path.name) and not final.exists() and find_damage(path) is None:
+            publish(path, final)
+        else:
+            shutil.rmtree(path)
+
+
 def _hide(folder: Path) -> Path:
     leaving = folder.with_name(f".{folder.name}.removed")
     shutil.rmtree(leaving, ignore_errors=True)  # left by a process that was killed
     return folder.rename(leaving)
+
+
+def _flush_all(folder: Path) -> None:
+    for path in (*folder.rglob("*"), folder):
+        _flush(path)
 
 
 def _flush(path: Path) -> None:

@@ -17,24 +17,55 @@ _COPIED = (
     "vocab.json",
     "merges.txt",
 )
+_COPIED_WITH_VISION = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")
 
 
-def write_hf_assets(folder: Path, config: dict[str, Any], *sources: Path) -> None:
-    """Writes `config` (as in a config.json, of either form) in the text-only form, and copies the other files.
-
-    A file that several of `sources` have is taken from the first. Ids of special tokens that `config` does not tell
-    come from the tokenizer.
-    """
-    text_config = config.get("text_config", config) | ModelConfig.from_dict(config).to_dict()
-    if text_config.get("mtp_num_hidden_layers"):
-        text_config["mtp_num_hidden_layers"] = 0  # a checkpoint has no weights of multi-token prediction
+def copy_assets(folder: Path, *sources: Path, vision: bool = True) -> None:
+    """Copies the files other than config.json. One that several of `sources` have is taken from the first."""
     for source in reversed(sources):
-        for name in _COPIED:
+        for name in _COPIED + (_COPIED_WITH_VISION if vision else ()):
             if (source / name).exists():
                 shutil.copy(source / name, folder / name)
-    if (folder / "tokenizer_config.json").exists() and (folder / "tokenizer.json").exists():
-        text_config = _special_token_ids(folder) | {k: v for k, v in text_config.items() if v is not None}
-    (folder / "config.json").write_text(json.dumps(text_config, indent=2) + "\n", encoding="utf-8")
+
+
+def write_checkpoint_assets(folder: Path, config: dict[str, Any], base: Path | None, *sources: Path) -> None:
+    """Writes a checkpoint's `hf/`: `config` as it is, the other files, and where the model's weights came from."""
+    copy_assets(folder, *sources)
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    if base:
+        (folder / "base.json").write_text(json.dumps({"path": str(base.resolve())}) + "\n", encoding="utf-8")
+
+
+def read_base(checkpoint: Path) -> Path | None:
+    """The Hugging Face directory that a checkpoint's weights came from, if they came from one."""
+    path = checkpoint / "hf" / "base.json"
+    return Path(json.loads(path.read_text(encoding="utf-8"))["path"]) if path.exists() else None
+
+
+def class_config(
+    config: dict[str, Any], architecture: str, num_mtp_layers: int, dtype: str, tokenizer: Path
+) -> dict[str, Any]:
+    """The config.json of one of the two classes, from a config.json of either form.
+
+    MTP layers are declared as many as there are. Ids of special tokens that `config` does not tell come from the
+    tokenizer's files in `tokenizer`. Raises ValueError if the image-text class is asked for without a vision_config.
+    """
+    text = config.get("text_config", config) | ModelConfig.from_dict(config).to_dict()
+    if num_mtp_layers or "mtp_num_hidden_layers" in text:
+        text["mtp_num_hidden_layers"] = num_mtp_layers
+    if (tokenizer / "tokenizer_config.json").exists() and (tokenizer / "tokenizer.json").exists():
+        text = _special_token_ids(tokenizer) | {key: value for key, value in text.items() if value is not None}
+    if architecture == "causal_lm":
+        return text | {"dtype": dtype}
+    if "vision_config" not in config:
+        raise ValueError("image_text_to_text: config.json has no vision_config: expected --base with a model that has")
+    del text["architectures"]
+    return config | {
+        "architectures": ["Qwen3_5MoeForConditionalGeneration"],
+        "text_config": text | {"dtype": dtype},
+        "tie_word_embeddings": text["tie_word_embeddings"],
+        "dtype": dtype,
+    }
 
 
 def _special_token_ids(tokenizer: Path) -> dict[str, int]:

@@ -8,15 +8,18 @@ there is to save: every row brings the cursor behind it, and what workers prepar
 
 import atexit
 import functools
+import json
 import multiprocessing
 import os
 import signal
 import threading
 import warnings
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from multiprocessing import forkserver, resource_tracker
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -26,9 +29,8 @@ from torch.utils.data import IterableDataset, get_worker_info
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 from config import Data, Training
-from data.packing import Cursor, Row, Slot
-from data.samples import TextSamples, load_tokenizer
-from data.sources import TextSource
+from data.packing import NO_SAMPLE, NUM_PENDING, ChatSlot, Cursor, Row, Share, Slot, TextSlot
+from data.samples import Samples, load_tokenizer, open_samples
 
 
 class MicroBatch(NamedTuple):
@@ -37,49 +39,67 @@ class MicroBatch(NamedTuple):
     tokens: Tensor  # int64 [T]
     labels: Tensor  # int64 [T], shifted: what is to be predicted at each token, or -100
     positions: Tensor  # int64 [T], from 0 in each document
-    lengths: list[int]  # of the documents; their sum is T
+    lengths: list[int]  # of the documents, fillers included; their sum is T
+    is_real: Tensor | None = None  # bool [T], False for fillers; None where there are none ever
 
 
 class TokenLoader:
     """Iterates over one data-parallel rank's micro-batches, without end; G / (ranks * local_batch_size) make a step."""
 
     def __init__(
-        self, data: Data, training: Training, tokenizer_dir: str, dp_rank: int, dp_world_size: int, seed: int
+        self,
+        data: Data,
+        training: Training,
+        dp_rank: int,
+        dp_world_size: int,
+        seed: int,
+        *,
+        one_epoch: bool = False,
+        skipped_dir: Path | None = None,
     ) -> None:
-        """Opens the data and the tokenizer. Raises ValueError, one line, if they cannot be used."""
-        assert data.format == "text"  # the one there is
+        """Opens the data and the tokenizer. Raises ValueError, one line, if they cannot be used.
+
+        `one_epoch`: the samples once; then fillers, without end. `skipped_dir`: where to list skipped samples.
+        """
         assert training.global_batch_size % (dp_world_size * training.local_batch_size) == 0
         self._training, self._num_slots = training, training.global_batch_size
         num_local = self._num_slots // dp_world_size
         self._slots = range(dp_rank * num_local, (dp_rank + 1) * num_local)
         self._num_workers = min(data.num_workers, num_local)
         if self._num_workers:
-            _start_forkserver()  # imports while the rest is set up
-        source = TextSource(data.path, data.text_key)
-        tokenizer, end_of_sequence = load_tokenizer(tokenizer_dir)
-        if data.end_of_document and end_of_sequence is None:
-            raise ValueError(
-                f"data.end_of_document = True: {tokenizer_dir!r} has no eos_token: expected false, or one that has"
-            )
-        ending = end_of_sequence if data.end_of_document else None
-        self._samples = TextSamples(source, tokenizer, ending, seed if data.shuffle else None)
+            _start_forkserver(data.format)  # imports while the rest is set up
+        tokenizer = load_tokenizer(data.tokenizer)
+        samples = open_samples(data, tokenizer, training.sequence_length, seed)
+        filler = 0 if tokenizer.eos_token_id is None else tokenizer.eos_token_id
+        self._packer = Packer(samples, data, filler, self._num_slots, one_epoch)
+        self._may_fill = one_epoch or data.format == "chat"
         self._shares: Iterator[list[Row] | ValueError] | None = None  # of the workers in turn; None before `next`
         self._lifeline: Connection | None = None
         self._round: list[Row] = []  # a row of each own slot: what a step takes
         self._next = 0  # which row of the round comes next
-        self.cursors = torch.tensor([(slot, 0) for slot in self._slots])
-        """int64 [own slots, 2]: each own slot's (sample, token offset) after the last micro-batch that was returned."""
+        self._skipped_file = skipped_dir and skipped_dir / f"rank-{dp_rank:05}.jsonl"
+        self.counts = Counter[str]()
+        """Since the beginning: "real_tokens" and "tokens" of the rows returned; of REASONS, samples met on the way."""
+        self.cursors = self._first_cursors = torch.tensor([self._packer.first_cursor(slot) for slot in self._slots])
+        """int64 [own slots, width]: where each own slot stands after the last micro-batch that was returned."""
+
+    def rewind(self) -> None:
+        """Starts again from the beginning; without workers only."""
+        assert not self._num_workers
+        self._shares, self._next, self.cursors = None, 0, self._first_cursors
 
     def load_cursors(self, all_cursors: Tensor) -> None:
-        """Continues where the `cursors` of all ranks, in rank order [G, 2], were taken; before the first `next`.
+        """Continues where the `cursors` of all ranks, in rank order [G, width], were taken; before the first `next`.
 
         They may come from any number of ranks and workers, but from the same G and between steps. Raises ValueError.
         """
         assert self._shares is None
-        if all_cursors.shape != (self._num_slots, 2):
+        if len(all_cursors) != self._num_slots:
             raise ValueError(
                 f"training.global_batch_size = {self._num_slots}: expected {len(all_cursors)}, as in the checkpoint"
             )
+        if all_cursors.shape[1] != self.cursors.shape[1]:
+            raise ValueError(f"data.format = {self._packer.data.format!r}: expected the other, as in the checkpoint")
         assert torch.equal(all_cursors[:, 0] % self._num_slots, torch.arange(self._num_slots))
         self.cursors = all_cursors[self._slots.start : self._slots.stop].clone()
 
@@ -90,6 +110,7 @@ class TokenLoader:
         """Raises ValueError, one line, for a sample that cannot be used."""
         if not self._next:
             self._round = self._next_round()
+            self._count(self._round)
         rows = self._round[self._next : self._next + self._training.local_batch_size]
         self.cursors = self.cursors.clone()  # the old ones may be on their way into a checkpoint
         self.cursors[self._next : self._next + len(rows)] = torch.tensor([row.cursor for row in rows])
@@ -100,7 +121,18 @@ class TokenLoader:
             labels=torch.from_numpy(np.concatenate([row.labels for row in rows])).long(),
             positions=torch.cat([torch.arange(length) for length in lengths]),
             lengths=lengths,
+            is_real=torch.cat([_is_real(row) for row in rows]) if self._may_fill else None,
         )
+
+    def _count(self, rows: list[Row]) -> None:
+        notes = [note for row in rows for note in row.notes]
+        self.counts["tokens"] += len(rows) * self._training.sequence_length
+        self.counts["real_tokens"] += sum(len(row.tokens) - row.num_fillers for row in rows)
+        self.counts.update(reason for reason, _ in notes)
+        if notes and self._skipped_file is not None:
+            self._skipped_file.parent.mkdir(parents=True, exist_ok=True)
+            with open(self._skipped_file, "a", encoding="utf-8") as file:
+                file.writelines(json.dumps({"reason": reason, "sample": message}) + "\n" for reason, message in notes)
 
     def close(self) -> None:
         """Ends the workers; there is no micro-batch afterwards."""
@@ -121,8 +153,8 @@ class TokenLoader:
         return [shares[place % len(shares)][place // len(shares)] for place in range(len(self._slots))]
 
     def _start(self) -> Iterator[list[Row] | ValueError]:
-        cursors = [Cursor(*cursor) for cursor in self.cursors.tolist()]
-        shares = _Shares(self._samples, cursors, self._num_slots, self._training.sequence_length)
+        cursors = [tuple(cursor) for cursor in self.cursors.tolist()]
+        shares = _Shares(self._packer, cursors, self._training.sequence_length)
         if not self._num_workers:
             return iter(shares)
         worker_end, self._lifeline = _context.Pipe(duplex=False)
@@ -143,21 +175,47 @@ class TokenLoader:
             return iter(loader)
 
 
+class Packer(NamedTuple):
+    """What it takes to make a slot."""
+
+    samples: Samples
+    data: Data
+    filler: int
+    num_slots: int
+    one_epoch: bool
+
+    def first_cursor(self, number: int) -> Cursor:
+        """Where slot `number` begins."""
+        return (number, 0) if self.data.format == "text" else (number, *[NO_SAMPLE] * NUM_PENDING)
+
+    def slot(self, cursor: Cursor) -> Slot:
+        """The one that stands at `cursor`."""
+        num_documents = self.samples.num_documents
+        share = Share(
+            self.samples.read,
+            self.num_slots,
+            end=num_documents if self.one_epoch else None,
+            skip_bad=self.data.on_bad_sample == "skip",
+            # A slot of a small source may meet the same bad samples again and again by chance.
+            max_bad=max(num_documents, 1000),
+        )
+        kind = TextSlot if self.data.format == "text" else ChatSlot
+        return kind(share, cursor, self.filler)
+
+
 class _Shares(IterableDataset[list[Row] | ValueError]):
     """A row of each of the rank's slots, again and again; in worker w of n, of its slots w, w + n, ...
 
     A ValueError is the last item: one that is raised would arrive as the text of its traceback.
     """
 
-    def __init__(self, samples: TextSamples, cursors: list[Cursor], num_slots: int, sequence_length: int) -> None:
-        self._samples, self._cursors = samples, cursors
-        self._num_slots, self._sequence_length = num_slots, sequence_length
+    def __init__(self, packer: Packer, cursors: list[Cursor], sequence_length: int) -> None:
+        self._packer, self._cursors, self._sequence_length = packer, cursors, sequence_length
 
     def __iter__(self) -> Iterator[list[Row] | ValueError]:
         info = get_worker_info()
         own = self._cursors[info.id :: info.num_workers] if info else self._cursors
-        max_empty = max(self._samples.num_documents, _MIN_MAX_EMPTY)
-        slots = [Slot(self._samples.read, cursor, self._num_slots, max_empty) for cursor in own]
+        slots = [self._packer.slot(cursor) for cursor in own]
         try:
             while True:
                 yield [slot.next_row(self._sequence_length) for slot in slots]
@@ -165,16 +223,18 @@ class _Shares(IterableDataset[list[Row] | ValueError]):
             yield error
 
 
-# In a row, for one slot. A slot of a small source may meet the same empty documents again and again by chance.
-_MIN_MAX_EMPTY = 1000
+def _is_real(row: Row) -> Tensor:
+    return torch.arange(len(row.tokens)) < len(row.tokens) - row.num_fillers
+
 
 # Workers are forked from a server process that has imported what is slow to import and nothing else: a fork of the
 # training process would inherit the locks, but not the threads, of NCCL, gloo and CUDA.
 _context = multiprocessing.get_context("forkserver")
 
 
-def _start_forkserver() -> None:
-    _context.set_forkserver_preload(["torch", "torchdata.stateful_dataloader", "datasets"])
+def _start_forkserver(data_format: str) -> None:
+    modules = ["torch", "torchdata.stateful_dataloader", "datasets"]
+    _context.set_forkserver_preload(modules if data_format == "text" else [*modules, "transformers"])
     with _stop_signals_blocked():
         forkserver.ensure_running()
 

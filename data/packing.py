@@ -1,78 +1,255 @@
-"""Packing: a slot lays the documents of its share end to end and cuts the stream into rows. Nothing is padded."""
+"""Packing: a slot lays the samples of its share end to end in rows. Text is cut to fill them; chats stay whole."""
 
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 IGNORED = -100  # the label of a token after which nothing is trained
 
+REASONS = (
+    "not_json",
+    "undecodable",
+    "wrong_type",
+    "empty",
+    "too_long",
+    "truncated",  # the one that is trained on nevertheless
+    "template_error",
+    "special_token",
+    "unclear_spans",
+    "nothing_to_train",
+)
 
-class Cursor(NamedTuple):
-    """Where a slot stands. The next row begins with token `offset` of sample `sample`."""
 
-    sample: int
-    """Number in the endless stream of epochs: sample v is document `permutation of epoch v // N` (v % N)."""
-    offset: int
+class BadSample(ValueError):
+    """A sample that cannot be used: one of REASONS, and one line that says where and why."""
+
+    def __init__(self, reason: str, message: str) -> None:
+        assert reason in REASONS
+        super().__init__(reason, message)  # both, so that it survives pickling
+        self.reason = reason
+
+    def __str__(self) -> str:
+        return " ".join(str(self.args[1]).split())
+
+
+class Sample(NamedTuple):
+    """n tokens, n > 0."""
+
+    tokens: NDArray[np.int32]  # [n]
+    labels: NDArray[np.int32]  # [n], the token that follows, or IGNORED; of the last IGNORED, if it was not cut
+    note: tuple[str, str] | None = None  # a reason and a message to be counted although it is used
+
+    @classmethod
+    def of(cls, tokens: NDArray[np.int32], is_trained: NDArray[np.bool_] | bool = True) -> "Sample":
+        """The sample whose tokens are to be predicted where `is_trained` [n] says so."""
+        labels = np.full(len(tokens), IGNORED, np.int32)
+        labels[:-1] = np.where(is_trained, tokens, IGNORED)[1:]
+        return cls(tokens, labels)
+
+
+Cursor = tuple[int, ...]
+"""Where a slot stands. Samples go by their numbers in the endless stream of epochs. The first element is the sample to
+be read next (for text: the one to be read on), and the second to be read after it is `stride` further."""
 
 
 class Row(NamedTuple):
     """`sequence_length` tokens of one slot, S below."""
 
     tokens: NDArray[np.int32]  # [S]
-    labels: NDArray[np.int32]  # [S], the token that follows in the same document, or IGNORED
-    lengths: list[int]  # of the documents; their sum is S
+    labels: NDArray[np.int32]  # [S]
+    lengths: list[int]  # of the documents, those of the filler at the end included; their sum is S
+    num_fillers: int  # how many of the tokens, the last ones, only fill the row
     cursor: Cursor  # after this row
+    notes: list[tuple[str, str]]  # reason and message of each sample that was skipped or truncated on the way
 
 
-class Slot:
-    """Reads every `stride`-th sample from `cursor` on, and packs them into rows.
+class Share:
+    """The samples of one slot: every `stride`-th; bad ones are passed over, if that is wanted, and noted."""
+
+    def __init__(
+        self,
+        read: Callable[[int], Sample],
+        stride: int,
+        *,
+        end: int | None = None,
+        skip_bad: bool = True,
+        max_bad: int = 1000,
+    ) -> None:
+        """`end`: the first sample that does not exist. `max_bad`: so many bad ones in a row are an error."""
+        self._read, self.stride, self._end = read, stride, end
+        self._max_bad = max_bad if skip_bad else 0
+        self._skip_bad = skip_bad
+        self.notes: list[tuple[str, str]] = []
+
+    def first_from(self, number: int) -> tuple[int, Sample | None]:
+        """The first usable sample from `number` on, and its number; None: there is none any more. Raises ValueError."""
+        num_bad = 0
+        while self._end is None or number < self._end:
+            try:
+                sample = self._read(number)
+                if sample.note is not None:
+                    self.notes.append(sample.note)
+                return number, sample
+            except BadSample as error:
+                if not self._skip_bad:
+                    raise
+                self.notes.append((error.reason, str(error)))
+                num_bad += 1
+                if num_bad > self._max_bad:
+                    raise ValueError(f"data: {num_bad} samples in a row cannot be used, the last: {error}") from error
+            number += self.stride
+        return number, None
+
+    def take_notes(self) -> list[tuple[str, str]]:
+        """Those since the last call."""
+        notes, self.notes = self.notes, []
+        return notes
+
+
+class _OpenRow:
+    """A row that is being filled from its beginning."""
+
+    def __init__(self, sequence_length: int) -> None:
+        self._tokens = np.empty(sequence_length, np.int32)
+        self._labels = np.full(sequence_length, IGNORED, np.int32)
+        self._lengths: list[int] = []
+        self.room = sequence_length
+
+    def add(self, tokens: NDArray[np.int32], labels: NDArray[np.int32]) -> None:
+        start = len(self._tokens) - self.room
+        self._tokens[start : start + len(tokens)] = tokens
+        self._labels[start : start + len(tokens)] = labels
+        self._lengths.append(len(tokens))
+        self.room -= len(tokens)
+
+    def close(self, filler: int, cursor: Cursor, notes: list[tuple[str, str]]) -> Row:
+        num_fillers = self.room
+        if num_fillers:
+            self._tokens[-num_fillers:] = filler
+            self._lengths.append(num_fillers)
+        return Row(self._tokens, self._labels, self._lengths, num_fillers, cursor, notes)
+
+
+class Slot(Protocol):
+    """Packs its share into rows, and starts again from any row's cursor."""
+
+    def next_row(self, sequence_length: int) -> Row:
+        """Raises ValueError for a share without usable samples, and for a cursor of other data."""
+        ...
+
+
+class TextSlot:
+    """Documents end to end, cut where the row ends. Cursor: (sample, token offset in it).
 
     A document that the row's end cuts goes on in the next row as a document of its own. Its last token before the cut
     has a label nevertheless: the token after the cut. So in an epoch each token but a document's first is a label once.
     """
 
-    def __init__(
-        self, read: Callable[[int], NDArray[np.int32]], cursor: Cursor, stride: int, max_empty_documents: int
-    ) -> None:
-        """`read(v)`: all tokens of sample v. Documents without any are passed over, but at most `max_empty_documents`
-        in a row."""
-        self._read, self._stride, self._max_empty_documents = read, stride, max_empty_documents
-        self._sample, self._offset = cursor
-        self._document = np.empty(0, np.int32)  # the tokens of the sample at the cursor, read when they are needed
-        self._is_read = False
+    def __init__(self, share: Share, cursor: Cursor, filler: int = 0) -> None:
+        """`filler`: the token to fill up rows with when the share has ended."""
+        self._share, self._filler = share, filler
+        self._number, self._offset = cursor
+        self._document: Sample | None = None  # the sample at the cursor, read when it is needed
 
     def next_row(self, sequence_length: int) -> Row:
-        """Raises ValueError where `read` does, for too many empty documents, and for a cursor of other data."""
-        tokens = np.empty(sequence_length, np.int32)
-        labels = np.full(sequence_length, IGNORED, np.int32)
-        lengths: list[int] = []
-        start, num_empty = 0, 0
-        while start < sequence_length:
-            document = self._current_document()
-            num_tokens = min(len(document) - self._offset, sequence_length - start)
-            if num_tokens:
-                end = self._offset + num_tokens
-                tokens[start : start + num_tokens] = document[self._offset : end]
-                targets = document[self._offset + 1 : end + 1]  # one fewer where the document ends
-                labels[start : start + len(targets)] = targets
-                lengths.append(num_tokens)
-                start, self._offset, num_empty = start + num_tokens, end, 0
-            else:
-                num_empty += 1
-                if num_empty > self._max_empty_documents:
-                    raise ValueError(f"data.path: {num_empty} documents in a row without any token: expected text")
-            if self._offset == len(document):
-                self._sample, self._offset, self._is_read = self._sample + self._stride, 0, False
-        return Row(tokens, labels, lengths, Cursor(self._sample, self._offset))
+        row = _OpenRow(sequence_length)
+        while row.room:
+            document = self._document or self._read()
+            if document is None:
+                break
+            end = min(len(document.tokens), self._offset + row.room)
+            row.add(document.tokens[self._offset : end], document.labels[self._offset : end])
+            self._document, self._offset = document, end
+            if end == len(document.tokens):
+                self._number, self._offset, self._document = self._number + self._share.stride, 0, None
+        return row.close(self._filler, (self._number, self._offset), self._share.take_notes())
 
-    def _current_document(self) -> NDArray[np.int32]:
-        if not self._is_read:
-            self._document, self._is_read = self._read(self._sample), True
-            if self._offset and self._offset >= len(self._document):
+    def _read(self) -> Sample | None:
+        number, document = self._share.first_from(self._number)
+        num_tokens = 0 if document is None or number != self._number else len(document.tokens)
+        if self._offset and self._offset >= num_tokens:
+            raise ValueError(
+                f"data: sample {self._number} has {num_tokens} tokens, but the checkpoint stands at its token "
+                f"{self._offset}: expected the data and the tokenizer that the run began with"
+            )
+        self._number = number
+        return document
+
+
+# How many samples a chat slot chooses from. With 32, rows that hold two samples or more on average are over 97 % full.
+NUM_PENDING = 32
+NO_SAMPLE = -1
+
+
+class ChatSlot:
+    """Whole samples, chosen from the next few so that they fill the row best; a filler, if anything is left.
+
+    Cursor: (sample to be read next, the samples that were read and wait, oldest first, then -1s). The oldest goes
+    into each row, so none waits for more than NUM_PENDING rows.
+    """
+
+    def __init__(self, share: Share, cursor: Cursor, filler: int) -> None:
+        """The share's samples fit into a row. `filler`: the token that fills it up."""
+        self._share, self._filler = share, filler
+        self._number = cursor[0]
+        self._to_read = [number for number in cursor[1:] if number != NO_SAMPLE]  # waited when the cursor was taken
+        self._pending: list[tuple[int, Sample]] = []
+
+    def next_row(self, sequence_length: int) -> Row:
+        row = _OpenRow(sequence_length)
+        self._refill()
+        while self._pending and sum(self._lengths()) <= row.room:
+            for _, sample in self._pending:
+                row.add(sample.tokens, sample.labels)
+            self._pending = []
+            self._refill()
+        if self._pending:
+            places = best_fill(self._lengths(), row.room)
+            for sample in (self._pending[place][1] for place in places):
+                row.add(sample.tokens, sample.labels)
+            self._pending = [kept for place, kept in enumerate(self._pending) if place not in places]
+        waiting = [number for number, _ in self._pending]
+        cursor = (self._number, *waiting, *[NO_SAMPLE] * (NUM_PENDING - len(waiting)))
+        return row.close(self._filler, cursor, self._share.take_notes())
+
+    def _lengths(self) -> list[int]:
+        return [len(sample.tokens) for _, sample in self._pending]
+
+    def _refill(self) -> None:
+        for expected in self._to_read:
+            number, sample = self._share.first_from(expected)
+            if sample is None or number != expected:
                 raise ValueError(
-                    f"data: sample {self._sample} has {len(self._document)} tokens, but the checkpoint stands at its "
-                    f"token {self._offset}: expected the data and the tokenizer that the run began with"
+                    f"data: sample {expected}, for which the checkpoint waits, cannot be used: expected the data and "
+                    "the tokenizer that the run began with"
                 )
-        return self._document
+            self._pending.append((number, sample))
+        if self._to_read:
+            self._to_read = []
+            self._share.take_notes()  # were taken when the samples were read first
+        while len(self._pending) < NUM_PENDING:
+            self._number, sample = self._share.first_from(self._number)
+            if sample is None:
+                return
+            self._pending.append((self._number, sample))
+            self._number += self._share.stride
+
+
+def best_fill(lengths: Sequence[int], room: int) -> list[int]:
+    """The places of those lengths whose sum comes closest to `room` from below; the first is among them if it fits.
+
+    Solves the subset-sum problem: bit t of an integer says whether the lengths so far can make the sum t. Takes
+    len(lengths) shifts of `room` bits, and prefers what stands further ahead.
+    """
+    mask = (1 << room + 1) - 1
+    sums = [1 << lengths[0] if lengths[0] <= room else 1]
+    for length in lengths[1:]:
+        sums.append((sums[-1] | sums[-1] << length) & mask)
+    total, places = sums[-1].bit_length() - 1, []
+    for place in range(len(lengths) - 1, 0, -1):
+        if not sums[place - 1] >> total & 1:
+            places.append(place)
+            total -= lengths[place]
+    return [0] * (lengths[0] <= room) + places[::-1]

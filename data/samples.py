@@ -1,51 +1,182 @@
-"""Samples: the endless, shuffled stream of epochs over a source, each sample as its tokens."""
+"""Samples: the endless, shuffled stream of epochs over the sources, each sample as tokens and what is trained on."""
+
+import bisect
+import itertools
+import json
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
+from config import Data
+from data.chat import ChatTemplate
+from data.packing import BadSample, Sample
 from data.shuffle import permute
-from data.sources import TextSource
+from data.sources import Record, Source, open_sources
+
+if TYPE_CHECKING:  # seconds to import, and of no use to workers that read text
+    from transformers import PreTrainedTokenizerFast
+
+Encode = Callable[[Record], Sample]
 
 
-class TextSamples:
-    """Sample v is document perm(v % N) of the source's N, with the permutation of epoch v // N; tokenised when read.
+class Samples:
+    """Sample v is document perm(v % N) of the sources' N, with the permutation of epoch v // N.
 
-    Small to pickle: a worker process opens the source's files itself.
+    With weights, each source has its own epochs, and every _BLOCK samples take from each source its share, in an order
+    drawn once. Small to pickle: a worker process opens the sources' files itself.
     """
 
-    def __init__(self, source: TextSource, tokenizer: Tokenizer, end_of_document: int | None, seed: int | None) -> None:
-        """`end_of_document`: the token to append to each document. `seed`: None for the documents' own order."""
-        self._source, self._tokenizer, self._seed = source, tokenizer, seed
-        self._ending = [] if end_of_document is None else [end_of_document]
+    def __init__(self, sources: Sequence[Source], weights: Sequence[float], encode: Encode, seed: int | None) -> None:
+        """`weights`: of the sources, or none. `seed`: None for the documents' own order."""
+        self._sources, self._encode, self._seed = sources, encode, seed
+        self._ends = list(itertools.accumulate(map(len, sources)))
+        bounds = np.rint(np.cumsum(weights) / (sum(weights) or 1) * _BLOCK)
+        order = [permute(place, _BLOCK, (seed or 0) + _OTHER_SEEDS, 0) for place in range(_BLOCK if weights else 0)]
+        self._source_of = np.searchsorted(bounds, order, side="right")  # place in a block -> source
+        self._counts = np.bincount(self._source_of, minlength=len(sources))
+        self._rank = np.zeros(len(order), np.int64)  # place in a block -> how many samples of the same source before
+        for number, count in enumerate(self._counts):
+            self._rank[self._source_of == number] = np.arange(count)
 
     @property
     def num_documents(self) -> int:
-        """N, the samples of an epoch."""
-        return len(self._source)
+        """N."""
+        return self._ends[-1]
 
-    def read(self, sample: int) -> NDArray[np.int32]:
-        """The tokens of a sample; none at all, not even the ending, for a text without any. Raises ValueError."""
-        epoch, index = divmod(sample, self.num_documents)
-        if self._seed is not None:
-            index = permute(index, self.num_documents, self._seed, epoch)
-        # The batch method because it alone leaves out the offsets into the text, a third of the time.
-        (encoding,) = self._tokenizer.encode_batch_fast([self._source[index]], add_special_tokens=False)
-        return np.array(encoding.ids + self._ending if encoding.ids else [], np.int32)
+    def find(self, sample: int) -> tuple[Source, int]:
+        """The source of a sample, and the record's number there."""
+        if not len(self._rank):
+            index = self._permuted(sample, self.num_documents)
+            number = bisect.bisect_right(self._ends, index)
+            return self._sources[number], index - (self._ends[number - 1] if number else 0)
+        block, place = divmod(sample, _BLOCK)
+        number = int(self._source_of[place])
+        source = self._sources[number]
+        return source, self._permuted(int(block * self._counts[number] + self._rank[place]), len(source), number)
+
+    def _permuted(self, sample: int, size: int, number: int = 0) -> int:
+        epoch, index = divmod(sample, size)
+        return index if self._seed is None else permute(index, size, self._seed + 2 * number * _OTHER_SEEDS, epoch)
+
+    def read(self, sample: int) -> Sample:
+        """Raises BadSample, which names the place of the record."""
+        return _read(*self.find(sample), self._encode)
+
+    def check(self) -> None:
+        """Raises ValueError for a source of which nothing can be used, judging from its first records."""
+        for source in self._sources:
+            errors: list[BadSample] = []
+            for index in range(min(len(source), _NUM_CHECKED)):
+                try:
+                    _read(source, index, self._encode)
+                    break
+                except BadSample as error:
+                    errors.append(error)
+            else:
+                raise ValueError(f"{errors[0]} (and none of the first {len(errors)} samples can be used)")
 
 
-def load_tokenizer(folder: str) -> tuple[Tokenizer, int | None]:
-    """A Hugging Face tokenizer as AutoTokenizer would use it, and its end-of-sequence token (None: it has none).
+_BLOCK = 8191  # a prime: whatever the number of slots, each of them meets all places
+_NUM_CHECKED = 100
+_OTHER_SEEDS = 2**64  # seeds are below
 
-    Raises ValueError for a tokenizer that is not one of the `tokenizers` library.
-    """
-    from transformers import AutoTokenizer, PreTrainedTokenizerFast  # seconds to import, and of no use to workers
+
+def _read(source: Source, index: int, encode: Encode) -> Sample:
+    try:
+        sample = encode(source[index])
+    except BadSample as error:
+        raise BadSample(error.reason, f"{source.where(index)}: {error}") from None
+    if sample.note is not None:
+        reason, message = sample.note
+        sample = sample._replace(note=(reason, f"{source.where(index)}: {message}"))
+    return sample
+
+
+class EncodeText:
+    """A document: every token is trained on but the first."""
+
+    def __init__(self, text_key: str, tokenizer: Tokenizer, end_of_document: int | None) -> None:
+        """`end_of_document`: the token to append to each document."""
+        self._text_key, self._tokenizer = text_key, tokenizer
+        self._ending = [] if end_of_document is None else [end_of_document]
+
+    def __call__(self, record: Record) -> Sample:
+        tokens = self._tokenise(record) if isinstance(record, dict) else record
+        if not len(tokens):
+            raise BadSample("empty", "has no text")
+        return Sample.of(np.concatenate([tokens, self._ending], dtype=np.int32, casting="unsafe"))
+
+    def _tokenise(self, record: dict[str, Any]) -> list[int]:
+        text = record.get(self._text_key)
+        if not isinstance(text, str):
+            found = f"is {text!r:.60}" if self._text_key in record else f"is missing among {', '.join(record)}"
+            raise BadSample("wrong_type", f"data.text_key = {self._text_key!r} {found}: expected a string")
+        try:
+            # The batch method because it alone leaves out the offsets into the text, a third of the time.
+            (encoding,) = self._tokenizer.encode_batch_fast([text], add_special_tokens=False)
+        except (UnicodeEncodeError, TypeError) as error:  # half a surrogate pair
+            raise BadSample("undecodable", f"is no text: {error}") from None
+        return encoding.ids
+
+
+class EncodeChat:
+    """A conversation that fits into `max_tokens`: the assistant's turns are trained on."""
+
+    def __init__(self, data: Data, tokenizer: "PreTrainedTokenizerFast", max_tokens: int) -> None:
+        self._messages_key, self._tools_key, self._too_long = data.messages_key, data.tools_key, data.too_long
+        self._max_tokens = max_tokens
+        self._template = ChatTemplate(tokenizer, train_on=data.train_on, train_empty_thinking=data.train_empty_thinking)
+
+    def __call__(self, record: Record) -> Sample:
+        if not isinstance(record, dict) or self._messages_key not in record:
+            found = "tokens" if not isinstance(record, dict) else ", ".join(record)
+            raise BadSample("wrong_type", f"data.messages_key = {self._messages_key!r}: expected one of {found}")
+        tools = record.get(self._tools_key) or None
+        if isinstance(tools, str):
+            try:
+                tools = json.loads(tools)
+            except ValueError:
+                raise BadSample("wrong_type", f"has {self._tools_key} that are not JSON") from None
+        if not isinstance(tools, list | None):
+            raise BadSample("wrong_type", f"has {self._tools_key} that are no list")
+        sample = self._template.sample(record[self._messages_key], tools)
+        if len(sample.tokens) <= self._max_tokens:
+            return sample
+        message = f"has {len(sample.tokens)} tokens, more than the {self._max_tokens} of a row"
+        if self._too_long == "drop":
+            raise BadSample("too_long", message)
+        tokens, labels = (values[: self._max_tokens] for values in sample[:2])
+        if (labels < 0).all():
+            raise BadSample("too_long", f"{message}, and none to train on among the first")
+        return Sample(tokens, labels, ("truncated", message))
+
+
+def load_tokenizer(folder: str) -> "PreTrainedTokenizerFast":
+    """A Hugging Face tokenizer. Raises ValueError for one that is not of the `tokenizers` library."""
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     tokenizer = AutoTokenizer.from_pretrained(folder)
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise ValueError(f"data.tokenizer = {folder!r}: expected a tokenizer with a tokenizer.json")
-    # Training needs neither offsets nor masks, and workers nothing of transformers: only what does the work.
-    backend = tokenizer.backend_tokenizer
-    backend.no_truncation()
-    backend.no_padding()
-    return backend, tokenizer.eos_token_id
+    tokenizer.backend_tokenizer.no_truncation()  # what a file may ask for is for inference
+    tokenizer.backend_tokenizer.no_padding()
+    return tokenizer
+
+
+def open_samples(data: Data, tokenizer: "PreTrainedTokenizerFast", max_tokens: int, seed: int) -> Samples:
+    """What [data] describes, in rows of `max_tokens`. Raises ValueError, one line, if it cannot be used."""
+    encode: Encode
+    if data.format == "chat":
+        encode = EncodeChat(data, tokenizer, max_tokens)
+    else:
+        if data.end_of_document and tokenizer.eos_token_id is None:
+            raise ValueError(
+                f"data.end_of_document = True: {data.tokenizer!r} has no eos_token: expected false, or one that has"
+            )
+        ending = tokenizer.eos_token_id if data.end_of_document else None
+        encode = EncodeText(data.text_key, tokenizer.backend_tokenizer, ending)
+    samples = Samples(open_sources(data), data.weights, encode, seed if data.shuffle else None)
+    samples.check()
+    return samples

@@ -1,85 +1,281 @@
-"""What there is to train on: files and globs as one random-access sequence of documents."""
+"""What there is to train on: each entry of `data.path` as a random-access sequence of records, whatever its kind.
 
+Nothing is held in memory: JSON Lines are read in place by a file that says where each line begins, tokenised corpora
+and Arrow files are memory-mapped. What is derived (indices, unpacked and Arrow files) goes to the cache of `datasets`,
+once a file.
+"""
+
+import bisect
 import functools
-import glob
-from collections.abc import Callable, Sequence
+import hashlib
+import itertools
+import json
+import os
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any, Protocol
 
 import datasets
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet
+from filelock import FileLock
+from numpy.typing import NDArray
 
-from config import find_files
+from config import TOKENS_META, Data, find_files, is_dataset, suffix_of
+from data.packing import BadSample
+
+datasets.disable_progress_bars()
+
+Record = dict[str, Any] | NDArray[np.unsignedinteger]
+"""A document's fields, or, of a tokenised corpus, its tokens."""
 
 
-class TextSource:
-    """The documents of files, in the order of the files and, of a file, in its own; memory does not grow with them.
+class Source(Protocol):
+    """Records by their number. Small to pickle: a worker process opens the files itself."""
 
-    `.jsonl`: one object a line, `.parquet`: one row, a document each; `.txt`: the whole file is one document. The
-    `datasets` library turns them once into a memory-mapped Arrow file in its cache; processes that start together wait
-    for the first.
-    """
+    def __len__(self) -> int: ...
 
-    def __init__(self, patterns: Sequence[str], text_key: str) -> None:
-        """Raises ValueError for a pattern that matches no file, and for files that hold no text under `text_key`."""
-        files = find_files(patterns)
-        self._table = _open_table(files)
-        self._text_key = text_key
-        features = self._table.features
-        if not len(self._table):
-            raise ValueError(f"data.path: no document in {_name(files)}")
-        if text_key not in features:
-            raise ValueError(
-                f"data.text_key = {text_key!r}: expected one of {', '.join(features)}, as in {_name(files)}"
-            )
-        if getattr(features[text_key], "dtype", None) not in ("string", "large_string"):
-            raise ValueError(
-                f"data.text_key = {text_key!r}: expected strings in {_name(files)}, not {features[text_key]}"
-            )
-        self._table = self._table.select_columns([text_key])
+    def __getitem__(self, index: int) -> Record: ...  # raises BadSample
+
+    def where(self, index: int) -> str: ...  # the file and the line of a record
+
+
+def open_sources(data: Data) -> list[Source]:
+    """One source for each entry of `data.path`. Raises ValueError, one line, for what is missing, empty or damaged."""
+    sources, seen = [], set[str]()
+    for entry in data.path:
+        if is_dataset(entry):
+            sources.append(_open_dataset(entry, data))
+            continue
+        files = [file for file in find_files([entry]) if data.weights or file not in seen]
+        seen |= set(files)
+        if files:
+            sources.append(_open_files(files, data))
+    empty = [entry for entry, source in zip(data.path, sources) if data.weights and not len(source)]
+    if empty or not any(map(len, sources)):
+        raise ValueError(f"data.path: no document in {', '.join(map(repr, empty or data.path)) or '[]'}")
+    return sources
+
+
+def _open_files(files: list[str], data: Data) -> Source:
+    kinds = {suffix_of(file).removesuffix(".gz").removesuffix(".zst") for file in files}
+    if len(kinds) > 1:
+        raise ValueError(f"data.path: {' and '.join(sorted(kinds))} files in one entry: expected one kind")
+    if kinds == {".jsonl"}:
+        return JsonLines(files)
+    if kinds == {".txt"}:
+        return _TextFiles(files, data.text_key)
+    rows = [_readable(file, lambda name: pa.parquet.read_metadata(name).num_rows) for file in files]
+    if not any(rows):
+        return _TextFiles([], "")  # which `datasets` cannot open
+    table = _readable(", ".join(files), lambda _: datasets.Dataset.from_parquet(files))
+    return _Table(table, files, rows, _columns(data))
+
+
+def _open_dataset(entry: str, data: Data) -> Source:
+    """A tokenised corpus, a directory that `datasets` saved, or a dataset's name, with `:subset` if it has some."""
+    if Path(entry, TOKENS_META).exists():
+        return TokenisedCorpus(entry, data.tokenizer)
+    if os.path.isdir(entry):
+        table = _readable(entry, datasets.load_from_disk)
+    else:
+        name, _, subset = entry.partition(":")
+        table = _readable(entry, lambda _: datasets.load_dataset(name, subset or None))
+    if isinstance(table, dict):
+        if data.split not in table:
+            raise ValueError(f"data.split = {data.split!r}: expected one of {', '.join(table)}, as in {entry!r}")
+        table = table[data.split]
+    return _Table(table, [entry], [len(table)], _columns(data))
+
+
+def _columns(data: Data) -> list[str]:
+    return [data.text_key] if data.format == "text" else [data.messages_key, data.tools_key]
+
+
+def _readable(name: str, function: Callable[[str], Any]) -> Any:
+    """`function(name)`, with what a library says of unusable data turned into one line."""
+    try:
+        return function(name)
+    except (ValueError, OSError, EOFError, datasets.exceptions.DatasetGenerationError) as error:
+        cause = error.__cause__ or error
+        if isinstance(cause, OSError) and cause.errno is not None and not isinstance(cause, FileNotFoundError):
+            raise  # such as a full disk: not the data's fault
+        raise ValueError(f"data.path: cannot read {name}: {' '.join(str(cause).split())}") from error
+
+
+@functools.cache
+def _mapped(path: Path, dtype: str) -> NDArray[Any]:
+    """A file of numbers, mapped once in each process."""
+    return np.memmap(path, dtype, "r") if path.stat().st_size else np.empty(0, dtype)  # nothing cannot be mapped
+
+
+class JsonLines:
+    """`.jsonl`, also packed with gzip or zstd: an object a line, empty lines aside. Found by an index of the lines."""
+
+    def __init__(self, files: list[str]) -> None:
+        self._files = files
+        self._plain = [_unpacked(file) for file in files]
+        self._index = _line_index(self._plain)
+
+    def _place(self, index: int) -> list[int]:
+        """The file, the offset in it, and the line."""
+        return np.fromfile(self._index, "<i8", count=3, offset=24 * index).tolist()
+
+    def __len__(self) -> int:
+        return self._index.stat().st_size // 24
+
+    def __getitem__(self, index: int) -> Record:
+        file, offset, _ = self._place(index)
+        with open(self._plain[file], "rb") as lines:  # kept open, many files would be too many
+            lines.seek(offset)
+            line = lines.readline()
+        try:
+            record = json.loads(line)
+        except UnicodeDecodeError as error:
+            raise BadSample("undecodable", f"is not UTF-8: {error}") from None
+        except (ValueError, RecursionError) as error:
+            raise BadSample("not_json", f"is not JSON: {error}") from None
+        if not isinstance(record, dict):
+            raise BadSample("not_json", f"is {record!r:.60}, expected a JSON object")
+        return record
+
+    def where(self, index: int) -> str:
+        file, _, line = self._place(index)
+        return f"{self._files[file]}, line {line}"
+
+
+class _TextFiles:
+    """`.txt`: a file is a document."""
+
+    def __init__(self, files: list[str], text_key: str) -> None:
+        self._files, self._text_key = files, text_key
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+    def __getitem__(self, index: int) -> Record:
+        try:
+            return {self._text_key: Path(self._files[index]).read_text(encoding="utf-8")}
+        except UnicodeDecodeError as error:
+            raise BadSample("undecodable", f"is not UTF-8: {error}") from None
+
+    def where(self, index: int) -> str:
+        return self._files[index]
+
+
+class _Table:
+    """A table of `datasets`: `.parquet` files, once turned into Arrow files in the cache, or a dataset of its own."""
+
+    def __init__(self, table: datasets.Dataset, names: list[str], rows: list[int], columns: list[str]) -> None:
+        """`rows`: how many come from each of `names`."""
+        if columns[0] not in table.features:
+            key = "data.text_key" if len(columns) == 1 else "data.messages_key"
+            raise ValueError(f"{key} = {columns[0]!r}: expected one of {', '.join(table.features)}, as in {names[0]}")
+        self._table = table.select_columns([column for column in columns if column in table.features])
+        self._names, self._ends = names, list(itertools.accumulate(rows))
 
     def __len__(self) -> int:
         return len(self._table)
 
-    def __getitem__(self, index: int) -> str:
-        """Document `index`. Raises ValueError if it is not a string."""
+    def __getitem__(self, index: int) -> Record:
         try:
-            text = self._table[index][self._text_key]
+            return self._table[index]
         except UnicodeDecodeError as error:
-            raise ValueError(f"data.path: sample {index} is not UTF-8: {error}") from None
-        if not isinstance(text, str):
-            raise ValueError(f"data.path: {self._text_key!r} of sample {index} is {text}, expected a string")
-        return text
+            raise BadSample("undecodable", f"is not UTF-8: {error}") from None
+
+    def where(self, index: int) -> str:
+        place = bisect.bisect_right(self._ends, index)
+        return f"{self._names[place]}, row {index + 1 - (self._ends[place - 1] if place else 0)}"
 
 
-_READERS: dict[str, Callable[[list[str]], datasets.Dataset]] = {
-    ".jsonl": datasets.Dataset.from_json,
-    ".parquet": datasets.Dataset.from_parquet,
-    ".txt": functools.partial(datasets.Dataset.from_text, sample_by="document"),
-}
+class TokenisedCorpus:
+    """What `python -m data.tokenize` wrote: the tokens of all documents end to end, and where each one ends."""
+
+    def __init__(self, folder: str, tokenizer: str) -> None:
+        """Raises ValueError if another tokenizer wrote it, or something is missing."""
+        meta = json.loads(Path(folder, TOKENS_META).read_text(encoding="utf-8"))
+        if meta["tokenizer_sha256"] != tokenizer_sha256(tokenizer):
+            raise ValueError(
+                f"data.path: {folder!r} was made with another tokenizer than data.tokenizer = {tokenizer!r}"
+            )
+        self._folder, self._dtype = folder, meta["dtype"]
+        self._last = list(itertools.accumulate(meta["documents"]))
+        for shard, (num_documents, num_tokens) in enumerate(zip(meta["documents"], meta["tokens"])):
+            tokens, ends = self._shard(shard)
+            if (len(ends), len(tokens)) != (num_documents, num_tokens):
+                raise ValueError(f"data.path: {folder!r} is damaged: shard {shard} has not the size in {TOKENS_META}")
+
+    def _shard(self, shard: int) -> tuple[NDArray[np.unsignedinteger], NDArray[np.int64]]:
+        tokens, ends = Path(self._folder, f"{shard:05}.tokens"), Path(self._folder, f"{shard:05}.ends")
+        return _mapped(tokens, self._dtype), _mapped(ends, "<i8")
+
+    def __len__(self) -> int:
+        return self._last[-1] if self._last else 0
+
+    def __getitem__(self, index: int) -> Record:
+        shard = bisect.bisect_right(self._last, index)
+        place, (tokens, ends) = index - (self._last[shard - 1] if shard else 0), self._shard(shard)
+        return tokens[ends[place - 1] if place else 0 : ends[place]]
+
+    def where(self, index: int) -> str:
+        return f"{self._folder}, document {index + 1}"
 
 
-def _open_table(files: list[str]) -> datasets.Dataset:
-    suffixes = sorted({Path(file).suffix for file in files})
-    for suffix in suffixes:
-        if suffix not in _READERS:
-            file = next(file for file in files if Path(file).suffix == suffix)
-            raise ValueError(f"data.path: {file!r} ends in {suffix!r}: expected {', '.join(_READERS)}")
-    if len(suffixes) > 1:
-        raise ValueError(f"data.path: {' and '.join(suffixes)} files together: expected one kind")
-    shown = not datasets.are_progress_bars_disabled()
-    datasets.disable_progress_bars()
-    try:
-        return _READERS[suffixes[0]](list(map(glob.escape, files)))  # the library takes paths for patterns
-    except StopIteration:  # no table at all in any file
-        raise ValueError(f"data.path: no document in {_name(files)}") from None
-    except (ValueError, datasets.exceptions.DatasetGenerationError) as error:
-        cause = error if isinstance(error, ValueError) else error.__cause__
-        if not isinstance(cause, ValueError):  # such as a full disk: not the data's fault
-            raise
-        raise ValueError(f"data.path: cannot read {_name(files)}: {' '.join(str(cause).split())}") from error
-    finally:
-        if shown:
-            datasets.enable_progress_bars()
+def tokenizer_sha256(folder: str) -> str:
+    """What tells tokenizers apart."""
+    return hashlib.sha256(Path(folder, "tokenizer.json").read_bytes()).hexdigest()
 
 
-def _name(files: list[str]) -> str:
-    return files[0] if len(files) == 1 else f"{files[0]} and {len(files) - 1} more"
+def _cached(files: Iterable[str], suffix: str, make: Callable[[Path], None]) -> Path:
+    """The file that `make(path)` writes for the present contents of `files`; made once, others wait for it."""
+    stats = [(file, os.stat(file).st_size, os.stat(file).st_mtime_ns) for file in files]
+    folder = Path(datasets.config.HF_DATASETS_CACHE) / "json_lines"
+    path = folder / (hashlib.sha256(json.dumps(stats).encode()).hexdigest()[:32] + suffix)
+    folder.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{path}.lock"):
+        if not path.exists():
+            unfinished = path.with_name(f"{path.name}.unfinished")
+            make(unfinished)
+            os.replace(unfinished, path)
+    return path
+
+
+def _unpacked(file: str) -> str:
+    kind = {".jsonl.gz": "gzip", ".jsonl.zst": "zstd"}.get(suffix_of(file))
+    if kind is None:
+        return file
+
+    def make(path: Path) -> None:
+        with pa.input_stream(file, compression=kind) as packed, open(path, "wb") as plain:
+            while chunk := packed.read(_CHUNK):
+                plain.write(chunk)
+
+    return _readable(file, lambda _: str(_cached([file], ".jsonl", make)))
+
+
+_CHUNK = 1 << 24
+
+
+def _line_index(files: list[str]) -> Path:
+    """Writes (file, offset, line number from 1) of each line of two characters or more: fewer make no object."""
+
+    def make(path: Path) -> None:
+        with open(path, "wb") as out:
+            for number, file in enumerate(files):
+                with open(file, "rb") as lines:
+                    begin, first_line, start = 0, 1, 0  # of the chunk, of the line that it continues
+                    while True:
+                        chunk = lines.read(_CHUNK)
+                        ends = begin + np.flatnonzero(np.frombuffer(chunk, np.uint8) == ord("\n"))
+                        if not chunk:
+                            ends = np.array([begin] if begin > start else [], np.int64)  # a last line without an end
+                        starts = np.concatenate(([start], ends[:-1] + 1)) if len(ends) else ends
+                        rows = np.stack([np.full(len(ends), number), starts, first_line + np.arange(len(ends))], axis=1)
+                        rows[ends - starts > 1].astype("<i8").tofile(out)
+                        if not chunk:
+                            break
+                        begin, first_line = begin + len(chunk), first_line + len(ends)
+                        start = int(ends[-1]) + 1 if len(ends) else start
+
+    return _cached(files, ".index", make)

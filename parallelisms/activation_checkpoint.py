@@ -9,6 +9,9 @@ from torch import nn
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
+import models.ops.attention
+import models.ops.gated_delta_rule  # noqa: F401  (the two register the operations named below)
+
 _aten = torch.ops.aten
 
 # Routing is decided once. A recomputed router could break a tie the other way (its input may differ in the last bit),
@@ -26,7 +29,8 @@ _DEAR = {
     _aten._scaled_dot_product_flash_attention_for_cpu.default,
     _aten._scaled_dot_product_efficient_attention.default,
     _aten._scaled_dot_product_cudnn_attention.default,
-    _aten._flash_attention_forward.default,
+    torch.ops.qwen35_moe.attention.default,
+    torch.ops.qwen35_moe.gated_delta_rule.default,
     _ALL_TO_ALL,
 }
 
@@ -34,6 +38,9 @@ _SAVED = {"selective": _ROUTING | _DEAR, "full": _ROUTING}
 
 
 def _policy(saved: set[Any], context: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    if operation is _aten._grouped_mm.default and args[1].shape[-1] > args[0].shape[-1]:
+        # The experts' down_proj: k rows of H a token, the largest tensor there is, and no gradient needs it.
+        return CheckpointPolicy.PREFER_RECOMPUTE
     is_count = operation is _ALL_TO_ALL and not args[0].is_floating_point()
     return CheckpointPolicy.MUST_SAVE if operation in saved or is_count else CheckpointPolicy.PREFER_RECOMPUTE
 
@@ -45,10 +52,16 @@ def apply_activation_checkpointing(blocks: Sequence[nn.Module], mode: str) -> No
         return
     contexts = functools.partial(create_selective_checkpoint_contexts, functools.partial(_policy, _SAVED[mode]))
     for block in blocks:
+        block.forward = _checkpointed(block.forward, contexts)
+
+
+def _checkpointed(forward: Callable, contexts: Callable) -> Callable:
+    # A function, as a functools.partial in the place of a forward is silently left uncompiled.
+    def run(*args: Any) -> Any:
         # The model draws no random numbers, so there is no RNG state to keep for the recomputation.
-        block.forward = functools.partial(
-            checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False, context_fn=contexts
-        )
+        return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False, context_fn=contexts)
+
+    return run
 
 
 def hide_fsdp_hooks(module: nn.Module) -> None:

@@ -9,7 +9,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from models.ops.grouped_experts import grouped_experts
-from models.ops.permute import permute, unpermute
+from models.ops.permute import reorder
 from models.qwen35_moe.moe import Experts
 
 # Shapes: R rows routed by this rank, S rows received by it, E experts, P ranks of the ep axis, H hidden.
@@ -24,11 +24,13 @@ def apply_expert_parallel(experts: Experts, mesh: DeviceMesh) -> None:
 
 
 @torch.compiler.disable  # the numbers of rows that travel are known to the host alone
-def _forward(experts: Experts, group: dist.ProcessGroup, rows: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
-    """As `Experts.forward`: rows [R, H] sorted by expert, offsets int32 [E] -> [R, H].
+def _forward(
+    experts: Experts, group: dist.ProcessGroup, rows: torch.Tensor, weights: torch.Tensor, offsets: torch.Tensor
+) -> torch.Tensor:
+    """As `Experts.forward`: rows [R, H] sorted by expert, weights float32 [R], offsets int32 [E] -> [R, H].
 
-    One small all-to-all tells how many rows come, one brings them, one takes the results back; one host
-    synchronisation. A rank that receives no rows takes part like any other.
+    One small all-to-all tells how many rows come, one brings them, a small one their weights, one takes the results
+    back; one host synchronisation. A rank that receives no rows takes part like any other.
     """
     num_ranks = dist.get_world_size(group)
     sent_counts = offsets.diff(prepend=offsets.new_zeros(1))  # [E], destination-major: experts are contiguous
@@ -38,6 +40,7 @@ def _forward(experts: Experts, group: dist.ProcessGroup, rows: torch.Tensor, off
     splits = torch.stack([sent_counts, received_counts]).view(2, num_ranks, -1).sum(dim=-1)
     sent, received = splits.tolist()
     rows = all_to_all_single_autograd(rows, received, sent, group)  # [S, H], sorted by (source, expert)
+    weights = all_to_all_single_autograd(weights, received, sent, group)  # [S]
 
     local_expert = torch.arange(sent_counts.numel() // num_ranks, device=rows.device).repeat(num_ranks)
     local_expert = local_expert.repeat_interleave(received_counts, output_size=sum(received))  # [S]
@@ -45,8 +48,9 @@ def _forward(experts: Experts, group: dist.ProcessGroup, rows: torch.Tensor, off
     inverse = order.argsort()
     local_offsets = received_counts.view(num_ranks, -1).sum(dim=0).cumsum(0, dtype=torch.int32)  # [E / P]
     gate_up_proj, down_proj = _local(experts.gate_up_proj), _local(experts.down_proj)
-    rows = grouped_experts(permute(rows, order, inverse, 1), gate_up_proj, down_proj, local_offsets)
-    return all_to_all_single_autograd(unpermute(rows, order, inverse), sent, received, group)
+    rows, weights = reorder(rows, order, inverse), reorder(weights, order, inverse)
+    rows = grouped_experts(rows, gate_up_proj, down_proj, weights, local_offsets)
+    return all_to_all_single_autograd(reorder(rows, inverse, order), sent, received, group)
 
 
 def _local(parameter: torch.Tensor) -> torch.Tensor:

@@ -64,8 +64,11 @@ def apply_fsdp(model: Qwen35Moe, meshes: Meshes, compute_dtype: torch.dtype) -> 
         ignored_params=set(model.float32_parameters()),
     )
     blocks, has_expert_units = model.blocks, meshes.expert_parallel.size() > 1
+    is_sharded = meshes.dense.size() > 1
     for block in blocks:
-        free = block is not blocks[-1]  # the backward pass begins with the last block and would gather it again at once
+        # Gathered again for the backward pass; but that begins with the last block, and would do so at once, and where
+        # nothing is sharded it would only repeat the cast.
+        free = is_sharded and block is not blocks[-1]
         if has_expert_units:
             # Experts alone leave the dense mesh. Their dim 0 is taken by the axis ep, so efsdp cuts dim 1.
             shard(
@@ -79,7 +82,7 @@ def apply_fsdp(model: Qwen35Moe, meshes: Meshes, compute_dtype: torch.dtype) -> 
     if has_expert_units:
         _prefetch_neighbours(model)
     for module in model.modules():
-        if isinstance(module, FSDPModule):
+        if isinstance(module, FSDPModule) and is_sharded:  # one process has nothing to divide, not even by 1
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)  # gloo has no pre-multiplied sum
 
@@ -98,7 +101,8 @@ def _prefetch_neighbours(model: Qwen35Moe) -> None:
         unit.set_modules_to_backward_prefetch(preceding)
 
 
-def _local_region(parameter: nn.Parameter) -> Region:
+def local_region(parameter: nn.Parameter) -> Region:
+    """This rank's part of a parameter, and where it lies in the whole."""
     if not isinstance(parameter, DTensor):
         return whole(parameter)
     shape, start = compute_local_shape_and_global_offset(parameter.shape, parameter.device_mesh, parameter.placements)
@@ -108,7 +112,7 @@ def _local_region(parameter: nn.Parameter) -> Region:
 def materialise(model: Qwen35Moe, device: torch.device, seed: int) -> None:
     """Gives a parallelised meta-device model its memory and its initial weights, this rank's part alone."""
     model.to_empty(device=device)
-    init_weights(model, seed, _local_region)
+    init_weights(model, seed, local_region)
 
 
 def reduce_replicas_after(model: nn.Module, *, this_micro_batch: bool) -> None:

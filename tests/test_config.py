@@ -212,7 +212,7 @@ def test_every_value_survives_the_round_trip(text_key: str, seed: int, lr: float
         ("--trainin.steps=3", "--trainin.steps = '3' is unknown: did you mean training.steps?"),
         ("--training.lr=3", "--training.lr = '3' is unknown: did you mean optimizer.lr?"),
         ("--zzz=3", "--zzz = '3' is unknown: expected one of job, model, data,"),
-        ("--data.zzz=3", "expected one of format, path, text_key,"),
+        ("--data.zzz=3", "expected one of format, path, weights,"),
         ("--training.steps.x=3", "--training.steps.x = '3' is unknown"),
         ("--model.config.num_expert=3", "did you mean model.config.num_experts?"),
         ("--model.config={num_expert = 3}", "--model.config.num_expert = 3 is unknown: did you mean"),
@@ -269,6 +269,9 @@ def test_every_value_survives_the_round_trip(text_key: str, seed: int, lr: float
         ("--data.tokenizer=text", "text': expected a directory with tokenizer.json"),
         ("--model.config.vocab_size=4095", "has token 4095, expected all below the model's vocab_size = 4095"),
         ("--checkpoint.resume=latest", "latest': expected 'auto', 'never' or a directory"),
+        ("--checkpoint.start_from=none", "none': expected a directory"),
+        ("--model.initial_load=hf", "initial_load = 'hf': expected model.path = '' to hold safetensors files"),
+        ("--checkpoint.export_hf=yes", "expected 'never', 'last' or 'all'"),
         ("--job.output_dir=text/a.jsonl/run", "expected a folder"),
     ],
 )
@@ -328,6 +331,21 @@ def test_a_mistake_in_a_file(toml: str, expected: str) -> None:
     assert expected in error_of(toml=toml)
 
 
+def test_what_a_run_starts_from_is_one_thing(folder: Path) -> None:
+    start = ["--config", "base.toml", "--checkpoint.start_from=text"]
+    assert "start_from and checkpoint.resume = " in error_of(*start, "--checkpoint.resume=text")
+    assert "exclude each other" in error_of(*start, "--model.initial_load=hf")
+
+
+def test_a_key_that_is_a_keyword_of_python(folder: Path) -> None:
+    config = load("--checkpoint.async", "false")
+    assert config.checkpoint.async_ is False
+    assert "async = false" in resolved_toml(config)
+    assert "--checkpoint.async_ = 'false' is unknown: did you mean checkpoint.async?" in error_of(
+        "--config", "base.toml", "--checkpoint.async_=false"
+    )
+
+
 def test_a_cycle_of_two(folder: Path) -> None:
     (folder / "a.toml").write_text('extends = "b.toml"')
     (folder / "b.toml").write_text('extends = "a.toml"')
@@ -347,18 +365,49 @@ def test_files_that_are_no_text(folder: Path) -> None:
 def test_text_that_cannot_be_read(folder: Path) -> None:
     assert "data.text_key = 'txt': expected one of text, id, as in" in error_of("--data.text_key=txt")
     (folder / "a.md").write_text("a")
-    assert "one of these, not in '.md'" in error_of("--data.path=a.md")
-    assert "one of these, not in '.jsonl' and '.md'" in error_of("--data.path=a.md,text/a.jsonl")
+    assert "a.md' ends in '.md': expected .jsonl, .jsonl.gz," in error_of("--data.path=text/a.jsonl,a.md")
     (folder / "text" / "a.jsonl").write_text("[3]")
-    assert "is not JSON Lines: expected an object on every line" in error_of()
+    assert "line 1 is not JSON: expected an object on every line" in error_of()
     (folder / "a.txt").write_text("a")
     check_config(load("--data.path=a.txt"), 2)
-    assert "data.text_key = 'id': expected one of text, as in" in error_of("--data.path=a.txt", "--data.text_key=id")
     pyarrow.parquet.write_table(pyarrow.table({"text": ["a"]}), folder / "a.parquet")
     check_config(load("--data.path=a.parquet"), 2)
     assert "data.text_key = 'id': expected one of text, as in" in error_of(
         "--data.path=a.parquet", "--data.text_key=id"
     )
+
+
+def test_conversations_that_cannot_be_read(folder: Path) -> None:
+    chat = "--data.format=chat"
+    assert "data.messages_key = 'messages': expected one of text, id, as in" in error_of(chat)
+    (folder / "a.txt").write_text("a")
+    assert "'chat': expected conversations, not text files" in error_of(chat, "--data.path=a.txt")
+    (folder / "text" / "a.jsonl").write_text('{"messages": []}')
+    (folder / "tokenizer" / "tokenizer_config.json").write_text("{}")
+    check_config(load(chat), 2)  # the end-of-document token is for text
+
+
+def test_weights_of_sources(folder: Path) -> None:
+    assert "data.weights = [1.0, 2.0]: expected 1, one for each of data.path" in error_of("--data.weights=1,2")
+    two = "--data.path=text/a.jsonl,text/*.jsonl"
+    assert "expected none below a thousandth of their sum" in error_of(two, "--data.weights=1,0.0001")
+    assert "expected a list of any length, each a positive number" in error_of(two, "--data.weights=1,0")
+    check_config(load(two, "--data.weights=1,0.1"), 2)
+
+
+def test_validation_data(folder: Path) -> None:
+    assert "validation.path = []: expected at least one file" in error_of("--validation.enable")
+    assert "validation.path = '" in error_of("--validation.enable", "--validation.path=none.jsonl")
+    check_config(load("--validation.enable", "--validation.path=text/a.jsonl"), 2)
+
+
+@pytest.mark.parametrize("marker", ["dataset_info.json", "dataset_dict.json", "tokens.json"])
+def test_folders_and_names_of_datasets(folder: Path, marker: str) -> None:
+    (folder / "saved").mkdir()
+    (folder / "saved" / marker).write_text("{}")
+    config = load("--data.path=saved,owner/name:part,text/a.jsonl")
+    assert config.data.path == (f"{folder}/saved", "owner/name:part", f"{folder}/text/a.jsonl")
+    check_config(config, 2)
 
 
 def test_a_tokenizer_without_an_end_token(folder: Path) -> None:
@@ -421,7 +470,7 @@ def test_help_lists_every_key_with_type_default_and_docstring(capsys: pytest.Cap
         for field in dataclasses.fields(cls):
             doc = " ".join(field_docs(cls)[field.name].split())
             assert doc.endswith((".", "?")), f"{section}.{field.name}"
-            start = text.index(f"--{section}.{field.name}: ")
+            start = text.index(f"--{section}.{field.name.rstrip('_')}: ")
             assert doc in text[start : start + len(doc) + 250]
     assert "--optimizer.betas: a list of 2, each a number from 0 to below 1; default [0.9, 0.95]" in text
     assert "--optimizer.lr: a positive number; required" in text

@@ -12,7 +12,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from checkpoint.convert_to_hf import convert_to_hf
+from checkpoint.convert_to_hf import Options, convert_to_hf
 from checkpoint.dcp_reader import read_index
 from models.ops.documents import Documents
 from models.ops.kernels import Kernels
@@ -46,7 +46,7 @@ log_interval = 1
 tensorboard = false
 """
 
-TIMES = {"tokens_per_second", "step_seconds", "peak_memory_gib"}
+TIMES = {"tokens_per_second", "step_seconds", "data_seconds", "peak_memory_gib", "checkpoint_seconds"}
 
 
 @pytest.fixture(scope="module")
@@ -99,7 +99,7 @@ def test_four_processes_train_and_transformers_loads_the_result(config_file: Pat
     assert all(line["expert_load_max_over_mean"] >= 1 and line["grad_norm"] > 0 for line in lines)
     assert all("mfu" not in line for line in lines)
 
-    convert_to_hf(tmp_path / "run", tmp_path / "hf", dtype=None, max_shard_bytes=400_000)
+    convert_to_hf(tmp_path / "run", tmp_path / "hf", Options(dtype=None, max_shard_bytes=400_000))
     assert len(list((tmp_path / "hf").glob("model-*.safetensors"))) > 1
     model, loading = AutoModelForCausalLM.from_pretrained(tmp_path / "hf", output_loading_info=True, dtype="auto")
     assert not any(loading.values()), loading

@@ -6,10 +6,14 @@ import math
 import os
 import resource
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from data.packing import REASONS
+from training.distributed import sum_over_ranks
 
 logger = logging.getLogger("train")
 
@@ -49,6 +53,16 @@ def expert_load(expert_counts: torch.Tensor) -> dict[str, float | int]:
     }
 
 
+def data_quality(counts: Mapping[str, int], device: torch.device) -> dict[str, float | int]:
+    """The data loaders' counts of all ranks since the start: how full rows are, samples skipped or cut by reason."""
+    names = ("tokens", "real_tokens", *REASONS)
+    tokens, real_tokens, *of_reasons = sum_over_ranks(
+        torch.tensor([counts.get(name, 0) for name in names], device=device)
+    ).tolist()
+    fill = {"fill_rate": real_tokens / tokens} if real_tokens < tokens else {}
+    return fill | {f"samples_{reason}": number for reason, number in zip(REASONS, of_reasons) if number}
+
+
 class MetricsWriter:
     """Writes `metrics.jsonl` and, if asked, TensorBoard events under `folder`; on rank 0 alone."""
 
@@ -81,10 +95,14 @@ class MetricsWriter:
                     self._tensorboard.add_scalar(name, value, metrics["step"])
         seconds_left = (self._total_steps - metrics["step"]) * metrics["step_seconds"]
         mfu = f"  mfu {metrics['mfu']:.1%}" if "mfu" in metrics else ""
+        fill = f"  rows {metrics['fill_rate']:.1%} full" if "fill_rate" in metrics else ""
+        skipped = sum(value for name, value in metrics.items() if name.startswith("samples_"))
+        fill += f"  {skipped:,} samples skipped or cut" if skipped else ""
+        fill += f"  validation loss {metrics['validation_loss']:.4f}" if "validation_loss" in metrics else ""
         logger.info(
             f"step {metrics['step']:>6}  loss {metrics['loss']:.4f}  grad norm {metrics['grad_norm']:.3f}  "
             f"lr {metrics['lr']:.2e}  {metrics['tokens_per_second']:,.0f} tok/s{mfu}  "
-            f"memory {metrics['peak_memory_gib']:.2f} GiB  left {format_seconds(seconds_left)}"
+            f"memory {metrics['peak_memory_gib']:.2f} GiB  left {format_seconds(seconds_left)}{fill}"
         )
 
     def close(self) -> None:

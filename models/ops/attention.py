@@ -1,6 +1,5 @@
 """Causal softmax attention inside each document of a packed stream."""
 
-import inspect
 from typing import Any
 
 import torch
@@ -10,14 +9,20 @@ from models.ops.documents import Documents
 
 # Shapes: T tokens, N query heads, Nkv key and value heads (N / Nkv query heads share one), K head dim.
 
+_aten = torch.ops.aten
+
 
 def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, documents: Documents, *, backend: str) -> torch.Tensor:
     """softmax(q k^T / sqrt(K)) v over the tokens of the same document up to one's own (Vaswani et al. 2017).
 
     q [T, N, K]; k, v [T, Nkv, K] -> [T, N, K]. backend "sdpa": one call a document, any device and dtype, the
-    reference; "varlen": one FlashAttention kernel over the stream, CUDA with bfloat16 or float16.
+    reference; "varlen": one FlashAttention kernel over the stream; "cudnn": cuDNN's kernel where all documents have one
+    length, faster there, else as "varlen". The last two need CUDA with bfloat16 or float16.
     """
-    return _varlen(q, k, v, documents) if backend == "varlen" else _sdpa(q, k, v, documents)
+    if backend == "sdpa":
+        return _sdpa(q, k, v, documents)
+    out, _ = _forward(q, k, v, documents.cu_seqlens, documents.cu_seqlens_cpu, documents.max_seqlen, backend == "cudnn")
+    return out
 
 
 @torch.compiler.disable  # a loop over documents: their number and lengths change with every batch
@@ -32,12 +37,95 @@ def _sdpa(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, documents: Document
     return torch.cat(outs)
 
 
-def _varlen(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, documents: Documents) -> torch.Tensor:
-    from torch.nn.attention.varlen import varlen_attn  # imports CUDA-only pieces
+# One operation of torch for both kernels, so that a compiled block does not see which of them a batch takes.
 
-    # torch 2.13 wants to be told that heads are grouped; 2.11 sees it.
-    options: dict[str, Any] = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
-    bounds, longest = documents.cu_seqlens, documents.max_seqlen
-    out = varlen_attn(q, k, v, bounds, bounds, longest, longest, window_size=(-1, 0), **options)
-    assert isinstance(out, torch.Tensor)
-    return out
+
+@torch.library.custom_op("qwen35_moe::attention", mutates_args=())
+def _forward(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+    cu_seqlens_cpu: torch.Tensor,
+    max_seqlen: int,
+    may_use_cudnn: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Out [T, N, K], and the softmax's logarithmic normalisers, float32 [N * T] in the kernel's own order."""
+    if may_use_cudnn and (length := _common_length(cu_seqlens_cpu)):
+        heads_first = [_by_document(x, length) for x in (q, k, v)]
+        out, normaliser, *_ = _aten._scaled_dot_product_cudnn_attention(*heads_first, None, True, 0.0, True)
+        return _as_stream(out), normaliser.reshape(-1)
+    bounds = (cu_seqlens, cu_seqlens, max_seqlen, max_seqlen)
+    out, normaliser, *_ = _aten._flash_attention_forward(q, k, v, *bounds, 0.0, True, False)
+    return out, normaliser.reshape(-1)
+
+
+@_forward.register_fake
+def _(q: torch.Tensor, *_: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    normaliser = q.new_empty(q.shape[0] * q.shape[1], dtype=torch.float32)
+    return torch.empty_like(q, memory_format=torch.contiguous_format), normaliser
+
+
+@torch.library.custom_op("qwen35_moe::attention_backward", mutates_args=())
+def _backward(
+    gradient: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    normaliser: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+    cu_seqlens_cpu: torch.Tensor,
+    max_seqlen: int,
+    may_use_cudnn: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The gradients of q, k and v."""
+    unused = torch.zeros(2, dtype=torch.uint64, device=q.device)  # the random state of a dropout that there is not
+    if may_use_cudnn and (length := _common_length(cu_seqlens_cpu)):
+        tensors = [_by_document(x, length) for x in (gradient, q, k, v, out)]
+        normaliser = normaliser.view(*tensors[1].shape[:3], 1)
+        seed = unused.view(torch.int64)[0]
+        gradients = _aten._scaled_dot_product_cudnn_attention_backward(
+            *tensors, normaliser, seed, seed, None, None, None, length, length, 0.0, True
+        )
+        dq, dk, dv = (_as_stream(x) for x in gradients)
+        return dq, dk, dv
+    bounds = (cu_seqlens, cu_seqlens, max_seqlen, max_seqlen)
+    normaliser = normaliser.view(q.shape[1], q.shape[0])
+    dq, dk, dv = _aten._flash_attention_backward(
+        gradient.contiguous(), q, k, v, out, normaliser, *bounds, 0.0, True, unused, unused
+    )
+    return dq, dk, dv
+
+
+@_backward.register_fake
+def _(gradient: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *_: Any) -> tuple[torch.Tensor, ...]:
+    return tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
+
+
+def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
+    q, k, v, cu_seqlens, cu_seqlens_cpu, ctx.max_seqlen, ctx.may_use_cudnn = inputs
+    ctx.save_for_backward(q, k, v, *output, cu_seqlens, cu_seqlens_cpu)
+
+
+def _autograd(ctx: Any, gradient: torch.Tensor, _: Any) -> tuple[torch.Tensor | None, ...]:
+    return *_backward(gradient, *ctx.saved_tensors, ctx.max_seqlen, ctx.may_use_cudnn), None, None, None, None
+
+
+_forward.register_autograd(_autograd, setup_context=_save_for_backward)
+
+
+def _common_length(cu_seqlens_cpu: torch.Tensor) -> int:
+    """The length of all documents; 0 if they differ."""
+    lengths = cu_seqlens_cpu.diff()
+    return int(lengths[0]) if bool((lengths == lengths[0]).all()) else 0
+
+
+def _by_document(x: torch.Tensor, length: int) -> torch.Tensor:
+    """[T, N, K] -> [D, N, length, K], without a copy."""
+    return x.unflatten(0, (-1, length)).transpose(1, 2)
+
+
+def _as_stream(x: torch.Tensor) -> torch.Tensor:
+    """[D, N, length, K] -> [T, N, K]."""
+    return x.transpose(1, 2).reshape(-1, *x.shape[1::2])

@@ -1,5 +1,7 @@
 """Short causal depthwise convolution with SiLU; no tap reaches over a document's start."""
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 
@@ -7,16 +9,55 @@ from models.ops.documents import Documents
 from models.ops.precision import at_least_float32
 
 
-def causal_conv1d(x: torch.Tensor, weight: torch.Tensor, documents: Documents) -> torch.Tensor:
+def causal_conv1d(
+    x: torch.Tensor, weight: torch.Tensor, documents: Documents, *, backend: str = "torch"
+) -> torch.Tensor:
     """SiLU(sum_i weight[:, 0, W - 1 - i] * x[t - i]) over the taps i < W that lie in t's document.
 
-    x [T, C], weight [C, 1, W] -> [T, C] in x's dtype. One masked, shifted product a tap: no loop over documents. The
-    taps are summed in float32 or wider and rounded once before SiLU, as a convolution kernel does.
+    x [T, C], weight [C, 1, W] -> [T, C] in x's dtype; taps are summed in float32 or wider. backend "torch": one masked,
+    shifted product a tap, the reference; "triton": one kernel each way, CUDA, keeps nothing but x.
     """
-    offsets = documents.token_offsets(x.shape[0]).unsqueeze(-1)  # [T, 1]
+    if backend == "triton":
+        return _forward(x, weight, documents.token_offsets)
+    offsets = documents.token_offsets.unsqueeze(-1)  # [T, 1]
     taps, rows = at_least_float32(weight[:, 0]).unbind(-1), at_least_float32(x)
     out = rows * taps[-1]
     for shift in range(1, min(len(taps), x.shape[0])):
         shifted = F.pad(rows[:-shift], (0, 0, shift, 0))
         out = out + torch.where(offsets >= shift, shifted, 0) * taps[-1 - shift]
-    return F.silu(out.to(x.dtype))
+    return F.silu(out).to(x.dtype)
+
+
+@torch.library.custom_op("qwen35_moe::causal_conv1d", mutates_args=())
+def _forward(x: torch.Tensor, weight: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
+    from models.ops import causal_conv1d_triton
+
+    return causal_conv1d_triton.forward(x.contiguous(), weight, offsets)
+
+
+@_forward.register_fake
+def _(x: torch.Tensor, weight: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+@torch.library.custom_op("qwen35_moe::causal_conv1d_backward", mutates_args=())
+def _backward(
+    gradient: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, offsets: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    from models.ops import causal_conv1d_triton
+
+    return causal_conv1d_triton.backward(gradient.contiguous(), x.contiguous(), weight, offsets)
+
+
+@_backward.register_fake
+def _(
+    gradient: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, offsets: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.empty_like(x, memory_format=torch.contiguous_format), torch.empty_like(weight)
+
+
+def _autograd(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None]:
+    return *_backward(gradient, *ctx.saved_tensors), None
+
+
+_forward.register_autograd(_autograd, setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs))

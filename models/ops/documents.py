@@ -13,6 +13,8 @@ class Documents(NamedTuple):
     """int32 [D + 1] on the compute device: 0, then where each document ends; the last is T."""
     cu_seqlens_cpu: torch.Tensor
     """The same on the host, so that nothing has to wait for the device to read it."""
+    token_offsets: torch.Tensor
+    """int32 [T] on the compute device: how far each token stands from its document's first."""
     max_seqlen: int
     """No document is longer. Constant over a run, so that nothing recompiles when documents change."""
 
@@ -25,13 +27,13 @@ class Documents(NamedTuple):
         longest = max(lengths)
         assert min(lengths) > 0, lengths
         assert max_seqlen is None or longest <= max_seqlen, (longest, max_seqlen)
-        return cls(boundaries.to(device, non_blocking=True), boundaries, max_seqlen or longest)
+        on_device = boundaries.to(device, non_blocking=True)
+        torch._dynamo.maybe_mark_dynamic(on_device, 0)  # D changes with every batch: one graph for all
+        torch._dynamo.maybe_mark_dynamic(boundaries, 0)
+        index = torch.arange(sum(lengths), dtype=torch.int32, device=device)
+        starts = on_device[torch.searchsorted(on_device, index, right=True, out_int32=True) - 1]
+        return cls(on_device, boundaries, index - starts, max_seqlen or longest)
 
     def lengths(self) -> list[int]:
         """Each document's number of tokens."""
         return self.cu_seqlens_cpu.diff().tolist()
-
-    def token_offsets(self, num_tokens: int) -> torch.Tensor:
-        """int64 [T] on the device: how far each of the stream's tokens stands from its document's first."""
-        index = torch.arange(num_tokens, device=self.cu_seqlens.device)
-        return index - self.cu_seqlens[torch.searchsorted(self.cu_seqlens, index, right=True) - 1]

@@ -1,4 +1,6 @@
-"""The gated delta rule in plain PyTorch, chunk by chunk: the CPU path, and the oracle of every kernel."""
+"""The gated delta rule: in plain PyTorch, chunk by chunk (the CPU path and the oracle), and by libraries' kernels."""
+
+from typing import Any
 
 import torch
 
@@ -10,7 +12,6 @@ from models.ops.precision import at_least_float32
 CHUNK = 64
 
 
-@torch.compiler.disable  # the number of chunks is known to the host alone, and changes with every batch
 def gated_delta_rule(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -18,14 +19,32 @@ def gated_delta_rule(
     g: torch.Tensor,
     beta: torch.Tensor,
     documents: Documents,
+    *,
+    backend: str = "torch",
 ) -> torch.Tensor:
     """Linear attention whose state S [K, Kv] forgets, and corrects what it has stored (Yang et al. 2024, 2412.06464):
 
         S = exp(g_t) S;   S = S + k_t (beta_t (v_t - k_t^T S))^T;   o_t = q_t^T S       S = 0 where a document begins
 
     q, k [T, Nk, K] (L2-normalised here, q then scaled by K^-0.5); v [T, Nv, Kv]; g [T, Nv], the log of the decay, at
-    most 0; beta [T, Nv] -> [T, Nv, Kv] in v's dtype. Each key head serves Nv / Nk value heads. Computed in float32 or
-    wider.
+    most 0; beta [T, Nv] -> [T, Nv, Kv] in v's dtype. Each key head serves Nv / Nk value heads.
+
+    backend "torch": computed in float32 or wider, anywhere; "fla": flash-linear-attention's Triton kernels;
+    "flash_qla": TileLang kernels for Hopper and Blackwell, K = Kv = 128. Both need a CUDA GPU and bfloat16, read
+    normalised q and k in bfloat16, and sum in float32.
+    """
+    if backend == "torch":
+        return _chunked(q, k, v, g, beta, documents)
+    q, k = (_l2_normalise(at_least_float32(x)).to(x.dtype) for x in (q, k))
+    out, _, _ = _forward(q, k, v, g, beta, documents.cu_seqlens, documents.cu_seqlens_cpu, backend)
+    return out
+
+
+@torch.compiler.disable  # the number of chunks is known to the host alone, and changes with every batch
+def _chunked(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, g: torch.Tensor, beta: torch.Tensor, documents: Documents
+) -> torch.Tensor:
+    """The reference.
 
     In a chunk with inclusive prefix sums b of g the recurrence is matrix products and one triangular system:
 
@@ -109,3 +128,137 @@ def _chunk_layout(lengths: list[int], device: torch.device) -> tuple[torch.Tenso
     position = torch.empty(num_tokens, dtype=torch.int64)
     position[token[inside]] = inside.flatten().nonzero().squeeze(-1)
     return token.to(device), position.to(device), exists.sum(dim=1).tolist()
+
+
+# The libraries' kernels as operations of torch: the compiler sees their shapes alone, and a block stays one graph.
+
+
+@torch.library.custom_op("qwen35_moe::gated_delta_rule", mutates_args=())
+def _forward(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    g: torch.Tensor,
+    beta: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+    cu_seqlens_cpu: torch.Tensor,
+    backend: str,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Out [T, Nv, Kv]; and for the backward pass the prefix sums of g in each chunk, float32 [T, Nv], and the inverse
+    of each chunk's triangular system [T, Nv, C]."""
+    inputs = [x.contiguous().unsqueeze(0) for x in (q, k, v, g, beta)]
+    scale = k.shape[-1] ** -0.5
+    if backend == "flash_qla":
+        from flash_qla.ops.gated_delta_rule.chunk import chunk_gated_delta_rule_fwd
+
+        options = _flash_qla_options(v, cu_seqlens, cu_seqlens_cpu)
+        sums, inverse, out, *_ = chunk_gated_delta_rule_fwd(
+            *inputs, scale=scale, output_final_state=False, is_train=True, **options
+        )
+    else:
+        from fla.ops.gated_delta_rule.chunk import chunk_gated_delta_rule_fwd
+
+        sums, out, inverse, *_ = chunk_gated_delta_rule_fwd(
+            *inputs,
+            scale=scale,
+            initial_state=None,
+            output_final_state=False,
+            cu_seqlens=cu_seqlens,
+            chunk_indices=_fla_chunk_indices(cu_seqlens, cu_seqlens_cpu),
+        )
+    return out.squeeze(0).to(v.dtype), sums.squeeze(0), inverse.squeeze(0)
+
+
+@_forward.register_fake
+def _(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, g: torch.Tensor, *_: Any
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    out = torch.empty_like(v, memory_format=torch.contiguous_format)
+    return out, torch.empty_like(g, dtype=torch.float32), k.new_empty(*v.shape[:2], CHUNK)
+
+
+@torch.library.custom_op("qwen35_moe::gated_delta_rule_backward", mutates_args=())
+def _backward(
+    gradient: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    sums: torch.Tensor,
+    beta: torch.Tensor,
+    inverse: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+    cu_seqlens_cpu: torch.Tensor,
+    backend: str,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The gradients of q, k, v, beta (each in its dtype) and g (float32)."""
+    names = ("q", "k", "v", "g", "beta", "A", "do")
+    tensors = (q, k, v, sums, beta, inverse, gradient)
+    inputs: dict[str, Any] = {name: x.contiguous().unsqueeze(0) for name, x in zip(names, tensors)}
+    scale = k.shape[-1] ** -0.5
+    if backend == "flash_qla":
+        from flash_qla.ops.gated_delta_rule.chunk import chunk_gated_delta_rule_bwd
+
+        options = _flash_qla_options(v, cu_seqlens, cu_seqlens_cpu)
+        dq, dk, dv, dbeta, dg, *_ = chunk_gated_delta_rule_bwd(**inputs, scale=scale, **options)
+    else:
+        from fla.ops.gated_delta_rule.chunk import chunk_gated_delta_rule_bwd
+
+        dq, dk, dv, dbeta, dg, *_ = chunk_gated_delta_rule_bwd(
+            **inputs,
+            scale=scale,
+            initial_state=None,
+            dht=None,
+            cu_seqlens=cu_seqlens,
+            chunk_indices=_fla_chunk_indices(cu_seqlens, cu_seqlens_cpu),
+        )
+    gradients = (x.squeeze(0).to(like.dtype) for x, like in zip((dq, dk, dv, dbeta, dg), (q, k, v, beta, sums)))
+    dq, dk, dv, dbeta, dg = gradients
+    return dq, dk, dv, dbeta, dg
+
+
+@_backward.register_fake
+def _(
+    gradient: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    sums: torch.Tensor,
+    beta: torch.Tensor,
+    *_: Any,
+) -> tuple[torch.Tensor, ...]:
+    return tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v, beta, sums))
+
+
+def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
+    q, k, v, g, beta, cu_seqlens, cu_seqlens_cpu, ctx.backend = inputs
+    _, sums, inverse = output
+    ctx.g_dtype = g.dtype
+    ctx.save_for_backward(q, k, v, sums, beta, inverse, cu_seqlens, cu_seqlens_cpu)
+
+
+def _autograd(ctx: Any, gradient: torch.Tensor, *_: Any) -> tuple[torch.Tensor | None, ...]:
+    dq, dk, dv, dbeta, dg = _backward(gradient, *ctx.saved_tensors, ctx.backend)
+    return dq, dk, dv, dg.to(ctx.g_dtype), dbeta, None, None, None
+
+
+_forward.register_autograd(_autograd, setup_context=_save_for_backward)
+
+
+def _flash_qla_options(v: torch.Tensor, cu_seqlens: torch.Tensor, cu_seqlens_cpu: torch.Tensor) -> dict[str, Any]:
+    from flash_qla.utils.index import prepare_varlen_metadata
+
+    if not hasattr(cu_seqlens, "_flash_qla_prepared_varlen"):
+        prepare_varlen_metadata(cu_seqlens, cu_seqlens_cpu)  # or else every layer would wait for the device
+    # One block of threads works through a document's head. Where that leaves most of the GPU idle, long documents are
+    # cut and their states corrected; deciding where costs one wait for the device a batch.
+    few = (len(cu_seqlens) - 1) * v.shape[1] < _NUM_BLOCKS_WORTH_CUTTING
+    return {"cu_seqlens": cu_seqlens, "auto_cp": few}
+
+
+_NUM_BLOCKS_WORTH_CUTTING = 96  # of the 132 multiprocessors of an H100
+
+
+def _fla_chunk_indices(cu_seqlens: torch.Tensor, cu_seqlens_cpu: torch.Tensor) -> torch.Tensor:
+    from fla.ops.utils.index import prepare_chunk_indices
+
+    return prepare_chunk_indices(cu_seqlens, CHUNK, cu_seqlens_cpu=cu_seqlens_cpu)

@@ -5,19 +5,26 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from models.ops.precision import at_least_float32
+
 # Shapes: R routed rows, H hidden, E experts, I expert hidden.
 
 
 def grouped_experts(
-    x: torch.Tensor, gate_up_proj: torch.Tensor, down_proj: torch.Tensor, offsets: torch.Tensor
+    x: torch.Tensor, gate_up_proj: torch.Tensor, down_proj: torch.Tensor, weights: torch.Tensor, offsets: torch.Tensor
 ) -> torch.Tensor:
-    """down(silu(gate(x)) * up(x)), each row by its own expert.
+    """weight * down(silu(gate(x)) * up(x)), each row by its own expert and with its own weight.
 
-    x [R, H]; gate_up_proj [E, 2I, H] (rows: gate, then up); down_proj [E, H, I]; offsets int32 [E], where each expert's
-    rows end (the last is R; an expert may have none) -> [R, H]. Weights are read as they are stored, never copied.
+    x [R, H]; gate_up_proj [E, 2I, H] (rows: gate, then up); down_proj [E, H, I]; weights float32 or wider [R]; offsets
+    int32 [E], where each expert's rows end (the last is R; an expert may have none) -> [R, H] in x's dtype. Matrices
+    are read as they are stored, never copied.
+
+    The weight multiplies the inner activation, which is the same as multiplying the result: its gradient then needs
+    [R, I] numbers that the backward pass has at hand, not the result [R, H], which nothing has to keep.
     """
     gate, up = _grouped_linear(x, gate_up_proj, offsets).chunk(2, dim=-1)
-    return _ContiguousGradient.apply(_grouped_linear(F.silu(gate) * up, down_proj, offsets))
+    inner = F.silu(at_least_float32(gate)) * at_least_float32(up) * weights.unsqueeze(-1)
+    return _ContiguousGradient.apply(_grouped_linear(inner.to(x.dtype), down_proj, offsets))
 
 
 class _ContiguousGradient(torch.autograd.Function):

@@ -1,28 +1,96 @@
 """Chooses, once at start-up, which implementation computes which operation."""
 
+import importlib.util
+import logging
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
 
+logger = logging.getLogger("train")
+
 
 class Kernels(NamedTuple):
-    """The chosen implementation of each operation that has more than one."""
+    """The chosen implementation of each operation that has more than one; the defaults run anywhere."""
 
-    attention: str
-    """"sdpa" or "varlen": see attention.py."""
+    attention: str = "sdpa"
+    """"sdpa", "varlen" or "cudnn": see attention.py."""
+    gated_delta_rule: str = "torch"
+    """"torch", "fla" or "flash_qla": see gated_delta_rule.py."""
+    causal_conv1d: str = "torch"
+    """"torch" or "triton": see causal_conv1d.py."""
+    cross_entropy: str = "torch"
+    """"torch" or "compiled": see linear_cross_entropy.py."""
 
 
-def select_kernels(requested: dict[str, str], device_type: str, dtype: torch.dtype) -> Kernels:
-    """Resolves `[kernels]` for a device and a compute dtype; "auto" is the fastest that works there.
+CHOICES = {
+    "attention": ("sdpa", "varlen", "cudnn"),
+    "gated_delta_rule": ("torch", "fla", "flash_qla"),
+    "causal_conv1d": ("torch", "triton"),
+    "cross_entropy": ("torch", "compiled"),
+}
 
-    Raises ValueError for an unknown choice, and for one that cannot run on this device or dtype.
+
+def select_kernels(
+    requested: Mapping[str, str], device_type: str, dtype: torch.dtype, delta_rule_head_dims: tuple[int, int]
+) -> Kernels:
+    """Resolves `[kernels]` for a device, a compute dtype and the delta rule's (K, Kv); "auto": the fastest that works.
+
+    Raises ValueError for an unknown choice, and for one that cannot run here.
     """
-    attention = requested.get("attention", "auto")
-    varlen_works = device_type == "cuda" and dtype in (torch.bfloat16, torch.float16)
-    if attention not in ("auto", "sdpa", "varlen"):
-        raise ValueError(f"kernels.attention = {attention!r}: expected 'auto', 'sdpa' or 'varlen'")
-    if attention == "varlen" and not varlen_works:
-        raise ValueError(f"kernels.attention = 'varlen' needs a CUDA GPU and bfloat16, not {device_type} and {dtype}")
-    if attention == "auto":
-        attention = "varlen" if varlen_works else "sdpa"
-    return Kernels(attention=attention)
+    hinders = {
+        "varlen": _needs_half_precision(device_type, dtype),
+        "cudnn": _needs_half_precision(device_type, dtype),
+        "fla": _needs_half_precision(device_type, dtype) or _fla_hindrance(),
+        "flash_qla": _needs_half_precision(device_type, dtype) or _flash_qla_hindrance(delta_rule_head_dims),
+        "triton": "" if device_type == "cuda" else "a CUDA GPU",
+        "compiled": "" if device_type == "cuda" else "a CUDA GPU",
+    }
+
+    def choose(operation: str, choice: str) -> str:
+        choices = CHOICES[operation]
+        if choice == "auto":
+            choice = next(c for c in reversed(choices) if not hinders.get(c))
+        if choice not in choices:
+            accepted = ", ".join(map(repr, ("auto", *choices[:-1])))
+            raise ValueError(f"kernels.{operation} = {choice!r}: expected {accepted} or {choices[-1]!r}")
+        if hinders.get(choice):
+            raise ValueError(f"kernels.{operation} = {choice!r} needs {hinders[choice]}")
+        return choice
+
+    chosen = Kernels(
+        attention=choose("attention", requested.get("attention", "auto")),
+        gated_delta_rule=choose("gated_delta_rule", requested.get("gated_delta_rule", "auto")),
+        causal_conv1d=choose("causal_conv1d", requested.get("causal_conv1d", "auto")),
+        cross_entropy=choose("cross_entropy", requested.get("cross_entropy", "auto")),
+    )
+    if device_type == "cuda" and chosen.gated_delta_rule == "torch":
+        logger.warning(
+            "the gated delta rule runs in plain PyTorch, many times slower than kernels; "
+            f"'fla' needs {hinders['fla']}; 'flash_qla' needs {hinders['flash_qla']}"
+        )
+    return chosen
+
+
+def _needs_half_precision(device_type: str, dtype: torch.dtype) -> str:
+    works = device_type == "cuda" and dtype in (torch.bfloat16, torch.float16)
+    return "" if works else f"a CUDA GPU and bfloat16, not {device_type} and {dtype}"
+
+
+def _fla_hindrance() -> str:
+    """What keeps flash-linear-attention's Triton kernels from running here; empty if nothing does."""
+    if importlib.util.find_spec("fla") is None:
+        return "the package flash-linear-attention"
+    from fla.utils import IS_NVIDIA_HOPPER, TRITON_ABOVE_3_4_0, TRITON_ABOVE_3_7_1
+
+    if IS_NVIDIA_HOPPER and TRITON_ABOVE_3_4_0 and not TRITON_ABOVE_3_7_1:
+        return "on Hopper, Triton below 3.4 or from 3.7.1 on (between them gradients are wrong: its issue 640)"
+    return ""
+
+
+def _flash_qla_hindrance(head_dims: tuple[int, int]) -> str:
+    if importlib.util.find_spec("flash_qla") is None:
+        return "the package flash-qla"
+    if torch.cuda.get_device_capability() not in ((9, 0), (10, 0), (10, 3)):
+        return "a GPU with compute capability 9.0, 10.0 or 10.3"
+    return "" if head_dims == (128, 128) else f"linear attention's head dims of 128, not {head_dims}"

@@ -6,11 +6,33 @@ import torch
 
 from models.ops.precision import at_least_float32
 
-# A chunk's float32 logits take at most this much memory: with 248,320 tokens in the vocabulary 1,081 rows a chunk,
-# enough for the matrix products to run at full speed; all logits of a stream of 16,384 would take 16 GB.
-_CHUNK_BYTES = 2**30
+# A chunk's logits take at most this much memory: with 248,320 tokens in the vocabulary 4,324 rows a chunk in bfloat16,
+# enough for the matrix products to run at full speed; all logits of a stream of 16,384 would take 8 GB.
+_CHUNK_BYTES = 2**31
 
 IGNORED = -100
+
+
+def _loss(logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """logits [chunk, V], labels [chunk] -> the sum of the losses, float32 or wider, and log sum exp [chunk, 1]."""
+    logits = at_least_float32(logits)
+    log_normaliser = logits.logsumexp(dim=-1, keepdim=True)
+    index = labels.masked_fill(labels == IGNORED, 0).unsqueeze(-1)
+    losses = (log_normaliser - logits.gather(-1, index)).squeeze(-1)
+    return losses.masked_fill(labels == IGNORED, 0.0).sum(), log_normaliser
+
+
+def _loss_and_gradient(logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """As `_loss`, and its gradient by the logits, in their dtype: softmax - one hot for trained tokens, else 0."""
+    loss, log_normaliser = _loss(logits, labels)
+    softmax = (at_least_float32(logits) - log_normaliser).exp()
+    is_label = torch.arange(logits.shape[-1], device=logits.device) == labels.unsqueeze(-1)
+    gradient = (softmax - is_label.to(softmax.dtype)).masked_fill((labels == IGNORED).unsqueeze(-1), 0.0)
+    return loss, gradient.to(logits.dtype)
+
+
+# Eagerly each line above reads and writes all logits in float32; compiled, they are read twice and written once.
+_compiled_loss_and_gradient = torch.compile(_loss_and_gradient)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -18,58 +40,71 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, chunk_size: int
+        ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, chunk_size: int, backend: str
     ) -> torch.Tensor:
         wants_hidden, wants_weight = ctx.needs_input_grad[:2]
         wide = torch.promote_types(hidden.dtype, torch.float32)
         loss = torch.zeros((), dtype=wide, device=hidden.device)
         hidden_gradient = torch.empty_like(hidden) if wants_hidden else None
         weight_gradient = torch.zeros_like(weight, dtype=wide) if wants_weight else None
+        loss_and_gradient = _compiled_loss_and_gradient if backend == "compiled" else _loss_and_gradient
         for start in range(0, hidden.shape[0], chunk_size):
             rows, targets = hidden[start : start + chunk_size], labels[start : start + chunk_size]
-            logits = at_least_float32(rows @ weight.T)  # [chunk, V]
-            log_normaliser = logits.logsumexp(dim=-1, keepdim=True)
-            trained = (targets != IGNORED).unsqueeze(-1)
-            index = targets.masked_fill(targets == IGNORED, 0).unsqueeze(-1)
-            loss += ((log_normaliser - logits.gather(-1, index)) * trained).sum()
+            logits = rows @ weight.T  # [chunk, V]
             if hidden_gradient is None and weight_gradient is None:
+                loss += _loss(logits, targets)[0]
                 continue
-            # d loss / d logits = (softmax - one hot) for trained tokens, in place over the logits.
-            gradient = logits.sub_(log_normaliser).exp_().mul_(trained)
-            gradient.scatter_add_(-1, index, -trained.to(wide))
-            gradient = gradient.to(hidden.dtype)
+            chunk_loss, gradient = loss_and_gradient(logits, targets)
+            loss += chunk_loss
             if hidden_gradient is not None:
                 hidden_gradient[start : start + chunk_size] = gradient @ weight
             if weight_gradient is not None:
-                weight_gradient += gradient.T @ rows
+                _add_product(weight_gradient, gradient.T, rows)
         ctx.save_for_backward(hidden_gradient, weight_gradient)
         ctx.weight_dtype = weight.dtype
         return loss
 
     @staticmethod
-    def backward(ctx: Any, scale: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None, None, None]:
+    def backward(ctx: Any, scale: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None, None, None, None]:
         hidden_gradient, weight_gradient = ctx.saved_tensors
         if hidden_gradient is not None:
             # Not in bfloat16: a scale like 1 / 12345 would be rounded, and with it every gradient alike.
             hidden_gradient = (at_least_float32(hidden_gradient) * scale).to(hidden_gradient.dtype)
         if weight_gradient is not None:
             weight_gradient = (weight_gradient * scale).to(ctx.weight_dtype)
-        return hidden_gradient, weight_gradient, None, None
+        return hidden_gradient, weight_gradient, None, None, None
+
+
+def _add_product(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
+    """total += left @ right; `total` may be wider than the factors, as cuBLAS's own sums are."""
+    if total.dtype != left.dtype and total.is_cuda:
+        torch.addmm(total, left, right, out_dtype=total.dtype, out=total)
+    else:
+        total += left @ right
 
 
 # torch 2.11 compiles it, without a word, to gradients of zero: it saves `hidden_gradient` and `weight_gradient` as they
 # were created, before they are written. The head stands outside the compiled blocks, so nothing is lost.
 @torch.compiler.disable
 def linear_cross_entropy(
-    hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, chunk_size: int | None = None
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    labels: torch.Tensor,
+    chunk_size: int | None = None,
+    *,
+    backend: str = "torch",
 ) -> torch.Tensor:
     """Sum over tokens of -log softmax(hidden @ weight^T)[label], in nats; labels of -100 add nothing.
 
-    hidden [T, H], weight [V, H], labels int64 [T] -> scalar, float32 (float64 for float64 inputs). `chunk_size` tokens
-    at a time (default: what 1 GiB of float32 logits allows). Differentiable once.
+    hidden [T, H], weight [V, H], labels int64 [T] -> scalar, float32 (float64 for float64 inputs). At most `chunk_size`
+    tokens at a time (default: what 2 GiB of logits allow). Differentiable once. backend "torch": the reference;
+    "compiled": a chunk's softmax by torch.compile.
     """
     if not torch.is_grad_enabled():  # an autograd.Function is told that inputs want gradients even then
         hidden, weight = hidden.detach(), weight.detach()
     if chunk_size is None:
-        chunk_size = max(1, _CHUNK_BYTES // (4 * weight.shape[0]))
-    return _LinearCrossEntropy.apply(hidden, weight, labels, chunk_size)
+        chunk_size = max(1, _CHUNK_BYTES // (hidden.element_size() * weight.shape[0]))
+    num_tokens = hidden.shape[0]
+    num_chunks = -(-num_tokens // chunk_size)
+    even_size = -(-num_tokens // max(num_chunks, 1))  # chunks of one size compile once
+    return _LinearCrossEntropy.apply(hidden, weight, labels, max(even_size, 1), backend)

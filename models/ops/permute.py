@@ -22,16 +22,16 @@ class _Permute(torch.autograd.Function):
         return rows.view(-1, ctx.top_k, rows.shape[-1]).sum(dim=1), None, None, None
 
 
-class _Unpermute(torch.autograd.Function):
+class _Reorder(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows: torch.Tensor, order: torch.Tensor, inverse: torch.Tensor) -> torch.Tensor:
-        ctx.save_for_backward(order)
-        return rows[inverse]
+        ctx.save_for_backward(inverse)
+        return rows[order]
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:
-        (order,) = ctx.saved_tensors
-        return gradient[order], None, None
+        (inverse,) = ctx.saved_tensors
+        return gradient[inverse], None, None
 
 
 def permute(x: torch.Tensor, order: torch.Tensor, inverse: torch.Tensor, top_k: int) -> torch.Tensor:
@@ -39,6 +39,6 @@ def permute(x: torch.Tensor, order: torch.Tensor, inverse: torch.Tensor, top_k: 
     return _Permute.apply(x, order, inverse, top_k)
 
 
-def unpermute(rows: torch.Tensor, order: torch.Tensor, inverse: torch.Tensor) -> torch.Tensor:
-    """Rows in their experts' order back to the tokens' order: [R, H] -> [R, H]."""
-    return _Unpermute.apply(rows, order, inverse)
+def reorder(rows: torch.Tensor, order: torch.Tensor, inverse: torch.Tensor) -> torch.Tensor:
+    """rows[order], where `inverse` is the permutation that undoes `order`: [R, ...] -> [R, ...]."""
+    return _Reorder.apply(rows, order, inverse)

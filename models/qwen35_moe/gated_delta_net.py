@@ -7,6 +7,7 @@ from torch import nn
 from models.ops.causal_conv1d import causal_conv1d
 from models.ops.documents import Documents
 from models.ops.gated_delta_rule import gated_delta_rule
+from models.ops.kernels import Kernels
 from models.ops.precision import at_least_float32
 from models.qwen35_moe.config import ModelConfig
 from models.qwen35_moe.norms import GatedRMSNorm
@@ -15,12 +16,13 @@ from models.qwen35_moe.norms import GatedRMSNorm
 class CausalConv1d(nn.Module):
     """Holds the depthwise convolution's weight [C, 1, W] under its Hugging Face name."""
 
-    def __init__(self, channels: int, width: int) -> None:
+    def __init__(self, channels: int, width: int, backend: str) -> None:
         super().__init__()
+        self.backend = backend
         self.weight = nn.Parameter(torch.empty(channels, 1, width))
 
     def forward(self, x: torch.Tensor, documents: Documents) -> torch.Tensor:
-        return causal_conv1d(x, self.weight, documents)
+        return causal_conv1d(x, self.weight, documents, backend=self.backend)
 
 
 class GatedDeltaNet(nn.Module):
@@ -30,8 +32,9 @@ class GatedDeltaNet(nn.Module):
     exp(-exp(A_log) * softplus(.)) to bfloat16 is an error that grows with the length of a document.
     """
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, kernels: Kernels) -> None:
         super().__init__()
+        self.backend = kernels.gated_delta_rule
         self.key_head_dim, self.value_head_dim = config.linear_key_head_dim, config.linear_value_head_dim
         self.widths = [config.key_dim, config.key_dim, config.value_dim]
         num_value_heads = config.linear_num_value_heads
@@ -39,7 +42,7 @@ class GatedDeltaNet(nn.Module):
         self.in_proj_z = nn.Linear(config.hidden_size, config.value_dim, bias=False)
         self.in_proj_b = nn.Linear(config.hidden_size, num_value_heads, bias=False)
         self.in_proj_a = nn.Linear(config.hidden_size, num_value_heads, bias=False)
-        self.conv1d = CausalConv1d(sum(self.widths), config.linear_conv_kernel_dim)
+        self.conv1d = CausalConv1d(sum(self.widths), config.linear_conv_kernel_dim, kernels.causal_conv1d)
         self.A_log = nn.Parameter(torch.empty(num_value_heads, dtype=torch.float32))
         self.dt_bias = nn.Parameter(torch.empty(num_value_heads, dtype=torch.float32))
         self.norm = GatedRMSNorm(config.linear_value_head_dim, config.rms_norm_eps)
@@ -54,6 +57,6 @@ class GatedDeltaNet(nn.Module):
         v = v.view(num_tokens, -1, self.value_head_dim)  # [T, Nv, Kv]
         beta = self.in_proj_b(x).sigmoid()  # [T, Nv]
         g = -self.A_log.exp() * F.softplus(at_least_float32(self.in_proj_a(x)) + self.dt_bias)  # log of the decay
-        out = gated_delta_rule(q, k, v, g, beta, documents)
+        out = gated_delta_rule(q, k, v, g, beta, documents, backend=self.backend)
         out = self.norm(out, self.in_proj_z(x).view_as(out))
         return self.out_proj(out.reshape(num_tokens, -1))

@@ -4,16 +4,18 @@ Names and stored layouts are the same on both sides but for a prefix. What diffe
 as published checkpoints have them, or one tensor an expert, as transformers' `save_pretrained` writes them.
 """
 
-from collections.abc import Mapping
+import dataclasses
+from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 from models.qwen35_moe.config import FULL, ModelConfig
 
 Shape = tuple[int, ...]
 
-PREFIXES = ("model.language_model.", "model.")
-"""Before every name but `lm_head.weight`: of the image-text class, of the causal-LM class."""
-NOT_TEXT = ("model.visual.", "mtp.")
+PREFIXES = {"image_text_to_text": "model.language_model.", "causal_lm": "model."}
+"""Before every name but `lm_head.weight`, for each of the two classes that share the text model."""
+VISION, MTP = "model.visual.", "mtp."
+NOT_TEXT = (VISION, MTP)
 """Tensors of a Hugging Face model that are no part of the text model: vision tower, multi-token prediction."""
 
 
@@ -75,9 +77,21 @@ def parameter_shapes(config: ModelConfig) -> dict[str, Shape]:
     return shapes
 
 
-def hf_name(name: str) -> str:
-    """A native parameter's name in a causal-LM checkpoint with stacked experts."""
-    return name if name.startswith("lm_head.") else "model." + name
+def mtp_shapes(config: ModelConfig, num_layers: int) -> dict[str, Shape]:
+    """The tensors of multi-token prediction by their Hugging Face names, experts stacked; a run does not train them."""
+    hidden = config.hidden_size
+    one_block = dataclasses.replace(config, num_hidden_layers=num_layers, layer_types=(FULL,) * num_layers)
+    blocks = {name: shape for name, shape in parameter_shapes(one_block).items() if name.startswith("layers.")}
+    norms = ("pre_fc_norm_embedding.weight", "pre_fc_norm_hidden.weight", "norm.weight")
+    return {
+        MTP + name: shape
+        for name, shape in {"fc.weight": (hidden, 2 * hidden), **dict.fromkeys(norms, (hidden,)), **blocks}.items()
+    }
+
+
+def hf_name(name: str, architecture: str = "causal_lm") -> str:
+    """A native parameter's name in a Hugging Face checkpoint with stacked experts."""
+    return name if name.startswith("lm_head.") else PREFIXES[architecture] + name
 
 
 def is_float32(name: str) -> bool:
@@ -96,29 +110,52 @@ def find_pieces(config: ModelConfig, available: Mapping[str, Shape]) -> dict[str
     `available`: the checkpoint's tensors and their shapes. Raises ValueError naming what is missing, of a wrong shape,
     or unknown; vision and multi-token-prediction tensors are passed over, and so is a tied model's copy of the head.
     """
-    prefix = next((p for p in PREFIXES if p + "embed_tokens.weight" in available), PREFIXES[-1])
+    architecture = find_architecture(available)
+    keys = {hf_name(name, architecture): (name, shape) for name, shape in parameter_shapes(config).items()}
+    pieces = _find({key: shape for key, (_, shape) in keys.items()}, available)
+    used = {piece.key for parts in pieces.values() for piece in parts}
+    spare = {key for key in available if not key.startswith(NOT_TEXT)} - used
+    spare -= {"lm_head.weight"} if config.tie_word_embeddings else set()
+    if spare:
+        raise ValueError(f"weights: {min(spare)!r} (and {len(spare) - 1} more) belong to no parameter of this model")
+    return {keys[key][0]: parts for key, parts in pieces.items()}
+
+
+def find_mtp_pieces(config: ModelConfig, available: Mapping[str, Shape]) -> dict[str, list[Piece]]:
+    """The same for multi-token prediction, by the names of `mtp_shapes`; nothing if the checkpoint has none of it."""
+    layers = {int(key.split(".")[2]) for key in available if key.startswith(MTP + "layers.")}
+    found = _find(mtp_shapes(config, len(layers)), available) if layers else {}
+    used = {piece.key for parts in found.values() for piece in parts}
+    if spare := {key for key in available if key.startswith(MTP)} - used:
+        raise ValueError(f"weights: {min(spare)!r} (and {len(spare) - 1} more) belong to no layer of the MTP module")
+    return found
+
+
+def find_architecture(available: Iterable[str]) -> str:
+    """Of which class the tensors with these names are."""
+    image_text = PREFIXES["image_text_to_text"]
+    return "image_text_to_text" if any(key.startswith(image_text) for key in available) else "causal_lm"
+
+
+def _find(shapes: Mapping[str, Shape], available: Mapping[str, Shape]) -> dict[str, list[Piece]]:
+    """Each tensor, or the per-expert ones in its stead; all there and of the right shapes."""
     found: dict[str, list[Piece]] = {}
-    for name, shape in parameter_shapes(config).items():
-        key = name if name.startswith("lm_head.") else prefix + name
+    for key, shape in shapes.items():
         pieces = [Piece(key)]
-        if ".experts." in name and key not in available:
-            pieces = _pieces_of_experts(key, shape)
+        if ".experts." in key and key not in available:
+            pieces = pieces_of_experts(key, shape)
         for piece in pieces:
             if piece.key not in available:
                 raise ValueError(f"weights: {piece.key!r} is missing")
             expected = _shape_of_region(shape, piece.region)
             if available[piece.key] != expected:
                 raise ValueError(f"weights: {piece.key!r} has shape {list(available[piece.key])}, not {list(expected)}")
-        found[name] = pieces
-    used = {piece.key for pieces in found.values() for piece in pieces}
-    spare = {key for key in available if not key.startswith(NOT_TEXT)} - used
-    spare -= {"lm_head.weight"} if config.tie_word_embeddings else set()
-    if spare:
-        raise ValueError(f"weights: {min(spare)!r} (and {len(spare) - 1} more) belong to no parameter of this model")
+        found[key] = pieces
     return found
 
 
-def _pieces_of_experts(key: str, shape: Shape) -> list[Piece]:
+def pieces_of_experts(key: str, shape: Shape) -> list[Piece]:
+    """The tensors, one an expert, that stand for the stacked one `key` of this shape."""
     folder, _, which = key.rpartition(".")
     if which == "down_proj":
         return [Piece(f"{folder}.{expert}.down_proj.weight", (expert,)) for expert in range(shape[0])]

@@ -28,7 +28,7 @@ class Block(nn.Module):
         if layer_type == FULL:
             self.self_attn = GatedAttention(config, kernels.attention)
         else:
-            self.linear_attn = GatedDeltaNet(config)
+            self.linear_attn = GatedDeltaNet(config, kernels)
         self.mlp = MixtureOfExperts(config)
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -55,6 +55,7 @@ class Qwen35Moe(nn.Module):
     def __init__(self, config: ModelConfig, kernels: Kernels) -> None:
         super().__init__()
         self.config = config
+        self.cross_entropy = kernels.cross_entropy
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Block(config, layer_type, kernels) for layer_type in config.layer_types)
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -100,4 +101,4 @@ class Qwen35Moe(nn.Module):
         head = self.embed_tokens if self.config.tie_word_embeddings else self.lm_head
         if labels is None:
             return F.linear(hidden, head.weight), statistics
-        return linear_cross_entropy(hidden, head.weight, labels), statistics
+        return linear_cross_entropy(hidden, head.weight, labels, backend=self.cross_entropy), statistics

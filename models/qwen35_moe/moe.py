@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from models.ops.grouped_experts import grouped_experts
-from models.ops.permute import permute, unpermute
+from models.ops.permute import permute, reorder
 from models.ops.precision import at_least_float32
 from models.qwen35_moe.config import ModelConfig
 
@@ -49,6 +49,7 @@ class Router(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.top_k = config.num_experts_per_tok
+        self.force_balanced = False  # benchmarks only
         self.weight = nn.Parameter(torch.empty(config.num_experts, config.hidden_size, dtype=torch.float32))
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -56,6 +57,9 @@ class Router(nn.Module):
         logits = F.linear(at_least_float32(x), self.weight)
         probabilities = logits.softmax(dim=-1)
         weights, experts = probabilities.topk(self.top_k, dim=-1)
+        if self.force_balanced:
+            experts = torch.arange(experts.numel(), device=x.device).view_as(experts) % logits.shape[-1]
+            weights = probabilities.gather(-1, experts)
         return weights / weights.sum(dim=-1, keepdim=True), experts, logits, probabilities
 
 
@@ -68,9 +72,10 @@ class Experts(nn.Module):
         self.gate_up_proj = nn.Parameter(torch.empty(num_experts, 2 * inner, hidden))
         self.down_proj = nn.Parameter(torch.empty(num_experts, hidden, inner))
 
-    def forward(self, rows: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
-        """rows [R, H] sorted by expert, offsets int32 [E] (where each expert's rows end) -> [R, H]."""
-        return grouped_experts(rows, self.gate_up_proj, self.down_proj, offsets)
+    def forward(self, rows: torch.Tensor, weights: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
+        """rows [R, H] sorted by expert, their weights float32 [R], offsets int32 [E] (where each expert's rows end) ->
+        [R, H]."""
+        return grouped_experts(rows, self.gate_up_proj, self.down_proj, weights, offsets)
 
 
 class SharedExpert(nn.Module):
@@ -102,14 +107,14 @@ class MixtureOfExperts(nn.Module):
         """x [T, H] -> output [T, H], and what the router did."""
         weights, experts, logits, probabilities = self.gate(x)
         num_tokens, top_k = experts.shape
-        sorted_experts, order = experts.flatten().sort(stable=True)
-        inverse = order.argsort()
+        # The fewer bits a key has, the fewer passes a radix sort makes.
+        sorted_experts, order = experts.flatten().to(torch.int16).sort(stable=True)
+        inverse = torch.empty_like(order).scatter_(0, order, torch.arange(order.shape[0], device=x.device))
         # Where each expert's rows end, by binary search: no atomics, no host synchronisation.
-        ids = torch.arange(self.num_experts, device=x.device)
+        ids = torch.arange(self.num_experts, dtype=torch.int16, device=x.device)
         offsets = torch.searchsorted(sorted_experts, ids, right=True, out_int32=True)  # [E]
-        rows = self.experts(permute(x, order, inverse, top_k), offsets)
-        rows = unpermute(rows, order, inverse).view(num_tokens, top_k, -1)
-        routed = (rows * weights.unsqueeze(-1)).sum(dim=1).to(x.dtype)
+        rows = self.experts(permute(x, order, inverse, top_k), reorder(weights.flatten(), order, inverse), offsets)
+        routed = reorder(rows, inverse, order).view(num_tokens, top_k, -1).sum(dim=1)
         shared = self.shared_expert_gate(x).sigmoid() * self.shared_expert(x)
 
         ends = offsets

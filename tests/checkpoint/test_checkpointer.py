@@ -1,6 +1,8 @@
 """Saving, retention, resuming on other layouts, and what a resume refuses."""
 
 import dataclasses
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -8,7 +10,9 @@ import torch
 import torch.distributed as dist
 
 import checkpoint.checkpointer as checkpointer_module
-from checkpoint.checkpointer import Checkpointer, Progress, complete_checkpoints, find_checkpoint
+from checkpoint.checkpointer import Checkpointer, Progress
+from checkpoint.directories import complete_checkpoints, find_checkpoint
+from checkpoint.hf_assets import read_base
 from config import Checkpoint, Config, Data, Job, Model, Optimizer, Training
 from models.ops.kernels import Kernels
 from models.qwen35_moe.model import Qwen35Moe
@@ -62,12 +66,15 @@ def contents(model: Qwen35Moe, optimizer: torch.optim.Optimizer) -> dict[str, to
 
 def save_on(folder: str, replicate: int, ep: int) -> dict[str, torch.Tensor]:
     model, optimizer, checkpointer = build(folder, replicate, ep, seed=0)
-    assert checkpointer.resume() == Progress()
+    assert checkpointer.resume() is None
     take_steps(model, optimizer, 3)
     slots = 4 // dist.get_world_size()
     first = dist.get_rank() * slots
     checkpointer.save(3, 300, torch.tensor([(slot, 10 * slot) for slot in range(first, first + slots)]))
-    return contents(model, optimizer)
+    state = contents(model, optimizer)
+    take_steps(model, optimizer, 1)  # while the save is under way
+    assert checkpointer.wait()
+    return state
 
 
 def resume_on(folder: str, replicate: int, ep: int) -> tuple[dict[str, torch.Tensor], Progress]:
@@ -103,14 +110,19 @@ def one_rank(tmp_path: Path):
 CURSORS = torch.zeros(4, 2, dtype=torch.int64)
 
 
+def save(checkpointer: Checkpointer, step: int) -> None:
+    checkpointer.save(step, 0, CURSORS)
+    assert checkpointer.wait()
+
+
 @pytest.mark.usefixtures("one_rank")
 def test_keeps_the_newest_and_never_takes_the_one_just_written(tmp_path: Path) -> None:
     _, _, checkpointer = build(str(tmp_path), 1, 1, seed=0, keep=2)
     for step in (2, 4, 6):
-        checkpointer.save(step, 0, CURSORS)
+        save(checkpointer, step)
     names = [path.name for path in complete_checkpoints(tmp_path / "checkpoints")]
     assert names == ["step-00000004", "step-00000006"]
-    checkpointer.save(1, 0, CURSORS)  # a run that went back
+    save(checkpointer, 1)  # a run that went back
     names = [path.name for path in complete_checkpoints(tmp_path / "checkpoints")]
     assert names == ["step-00000001", "step-00000006"]
     assert find_checkpoint(tmp_path).name == "step-00000006"
@@ -118,31 +130,103 @@ def test_keeps_the_newest_and_never_takes_the_one_just_written(tmp_path: Path) -
 
 
 @pytest.mark.usefixtures("one_rank")
-def test_a_save_that_dies_half_way_is_never_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_save_that_fails_half_way_is_told_and_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     _, _, checkpointer = build(str(tmp_path), 1, 1, seed=0)
-    checkpointer.save(2, 0, CURSORS)
-
-    class Killed(Exception):
-        pass
-
-    def dies(*_):
-        raise Killed
-
+    save(checkpointer, 2)
     with monkeypatch.context() as patch:
-        patch.setattr(checkpointer_module, "resolved_toml", dies)  # after DCP has written its files
-        with pytest.raises(Killed):
-            checkpointer.save(4, 0, CURSORS)
-    assert find_checkpoint(tmp_path).name == "step-00000002"
+        patch.setattr(
+            checkpointer_module, "resolved_toml", lambda _: Path("/nowhere/at/all").read_text()
+        )  # DCP's files are there
+        checkpointer.save(4, 0, CURSORS)
+        assert not checkpointer.wait()
+    (record,) = [record for record in caplog.records if record.levelname == "ERROR"]
+    assert "cannot save" in record.message
+    assert "No such file or directory: '/nowhere/at/all'" in record.message
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000002"]
     assert build(str(tmp_path), 1, 1, seed=1)[2].resume().step == 2
-    checkpointer.save(4, 0, CURSORS)  # what the dead one left is in nobody's way
+    save(checkpointer, 4)
     assert find_checkpoint(tmp_path).name == "step-00000004"
+
+
+def checkpoint_in(folder: Path, step: int, seed: int = 0) -> Path:
+    save(build(str(folder), 1, 1, seed=seed)[2], step)
+    return folder / f"checkpoints/step-{step:08}"
+
+
+@pytest.mark.usefixtures("one_rank")
+def test_what_a_kill_leaves_is_cleared_or_completed(tmp_path: Path) -> None:
+    folder = tmp_path / "checkpoints"
+    checkpoint_in(tmp_path, 2)
+    # In the middle of a save, of a deletion, and of the replacement of a checkpoint by one of the same step.
+    shutil.copytree(folder / "step-00000002", folder / ".step-00000003")
+    (folder / ".step-00000003/manifest.json").unlink()
+    shutil.copytree(folder / "step-00000002", folder / ".step-00000001.removed")
+    shutil.copytree(folder / "step-00000002", folder / ".step-00000002.removed")
+    (folder / "step-00000002").rename(folder / ".step-00000002")
+    assert build(str(tmp_path), 1, 1, seed=1)[2].resume().step == 2
+    assert [path.name for path in folder.iterdir()] == ["step-00000002"]
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-9])
+
+
+def flip_a_bit(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+@pytest.mark.usefixtures("one_rank")
+@pytest.mark.parametrize("damage", [truncate, flip_a_bit, Path.unlink])
+@pytest.mark.parametrize("name", ["__0_0.distcp", ".metadata", "hf/config.json", "manifest.json"])
+def test_damage_is_named_and_auto_falls_back(
+    tmp_path: Path, damage: Callable, name: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    first, second = (checkpoint_in(tmp_path, step) for step in (2, 4))
+    damage(second / name)
+    # A bit of the manifest makes it wrong about some file.
+    told = "" if (damage, name) == (flip_a_bit, "manifest.json") else name
+    for path in (second, tmp_path):
+        with pytest.raises(ValueError, match=f"checkpoint.resume = .*{told}"):
+            build(str(tmp_path / "new"), 1, 1, seed=0, resume=str(path))[2].resume()
+    assert build(str(tmp_path), 1, 1, seed=1)[2].resume().step == 2
+    assert any(record.levelname == "WARNING" and told in record.message for record in caplog.records)
+    damage(first / name)
+    with pytest.raises(ValueError, match="none of the 2 checkpoints"):
+        build(str(tmp_path), 1, 1, seed=1)[2].resume()
+
+
+@pytest.mark.usefixtures("one_rank")
+def test_starting_from_weights_alone_and_under_another_name(tmp_path: Path) -> None:
+    model, optimizer, checkpointer = build(str(tmp_path / "old"), 1, 1, seed=0)
+    take_steps(model, optimizer, 2)
+    checkpointer._base = TOKENIZER  # as if it had been loaded from there
+    save(checkpointer, 2)
+    expected = contents(model, optimizer)
+    (tmp_path / "old").rename(tmp_path / "renamed")
+    model, optimizer, checkpointer = build(str(tmp_path / "renamed"), 1, 1, seed=1)
+    assert checkpointer.resume().step == 2
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in contents(model, optimizer).items())
+
+    new = {"folder": str(tmp_path / "new"), "replicate": 1, "ep": 1, "seed": 1, "start_from": str(tmp_path / "renamed")}
+    model, optimizer, checkpointer = build(**new)
+    assert checkpointer.resume() == Progress()
+    assert not optimizer.state
+    assert all(torch.equal(full(parameter), expected[name]) for name, parameter in model.named_parameters())
+    take_steps(model, optimizer, 1)
+    save(checkpointer, 1)
+    assert build(**new)[2].resume().step == 1  # from now on its own checkpoints count
+    assert read_base(tmp_path / "new/checkpoints/step-00000001") == TOKENIZER  # handed on
 
 
 @pytest.mark.usefixtures("one_rank")
 def test_resume_never_wants_a_fresh_folder_and_a_path_is_taken_exactly(tmp_path: Path) -> None:
     _, _, checkpointer = build(str(tmp_path), 1, 1, seed=0)
     for step in (2, 4):
-        checkpointer.save(step, 0, CURSORS)
+        save(checkpointer, step)
     with pytest.raises(ValueError, match=r"checkpoint.resume = 'never'.*step-00000004"):
         build(str(tmp_path), 1, 1, seed=0, resume="never")[2].resume()
     path = tmp_path / "checkpoints/step-00000002"
@@ -154,7 +238,7 @@ def test_resume_never_wants_a_fresh_folder_and_a_path_is_taken_exactly(tmp_path:
 
 @pytest.mark.usefixtures("one_rank")
 def test_another_model_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    build(str(tmp_path), 1, 1, seed=0)[2].save(2, 0, CURSORS)
+    checkpoint_in(tmp_path, 2)
     for change, message in (
         ({"tie_word_embeddings": True}, "unknown tensor 'model.lm_head.weight'"),
         (

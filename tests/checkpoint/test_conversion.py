@@ -16,8 +16,9 @@ from transformers import AutoModelForCausalLM
 
 from checkpoint import convert_from_hf as from_hf
 from checkpoint import convert_to_hf as to_hf
+from checkpoint.convert_to_hf import _vision_shapes
 from checkpoint.dcp_reader import read_index
-from models.qwen35_moe.hf_weights import hf_name, is_float32, parameter_shapes
+from models.qwen35_moe.hf_weights import hf_name, is_float32, is_published_in_float32, mtp_shapes, parameter_shapes
 from tests.distributed import run_ranks
 from tests.models.qwen35_moe.shapes import tiny_config
 
@@ -43,6 +44,10 @@ def write_hf(folder: Path, weights: dict[str, torch.Tensor], num_files: int = 1)
     for file in set(weight_map.values()):
         save_file({k: weights[k].contiguous() for k in weights if weight_map[k] == file}, folder / file)
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+
+
+def load_hf(folder: Path) -> dict[str, torch.Tensor]:
+    return {key: tensor for file in folder.glob("*.safetensors") for key, tensor in load_file(file).items()}
 
 
 def per_expert(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -73,12 +78,11 @@ def test_from_hf_to_dcp_to_hf_is_the_identity(tmp_path: Path, layout: str, dtype
     assert from_hf.main([str(tmp_path / "hf"), str(tmp_path / "dcp"), "--dtype=keep"]) == 0
     assert to_hf.main([str(tmp_path / "dcp"), str(tmp_path / "back"), "--dtype=keep"]) == 0
     back = load_file(tmp_path / "back/model.safetensors")
-    assert back.keys() == weights.keys()
-    for key, value in weights.items():
-        # In a checkpoint decays and routers are float32; widening loses nothing.
-        expected = value.float() if is_float32(key) else value
-        assert back[key].dtype == expected.dtype
-        assert torch.equal(back[key], expected), key
+    expected = load_hf(tmp_path / "hf")
+    assert back.keys() == expected.keys()
+    for key, value in expected.items():
+        assert back[key].dtype == value.dtype
+        assert torch.equal(back[key], value), key
 
 
 def test_export_in_shards_loads_with_transformers(tmp_path: Path) -> None:
@@ -103,7 +107,9 @@ def test_bfloat16_is_the_default_and_rounds_every_tensor(tmp_path: Path) -> None
     add_assets(tmp_path / "dcp")
     assert to_hf.main([str(tmp_path / "dcp"), str(tmp_path / "out")]) == 0
     out = load_file(tmp_path / "out/model.safetensors")
-    assert all(torch.equal(out[hf_name(n)], t.bfloat16()) for n, t in weights.items())
+    for name, tensor in weights.items():
+        kept = name.endswith(("A_log", "linear_attn.norm.weight"))  # float32 in the published checkpoints
+        assert torch.equal(out[hf_name(name)], tensor if kept else tensor.bfloat16()), name
     assert json.loads((tmp_path / "out/config.json").read_text())["dtype"] == "bfloat16"
 
 
@@ -136,7 +142,7 @@ def test_reads_chunks_of_several_mesh_axes(tmp_path: Path, replicate: int, efsdp
     weights = random_weights()
     assert index.keys() == {f"model.{name}" for name in weights}
     grid = index["model.layers.0.mlp.experts.gate_up_proj"].chunks
-    assert {chunk.sizes for chunk in grid} == {(8 // ep, 48 // efsdp, 48)}
+    assert {tuple(stop - start for start, stop in chunk.box) for chunk in grid} == {(8 // ep, 48 // efsdp, 48)}
     for name, tensor in weights.items():
         assert torch.equal(index[f"model.{name}"].read(), tensor), name
     add_assets(tmp_path / "dcp")
@@ -180,9 +186,11 @@ def test_damaged_data_leaves_nothing_behind(tmp_path: Path, capsys: pytest.Captu
 
 def test_mistakes_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     (tmp_path / "there").mkdir()
+    (tmp_path / "there/file").touch()
     for tool in (to_hf, from_hf):
-        assert tool.main([str(tmp_path / "nowhere"), str(tmp_path / "out")]) == 2
-        assert tool.main([str(tmp_path), str(tmp_path / "there")]) == 2
+        for arguments in (["nowhere", "out"], [".", "there"]):
+            with pytest.raises(SystemExit, match="2"):
+                tool.main([str(tmp_path / argument) for argument in arguments])
         assert len(capsys.readouterr().err.splitlines()) == 2
     with pytest.raises(SystemExit, match="2"):
         to_hf.main([str(tmp_path), str(tmp_path / "out"), "--max-shard-size=0GB"])
@@ -190,17 +198,200 @@ def test_mistakes_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixt
     assert "expected a checkpoint" in capsys.readouterr().err
 
 
-def test_a_malicious_index_is_refused(tmp_path: Path) -> None:
-    dcp.save({"model.a": torch.zeros(2)}, checkpoint_id=tmp_path, no_dist=True)
-    marker = tmp_path / "marker"
+class Touch:
+    """Unpickled, it makes a file."""
 
-    class Touch:
-        def __reduce__(self):
-            return (eval, (f"open({str(marker)!r}, 'w')",))
+    def __init__(self, path: Path) -> None:
+        self.path = path
 
-    buffer = io.BytesIO()
-    pickle.dump(Touch(), buffer)
-    (tmp_path / ".metadata").write_bytes(buffer.getvalue())
-    with pytest.raises(ValueError, match=r"builtins.eval.*refused"):
-        read_index(tmp_path)
+    def __reduce__(self):
+        return (eval, (f"open({str(self.path)!r}, 'w')",))
+
+
+@pytest.mark.parametrize("where", ["index", "chunk", "per-rank file"])
+def test_a_malicious_pickle_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture, where: str) -> None:
+    state = {f"model.{name}": tensor for name, tensor in random_weights().items()}
+    marker, folder = tmp_path / "marker", tmp_path / "dcp"
+    dcp.save(state, checkpoint_id=folder, no_dist=True)
+    add_assets(folder)
+    if where == "index":
+        file = folder / ".metadata"
+        file.write_bytes(pickle.dumps(Touch(marker)))
+    elif where == "chunk":
+        file = folder / "__0_0.distcp"
+        # In the place of the first chunk, padded to its length.
+        buffer = io.BytesIO()
+        torch.save([Touch(marker)], buffer)
+        metadata = pickle.loads((folder / ".metadata").read_bytes())
+        (place,) = (p for i, p in metadata.storage_data.items() if i.fqn == "model.norm.weight")
+        place.offset, place.length = file.stat().st_size, buffer.tell()
+        (folder / ".metadata").write_bytes(pickle.dumps(metadata))
+        file.write_bytes(file.read_bytes() + buffer.getvalue())
+    else:
+        folder = tmp_path / "ranks"
+        folder.mkdir()
+        file = folder / "model_world_size_1_rank_0.pt"
+        torch.save({**state, "model.norm.weight": Touch(marker)}, file)
+        add_assets(folder)
+    assert to_hf.main([str(folder), str(tmp_path / "out")]) == 1
+    error = capsys.readouterr().err
+    assert f"{file} asks for " in error
+    assert "eval, which no checkpoint needs: refused" in error
     assert not marker.exists()
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_checkpoint_of_torch_2_11_is_read() -> None:
+    index = read_index(Path(__file__).parent / "fixtures/torch-2.11.0/dcp")
+    assert torch.equal(index["model.a"].read(), torch.arange(48.0).view(8, 6))
+    assert index["model.b"].read() == 3
+
+
+# Both classes, vision and MTP
+
+
+VISION_CONFIG = {
+    "model_type": "qwen3_5_moe",
+    "depth": 1,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_heads": 2,
+    "out_hidden_size": CONFIG.hidden_size,
+    "num_position_embeddings": 16,
+}
+
+
+def published(per_expert_text: bool, per_expert_mtp: bool, vision: bool) -> tuple[dict, dict[str, torch.Tensor]]:
+    """config.json and tensors of a model as it is published: bfloat16 with some float32, MTP, maybe vision."""
+    text_config = CONFIG.to_dict() | {"mtp_num_hidden_layers": 1}
+    generator = torch.Generator().manual_seed(1)
+
+    def random(shapes: dict) -> dict[str, torch.Tensor]:
+        return {k: torch.randn(shape, generator=generator).bfloat16() for k, shape in shapes.items()}
+
+    architecture = "image_text_to_text" if vision else "causal_lm"
+    text = random({hf_name(n, architecture): shape for n, shape in parameter_shapes(CONFIG).items()})
+    text |= {key: tensor.float() for key, tensor in text.items() if is_published_in_float32(key)}
+    mtp = random(mtp_shapes(CONFIG, 1))
+    tensors = (per_expert(text) if per_expert_text else text) | (per_expert(mtp) if per_expert_mtp else mtp)
+    if not vision:
+        return text_config, tensors
+    config = {
+        "architectures": ["Qwen3_5MoeForConditionalGeneration"],
+        "model_type": "qwen3_5_moe",
+        "image_token_id": 5,
+        "text_config": text_config,
+        "vision_config": VISION_CONFIG,
+        "tie_word_embeddings": False,
+    }
+    return config, tensors | random(_vision_shapes(config))
+
+
+def write_published(folder: Path, *kind: bool) -> dict[str, torch.Tensor]:
+    config, tensors = published(*kind)
+    write_hf(folder, tensors, num_files=2)
+    (folder / "config.json").write_text(json.dumps(config))
+    return tensors
+
+
+def convert(source: Path, out: Path, *options: str) -> dict[str, torch.Tensor]:
+    assert to_hf.main([str(source), str(out), "--verify", *options]) == 0
+    return load_hf(out)
+
+
+def assert_same(actual: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    assert actual.keys() == expected.keys()
+    for key, tensor in expected.items():
+        assert actual[key].dtype == tensor.dtype, key
+        assert torch.equal(actual[key], tensor), key
+
+
+@pytest.mark.parametrize("vision", [False, True], ids=["causal_lm", "image_text_to_text"])
+@pytest.mark.parametrize(("per_expert_text", "per_expert_mtp"), [(False, True), (True, False)])
+def test_there_and_back_is_the_identity(
+    tmp_path: Path, vision: bool, per_expert_text: bool, per_expert_mtp: bool
+) -> None:
+    tensors = write_published(tmp_path / "hf", per_expert_text, per_expert_mtp, vision)
+    for dtype in ("keep", "float32"):
+        dcp_folder = tmp_path / f"dcp-{dtype}"
+        assert from_hf.main([str(tmp_path / "hf"), str(dcp_folder), f"--dtype={dtype}"]) == 0
+        # Through float32 nothing is lost either: the default is the dtypes of the published checkpoints.
+        back = convert(dcp_folder, tmp_path / f"out-{dtype}", *(["--dtype=keep"] if dtype == "keep" else []))
+        assert_same(back, tensors)
+    config = json.loads((tmp_path / "out-keep/config.json").read_text())
+    assert config["architectures"] == [f"Qwen3_5MoeFor{'ConditionalGeneration' if vision else 'CausalLM'}"]
+    assert config.get("text_config", config)["mtp_num_hidden_layers"] == 1
+
+
+def test_the_other_class_and_the_other_layout_of_experts(tmp_path: Path) -> None:
+    tensors = write_published(tmp_path / "hf", True, True, True)
+    assert from_hf.main([str(tmp_path / "hf"), str(tmp_path / "dcp"), "--dtype=keep"]) == 0
+    out = convert(tmp_path / "dcp", tmp_path / "text", "--architecture=causal_lm", "--experts=stacked", "--dtype=keep")
+    _, stacked = published(False, False, False)
+    assert out.keys() == stacked.keys()
+    as_image_text = {
+        k.replace("model.", "model.language_model.", 1) if "mtp." not in k else k: t for k, t in out.items()
+    }
+    assert_same(per_expert(as_image_text), {k: t for k, t in tensors.items() if "visual" not in k})
+    config = json.loads((tmp_path / "text/config.json").read_text())
+    assert config["architectures"] == ["Qwen3_5MoeForCausalLM"]
+    assert "vision_config" not in config
+
+    # And back, with the vision tower from --base.
+    assert from_hf.main([str(tmp_path / "text"), str(tmp_path / "dcp2"), "--dtype=keep"]) == 0
+    options = ["--architecture=image_text_to_text", f"--base={tmp_path / 'hf'}", "--dtype=keep"]
+    assert_same(convert(tmp_path / "dcp2", tmp_path / "back", *options), tensors)
+    out = convert(tmp_path / "dcp2", tmp_path / "per", "--experts=per_expert", "--dtype=keep")
+    assert_same(out, per_expert(load_hf(tmp_path / "text")))
+
+
+def test_what_is_not_there_is_not_declared_and_what_is_needed_is_asked_for(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    write_published(tmp_path / "hf", False, False, True)
+    assert from_hf.main([str(tmp_path / "hf"), str(tmp_path / "dcp")]) == 0
+    (tmp_path / "hf").rename(tmp_path / "moved")
+    out = convert(tmp_path / "dcp", tmp_path / "text", "--architecture=causal_lm")
+    assert not any(key.startswith("mtp.") for key in out)
+    assert json.loads((tmp_path / "text/config.json").read_text())["mtp_num_hidden_layers"] == 0
+
+    def error(*options: str) -> str:
+        assert to_hf.main([str(tmp_path / "dcp"), str(tmp_path / "out"), *options]) == 1
+        assert not (tmp_path / "out").exists()
+        return capsys.readouterr().err
+
+    assert "which is not there: expected --base" in error()
+    write_hf(tmp_path / "text only", {hf_name(n): t for n, t in random_weights().items()})
+    assert "'model.visual." in error(f"--base={tmp_path / 'text only'}", "--architecture=image_text_to_text")
+    weights = load_file(tmp_path / "moved/model-00000.safetensors")
+    weights = {key: tensor for key, tensor in weights.items() if not key.startswith("model.visual.blocks")}
+    save_file(weights, tmp_path / "moved/model-00000.safetensors")
+    assert "the vision tower: 'model.visual.blocks" in error(f"--base={tmp_path / 'moved'}")
+
+
+def test_verify_finds_a_changed_byte(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    state = {f"model.{name}": tensor for name, tensor in random_weights().items()}
+    dcp.save(state, checkpoint_id=tmp_path / "dcp", no_dist=True)
+    add_assets(tmp_path / "dcp")
+    plan = to_hf.convert_to_hf(tmp_path / "dcp", tmp_path / "out")
+    to_hf.verify(tmp_path / "dcp", tmp_path / "out", plan)
+    path = tmp_path / "out/model.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-100] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(ValueError, match="differs from the checkpoint's"):
+        to_hf.verify(tmp_path / "dcp", tmp_path / "out", plan)
+
+
+def test_an_interrupted_conversion_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    state = {f"model.{name}": tensor for name, tensor in random_weights().items()}
+    dcp.save(state, checkpoint_id=tmp_path / "dcp", no_dist=True)
+    add_assets(tmp_path / "dcp")
+
+    def interrupted(*_):
+        yield 1
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(to_hf, "write_file", interrupted)
+    assert to_hf.main([str(tmp_path / "dcp"), str(tmp_path / "out")]) == 130
+    assert [path.name for path in tmp_path.iterdir()] == ["dcp"]

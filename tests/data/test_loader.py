@@ -1,6 +1,7 @@
 """The loader: the global batch depends on no layout, resuming is exact, and workers behave."""
 
 import collections
+import functools
 import itertools
 import json
 import multiprocessing
@@ -20,7 +21,9 @@ from transformers import AutoTokenizer
 
 from config import Data, Training
 from data.loader import TokenLoader
+from data.samples import load_tokenizer, open_samples
 from data.shuffle import permute
+from data.tokenize import main
 
 ROOT = Path(__file__).resolve().parents[2]
 TOKENIZER = str(ROOT / "data" / "tiny" / "tokenizer")
@@ -36,9 +39,168 @@ def path(tmp_path_factory):
     return str(path)
 
 
-def make_loader(path, rank=0, ranks=1, *, workers=0, micro=1, seed=5, tokenizer=TOKENIZER, **data):
-    training = Training(steps=1, sequence_length=SEQUENCE_LENGTH, local_batch_size=micro, global_batch_size=NUM_SLOTS)
-    return TokenLoader(Data(path=(path,), num_workers=workers, **data), training, tokenizer, rank, ranks, seed)
+@pytest.fixture(autouse=True, scope="module")
+def _one_tokenizer():
+    """Reads the tokenizer once, and not for each of hundreds of loaders."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("data.loader.load_tokenizer", functools.cache(load_tokenizer))
+        yield
+
+
+def make_loader(
+    path, rank=0, ranks=1, *, workers=0, micro=1, seed=5, tokenizer=TOKENIZER, sequence_length=SEQUENCE_LENGTH,
+    data_path=None, one_epoch=False, skipped_dir=None, **data,
+):  # fmt: skip
+    training = Training(steps=1, sequence_length=sequence_length, local_batch_size=micro, global_batch_size=NUM_SLOTS)
+    data = {"path": data_path or (path,), "num_workers": workers, "tokenizer": tokenizer, **data}
+    return TokenLoader(Data(**data), training, rank, ranks, seed, one_epoch=one_epoch, skipped_dir=skipped_dir)
+
+
+LAYOUTS = st.sampled_from(
+    [(ranks, micro) for ranks in (1, 2, 3, 4) for micro in (1, 2, 3, 12) if 12 % (ranks * micro) == 0]
+)
+
+
+# The same promises for every kind of source. What makes each kind special is in its data: bad samples, samples of very
+# different lengths, conversations longer than a row, sources of different sizes.
+
+KINDS = ("text", "tokens", "mixture", "chat")
+
+
+@pytest.fixture(scope="module")
+def options_of(path, tmp_path_factory):
+    """Kind -> the options of `make_loader`."""
+    folder = tmp_path_factory.mktemp("kinds")
+    main(["--out", str(folder / "tokens"), "--workers", "1", "--config", "qwen35moe_tiny.toml", "--data.path", path])
+    second = folder / "second.jsonl"
+    second.write_text("".join(json.dumps({"text": f"other {number} " * number}) + "\n" for number in range(5)))
+    chats = folder / "chats.jsonl"
+    lines = [json.dumps({"messages": conversation(number)}) for number in range(61)]
+    lines[7], lines[20] = "{x", json.dumps({"messages": [{"role": "user", "content": "?"}]})
+    chats.write_text("\n".join(lines))
+    return {
+        "text": {},
+        "tokens": {"data_path": (str(folder / "tokens"),)},
+        "mixture": {"data_path": (path, str(second)), "weights": (1.0, 3.0)},
+        "chat": {"data_path": (str(chats),), "format": "chat", "sequence_length": 64},
+    }
+
+
+def conversation(number):
+    answer = " ".join(f"{number} {word}" for word in range(1 + number * 7 % 11))
+    turns = [{"role": "user", "content": f"Number {number}?"}, {"role": "assistant", "content": answer}]
+    return turns * (1 + number % 2)
+
+
+@pytest.mark.parametrize(("kind", "workers"), [*((kind, 0) for kind in KINDS), ("mixture", 2), ("chat", 2)])
+def test_any_source_on_any_layout_and_resumed_in_the_middle(path, options_of, kind, workers):
+    """Four steps in one process; two in another layout, and then two on three ranks: with 0 and with 2 workers."""
+    options = options_of[kind]
+    reference, cursors = run(path, 4, **options)
+    first, first_cursors = run(path, 2, ranks=1, workers=workers, micro=3, **options)
+    assert first == reference[:2]
+    assert torch.equal(first_cursors[-1], cursors[2])
+    rest, _ = run(path, 2, ranks=3, workers=workers, micro=2, cursors=first_cursors[-1], **options)
+    assert rest == reference[2:]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(interruptions=st.lists(st.tuples(st.integers(0, 3), LAYOUTS), min_size=1, max_size=3), last=LAYOUTS)
+def test_any_source_interrupted_anywhere(path, options_of, kind, interruptions, last):
+    options = options_of[kind]
+    reference, _ = run(path, 5, **options)
+    steps, cursors = [], None
+    for num_steps, (ranks, micro) in interruptions:
+        more, all_cursors = run(path, num_steps, ranks, 0, micro, cursors, **options)
+        steps, cursors = steps + more, all_cursors[-1]
+    more, _ = run(path, max(0, 5 - len(steps)), last[0], 0, last[1], cursors, **options)
+    assert (steps + more)[:5] == reference
+
+
+def test_tokens_ahead_of_time_are_the_tokens_of_the_text(path, options_of, reference):
+    """Empty documents are skipped either way, but here they are no samples any more: so without them."""
+    kept = Path(path).with_name("kept.jsonl")
+    kept.write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS if text))
+    steps, _ = run(str(kept), 4)
+    assert run(path, 4, **options_of["tokens"])[0] == steps
+
+
+def test_a_mixture_takes_samples_by_their_weights(tmp_path):
+    for name, size in (("a", 3), ("b", 700)):
+        (tmp_path / f"{name}.jsonl").write_text((json.dumps({"text": name}) + "\n") * size)
+    data = Data(path=(f"{tmp_path}/a.jsonl", f"{tmp_path}/b.jsonl"), weights=(1, 3), tokenizer=TOKENIZER)
+    samples = open_samples(data, load_tokenizer(TOKENIZER), 16, seed=3)
+    found = [samples.find(sample) for sample in range(2 * 8191)]
+    names = [Path(source.where(index).partition(",")[0]).stem for source, index in found]
+    for start in (0, 8191):  # to a sample in each block, and nearly so in each part of it, for each slot too
+        assert names[start : start + 8191].count("a") == round(8191 / 4)
+    assert 200 < names[:1000].count("a") < 300
+    for slot in range(8):
+        assert 200 < names[slot:8000:8].count("a") < 300
+    # Each source in its own epochs: in the first 700 samples of b each of its documents once, and so on.
+    of_b = [index for name, (_, index) in zip(names, found) if name == "b"]
+    for epoch in range(3):
+        assert sorted(of_b[700 * epoch : 700 * (epoch + 1)]) == list(range(700))
+    assert of_b[:700] != of_b[700:1400]
+
+
+def test_chats_are_counted_filled_up_and_skipped(path, options_of, tmp_path):
+    loader = make_loader(path, micro=12, skipped_dir=tmp_path / "skipped", shuffle=False, **options_of["chat"])
+    for _ in range(4):
+        batch = next(loader)
+        assert batch.is_real.dtype == torch.bool
+        assert set(batch.labels[~batch.is_real].tolist()) <= {-100}
+        assert set(batch.tokens[~batch.is_real].tolist()) <= {END_OF_TEXT}
+    counts = loader.counts
+    assert 0 < counts["real_tokens"] < counts["tokens"] == 4 * 12 * 64
+    assert counts["not_json"] > 0 < counts["nothing_to_train"]
+    lines = [json.loads(line) for line in (tmp_path / "skipped" / "rank-00000.jsonl").read_text().splitlines()]
+    assert collections.Counter(line["reason"] for line in lines) == {
+        reason: number for reason, number in counts.items() if "tokens" not in reason
+    }
+    not_json = next(line["sample"] for line in lines if line["reason"] == "not_json")
+    assert not_json.startswith(f"{options_of['chat']['data_path'][0]}, line 8: is not JSON")
+
+
+def test_long_chats_are_dropped_or_cut(path, options_of):
+    options = options_of["chat"] | {"sequence_length": 32}
+    dropping, cutting = (make_loader(path, micro=12, too_long=choice, **options) for choice in ("drop", "truncate"))
+    next(dropping), next(cutting)
+    assert dropping.counts["too_long"] > 0 == dropping.counts["truncated"]
+    assert cutting.counts["truncated"] > 0 == cutting.counts["too_long"]
+    stopping = make_loader(path, micro=12, on_bad_sample="error", **options)
+    with pytest.raises(ValueError, match=r"chats\.jsonl, line \d+: has \d+ tokens, more than the 32 of a row"):
+        next(stopping)
+
+
+def test_cursors_of_the_other_format_are_refused(path, options_of):
+    loader = make_loader(path, **options_of["chat"])
+    with pytest.raises(ValueError, match=r"data\.format = 'chat': expected the other, as in the checkpoint"):
+        loader.load_cursors(make_loader(path).cursors)
+
+
+@pytest.mark.parametrize("kind", KINDS[:3])
+@pytest.mark.parametrize(("ranks", "micro"), [(1, 1), (4, 3)])
+def test_one_epoch_has_every_token_once_and_then_fillers(path, options_of, kind, ranks, micro):
+    loaders = [make_loader(path, rank, ranks, micro=micro, one_epoch=True, **options_of[kind]) for rank in range(ranks)]
+    found = []
+    for loader in loaders:
+        loader_tokens = None
+        for _ in range(2):  # twice the same
+            tokens, is_real = [], True
+            while is_real:
+                batches = [next(loader) for _ in range(NUM_SLOTS // ranks // micro)]
+                tokens += [token for batch in batches for token in batch.tokens[batch.is_real].tolist()]
+                is_real = any(batch.is_real.any() for batch in batches)
+            assert loader_tokens in (None, tokens)
+            loader_tokens = tokens
+            loader.rewind()
+        found += loader_tokens
+    if kind != "mixture":
+        tokenizer = AutoTokenizer.from_pretrained(TOKENIZER)
+        texts = [[*tokenizer(text, add_special_tokens=False).input_ids, END_OF_TEXT] for text in TEXTS if text]
+        assert collections.Counter(found) == collections.Counter(token for text in texts for token in text)
 
 
 def run(path, num_steps, ranks=1, workers=0, micro=1, cursors=None, **options):
@@ -66,13 +228,14 @@ def run(path, num_steps, ranks=1, workers=0, micro=1, cursors=None, **options):
 def rows_of(batch, micro):
     """A micro-batch's rows. Checks what is true of each."""
     assert {tensor.dtype for tensor in batch[:3]} == {torch.int64}
-    assert {tensor.shape for tensor in batch[:3]} == {(micro * SEQUENCE_LENGTH,)}
+    size = len(batch.tokens) // micro
+    assert {tensor.shape for tensor in batch[:3]} == {(micro * size,)}
     lengths, rows = list(batch.lengths), []
-    for columns in zip(*(tensor.view(micro, SEQUENCE_LENGTH).tolist() for tensor in batch[:3])):
+    for columns in zip(*(tensor.view(micro, size).tolist() for tensor in batch[:3])):
         own = []
-        while sum(own) < SEQUENCE_LENGTH:
+        while sum(own) < size:
             own.append(lengths.pop(0))
-        assert sum(own) == SEQUENCE_LENGTH, "a document reaches over the end of its row"
+        assert sum(own) == size, "a document reaches over the end of its row"
         rows.append((*columns, own))
     assert not lengths
     return rows
@@ -126,11 +289,6 @@ def test_the_global_batch_is_the_same_with_workers(path, reference, ranks, worke
     steps, cursors = run(path, 8, ranks, workers, micro)
     assert steps == reference[0]
     assert torch.equal(torch.stack(cursors), torch.stack(reference[1]))
-
-
-LAYOUTS = st.sampled_from(
-    [(ranks, micro) for ranks in (1, 2, 3, 4) for micro in (1, 2, 3, 12) if 12 % (ranks * micro) == 0]
-)
 
 
 @settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -189,8 +347,8 @@ def test_the_global_random_state_is_left_alone(path, workers):
 def test_a_bad_sample_ends_in_one_line(tmp_path, workers):
     path = tmp_path / "bad.jsonl"
     path.write_text('{"text": "good"}\n' * 30 + '{"text": null}\n' + '{"text": "good"}\n')
-    loader = make_loader(str(path), workers=workers, shuffle=False)
-    with pytest.raises(ValueError, match=r"^data\.path: 'text' of sample 30 is None, expected a string$"):
+    loader = make_loader(str(path), workers=workers, shuffle=False, on_bad_sample="error")
+    with pytest.raises(ValueError, match=r"bad\.jsonl, line 31: data\.text_key = 'text' is None: expected a string$"):
         collections.deque(itertools.islice(loader, 1000), maxlen=0)
     assert next(loader, None) is None
 
@@ -210,8 +368,8 @@ def test_close_does_not_wait_for_a_worker_in_the_middle_of_a_long_document(tmp_p
 def test_a_source_of_empty_texts_ends_in_an_error(tmp_path):
     path = tmp_path / "empty.jsonl"
     path.write_text('{"text": ""}\n' * 3)
-    with pytest.raises(ValueError, match="documents in a row without any token"):
-        next(make_loader(str(path)))
+    with pytest.raises(ValueError, match=r"empty\.jsonl, line 1: has no text \(and none of the first 3 samples"):
+        make_loader(str(path))
 
 
 def test_a_slot_finds_the_one_text_there_is(tmp_path):
@@ -251,7 +409,7 @@ if __name__ == "__main__":
     signal.signal(signal.SIGTERM, lambda *_: None)
     signal.signal(signal.SIGINT, lambda *_: None)
     training = Training(steps=1, sequence_length=64, local_batch_size=1, global_batch_size=4)
-    loader = TokenLoader(Data(path=(sys.argv[1],), num_workers=2), training, sys.argv[2], 0, 1, 0)
+    loader = TokenLoader(Data(path=(sys.argv[1],), num_workers=2, tokenizer=sys.argv[2]), training, 0, 1, 0)
     next(loader)
     print(*(worker.pid for worker in multiprocessing.active_children()), flush=True)
     for command in sys.stdin:

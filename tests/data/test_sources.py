@@ -1,18 +1,25 @@
 """Files and globs as one sequence of documents, and the lines that a user's mistakes end in."""
 
+import gzip
 import json
 import multiprocessing
 import pickle
+import shutil
 import socket
 from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
 
 import datasets
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
-from config import find_files
-from data.sources import TextSource
+from config import Data, find_files, suffix_of
+from data import sources
+from data.packing import BadSample
+from data.sources import open_sources
 
 
 @pytest.fixture(autouse=True)
@@ -28,9 +35,14 @@ def write_jsonl(path, texts, key="text"):
     return str(path)
 
 
+def open_source(*patterns, **data):
+    (source,) = open_sources(Data(path=tuple(map(str, patterns)), **data))
+    return source
+
+
 def documents_of(*patterns, text_key="text"):
-    source = TextSource([str(pattern) for pattern in patterns], text_key)
-    return [source[index] for index in range(len(source))]
+    sources = open_sources(Data(path=tuple(map(str, patterns)), text_key=text_key))
+    return [source[index][text_key] for source in sources for index in range(len(source))]
 
 
 def test_jsonl(tmp_path):
@@ -72,28 +84,28 @@ def test_a_changed_file_is_read_again(tmp_path):
 
 
 def test_travels_to_workers_as_file_names(tmp_path):
-    source = TextSource([write_jsonl(tmp_path / "a.jsonl", ["word " * 100] * 1000)], "text")
-    pickled = pickle.dumps(source)
-    assert len(pickled) < 5000
-    assert pickle.loads(pickled)[999] == "word " * 100
+    for path in (write_jsonl(tmp_path / "a.jsonl", ["word " * 100] * 1000), write_parquet(tmp_path, 1000)):
+        source = open_source(path)
+        assert len(source) == 1000
+        pickled = pickle.dumps(source)
+        assert len(pickled) < 5000
+        assert pickle.loads(pickled)[999]["text"] == "word " * 100
 
 
-@pytest.mark.parametrize("shown", [True, False])
-def test_progress_bars_are_silent_and_left_as_they_were(tmp_path, capfd, shown):
-    path = write_jsonl(tmp_path / "a.jsonl", ["a"])
-    (datasets.enable_progress_bars if shown else datasets.disable_progress_bars)()
-    try:
-        TextSource([path], "text")
-        assert datasets.are_progress_bars_disabled() is not shown
-        assert capfd.readouterr() == ("", "")
-    finally:
-        datasets.enable_progress_bars()
+def write_parquet(folder, num_rows):
+    pyarrow.parquet.write_table(pa.table({"text": ["word " * 100] * num_rows}), folder / f"{num_rows}.parquet")
+    return folder / f"{num_rows}.parquet"
+
+
+def test_no_progress_bars(tmp_path, capfd):
+    open_source(write_parquet(tmp_path, 1))
+    assert capfd.readouterr() == ("", "")
 
 
 def _open(cache, path):
     datasets.config.HF_DATASETS_CACHE = cache
-    source = TextSource([path], "text")
-    return len(source), source[len(source) - 1]
+    source = open_source(path)
+    return len(source), source[len(source) - 1]["text"]
 
 
 def test_processes_that_start_at_once_do_not_disturb_each_other(tmp_path):
@@ -112,52 +124,122 @@ def make(tmp_path, **files):
 @pytest.mark.parametrize(
     ("files", "patterns", "message"),
     [
-        ({}, [], r"data\.path = \[\]: expected at least one"),
+        ({}, [], r"data\.path: no document in \[\]"),
         ({}, ["none*.jsonl"], r"data\.path = '.*none\*\.jsonl' matches no file"),
         ({"a_jsonl": '{"text": "x"}\n'}, ["a.jsonl", "b.jsonl"], r"data\.path = '.*b\.jsonl' matches no file"),
-        ({"a_csv": "text\nx\n"}, ["a.csv"], r"'.*a\.csv' ends in '\.csv': expected \.jsonl, \.parquet, \.txt"),
+        ({"a_csv": "text\nx\n"}, ["a.csv"], r"'.*a\.csv' ends in '\.csv': expected \.jsonl, .*\.parquet, \.txt"),
         ({"a_jsonl": "{}\n", "b": "x"}, ["*"], r"'.*b' ends in '': expected \.jsonl"),
-        ({"a_jsonl": "{}\n", "b_txt": "x"}, ["*"], r"\.jsonl and \.txt files together: expected one kind"),
-        (
-            {"a_jsonl": '{"body": "x", "id": 1}\n'},
-            ["a.jsonl"],
-            r"text_key = 'text': expected one of body, id, as in .*a",
-        ),
-        ({"a_jsonl": ""}, ["a.jsonl"], r"no document in .*a\.jsonl"),
-        ({"a_jsonl": "", "b_jsonl": ""}, ["*.jsonl"], r"no document in .*a\.jsonl and 1 more"),
-        ({"a_jsonl": '{"text": 3}\n'}, ["a.jsonl"], r"text_key = 'text': expected strings in .*a\.jsonl, not .*int64"),
-        (
-            {"a_jsonl": '{"text": null}\n'},
-            ["a.jsonl"],
-            r"text_key = 'text': expected strings in .*a\.jsonl, not .*null",
-        ),
-        (
-            {"a_jsonl": '{"text": "x"}\n{"text": 3}\n'},
-            ["a.jsonl"],
-            r"text_key = 'text': expected strings in .*a\.jsonl",
-        ),
-        ({"a_jsonl": '{"text": ["x"]}\n'}, ["a.jsonl"], r"text_key = 'text': expected strings in .*a\.jsonl"),
-        ({"a_jsonl": '{"text": "x"}\n{"text\n'}, ["a.jsonl"], r"cannot read .*a\.jsonl: JSON parse error"),
+        ({"a_jsonl": "{}\n", "b_txt": "x"}, ["*"], r"\.jsonl and \.txt files in one entry: expected one kind"),
+        ({"a_jsonl": ""}, ["a.jsonl"], r"no document in '.*a\.jsonl'"),
+        ({"a_jsonl": "\n\n", "b_jsonl": ""}, ["*.jsonl"], r"no document in '.*\*\.jsonl'"),
         ({"a_parquet": "not parquet"}, ["a.parquet"], r"cannot read .*a\.parquet: "),
-        ({"a_txt": b"caf\xe9"}, ["a.txt"], r"cannot read .*a\.txt: 'utf-8' codec"),
+        ({"a_jsonl_gz": "not packed"}, ["a.jsonl.gz"], r"cannot read .*a\.jsonl\.gz: "),
+        ({"a_jsonl_zst": "not packed"}, ["a.jsonl.zst"], r"cannot read .*a\.jsonl\.zst: "),
+        ({"a_jsonl_gz": gzip.compress(b'{"text": "x"}')[:-9]}, ["a.jsonl.gz"], r"cannot read .*a\.jsonl\.gz: "),
     ],
 )
 def test_mistakes_end_in_one_line(tmp_path, files, patterns, message):
     make(tmp_path, **files)
     with pytest.raises(ValueError, match=message) as raised:
-        TextSource([str(tmp_path / pattern) for pattern in patterns], "text")
+        open_source(*(tmp_path / pattern for pattern in patterns))
     assert "\n" not in str(raised.value)
 
 
-def test_a_text_that_is_none_names_its_sample(tmp_path):
-    source = TextSource([write_jsonl(tmp_path / "a.jsonl", ["x", None, "y"])], "text")
-    assert source[2] == "y"
-    with pytest.raises(ValueError, match=r"'text' of sample 1 is None, expected a string"):
-        source[1]
+def test_an_empty_source_among_others_is_told_where_it_has_a_weight(tmp_path):
+    paths = (write_jsonl(tmp_path / "a.jsonl", []), write_jsonl(tmp_path / "b.jsonl", ["b"]))
+    assert documents_of(*paths) == ["b"]
+    with pytest.raises(ValueError, match=r"no document in '.*a\.jsonl'"):
+        open_sources(Data(path=paths, weights=(1, 2)))
 
 
-def test_a_text_that_is_not_utf8_names_its_sample(tmp_path):
-    (tmp_path / "a.jsonl").write_bytes(b'{"text": "x"}\n{"text": "caf\xe9"}\n')
-    source = TextSource([str(tmp_path / "a.jsonl")], "text")
-    with pytest.raises(ValueError, match=r"sample 1 is not UTF-8"):
+def test_a_table_without_the_column(tmp_path):
+    with pytest.raises(ValueError, match=r"data\.text_key = 'body': expected one of text, as in .*3\.parquet"):
+        open_source(write_parquet(tmp_path, 3), text_key="body")
+
+
+@pytest.mark.parametrize(
+    ("line", "reason", "message"),
+    [
+        (b'{"text": "caf\xe9"}', "undecodable", "is not UTF-8"),
+        (b'{"text": "x"', "not_json", "is not JSON"),
+        (b"[" * 100_000, "not_json", "is not JSON"),
+        (b'["text"]', "not_json", r"is \['text'\], expected a JSON object"),
+    ],
+)
+def test_bad_lines_are_told_by_file_and_line(tmp_path, line, reason, message):
+    (tmp_path / "a.jsonl").write_bytes(b'{"text": "x"}\n\n' + line + b'\n{"text": "y"}')
+    source = open_source(tmp_path / "a.jsonl")
+    assert [source[index]["text"] for index in (0, 2)] == ["x", "y"]
+    with pytest.raises(BadSample, match=message) as raised:
         source[1]
+    assert raised.value.reason == reason
+    assert pickle.loads(pickle.dumps(raised.value)).reason == reason
+    assert "\n" not in str(raised.value)
+    assert [source.where(index) for index in range(3)] == [f"{tmp_path}/a.jsonl, line {line}" for line in (1, 3, 4)]
+
+
+@given(
+    st.lists(st.sampled_from([b"", b"\r", b'{"n": 1}', b'{"n": 22}', b'{"n": 333333333333}\r']), max_size=9),
+    st.booleans(),
+    st.integers(1, 30),
+)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+def test_lines_are_found_wherever_a_chunk_ends(tmp_path, monkeypatch, lines, is_ended, chunk):
+    monkeypatch.setattr(sources, "_CHUNK", chunk)
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b"\n".join(lines) + b"\n" * is_ended)
+    shutil.rmtree(Path(datasets.config.HF_DATASETS_CACHE, "json_lines"), ignore_errors=True)
+    source = sources.JsonLines([str(path)])
+    expected = [(json.loads(line), number) for number, line in enumerate(lines, 1) if line.strip()]
+    assert [source[index] for index in range(len(source))] == [record for record, _ in expected]
+    assert [source.where(index) for index in range(len(source))] == [f"{path}, line {number}" for _, number in expected]
+
+
+@pytest.mark.parametrize("suffix", [".jsonl.gz", ".jsonl.zst"])
+def test_packed_lines(tmp_path, suffix):
+    path = tmp_path / f"a{suffix}"
+    content = b"".join(json.dumps({"text": f"text {number}"}).encode() + b"\n" for number in range(5000))
+    with pa.output_stream(str(path), compression={".gz": "gzip", ".zst": "zstd"}[path.suffix]) as packed:
+        packed.write(content)
+    if suffix == ".jsonl.gz":  # several members, as gzip's own concatenation makes them
+        path.write_bytes(gzip.compress(content[:1000]) + gzip.compress(content[1000:]))
+    assert suffix_of(str(path)) == suffix
+    assert documents_of(path) == [f"text {number}" for number in range(5000)]
+    assert open_source(path).where(4999) == f"{path}, line 5000"
+
+
+def test_entries_of_different_kinds_follow_each_other(tmp_path):
+    (tmp_path / "b.txt").write_text("b")
+    paths = (write_jsonl(tmp_path / "a.jsonl", ["a0", "a1"]), tmp_path / "b.txt", write_parquet(tmp_path, 2))
+    assert documents_of(*paths) == ["a0", "a1", "b", *["word " * 100] * 2]
+
+
+def test_rows_of_several_tables_are_told_by_file(tmp_path):
+    write_parquet(tmp_path, 2), write_parquet(tmp_path, 3)
+    source = open_source(tmp_path / "*.parquet")
+    assert source.where(1) == f"{tmp_path}/2.parquet, row 2"
+    assert source.where(2) == f"{tmp_path}/3.parquet, row 1"
+
+
+def test_a_directory_that_datasets_saved(tmp_path):
+    table = datasets.Dataset.from_dict({"text": ["a", "b"], "id": [1, 2]})
+    table.save_to_disk(tmp_path / "plain")
+    datasets.DatasetDict(train=table, test=table.select([1])).save_to_disk(tmp_path / "split")
+    assert documents_of(tmp_path / "plain") == documents_of(tmp_path / "split") == ["a", "b"]
+    source = open_source(tmp_path / "split", split="test")
+    assert (len(source), source[0], source.where(0)) == (1, {"text": "b"}, f"{tmp_path}/split, row 1")
+    with pytest.raises(ValueError, match=r"data\.split = 'dev': expected one of train, test, as in '.*split'"):
+        open_source(tmp_path / "split", split="dev")
+
+
+def test_a_dataset_by_name(tmp_path, monkeypatch):
+    def load(name, subset):
+        if (name, subset) != ("owner/name", "small"):
+            raise datasets.exceptions.DatasetNotFoundError(f"Dataset {name!r} doesn't exist on the Hub")
+        return datasets.DatasetDict(train=datasets.Dataset.from_dict({"text": ["a", "b"]}))
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    source = open_source("owner/name:small")
+    assert (source[1], source.where(1)) == ({"text": "b"}, "owner/name:small, row 2")
+    with pytest.raises(ValueError, match=r"^data\.path: cannot read owner/nam: Dataset 'owner/nam' doesn't exist"):
+        open_source("owner/nam")

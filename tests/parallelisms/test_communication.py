@@ -109,8 +109,8 @@ def expected(layout: Layout) -> Totals:
         totals["all-to-all", "fsdp"] = totals.pop(("all-to-all", "ep"))
     if layout.ep > 1 and layout.activation_checkpoint == "full":
         count, size = totals["all-to-all", "ep"]
-        again = of["A"] * of["L"] * 2
-        totals["all-to-all", "ep"] = (count + again, size + again * of["c"] * of["T"] * of["k"] * of["H"])
+        again, rows = of["A"] * of["L"], of["T"] * of["k"]  # rows, their weights (float32) and results
+        totals["all-to-all", "ep"] = (count + 3 * again, size + again * rows * (2 * of["c"] * of["H"] + 4))
     if layout.replicate > 1:
         totals["all-reduce", "data_parallel"] = totals.pop(("all-reduce", "fsdp"))
         sharded = 4 * (of["R"] + of["D"] + of["X"]) // 2
@@ -148,4 +148,4 @@ def test_experts_and_dense_weights_are_gathered_a_block_ahead(
     # When the host waits in a block, its own two units and the next one's are under way, after the one of the root.
     assert at_counts[:num_layers] == [1 + 2 * min(block + 2, num_layers) for block in range(num_layers)]
     # The same on the way back, where the last block was kept: before a block's first exchange, the preceding one's two.
-    assert at_exchanges[3 * num_layers] == at_exchanges[3 * num_layers - 1] + 2
+    assert at_exchanges[4 * num_layers] == at_exchanges[4 * num_layers - 1] + 2

@@ -72,33 +72,38 @@ def test_derivative_by_another_document_is_exactly_zero(document: int) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="varlen attention runs on CUDA alone")
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="the kernels run on CUDA alone")
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(("heads", "dim"), [((16, 2), 256), ((4, 4), 64)])
-def test_varlen_equals_masked_softmax(heads: tuple[int, int], dim: int, dtype: torch.dtype, compiled: bool) -> None:
+@pytest.mark.parametrize(
+    ("backend", "lengths"), [("varlen", [1, 200, 63, 64, 184]), ("cudnn", [201, 311]), ("cudnn", [256, 256])]
+)
+def test_kernels_equal_masked_softmax(
+    backend: str, lengths: list[int], heads: tuple[int, int], dim: int, dtype: torch.dtype, compiled: bool
+) -> None:
     # 1%: bfloat16 keeps 8 bits (0.4%), and the weights and the output are each rounded to it once.
-    lengths = [1, 200, 63, 64, 184]
     documents = Documents.from_lengths(lengths, torch.device("cuda"), max_seqlen=512)
     generator = torch.Generator("cuda").manual_seed(0)
     inputs = [
         torch.randn(512, n, dim, generator=generator, device="cuda", dtype=dtype) for n in (heads[0], *2 * heads[1:])
     ]
 
-    def varlen(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        return attention(q, k, v, documents, backend="varlen")
+    def kernel(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        return attention(q, k, v, documents, backend=backend)
 
-    out, gradients = run(torch.compile(varlen, fullgraph=True) if compiled else varlen, inputs)
+    out, gradients = run(torch.compile(kernel, fullgraph=True) if compiled else kernel, inputs)
     expected, gradients_expected = run(lambda q, k, v: naive(q, k, v, lengths), [x.double() for x in inputs])
     assert_close((out, gradients), (expected, gradients_expected), 1e-2)
 
     # Isolation: other documents' content changes nothing, forward and backward.
+    first = lengths[0]
     others = [x.clone() for x in inputs]
     for x in others:
-        x[:201] *= -3
-    changed, gradients_changed = run(varlen, others)
-    unchanged, gradients_unchanged = run(varlen, inputs)
-    assert torch.equal(changed[201:], unchanged[201:])
-    assert not torch.equal(changed[:201], unchanged[:201])
+        x[:first] *= -3
+    changed, gradients_changed = run(kernel, others)
+    unchanged, gradients_unchanged = run(kernel, inputs)
+    assert torch.equal(changed[first:], unchanged[first:])
+    assert not torch.equal(changed[:first], unchanged[:first])
     for x, y in zip(gradients_changed, gradients_unchanged):
-        assert relative_error(x[201:], y[201:]) <= 1e-2  # the backward adds atomically: not bit for bit
+        assert relative_error(x[first:], y[first:]) <= 1e-2  # the backward adds atomically: not bit for bit

@@ -9,8 +9,9 @@ from models.ops.causal_conv1d import causal_conv1d
 from models.ops.documents import Documents
 from models.ops.gated_delta_rule import gated_delta_rule
 from models.ops.grouped_experts import grouped_experts
+from models.ops.kernels import select_kernels
 from models.ops.linear_cross_entropy import linear_cross_entropy
-from models.ops.permute import permute, unpermute
+from models.ops.permute import permute, reorder
 from models.ops.precision import at_least_float32
 from tests.models.ops.compare import assert_close, run
 
@@ -50,8 +51,12 @@ def check(
 
 
 @pytest.mark.parametrize("compiled", [False, True])
-def test_causal_conv1d(compiled: bool) -> None:
-    check(causal_conv1d, random((NUM_TOKENS, 64), (64, 1, 4)), compiled=compiled)
+@pytest.mark.parametrize(("backend", "channels", "width"), [("torch", 64, 4), ("triton", 64, 4), ("triton", 200, 3)])
+def test_causal_conv1d(backend: str, channels: int, width: int, compiled: bool) -> None:
+    def convolution(x: torch.Tensor, weight: torch.Tensor, documents: Documents) -> torch.Tensor:
+        return causal_conv1d(x, weight, documents, backend=backend if x.is_cuda else "torch")
+
+    check(convolution, random((NUM_TOKENS, channels), (channels, 1, width)), compiled=compiled)
 
 
 def test_gated_delta_rule() -> None:
@@ -65,12 +70,32 @@ def test_gated_delta_rule() -> None:
 
 
 @pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("backend", ["fla", "flash_qla"])
+def test_gated_delta_rule_kernels(backend: str, compiled: bool) -> None:
+    """The 35B model's heads, documents of one token up to several chunks, compiled as one graph."""
+    try:
+        select_kernels({"gated_delta_rule": backend}, "cuda", torch.bfloat16, (128, 128))
+    except ValueError as error:
+        pytest.skip(str(error))
+    q, k, v, g, beta = random(
+        (NUM_TOKENS, 16, 128), (NUM_TOKENS, 16, 128), (NUM_TOKENS, 32, 128), *2 * [(NUM_TOKENS, 32)]
+    )
+
+    def rule(*x: torch.Tensor) -> torch.Tensor:
+        q, k, v, g, beta, documents = x
+        decay = -at_least_float32(g).exp()
+        return gated_delta_rule(q, k, v, decay, beta, documents, backend=backend if v.is_cuda else "torch")
+
+    check(rule, [q, k, v, g, beta.sigmoid()], compiled=compiled)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("counts", [[3, 0, 70, 1], [0, 0, 0, 200]])
 def test_grouped_experts(counts: list[int], compiled: bool) -> None:
     offsets = torch.tensor(counts).cumsum(0).to(torch.int32)
-    inputs = random((sum(counts), 64), (4, 64, 64), (4, 64, 32))
+    inputs = random((sum(counts), 64), (4, 64, 64), (4, 64, 32), (sum(counts),))
     check(
-        lambda x, gate_up, down, offsets, _: grouped_experts(x, gate_up, down, offsets),
+        lambda x, gate_up, down, weights, offsets, _: grouped_experts(x, gate_up, down, weights, offsets),
         inputs,
         offsets,
         compiled=compiled,
@@ -79,7 +104,7 @@ def test_grouped_experts(counts: list[int], compiled: bool) -> None:
 
 def test_grouped_experts_without_rows() -> None:
     offsets = torch.zeros(4, dtype=torch.int32, device=DEVICE)
-    inputs = [x.to(DEVICE, torch.bfloat16) for x in random((0, 64), (4, 64, 64), (4, 64, 32))]
+    inputs = [x.to(DEVICE, torch.bfloat16) for x in random((0, 64), (4, 64, 64), (4, 64, 32), (0,))]
     out, gradients = run(lambda *x: grouped_experts(*x, offsets), inputs)
     assert out.shape == (0, 64)
     assert not any(x.any() for x in gradients)
@@ -90,7 +115,7 @@ def test_permute(compiled: bool) -> None:
     order = torch.randperm(NUM_TOKENS * 2, generator=torch.Generator().manual_seed(0))
 
     def both(x: torch.Tensor, order: torch.Tensor, inverse: torch.Tensor, _: Documents) -> torch.Tensor:
-        return unpermute(permute(x, order, inverse, 2) * 2, order, inverse)
+        return reorder(permute(x, order, inverse, 2) * 2, inverse, order)
 
     check(both, random((NUM_TOKENS, 64)), order, order.argsort(), compiled=compiled)
 
@@ -102,6 +127,6 @@ def test_linear_cross_entropy(compiled: bool) -> None:
     hidden, weight = random((NUM_TOKENS, 64), (300, 64))
 
     def loss(hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, _: Documents) -> torch.Tensor:
-        return linear_cross_entropy(hidden, weight, labels, 64)
+        return linear_cross_entropy(hidden, weight, labels, 64, backend="compiled" if hidden.is_cuda else "torch")
 
     check(loss, [hidden, weight / 8], labels, compiled=compiled, fullgraph=False)

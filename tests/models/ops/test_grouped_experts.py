@@ -18,19 +18,21 @@ TOLERANCES = {torch.float64: 1e-13, torch.float32: 2e-6, torch.bfloat16: 2e-2}
 def make_inputs(
     counts: list[int], hidden: int = 16, inner: int = 8, dtype: torch.dtype = torch.float64
 ) -> tuple[list[torch.Tensor], torch.Tensor]:
-    """(x, gate_up_proj, down_proj), offsets."""
+    """(x, gate_up_proj, down_proj, weights), offsets."""
     generator = torch.Generator().manual_seed(sum(counts))
-    shapes = [(sum(counts), hidden), (len(counts), 2 * inner, hidden), (len(counts), hidden, inner)]
+    shapes = [(sum(counts), hidden), (len(counts), 2 * inner, hidden), (len(counts), hidden, inner), (sum(counts),)]
     inputs = [torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype) for shape in shapes]
     return inputs, torch.tensor(counts).cumsum(0).to(torch.int32)
 
 
-def loop(x: torch.Tensor, gate_up_proj: torch.Tensor, down_proj: torch.Tensor, counts: list[int]) -> torch.Tensor:
+def loop(
+    x: torch.Tensor, gate_up_proj: torch.Tensor, down_proj: torch.Tensor, weights: torch.Tensor, counts: list[int]
+) -> torch.Tensor:
     outs = []
     for rows, gate_up, down in zip(x.split(counts), gate_up_proj, down_proj):
         gate, up = gate_up.split(gate_up.shape[0] // 2)
         outs.append(F.linear(F.silu(F.linear(rows, gate)) * F.linear(rows, up), down))
-    return torch.cat(outs)
+    return torch.cat(outs) * weights.unsqueeze(-1)
 
 
 def check(counts: list[int], hidden: int, inner: int, dtype: torch.dtype) -> None:
@@ -60,7 +62,7 @@ def test_any_width_and_counts(counts: list[int], hidden: int, inner: int, dtype:
 
 def test_both_paths_are_taken() -> None:
     def works(hidden: int, inner: int, dtype: torch.dtype) -> bool:
-        (x, gate_up_proj, _), _ = make_inputs([2, 3], hidden, inner, dtype)
+        (x, gate_up_proj, *_), _ = make_inputs([2, 3], hidden, inner, dtype)
         return _grouped_mm_works(x, gate_up_proj)
 
     assert works(16, 8, torch.float32)
@@ -82,7 +84,7 @@ def test_no_rows(dtype: torch.dtype) -> None:
 
 def test_an_expert_without_rows_has_zero_gradients() -> None:
     inputs, offsets = make_inputs([3, 0, 4], dtype=torch.float32)
-    _, (_, gate_up, down) = run(lambda *x: grouped_experts(*x, offsets), inputs)
+    _, (_, gate_up, down, _) = run(lambda *x: grouped_experts(*x, offsets), inputs)
     for gradient in (gate_up, down):
         assert [bool(x.any()) for x in gradient] == [True, False, True]
 

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from models.ops.permute import permute, unpermute
+from models.ops.permute import permute, reorder
 from tests.models.ops.compare import OperationLog, assert_close, run
 
 
@@ -25,14 +25,14 @@ def test_equals_plain_indexing(num_tokens: int, top_k: int) -> None:
     rows = torch.randn(num_tokens * top_k, 3, dtype=torch.float64)
     permuted = run(lambda x: permute(x, order, inverse, top_k), [x])
     assert_close(permuted, run(lambda x: x.repeat_interleave(top_k, dim=0)[order], [x]), 1e-15)
-    unpermuted = run(lambda rows: unpermute(rows, order, inverse), [rows])
-    assert_close(unpermuted, run(lambda rows: rows[inverse], [rows]), 0.0)
+    reordered = run(lambda rows: reorder(rows, inverse, order), [rows])
+    assert_close(reordered, run(lambda rows: rows[inverse], [rows]), 0.0)
 
 
 def test_round_trip_gives_each_token_k_times() -> None:
     order, inverse = routing(17, 3)
     x = torch.randn(17, 4)
-    back = unpermute(permute(x, order, inverse, 3), order, inverse)
+    back = reorder(permute(x, order, inverse, 3), inverse, order)
     assert torch.equal(back, x.repeat_interleave(3, dim=0))
 
 
@@ -43,15 +43,15 @@ def test_rows_are_sorted_by_expert_and_choices_come_back_in_order() -> None:
     tokens = torch.arange(3.0).unsqueeze(-1)
     assert permute(tokens, order, inverse, 2).flatten().tolist() == [0, 2, 1, 2, 0, 1]
     sorted_experts = experts.flatten()[order].unsqueeze(-1)
-    assert unpermute(sorted_experts, order, inverse).view(3, 2).tolist() == experts.tolist()
+    assert reorder(sorted_experts, inverse, order).view(3, 2).tolist() == experts.tolist()
 
 
-@pytest.mark.parametrize("which", ["permute", "unpermute"])
+@pytest.mark.parametrize("which", ["permute", "reorder"])
 def test_backward_only_gathers(which: str) -> None:
     """Scatters add atomically on a GPU, in another order every run."""
     order, inverse = routing(17, 3)
     x = torch.randn(17 if which == "permute" else 51, 4, requires_grad=True)
-    out = permute(x, order, inverse, 3) if which == "permute" else unpermute(x, order, inverse)
+    out = permute(x, order, inverse, 3) if which == "permute" else reorder(x, inverse, order)
     with OperationLog() as log:
         out.backward(torch.randn(51, 4))
     assert "index" in log.names
@@ -63,7 +63,7 @@ def test_one_graph() -> None:
     x = torch.randn(17, 4)
 
     def both(x: torch.Tensor) -> torch.Tensor:
-        return unpermute(permute(x, order, inverse, 3) * 2, order, inverse)
+        return reorder(permute(x, order, inverse, 3) * 2, inverse, order)
 
     torch._dynamo.reset()
     assert_close(run(torch.compile(both, fullgraph=True, backend="aot_eager"), [x]), run(both, [x]), 0.0)

@@ -1,0 +1,195 @@
+"""Tokens a second, MFU, memory and where the time goes, of train.py's own step on random tokens.
+
+    python benchmarks/throughput.py --config benchmarks/one_gpu_35b.toml [--section.key value ...]
+    torchrun --nproc-per-node 2 benchmarks/throughput.py --config ... --parallelism.expert_parallel_degree 2
+
+Options of its own: `--documents 4096,1024` cuts every row into documents of these lengths, again and again (default: a
+row is one document); `--steps N` timed steps (default 8); `--profile N` profiles N more and prints the time by kind of
+work; `--json FILE` adds a JSON line to FILE. The other options are train.py's.
+"""
+
+import argparse
+import dataclasses
+import itertools
+import json
+import re
+import sys
+import time
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a file from anywhere
+
+from config import Config, check_config, load_config, model_config
+from data.loader import MicroBatch
+from models.qwen35_moe.init import init_weights
+from parallelisms.mesh import build_meshes
+from parallelisms.parallelize import local_region
+from train import build_model, reduce_result, train_step
+from training.distributed import init_distributed, world_from_environment
+from training.flops import flops_per_token, peak_flops
+from training.metrics import expert_load, setup_logging
+from training.optimizer import build_optimizer
+
+NUM_WARMUP_STEPS = 4
+
+# Kinds of work, by what the names of their kernels say; the first that fits. The compiler's fused kernels carry the
+# names of the operations that they fuse.
+KINDS = {
+    "communication": r"nccl",
+    "attention": r"flash_(fwd|bwd)|fmha|flash::|sdpa",
+    "delta rule": r"kkt|gdr|gated_delta|chunk_local_cumsum|tilelang|l2norm|group_reduce|recompute_w_u|wy_",
+    "convolution": r"^(_forward_kernel|_before_silu_kernel|_x_gradient_kernel)",
+    "optimizer, clipping": r"adam|multi_tensor_apply|lpnorm|foreach",
+    "expert matmuls": r"grouped|group_gemm|GroupProblem",
+    "dense matmuls": r"gemm|nvjet|cutlass|cublas|splitK|matmul",
+    "softmax of the loss": r"triton.*logsumexp",
+    "routing, permutation": r"sort|searchsorted|bucketize|topk|scatter|radix|softmax|triton.*index",
+    "norms, gates, rotary, SwiGLU": r"triton",
+    "copies and other PyTorch kernels": r".",
+}
+
+
+def random_micro_batch(config: Config, lengths: list[int], vocab_size: int, seed: int) -> MicroBatch:
+    """`local_batch_size` rows of random tokens, each cut into documents of `lengths`, over and over."""
+    training, documents = config.training, list[int]()
+    for _ in range(training.local_batch_size):
+        left = training.sequence_length
+        for length in itertools.cycle(lengths or [left]):
+            documents.append(min(length, left))
+            left -= documents[-1]
+            if not left:
+                break
+    num_tokens = training.local_batch_size * training.sequence_length
+    stream = torch.randint(vocab_size, (num_tokens + 1,), generator=torch.Generator().manual_seed(seed))
+    positions = torch.cat([torch.arange(length) for length in documents])
+    return MicroBatch(tokens=stream[:-1], labels=stream[1:].clone(), positions=positions, lengths=documents)
+
+
+def time_by_kind(profile: torch.profiler.profile, num_steps: int) -> dict[str, float]:
+    """Milliseconds a step that the GPU spends on each kind of work, on whatever stream, and idle."""
+    spans, kinds = [], defaultdict[str, float](float)
+    for event in profile.events():
+        if event.device_type != torch.autograd.DeviceType.CUDA or event.is_user_annotation:
+            continue
+        spans.append((event.time_range.start, event.time_range.end))
+        kind = next(kind for kind, pattern in KINDS.items() if re.search(pattern, event.name, re.IGNORECASE))
+        kinds[kind] += event.time_range.elapsed_us() / 1000 / num_steps
+    busy, end = 0.0, float("-inf")
+    for start, stop in sorted(spans):
+        busy += max(0.0, stop - max(start, end))
+        end = max(end, stop)
+    kinds["idle"] = (max(s[1] for s in spans) - min(s[0] for s in spans) - busy) / 1000 / num_steps
+    return dict(sorted(kinds.items(), key=lambda item: -item[1]))
+
+
+def measure(config: Config, lengths: list[int], num_steps: int, profile_steps: int, trace: str) -> dict[str, Any]:
+    """Runs and times optimizer steps on this rank's device; all ranks together."""
+    rank, world_size = world_from_environment()
+    device = init_distributed(config.job.collective_timeout_seconds)
+    parallelism, training = config.parallelism, config.training
+    shard_degree = parallelism.shard_degree(world_size)
+    meshes = build_meshes(
+        device.type, parallelism.data_parallel_replicate_degree, shard_degree, parallelism.expert_parallel_degree
+    )
+    shape = model_config(config)
+    torch.manual_seed(config.job.seed)
+    model = build_model(config, shape, meshes, device)
+    init_weights(model, config.job.seed, local_region)
+    optimizer = build_optimizer(model, config.optimizer)
+    num_micro_batches = training.global_batch_size // (world_size * training.local_batch_size)
+    tokens_per_step = training.global_batch_size * training.sequence_length
+
+    def step(number: int) -> Any:
+        # What the training loop gets from its loader, and on fresh data as there: routing differs from step to step.
+        seeds = range(
+            (number * world_size + rank) * num_micro_batches, (number * world_size + rank + 1) * num_micro_batches
+        )
+        batches = [random_micro_batch(config, lengths, shape.vocab_size, seed) for seed in seeds]
+        return train_step(model, optimizer, batches, tokens_per_step, meshes, device, training, config.moe)
+
+    def synchronize() -> None:
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+
+    for number in range(NUM_WARMUP_STEPS):
+        step(number)
+    synchronize()
+    seconds = []
+    for number in range(NUM_WARMUP_STEPS, NUM_WARMUP_STEPS + num_steps):
+        start = time.perf_counter()
+        result = step(number)
+        synchronize()
+        seconds.append(time.perf_counter() - start)
+    result = reduce_result(result)
+    median = sorted(seconds)[len(seconds) // 2]
+    rate = tokens_per_step / median
+    flops = flops_per_token(shape, training.sequence_length if not lengths else max(lengths))
+    found: dict[str, Any] = {
+        "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
+        "torch": torch.__version__,
+        "world_size": world_size,
+        "expert_parallel_degree": parallelism.expert_parallel_degree,
+        "layers": shape.num_hidden_layers,
+        "experts": shape.num_experts,
+        "tokens_per_step": tokens_per_step,
+        "documents": lengths or [training.sequence_length],
+        "activation_checkpoint": config.activation_checkpoint.mode,
+        "compile": config.compile.enable,
+        "balanced": config.moe.force_balanced_routing,
+        "step_seconds": round(median, 4),
+        "fastest_seconds": round(min(seconds), 4),
+        "tokens_per_second_per_device": round(rate / world_size),
+        "gflop_per_token": round(flops / 1e9, 3),
+        "tflops_per_device": round(flops * rate / world_size / 1e12, 1),
+        "loss": round(result.loss.item(), 4),
+        "expert_load_max_over_mean": round(float(expert_load(result.expert_counts)["expert_load_max_over_mean"]), 2),
+    }
+    if device.type == "cuda":
+        found["peak_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 1)
+        if peak := peak_flops(found["device"]):
+            found["mfu"] = round(flops * rate / world_size / peak, 4)
+    if profile_steps:
+        with torch.profiler.profile() as profile:
+            for number in range(profile_steps):
+                step(number)
+            synchronize()
+        found["milliseconds_by_kind"] = {k: round(v, 2) for k, v in time_by_kind(profile, profile_steps).items()}
+        if trace and rank == 0:
+            profile.export_chrome_trace(trace)
+            averages = profile.key_averages().table(sort_by="cuda_time_total", row_limit=70, max_name_column_width=110)
+            Path(trace).with_suffix(".txt").write_text(averages)
+    return found
+
+
+def main(arguments: list[str]) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--documents", default="", metavar="LENGTHS")
+    parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--profile", type=int, default=0, metavar="STEPS")
+    parser.add_argument("--trace", default="", metavar="FILE", help="also write a trace for chrome://tracing there")
+    parser.add_argument("--json", default="", metavar="FILE")
+    options, rest = parser.parse_known_args(arguments)
+    rank, world_size = world_from_environment()
+    setup_logging(rank)
+    config = load_config(rest)
+    check_config(config, world_size)
+    lengths = [int(length) for length in options.documents.split(",") if length]
+    found = measure(config, lengths, options.steps, options.profile, options.trace)
+    if rank == 0:
+        for name, value in found.items():
+            if name != "milliseconds_by_kind":
+                print(f"{name:32} {value}")
+        for kind, milliseconds in found.get("milliseconds_by_kind", {}).items():
+            print(f"  {kind:50} {milliseconds:8.2f} ms")
+        if options.json:
+            with open(options.json, "a", encoding="utf-8") as file:
+                file.write(json.dumps(found | {"kernels": dataclasses.asdict(config.kernels)}) + "\n")
+    torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,138 @@
+"""Reads a directory of per-rank FSDP2 files, `model_world_size_{W}_rank_{R}.pt`, each a dict of DTensors and tensors.
+
+A DTensor's pickle has its placements and its mesh. From the sizes and strides of the mesh's axes follows each rank's
+coordinate, and from coordinate and placements the part of the tensor that its local tensor is: no process group and
+no GPU takes part. What several ranks hold must be equal bit for bit.
+"""
+
+import re
+from collections.abc import Sequence
+from itertools import groupby, product
+from math import prod
+from pathlib import Path
+
+from checkpoint.stored import Chunk, Shape, StoredArray, StoredTensor
+from checkpoint.torch_file import Stub, read_torch_file
+
+_NAME = re.compile(r"model_world_size_(\d+)_rank_(\d+)\.pt")
+
+
+def is_shard_directory(folder: Path) -> bool:
+    """Whether `folder` holds per-rank files."""
+    return any(_NAME.fullmatch(path.name) for path in folder.glob("model_world_size_*.pt"))
+
+
+def read_shards(folder: Path) -> dict[str, StoredTensor]:
+    """All tensors, by name. Raises ValueError naming a file or tensor that is missing or does not fit the others."""
+    found = [match for path in folder.iterdir() if (match := _NAME.fullmatch(path.name))]
+    (world_size, *others) = {int(match[1]) for match in found}
+    if others:
+        raise ValueError(f"{folder} has files of worlds of {sorted([world_size, *others])} ranks: expected one")
+    paths = [folder / f"model_world_size_{world_size}_rank_{rank}.pt" for rank in range(world_size)]
+    for path in paths:
+        if not path.exists():
+            raise ValueError(f"{path} is missing")
+    ranks = [read_torch_file(path) for path in paths]
+    for path, values in zip(paths, ranks):
+        if not isinstance(values, dict) or values.keys() != ranks[0].keys():
+            raise ValueError(f"{path} does not hold the same tensors as {paths[0].name}")
+    return {name: _assemble(name, [values[name] for values in ranks], paths) for name in ranks[0]}
+
+
+def _assemble(name: str, values: Sequence[StoredArray | Stub], paths: list[Path]) -> StoredTensor:
+    chunks: dict[object, Chunk] = {}
+    shapes, dtypes = set(), set()
+    for rank, (value, path) in enumerate(zip(values, paths)):
+        try:
+            shape, local, indices = _locate(value, rank)
+        except (AttributeError, IndexError, TypeError) as error:
+            raise ValueError(f"{name!r} in {path} is neither a tensor nor a DTensor: {error}") from error
+        except ValueError as error:
+            raise ValueError(f"{name!r} in {path}: {error}") from error
+        if local.shape != tuple(map(len, indices)):
+            raise ValueError(
+                f"{name!r} in {path} has a local shape of {list(local.shape)}: its placements make it "
+                f"{[len(dim) for dim in indices]}"
+            )
+        shapes.add(shape)
+        dtypes.add(local.dtype)
+        for runs in product(*map(_runs, indices)):
+            box = tuple((first, first + length) for first, _, length in runs)
+            chunk = Chunk(box, local, tuple(start for _, start, _ in runs))
+            if box in chunks:
+                chunks[box].copies.append(chunk)
+            else:
+                chunks[box] = chunk
+    if len(shapes) > 1 or len(dtypes) > 1:
+        raise ValueError(f"{name!r} differs between ranks in shape or dtype: {shapes}, {dtypes}")
+    tensor = StoredTensor(name, shapes.pop(), dtypes.pop(), list(chunks.values()))
+    tensor.check_cover()
+    return tensor
+
+
+def _locate(value: StoredArray | Stub, rank: int) -> tuple[Shape, StoredArray, list[Sequence[int]]]:
+    """The whole tensor's shape, this rank's array, and for each dimension the indices that the array has of it."""
+    if isinstance(value, StoredArray):
+        return value.shape, value, [range(size) for size in value.shape]
+    spec, local = value._spec, value._local_tensor
+    shape = tuple(spec.tensor_meta.args[0])
+    indices: list[Sequence[int]] = [range(size) for size in shape]
+    mesh = _mesh_position(spec.mesh, rank)
+    if len(mesh) != len(spec.placements):
+        raise ValueError(f"{len(spec.placements)} placements on a mesh of {len(mesh)} axes")
+    for (size, coordinate), placement in zip(mesh, spec.placements):
+        kind = type(placement).name
+        if kind in ("Shard", "_StridedShard"):
+            dim = placement.dim % len(shape)
+            if kind == "Shard":
+                indices[dim] = _chunk(indices[dim], size)[coordinate]
+                continue
+            # First into `split_factor` parts, as if the axes to the right had cut it already; then each over this axis.
+            parts = _chunk(indices[dim], placement.split_factor)
+            indices[dim] = [index for part in parts for index in _chunk(part, size)[coordinate]]
+        elif kind != "Replicate":
+            raise ValueError(f"its placement is {kind}: expected shards and replicas")
+    return shape, local, indices
+
+
+def _chunk(indices: Sequence[int], parts: int) -> list[Sequence[int]]:
+    """As torch.chunk, with empty parts at the end."""
+    size = -(-len(indices) // parts) if indices else 0
+    return [indices[part * size : (part + 1) * size] for part in range(parts)]
+
+
+def _runs(indices: Sequence[int]) -> list[tuple[int, int, int]]:
+    """Consecutive indices as (first index, position in the list, length)."""
+    if isinstance(indices, range):
+        return [(indices.start, 0, len(indices))] if indices else []
+    groups = groupby(enumerate(indices), key=lambda pair: pair[1] - pair[0])
+    runs = [list(group) for _, group in groups]
+    return [(run[0][1], run[0][0], len(run)) for run in runs]
+
+
+def _mesh_position(mesh: Stub, rank: int) -> list[tuple[int, int]]:
+    """(size of the axis, this rank's coordinate on it) for each axis of a mesh.
+
+    A mesh tells its ranks as `_layout` and `_rank_map` (torch 2.10 and later) or as a tensor `mesh` (earlier).
+    """
+    if "_layout" not in mesh.state:
+        shape = mesh.mesh.shape
+        position = mesh.mesh.read().flatten().tolist().index(rank)
+        strides = [prod(shape[axis + 1 :]) for axis in range(len(shape))]
+        return [(size, position // stride % size) for size, stride in zip(shape, strides)]
+    layout = mesh._layout
+    axes = [(axis.shape, axis.stride) for axis in layout.axes] if "axes" in layout.state else None
+    axes = axes or list(zip(_as_tuple(layout.shape), _as_tuple(layout.stride)))
+    position = list(mesh._flatten_rank_map).index(rank)
+    result = []
+    for sizes, strides in axes:
+        # An axis that joins several counts through them, the last one fastest.
+        size, coordinate = 1, 0
+        for inner, stride in zip(_as_tuple(sizes), _as_tuple(strides)):
+            size, coordinate = size * inner, coordinate * inner + position // stride % inner
+        result.append((size, coordinate))
+    return result
+
+
+def _as_tuple(value: int | tuple[int, ...]) -> tuple[int, ...]:
+    return value if isinstance(value, tuple) else (value,)

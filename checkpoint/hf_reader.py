@@ -1,0 +1,49 @@
+"""Reads the text model out of a Hugging Face directory: all of it for conversion, a rank's shards for training."""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from checkpoint.safetensors_files import read_headers
+from checkpoint.stored import Box, Chunk, Shape, StoredArray, StoredTensor
+from models.qwen35_moe.config import ModelConfig
+from models.qwen35_moe.hf_weights import Piece, find_pieces, parameter_shapes
+from models.qwen35_moe.model import Qwen35Moe
+
+
+def text_tensors(config: ModelConfig, arrays: Mapping[str, StoredArray]) -> dict[str, StoredTensor]:
+    """Native parameters from a directory's tensors. Raises ValueError naming one that is missing, odd or unknown."""
+    pieces = find_pieces(config, {key: array.shape for key, array in arrays.items()})
+    return {name: assemble(name, shape, pieces[name], arrays) for name, shape in parameter_shapes(config).items()}
+
+
+def assemble(name: str, shape: Shape, pieces: list[Piece], arrays: Mapping[str, StoredArray]) -> StoredTensor:
+    """One tensor from Hugging Face tensors."""
+    dtypes = {arrays[piece.key].dtype for piece in pieces}
+    if len(dtypes) > 1:
+        raise ValueError(f"weights: the experts of {name!r} differ in dtype: {sorted(map(str, dtypes))}")
+    chunks = [Chunk(region_box(piece, shape), arrays[piece.key]) for piece in pieces]
+    return StoredTensor(pieces[0].key if len(pieces) == 1 else name, shape, dtypes.pop(), chunks)
+
+
+def region_box(piece: Piece, shape: Shape) -> Box:
+    """The part of a stacked tensor of this shape that a piece fills."""
+    region = tuple((i.start, i.stop) if isinstance(i, slice) else (i, i + 1) for i in piece.region)
+    return (*region, *((0, size) for size in shape[len(region) :]))
+
+
+@torch.no_grad()
+def load_hf_weights(
+    model: Qwen35Moe, folder: Path, region: Callable[[nn.Parameter], tuple[torch.Tensor, tuple[slice, ...]]]
+) -> None:
+    """Fills every parameter's part that `region` says lies in this process, reading no more than that.
+
+    Raises ValueError naming a tensor that is missing, unexpected or of a wrong shape.
+    """
+    tensors = text_tensors(model.config, read_headers(folder))
+    for name, parameter in model.named_parameters():
+        local, index = region(parameter)
+        if local.numel():
+            local.copy_(tensors[name].read(tuple((part.start, part.stop) for part in index)))

@@ -1,0 +1,80 @@
+"""Training straight from a Hugging Face directory: every layout, each rank its part, and what is refused."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from checkpoint.hf_reader import load_hf_weights
+from models.ops.kernels import Kernels
+from models.qwen35_moe.hf_weights import hf_name
+from models.qwen35_moe.model import Qwen35Moe
+from parallelisms.mesh import build_meshes
+from parallelisms.parallelize import local_region, parallelize_fn
+from tests.checkpoint.test_conversion import CONFIG, per_expert, random_weights, write_hf
+from tests.distributed import run_ranks
+from tests.parallelisms.layouts import full
+
+
+def load(folder: str, world_size: int, replicate: int, ep: int) -> tuple[dict[str, torch.Tensor], float]:
+    """Every parameter whole, and how many bytes this rank read for each number that it holds."""
+    meshes = build_meshes("cpu", replicate, world_size // replicate, ep)
+    with torch.device("meta"):
+        model = Qwen35Moe(CONFIG, Kernels(attention="sdpa"))
+    parallelize_fn(model, meshes, compute_dtype=torch.float32)
+    model.to_empty(device="cpu")
+    before = bytes_read()
+    load_hf_weights(model, Path(folder), local_region)
+    read = bytes_read() - before
+    held = sum(local_region(parameter)[0].numel() for parameter in model.parameters())
+    return {name: full(parameter) for name, parameter in model.named_parameters()}, read / held
+
+
+def bytes_read() -> int:
+    """What this process has asked the system to read, so far."""
+    return int(Path("/proc/self/io").read_text().split()[1])
+
+
+@pytest.mark.skipif(not Path("/proc/self/io").exists(), reason="what a process reads is told by /proc")
+@pytest.mark.parametrize(
+    ("layout", "dtype", "num_files"), [("stacked", torch.float32, 1), ("per expert", torch.bfloat16, 3)]
+)
+def test_each_rank_reads_its_part_of_any_directory(
+    tmp_path: Path, layout: str, dtype: torch.dtype, num_files: int
+) -> None:
+    weights = random_weights(dtype)
+    stored = {hf_name(name).replace("model.", "model.language_model.", 1): t for name, t in weights.items()}
+    stored |= {"model.visual.a": torch.zeros(3)}
+    write_hf(tmp_path / "hf", per_expert(stored) if layout == "per expert" else stored, num_files)
+    for world_size, replicate, ep in ((4, 1, 2), (2, 2, 1)):
+        for loaded, bytes_a_number in run_ranks(load, world_size, str(tmp_path / "hf"), world_size, replicate, ep):
+            assert bytes_a_number < 1.1 * dtype.itemsize  # the rest: headers
+            for name, tensor in weights.items():
+                assert torch.equal(loaded[name], tensor.float()), name
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model.norm.weight": None}, "'model.norm.weight' is missing"),
+        ({"model.odd": torch.zeros(2)}, "'model.odd' .* belong to no parameter"),
+        ({"model.norm.weight": torch.zeros(47)}, r"'model.norm.weight' has shape \[47\], not \[48\]"),
+    ],
+)
+def test_a_tensor_that_does_not_fit_is_named(tmp_path: Path, change: dict, message: str) -> None:
+    weights = {hf_name(name): tensor for name, tensor in random_weights().items()} | change
+    write_hf(tmp_path / "hf", {key: tensor for key, tensor in weights.items() if tensor is not None})
+    with pytest.raises(ValueError, match=message):
+        load_hf_weights(Qwen35Moe(CONFIG, Kernels(attention="sdpa")), tmp_path / "hf", lambda _: None)
+
+
+def test_damaged_files_are_named(tmp_path: Path) -> None:
+    model = Qwen35Moe(CONFIG, Kernels(attention="sdpa"))
+    write_hf(tmp_path / "hf", {hf_name(name): tensor for name, tensor in random_weights().items()}, num_files=2)
+    path = tmp_path / "hf/model-00001.safetensors"
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(ValueError, match=r"model-00001.safetensors is no complete safetensors file: the data of"):
+        load_hf_weights(model, tmp_path / "hf", lambda _: None)
+    path.unlink()
+    with pytest.raises(ValueError, match=r"model-00001.safetensors is missing"):
+        load_hf_weights(model, tmp_path / "hf", lambda _: None)
