@@ -22,12 +22,7 @@ from models.qwen35_moe.init import init_weights
 from models.qwen35_moe.model import Qwen35Moe
 from models.qwen35_moe.moe import Measure, RouterStatistics
 from parallelisms.mesh import Meshes, build_meshes
-from parallelisms.parallelize import (
-    local_region,
-    parallelize_fn,
-    reduce_replicas_after,
-    reduce_replicated_gradients,
-)
+from parallelisms.parallelize import local_region, parallelize_fn, reduce_replicas_after, reduce_replicated_gradients
 from training.distributed import (
     init_distributed,
     name_missing_ranks,

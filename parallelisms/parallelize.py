@@ -72,10 +72,7 @@ def apply_fsdp(model: Qwen35Moe, meshes: Meshes, compute_dtype: torch.dtype) -> 
         if has_expert_units:
             # Experts alone leave the dense mesh. Their dim 0 is taken by the axis ep, so efsdp cuts dim 1.
             shard(
-                block.mlp.experts,
-                mesh=meshes.expert,
-                shard_placement_fn=lambda _: Shard(1),
-                reshard_after_forward=free,
+                block.mlp.experts, mesh=meshes.expert, shard_placement_fn=lambda _: Shard(1), reshard_after_forward=free
             )
         shard(block, mesh=meshes.dense, reshard_after_forward=free)
     shard(model, mesh=meshes.dense)
