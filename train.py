@@ -2,6 +2,7 @@
 
 import dataclasses
 import logging
+import math
 import sys
 import time
 from pathlib import Path
@@ -33,10 +34,10 @@ from training.distributed import (
 )
 from training.errors import RunError, exit_on_error
 from training.flops import mfu_of_one_token_a_second
-from training.gradients import clip_gradients, gradient_norm, last_nonfinite
+from training.gradients import gradient_norm, last_nonfinite
 from training.load_balancing import measure_for, router_losses
 from training.metrics import MetricsWriter, data_quality, expert_load, peak_memory_gib, setup_logging
-from training.optimizer import build_optimizer, lr_factor, set_learning_rate
+from training.optimizer import build_optimizer, lr_factor, set_learning_rate, step_clipped
 from training.signals import StopRequest
 from training.validation import Validator
 
@@ -108,9 +109,9 @@ def train_step(
     # step: what is left to launch after it are a few fused kernels. (Fused AdamW could skip on the device, by
     # `found_inf`; but the gradients would be gone before anyone can say where they were bad.)
     nonfinite = ""
-    if (loss_of_all + grad_norm).isfinite():
-        clip_gradients(parameters, training.max_grad_norm, grad_norm)
-        optimizer.step()
+    loss_on_host, norm_on_host = torch.stack([loss_of_all, grad_norm]).tolist()
+    if math.isfinite(loss_on_host + norm_on_host):
+        step_clipped(optimizer, grad_norm, training.max_grad_norm, clips=norm_on_host > training.max_grad_norm)
     else:
         nonfinite = describe_nonfinite(model, loss, grad_norm)
     optimizer.zero_grad()

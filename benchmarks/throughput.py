@@ -42,7 +42,7 @@ KINDS = {
     "communication": r"nccl",
     "attention": r"flash_(fwd|bwd)|fmha|flash::|sdpa",
     "delta rule": r"kkt|gdr|gated_delta|chunk_local_cumsum|tilelang|l2norm|group_reduce|recompute_w_u|wy_",
-    "convolution": r"^(_forward_kernel|_before_silu_kernel|_x_gradient_kernel)",
+    "convolution": r"^_(forward|backward)_kernel",
     "optimizer, clipping": r"adam|multi_tensor_apply|lpnorm|foreach",
     "expert matmuls": r"grouped|group_gemm|GroupProblem",
     "dense matmuls": r"gemm|nvjet|cutlass|cublas|splitK|matmul",

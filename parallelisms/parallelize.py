@@ -1,13 +1,15 @@
 """parallelize_fn: expert parallelism -> activation checkpointing -> compile -> FSDP2, in that order."""
 
 import functools
-from typing import cast
+from collections.abc import Sequence
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp._fully_shard._fsdp_api import ReduceScatter
 from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
@@ -79,9 +81,29 @@ def apply_fsdp(model: Qwen35Moe, meshes: Meshes, compute_dtype: torch.dtype) -> 
     if has_expert_units:
         _prefetch_neighbours(model)
     for module in model.modules():
-        if isinstance(module, FSDPModule) and is_sharded:  # one process has nothing to divide, not even by 1
+        if isinstance(module, FSDPModule) and is_sharded:
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)  # gloo has no pre-multiplied sum
+        elif isinstance(module, FSDPModule):  # one process has nothing to divide, not even by 1, and nothing to add up
+            module.set_custom_reduce_scatter(_NothingToReduce())
+
+
+class _NothingToReduce(ReduceScatter):
+    """For a world of one, where FSDP copies what it would reduce into what it keeps: here both are one tensor."""
+
+    def __init__(self) -> None:
+        self._input: torch.Tensor | None = None
+
+    def allocate(self, size: Sequence[int | torch.SymInt], *, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+        """FSDP asks in turn for an input and for the output that belongs to it."""
+        if self._input is None:
+            self._input = torch.empty(size, dtype=dtype, device=device)
+            return self._input
+        output, self._input = self._input, None
+        return output
+
+    def __call__(self, output_tensor: torch.Tensor, input_tensor: torch.Tensor, *_: Any, **__: Any) -> None:
+        output_tensor.copy_(input_tensor)  # does nothing, as they are the same
 
 
 def _prefetch_neighbours(model: Qwen35Moe) -> None:

@@ -1,4 +1,4 @@
-"""One gradient norm over all meshes, one clip by it, and where values that are not finite lie."""
+"""One gradient norm over all meshes, and where values that are not finite lie."""
 
 import torch
 import torch.distributed as dist
@@ -18,13 +18,6 @@ def gradient_norm(parameters: list[nn.Parameter]) -> torch.Tensor:
         norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in members if parameter.grad is not None])
         norms.append(norm.full_tensor() if isinstance(norm, DTensor) else norm)
     return torch.linalg.vector_norm(torch.stack(norms))
-
-
-@torch.no_grad()
-def clip_gradients(parameters: list[nn.Parameter], max_norm: float, norm: torch.Tensor) -> None:
-    """Scales all gradients so that their global 2-norm, which is `norm`, becomes at most `max_norm`."""
-    for members in _by_mesh(parameters):
-        torch.nn.utils.clip_grads_with_norm_(members, max_norm, norm)
 
 
 def _by_mesh(parameters: list[nn.Parameter]) -> list[list[nn.Parameter]]:

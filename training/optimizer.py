@@ -1,4 +1,4 @@
-"""The optimizer and its learning-rate schedule."""
+"""The optimizer, its step with clipped gradients, and its learning-rate schedule."""
 
 import math
 
@@ -28,6 +28,18 @@ def build_optimizer(model: nn.Module, config: Optimizer) -> torch.optim.Optimize
         eps=config.eps,
         fused=True,
     )
+
+
+@torch.no_grad()
+def step_clipped(optimizer: torch.optim.Optimizer, grad_norm: torch.Tensor, max_norm: float, clips: bool) -> None:
+    """A step with all gradients scaled so that their global 2-norm, `grad_norm` [], becomes `max_norm`.
+
+    The fused optimizer divides them as it reads them (a pass of its own would read and write all of them once more) and
+    leaves them divided. `clips`: whether the norm is above `max_norm`, which the host knows; else nothing is scaled.
+    """
+    # The name by which torch's fused optimizers take a divisor from a GradScaler: a float32 scalar on the device.
+    optimizer.grad_scale = (grad_norm / max_norm).float() if clips else None  # type: ignore[attr-defined]
+    optimizer.step()
 
 
 def lr_factor(step: int, total_steps: int, config: LRScheduler) -> float:

@@ -1,6 +1,6 @@
 """How fast one rank's data comes, and what a large corpus costs at the start and in memory.
 
-    python -m benchmarks.data [--seconds 10] [--workers 2] [--documents 10000000]
+    python -m benchmarks.data_throughput [--seconds 10] [--workers 2] [--documents 10000000]
 
 Prints one line a measurement. The embedded text and tokenizer, copied to about 100 MB; rows of 4,096 tokens, 8 slots.
 The large corpus is generated in a temporary folder (about 40 bytes a document), and read with the index made anew and
@@ -94,7 +94,7 @@ def main() -> None:
                 for _ in range(num_documents // len(numbers)):
                     file.writelines(lines)
             for when in ("first", "second"):
-                arguments = ["-m", "benchmarks.data", "--start-of", str(path), "--cache", str(folder)]
+                arguments = ["-m", "benchmarks.data_throughput", "--start-of", str(path), "--cache", str(folder)]
                 command = [sys.executable, *arguments]
                 done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
                 print(f"{num_documents:>12,} documents, {when} start: {done.stdout.strip()}", flush=True)
