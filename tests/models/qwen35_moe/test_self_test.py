@@ -15,6 +15,7 @@ import train
 from config import Compile, load_config
 from models.ops import linear_cross_entropy as loss_module
 from models.ops.documents import Documents
+from models.ops.gated_delta_rule import CHUNK
 from models.ops.kernels import CHOICES, Kernels, select_kernels
 from models.qwen35_moe import self_test
 from models.qwen35_moe.config import ModelConfig
@@ -141,6 +142,20 @@ def test_a_leak_over_one_boundary(replace: Callable, operation: str, boundary: i
     line = check_kernels(only(operation), tiny_config(), CPU, torch.bfloat16)[0]
     assert line.startswith(f"{named(operation)} computes wrong numbers here: output off by ")
     assert "gradient of " in line
+
+
+def test_a_state_that_is_lost_between_chunks(replace: Callable) -> None:
+    """The delta rule's; decays that are too strong would hide it."""
+
+    def kernel(reference: Callable, *arguments: Any) -> torch.Tensor:
+        lengths = arguments[-1].lengths()
+        chunks = [min(CHUNK, length - start) for length in lengths for start in range(0, length, CHUNK)]
+        return reference(*arguments[:-1], Documents.from_lengths(chunks))
+
+    replace("gated_delta_rule", kernel)
+    (line,) = check_kernels(only("gated_delta_rule"), tiny_config(), CPU, torch.bfloat16)
+    assert all(f"gradient of {name} off by" in line for name in INPUTS["gated_delta_rule"])
+    assert "here: output off by " in line
 
 
 def test_cudnn_is_tried_where_it_takes_its_own_kernel(replace: Callable) -> None:
