@@ -240,6 +240,9 @@ class Kernels:
     """The short convolution of linear attention. 'torch': runs everywhere; 'triton': one kernel each way, on CUDA."""
     cross_entropy: Literal["auto", "torch", "compiled"] = "auto"
     """The softmax over the vocabulary. 'torch': runs everywhere; 'compiled': by torch.compile, on CUDA."""
+    self_test: bool = True
+    """On GPUs: before the run, compare the kernels' values and gradients with plain PyTorch's, and stop where they
+    differ. Takes seconds, beside the kernels' compilation."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -22,6 +22,7 @@ from models.qwen35_moe.config import ModelConfig
 from models.qwen35_moe.init import init_weights
 from models.qwen35_moe.model import Qwen35Moe
 from models.qwen35_moe.moe import Measure, RouterStatistics
+from models.qwen35_moe.self_test import check_kernels
 from parallelisms.mesh import Meshes, build_meshes
 from parallelisms.parallelize import local_region, parallelize_fn, reduce_replicas_after, reduce_replicated_gradients
 from training.distributed import (
@@ -163,6 +164,10 @@ def build_model(config: Config, shape: ModelConfig, meshes: Meshes, device: torc
     num_parameters = sum(parameter.numel() for parameter in model.parameters())
     world_size = meshes.data_parallel.size()
     logger.info(f"{num_parameters / 1e6:,.1f} M parameters, {world_size} x {device.type}, {compute_dtype}, {kernels}")
+    if config.kernels.self_test and device.type == "cuda":
+        wrong = check_kernels(kernels, shape, device, compute_dtype)
+        if wrong:
+            raise RunError("; ".join(wrong))
     parallelize_fn(
         model,
         meshes,
