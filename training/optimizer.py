@@ -1,6 +1,7 @@
 """The optimizer, its step with clipped gradients, and its learning-rate schedule."""
 
 import math
+from typing import Any
 
 import torch
 from torch import nn
@@ -9,19 +10,28 @@ from torch.distributed.tensor import DTensor
 from config import LRScheduler, Optimizer
 
 
-def build_optimizer(model: nn.Module, config: Optimizer) -> torch.optim.Optimizer:
-    """AdamW (Loshchilov & Hutter 2019, arXiv 1711.05101), fused. Matrices decay; vectors (norms, A_log, dt_bias) don't.
+class _LocalAdamW(torch.optim.AdamW):
+    """AdamW whose fused kernels take each rank's shards as plain tensors; the states remain DTensors for checkpoints.
 
-    One group for each (decays or not, sharded or not): fused kernels take no mixture of sharded and plain tensors.
+    The update is elementwise, and finding that out anew for each of hundreds of DTensors keeps a GPU waiting.
     """
+
+    def _init_group(self, group: dict[str, Any], *lists: list[Any]) -> bool:
+        has_complex = super()._init_group(group, *lists)
+        for tensors in lists:
+            tensors[:] = [tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in tensors]
+        return has_complex
+
+
+def build_optimizer(model: nn.Module, config: Optimizer) -> torch.optim.Optimizer:
+    """Fused AdamW (Loshchilov & Hutter 2019, arXiv 1711.05101). Matrices decay, vectors (norms, decays) do not."""
     assert config.name == "adamw"  # the one there is
-    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
-    for parameter in model.parameters():
-        groups.setdefault((parameter.dim() > 1, isinstance(parameter, DTensor)), []).append(parameter)
-    return torch.optim.AdamW(
+    matrices = [parameter for parameter in model.parameters() if parameter.dim() > 1]
+    vectors = [parameter for parameter in model.parameters() if parameter.dim() <= 1]
+    return _LocalAdamW(
         [
-            {"params": parameters, "weight_decay": config.weight_decay if decays else 0.0}
-            for (decays, _), parameters in groups.items()
+            {"params": matrices, "weight_decay": config.weight_decay},
+            {"params": vectors, "weight_decay": 0.0},
         ],
         lr=config.lr,
         betas=config.betas,

@@ -46,9 +46,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
         wide = torch.promote_types(hidden.dtype, torch.float32)
         loss = torch.zeros((), dtype=wide, device=hidden.device)
         hidden_gradient = torch.empty_like(hidden) if wants_hidden else None
-        weight_gradient = torch.zeros_like(weight, dtype=wide) if wants_weight else None
+        weight_gradient = torch.empty_like(weight, dtype=wide) if wants_weight else None
         loss_and_gradient = _compiled_loss_and_gradient if backend == "compiled" else _loss_and_gradient
-        for start in range(0, hidden.shape[0], chunk_size):
+        for start in range(0, max(hidden.shape[0], 1), chunk_size):
             rows, targets = hidden[start : start + chunk_size], labels[start : start + chunk_size]
             logits = rows @ weight.T  # [chunk, V]
             if hidden_gradient is None and weight_gradient is None:
@@ -59,7 +59,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             if hidden_gradient is not None:
                 hidden_gradient[start : start + chunk_size] = gradient @ weight
             if weight_gradient is not None:
-                _add_product(weight_gradient, gradient.T, rows)
+                _add_product(weight_gradient, gradient.T, rows, beta=0 if start == 0 else 1)
         ctx.save_for_backward(hidden_gradient, weight_gradient)
         ctx.weight_dtype = weight.dtype
         return loss
@@ -68,19 +68,24 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, scale: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None, None, None, None]:
         hidden_gradient, weight_gradient = ctx.saved_tensors
         if hidden_gradient is not None:
-            # Not in bfloat16: a scale like 1 / 12345 would be rounded, and with it every gradient alike.
-            hidden_gradient = (at_least_float32(hidden_gradient) * scale).to(hidden_gradient.dtype)
+            hidden_gradient = _scaled(hidden_gradient, scale, hidden_gradient.dtype)
         if weight_gradient is not None:
-            weight_gradient = (weight_gradient * scale).to(ctx.weight_dtype)
+            weight_gradient = _scaled(weight_gradient, scale, ctx.weight_dtype)
         return hidden_gradient, weight_gradient, None, None, None
 
 
-def _add_product(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
-    """total += left @ right; `total` may be wider than the factors, as cuBLAS's own sums are."""
+def _scaled(gradient: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """gradient * scale, rounded once and in one pass: a scale like 1 / 12345 in bfloat16 would be off by itself, and
+    with it every gradient alike."""
+    return torch.mul(gradient, scale.view(1), out=torch.empty_like(gradient, dtype=dtype))
+
+
+def _add_product(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor, beta: int) -> None:
+    """total = beta * total + left @ right; `total` may be wider than the factors, as cuBLAS's own sums are."""
     if total.dtype != left.dtype and total.is_cuda:
-        torch.addmm(total, left, right, out_dtype=total.dtype, out=total)
+        torch.addmm(total, left, right, beta=beta, out_dtype=total.dtype, out=total)
     else:
-        total += left @ right
+        torch.addmm(total, left.to(total.dtype), right.to(total.dtype), beta=beta, out=total)
 
 
 # torch 2.11 compiles it, without a word, to gradients of zero: it saves `hidden_gradient` and `weight_gradient` as they

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from models.ops.grouped_experts import grouped_experts
-from models.ops.permute import permute, reorder
+from models.ops.permute import combine, permute, reorder
 from models.ops.precision import at_least_float32
 from models.qwen35_moe.config import ModelConfig
 
@@ -106,7 +106,7 @@ class MixtureOfExperts(nn.Module):
     def forward(self, x: torch.Tensor, measure: Measure = COUNTS_OF_ALL) -> tuple[torch.Tensor, RouterStatistics]:
         """x [T, H] -> output [T, H], and what the router did."""
         weights, experts, logits, probabilities = self.gate(x)
-        num_tokens, top_k = experts.shape
+        top_k = experts.shape[-1]
         # The fewer bits a key has, the fewer passes a radix sort makes.
         sorted_experts, order = experts.flatten().to(torch.int16).sort(stable=True)
         inverse = torch.empty_like(order).scatter_(0, order, torch.arange(order.shape[0], device=x.device))
@@ -114,7 +114,7 @@ class MixtureOfExperts(nn.Module):
         ids = torch.arange(self.num_experts, dtype=torch.int16, device=x.device)
         offsets = torch.searchsorted(sorted_experts, ids, right=True, out_int32=True)  # [E]
         rows = self.experts(permute(x, order, inverse, top_k), reorder(weights.flatten(), order, inverse), offsets)
-        routed = reorder(rows, inverse, order).view(num_tokens, top_k, -1).sum(dim=1)
+        routed = combine(rows, order, inverse, top_k)
         shared = self.shared_expert_gate(x).sigmoid() * self.shared_expert(x)
 
         ends = offsets

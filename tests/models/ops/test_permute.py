@@ -1,11 +1,13 @@
 """Permuting rows to their experts and back, against plain indexing."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from models.ops.permute import permute, reorder
+from models.ops.permute import combine, permute, reorder
 from tests.models.ops.compare import OperationLog, assert_close, run
 
 
@@ -17,14 +19,17 @@ def routing(num_tokens: int, top_k: int, num_experts: int = 5) -> tuple[torch.Te
     return order, order.argsort()
 
 
+@settings(deadline=None)  # the first calls may be slow
 @given(st.integers(0, 9), st.integers(1, 4))
 def test_equals_plain_indexing(num_tokens: int, top_k: int) -> None:
-    # 1e-15: float64; only the sum over a token's k choices may be ordered differently.
+    # 1e-15: float64; only the sums over a token's k choices may be ordered differently.
     order, inverse = routing(num_tokens, top_k)
     x = torch.randn(num_tokens, 3, dtype=torch.float64)
     rows = torch.randn(num_tokens * top_k, 3, dtype=torch.float64)
     permuted = run(lambda x: permute(x, order, inverse, top_k), [x])
     assert_close(permuted, run(lambda x: x.repeat_interleave(top_k, dim=0)[order], [x]), 1e-15)
+    combined = run(lambda rows: combine(rows, order, inverse, top_k), [rows])
+    assert_close(combined, run(lambda rows: rows[inverse].view(-1, top_k, 3).sum(dim=1), [rows]), 1e-15)
     reordered = run(lambda rows: reorder(rows, inverse, order), [rows])
     assert_close(reordered, run(lambda rows: rows[inverse], [rows]), 0.0)
 
@@ -46,16 +51,22 @@ def test_rows_are_sorted_by_expert_and_choices_come_back_in_order() -> None:
     assert reorder(sorted_experts, inverse, order).view(3, 2).tolist() == experts.tolist()
 
 
-@pytest.mark.parametrize("which", ["permute", "reorder"])
-def test_backward_only_gathers(which: str) -> None:
+def test_combine_sums_bfloat16_in_float32() -> None:
+    order, inverse = routing(1, 3)
+    rows = torch.tensor([[256.0], [1.0], [1.0]], dtype=torch.bfloat16)[order]  # 256 + 1 is 256 in bfloat16
+    assert combine(rows, order, inverse, 3).item() == 258
+
+
+@pytest.mark.parametrize("which", [permute, combine, reorder])
+def test_backward_only_gathers(which: Callable[..., torch.Tensor]) -> None:
     """Scatters add atomically on a GPU, in another order every run."""
     order, inverse = routing(17, 3)
-    x = torch.randn(17 if which == "permute" else 51, 4, requires_grad=True)
-    out = permute(x, order, inverse, 3) if which == "permute" else reorder(x, inverse, order)
+    x = torch.randn(17 if which is permute else 51, 4, requires_grad=True)
+    out = which(x, order, inverse) if which is reorder else which(x, order, inverse, 3)
     with OperationLog() as log:
-        out.backward(torch.randn(51, 4))
+        out.backward(torch.randn_like(out))
     assert "index" in log.names
-    assert not [name for name in log.names if "put" in name or "add" in name or "scatter" in name]
+    assert not [name for name in log.names if "put" in name or "index_add" in name or "scatter" in name]
 
 
 def test_one_graph() -> None:
@@ -63,7 +74,7 @@ def test_one_graph() -> None:
     x = torch.randn(17, 4)
 
     def both(x: torch.Tensor) -> torch.Tensor:
-        return reorder(permute(x, order, inverse, 3) * 2, inverse, order)
+        return combine(reorder(permute(x, order, inverse, 3), inverse, order)[order], order, inverse, 3)
 
     torch._dynamo.reset()
     assert_close(run(torch.compile(both, fullgraph=True, backend="aot_eager"), [x]), run(both, [x]), 0.0)
