@@ -17,7 +17,7 @@ _aten = torch.ops.aten
 # Routing is decided once. A recomputed router could break a tie the other way (its input may differ in the last bit),
 # and then rows, shapes and gradients would belong to another set of experts. How many rows travel between ranks belongs
 # to it: see `_policy`.
-_ROUTING = {_aten.topk.default}
+_ROUTING = {_aten.topk.default, _aten.sort.stable}
 _ALL_TO_ALL = torch.ops._c10d_functional.all_to_all_single.default
 
 # Dear to compute, cheap to keep: matrix products, attention, and the rows that travelled between ranks.

@@ -109,7 +109,9 @@ class MixtureOfExperts(nn.Module):
         top_k = experts.shape[-1]
         # The fewer bits a key has, the fewer passes a radix sort makes.
         sorted_experts, order = experts.flatten().to(torch.int16).sort(stable=True)
-        inverse = torch.empty_like(order).scatter_(0, order, torch.arange(order.shape[0], device=x.device))
+        places = torch.arange(order.shape[0], dtype=torch.int32, device=x.device)
+        inverse = torch.empty_like(places).scatter_(0, order, places)
+        order = order.int()  # 64-bit arithmetic on indices costs a GPU more than moving the rows
         # Where each expert's rows end, by binary search: no atomics, no host synchronisation.
         ids = torch.arange(self.num_experts, dtype=torch.int16, device=x.device)
         offsets = torch.searchsorted(sorted_experts, ids, right=True, out_int32=True)  # [E]
