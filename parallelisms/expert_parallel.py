@@ -23,6 +23,15 @@ def apply_expert_parallel(experts: Experts, mesh: DeviceMesh) -> None:
     experts.forward = functools.partial(_forward, experts, mesh.get_group())  # type: ignore[method-assign]
 
 
+@torch.library.custom_op("qwen35_moe::splits", mutates_args=())
+def _splits(sent_counts: torch.Tensor, received_counts: torch.Tensor, num_ranks: int) -> torch.Tensor:
+    """How many rows go to each rank and come from it, int64 [2, P] on the host, which waits for the device here.
+
+    An operation of its own, so that activation checkpointing keeps the result: recomputation does not wait again.
+    """
+    return torch.stack([sent_counts, received_counts]).view(2, num_ranks, -1).sum(dim=-1).cpu()
+
+
 @torch.compiler.disable  # the numbers of rows that travel are known to the host alone
 def _forward(
     experts: Experts, group: dist.ProcessGroup, rows: torch.Tensor, weights: torch.Tensor, offsets: torch.Tensor
@@ -37,8 +46,7 @@ def _forward(
     even = [sent_counts.numel() // num_ranks] * num_ranks
     # [P * E/P], source-major. The functional form, so that activation checkpointing sees it and need not repeat it.
     received_counts = all_to_all_single_autograd(sent_counts, even, even, group)
-    splits = torch.stack([sent_counts, received_counts]).view(2, num_ranks, -1).sum(dim=-1)
-    sent, received = splits.tolist()
+    sent, received = _splits(sent_counts, received_counts, num_ranks).tolist()
     rows = all_to_all_single_autograd(rows, received, sent, group)  # [S, H], sorted by (source, expert)
     weights = all_to_all_single_autograd(weights, received, sent, group)  # [S]
 
