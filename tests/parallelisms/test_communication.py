@@ -188,3 +188,12 @@ def operations() -> dict[str, list[str]]:
 def test_the_host_waits_for_numbers_of_rows_once_a_layer(operations: dict[str, list[str]]) -> None:
     for mode, names in operations.items():
         assert names.count("qwen35_moe::splits") == CONFIG.num_hidden_layers, mode
+
+
+def test_the_shared_expert_is_computed_while_results_travel(operations: dict[str, list[str]]) -> None:
+    names, num_products = operations["none"], []
+    exchanges = [index for index, name in enumerate(names) if name == "_c10d_functional::all_to_all_single"]
+    for results in exchanges[3 : 4 * CONFIG.num_hidden_layers : 4]:  # after numbers of rows, rows, and weights
+        arrival = names.index("_c10d_functional::wait_tensor", results)
+        num_products.append(names[results:arrival].count("aten::mm"))
+    assert num_products == [4] * CONFIG.num_hidden_layers  # gate_proj, up_proj, down_proj and shared_expert_gate
