@@ -1,8 +1,11 @@
 """Tokens a second, MFU, memory and where the time goes, of train.py's own step on random tokens.
 
     python benchmarks/throughput.py --config benchmarks/one_gpu_35b.toml [--section.key value ...]
-    torchrun --nproc-per-node 2 benchmarks/throughput.py --config ... --parallelism.expert_parallel_degree 2
+    torchrun --nproc-per-node 2 benchmarks/throughput.py --config benchmarks/one_gpu_35b.toml \\
+        --parallelism.expert_parallel_degree 2 --model.config.num_experts 64
+    torchrun --nproc-per-node 8 benchmarks/throughput.py --config benchmarks/one_node_35b.toml
 
+A global batch that is too small for the processes is one micro-batch of each. Memory is that of the process with most.
 Options of its own: `--documents 4096,1024` cuts every row into documents of these lengths, again and again (default: a
 row is one document); `--steps N` timed steps (default 8); `--profile N` profiles N more and prints the time by kind of
 work; `--json FILE` adds a JSON line to FILE. The other options are train.py's.
@@ -150,7 +153,9 @@ def measure(config: Config, lengths: list[int], num_steps: int, profile_steps: i
         "expert_load_max_over_mean": round(float(expert_load(result.expert_counts)["expert_load_max_over_mean"]), 2),
     }
     if device.type == "cuda":
-        found["peak_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 1)
+        peak_bytes = torch.tensor(torch.cuda.max_memory_allocated(), device=device)
+        torch.distributed.all_reduce(peak_bytes, torch.distributed.ReduceOp.MAX)
+        found["peak_gib"] = round(peak_bytes.item() / 2**30, 1)
         if peak := peak_flops(found["device"]):
             found["mfu"] = round(flops * rate / world_size / peak, 4)
     if profile_steps:
@@ -177,6 +182,9 @@ def main(arguments: list[str]) -> None:
     rank, world_size = world_from_environment()
     setup_logging(rank)
     config = load_config(rest)
+    global_batch_size = max(config.training.global_batch_size, world_size * config.training.local_batch_size)
+    training = dataclasses.replace(config.training, global_batch_size=global_batch_size)
+    config = dataclasses.replace(config, training=training)
     check_config(config, world_size)
     lengths = [int(length) for length in options.documents.split(",") if length]
     found = measure(config, lengths, options.steps, options.profile, options.trace)

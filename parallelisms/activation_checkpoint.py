@@ -10,14 +10,15 @@ from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 import models.ops.attention
-import models.ops.gated_delta_rule  # noqa: F401  (the two register the operations named below)
+import models.ops.gated_delta_rule  # noqa: F401
+import parallelisms.expert_parallel  # noqa: F401  (the three register the operations named below)
 
 _aten = torch.ops.aten
 
 # Routing is decided once. A recomputed router could break a tie the other way (its input may differ in the last bit),
 # and then rows, shapes and gradients would belong to another set of experts. How many rows travel between ranks belongs
-# to it: see `_policy`.
-_ROUTING = {_aten.topk.default, _aten.sort.stable}
+# to it: as known to the host, and to the device (see `_policy`).
+_ROUTING = {_aten.topk.default, _aten.sort.stable, torch.ops.qwen35_moe.splits.default}
 _ALL_TO_ALL = torch.ops._c10d_functional.all_to_all_single.default
 
 # Dear to compute, cheap to keep: matrix products, attention, and the rows that travelled between ranks.

@@ -1,4 +1,4 @@
-"""Runs a test function in real gloo processes, one a rank: `run_ranks(function, world_size, *arguments)`."""
+"""Runs a test function in real processes, one a rank: `run_ranks(function, world_size, *arguments)`."""
 
 import multiprocessing
 import os
@@ -11,11 +11,14 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 
-# A server that has torch imported and has never run an OpenMP region forks the ranks: a rank starts in
-# milliseconds instead of the seconds that importing torch takes, and inherits no threads.
+from training.distributed import init_distributed
+
+# A server that has torch imported, has never run an OpenMP region and never asked for a GPU forks the ranks: a rank
+# starts in milliseconds instead of the seconds that importing torch takes, and inherits no threads and no CUDA state.
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(["torch", "torch.distributed.fsdp", "torch.distributed.checkpoint"])
 
@@ -27,12 +30,23 @@ def free_port() -> int:
         return listener.getsockname()[1]
 
 
-def _rank_main(function: Callable, rank: int, world_size: int, port: int, folder: str, arguments: tuple) -> None:
+def needs_gpus(number: int) -> list[pytest.MarkDecorator]:
+    """Marks of a test that runs on so many GPUs."""
+    reason = f"needs {number} CUDA GPU{'s' if number > 1 else ''}"
+    return [pytest.mark.gpu, pytest.mark.skipif(torch.cuda.device_count() < number, reason=reason)]
+
+
+def _rank_main(
+    function: Callable, rank: int, world_size: int, device_type: str, port: int, folder: str, arguments: tuple
+) -> None:
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), OMP_NUM_THREADS="1")
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     torch.set_num_threads(1)
     try:
-        dist.init_process_group("gloo", timeout=timedelta(seconds=60))
+        if device_type == "cuda":
+            init_distributed(timeout_seconds=300)  # one rank may compile while the others wait
+        else:
+            dist.init_process_group("gloo", timeout=timedelta(seconds=60))
         torch.save(function(*arguments), f"{folder}/result-{rank}")
         dist.barrier()
         dist.destroy_process_group()
@@ -41,16 +55,19 @@ def _rank_main(function: Callable, rank: int, world_size: int, port: int, folder
         os._exit(1)  # a peer may be waiting in a collective: no orderly way out exists
 
 
-def run_ranks(function: Callable, world_size: int, *arguments: Any, seconds: float = 120) -> list[Any]:
-    """Calls `function(*arguments)` on each of `world_size` gloo ranks; returns what they returned, in rank order.
+def run_ranks(
+    function: Callable, world_size: int, *arguments: Any, seconds: float = 120, device_type: str = "cpu"
+) -> list[Any]:
+    """Calls `function(*arguments)` on each of `world_size` ranks; returns what they returned, in rank order.
 
-    `function` must be importable (a module's top level). Fails with the first rank's traceback, and after `seconds`
-    (a hang) with the ranks that were still running.
+    device_type "cpu": over gloo; "cuda": over NCCL, each rank with a GPU of its own, as train.py would have it.
+    `function` must be importable (a module's top level), and what it returns be on the CPU. Fails with the first rank's
+    traceback, and after `seconds` (a hang) with the ranks that were still running.
     """
     with tempfile.TemporaryDirectory() as folder:
         port = free_port()
         ranks = [
-            _context.Process(target=_rank_main, args=(function, rank, world_size, port, folder, arguments))
+            _context.Process(target=_rank_main, args=(function, rank, world_size, device_type, port, folder, arguments))
             for rank in range(world_size)
         ]
         for process in ranks:

@@ -77,6 +77,10 @@ class Experts(nn.Module):
         [R, H]."""
         return grouped_experts(rows, self.gate_up_proj, self.down_proj, weights, offsets)
 
+    def arrived(self, rows: torch.Tensor) -> torch.Tensor:
+        """What `forward` handed back, once it can be read: experts elsewhere may have sent it and not waited."""
+        return rows
+
 
 class SharedExpert(nn.Module):
     """The SwiGLU feed-forward that every token passes."""
@@ -116,8 +120,8 @@ class MixtureOfExperts(nn.Module):
         ids = torch.arange(self.num_experts, dtype=torch.int16, device=x.device)
         offsets = torch.searchsorted(sorted_experts, ids, right=True, out_int32=True)  # [E]
         rows = self.experts(permute(x, order, inverse, top_k), reorder(weights.flatten(), order, inverse), offsets)
-        routed = combine(rows, order, inverse, top_k)
-        shared = self.shared_expert_gate(x).sigmoid() * self.shared_expert(x)
+        shared = self.shared_expert_gate(x).sigmoid() * self.shared_expert(x)  # while rows are on their way back
+        routed = combine(self.experts.arrived(rows), order, inverse, top_k)
 
         ends = offsets
         if measure.is_real is not None:  # where they would end without the fillers

@@ -1,4 +1,4 @@
-"""Starts train.py's main in real gloo processes that a test can watch and kill; a start takes a second or two."""
+"""Starts train.py's main in real processes that a test can watch and kill; a start takes a second or two."""
 
 import faulthandler
 import json
@@ -36,9 +36,11 @@ OPTIONS = [
 ]
 
 
-def _rank_main(rank: int, world_size: int, port: int, log: str, arguments: list[str]) -> None:
+def _rank_main(rank: int, world_size: int, port: int, log: str, arguments: list[str], on_gpus: bool) -> None:
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), OMP_NUM_THREADS="1")
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), CUDA_VISIBLE_DEVICES="")
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    if not on_gpus:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
     import torch
 
     from train import main
@@ -52,16 +54,16 @@ def _rank_main(rank: int, world_size: int, port: int, log: str, arguments: list[
 
 
 class Run:
-    """A run of `world_size` processes under way; what they print goes to `folder`/log."""
+    """A run of `world_size` processes under way, on CPUs or each with a GPU; what they print goes to `folder`/log."""
 
-    def __init__(self, folder: Path, world_size: int, *options: str) -> None:
+    def __init__(self, folder: Path, world_size: int, *options: str, on_gpus: bool = False) -> None:
         self.folder, self.log = folder, folder / "log"
         folder.mkdir(exist_ok=True, parents=True)
         self.log.write_text("")
         arguments = [*OPTIONS, f"--job.output_dir={folder}", *options]
         port = free_port()
         self.ranks = [
-            _context.Process(target=_rank_main, args=(rank, world_size, port, str(self.log), arguments))
+            _context.Process(target=_rank_main, args=(rank, world_size, port, str(self.log), arguments, on_gpus))
             for rank in range(world_size)
         ]
         for process in self.ranks:

@@ -16,6 +16,7 @@ from checkpoint.directories import complete_checkpoints, find_damage
 from config import load_config, model_config
 from models.qwen35_moe.hf_weights import hf_name, is_published_in_float32, mtp_shapes, parameter_shapes
 from tests.checkpoint.runs import OPTIONS, ROOT, Run
+from tests.distributed import needs_gpus
 
 
 @pytest.mark.slow
@@ -43,9 +44,38 @@ def options(replicate: int, ep: int) -> list[str]:
     ids=lambda layout: "world {} replicate {} ep {}".format(*layout),
 )
 def test_five_steps_after_a_move_are_those_of_the_run_that_stayed(tmp_path: Path, saved: tuple, resumed: tuple) -> None:
-    stayed = Run(tmp_path / "stayed", saved[0], *options(*saved[1:])).finish()
+    check_move(tmp_path, saved, resumed)
+
+
+# To half of the GPUs, or from half of them, on machines of 2, 4 and 8.
+@pytest.mark.parametrize(
+    ("saved", "resumed"),
+    [
+        pytest.param(saved, resumed, marks=needs_gpus(max(saved[0], resumed[0])))
+        for saved, resumed in [
+            ((2, 1, 2), (1, 1, 1)),
+            ((1, 1, 1), (2, 1, 2)),
+            ((4, 1, 4), (2, 2, 1)),
+            ((2, 1, 1), (4, 2, 2)),
+            ((8, 1, 8), (4, 1, 2)),
+            ((4, 1, 4), (8, 2, 4)),
+        ]
+    ],
+    ids=lambda layout: "world {} replicate {} ep {}".format(*layout),
+)
+def test_five_steps_after_a_move_between_numbers_of_gpus(tmp_path: Path, saved: tuple, resumed: tuple) -> None:
+    # float32, else routing at a tie would differ. The softmax of the loss need not be compiled for so few tokens.
+    on_gpus = ["--training.dtype=float32", "--training.global_batch_size=8", "--kernels.cross_entropy=torch"]
+    check_move(tmp_path, saved, resumed, *on_gpus, on_gpus=True)
+
+
+def check_move(tmp_path: Path, saved: tuple, resumed: tuple, *others: str, on_gpus: bool = False) -> None:
+    """Trains 8 steps in one layout, and from its third step's checkpoint on in the other."""
+    stayed = Run(tmp_path / "stayed", saved[0], *options(*saved[1:]), *others, on_gpus=on_gpus).finish()
     first = complete_checkpoints(tmp_path / "stayed/checkpoints")[0]
-    moved = Run(tmp_path / "moved", resumed[0], *options(*resumed[1:]), f"--checkpoint.resume={first}").finish()
+    resume = f"--checkpoint.resume={first}"
+    moved = Run(tmp_path / "moved", resumed[0], *options(*resumed[1:]), resume, *others, on_gpus=on_gpus).finish()
+    assert all(("mfu" in line) == on_gpus for line in stayed + moved)
     assert [line["step"] for line in moved] == [4, 5, 6, 7, 8]
     for line, expected in zip(moved, stayed[3:]):
         # Sums in another order and nothing else: as in the tests of layouts.

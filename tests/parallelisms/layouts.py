@@ -4,6 +4,7 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -12,6 +13,7 @@ from torch.distributed.tensor import DTensor
 from config import MoE, Optimizer, Training
 from data.loader import MicroBatch
 from models.ops.kernels import Kernels
+from models.ops.precision import at_least_float32
 from models.qwen35_moe.config import ModelConfig
 from models.qwen35_moe.model import Qwen35Moe
 from models.qwen35_moe.moe import Router
@@ -59,8 +61,8 @@ class Run:
 
 
 def full(tensor: torch.Tensor) -> torch.Tensor:
-    """A detached copy of the whole tensor, gathered if it is sharded (a collective)."""
-    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().clone()
+    """A copy of the whole tensor on the CPU, gathered if it is sharded (a collective)."""
+    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().to("cpu", copy=True)
 
 
 def rows_as_micro_batch(config: ModelConfig, rows: list[list[int]], seed: int) -> MicroBatch:
@@ -76,32 +78,43 @@ def rows_as_micro_batch(config: ModelConfig, rows: list[list[int]], seed: int) -
 
 
 @contextmanager
-def forced_routing(experts: tuple[int, ...]) -> Iterator[None]:
-    """Sends every token to these experts, whatever the router prefers; with none, leaves the router alone."""
+def forced_routing(experts: tuple[int, ...], by_token: bool = False) -> Iterator[None]:
+    """Sends every token to these experts, whatever the router prefers; with none, leaves the router alone.
+
+    by_token: to those so many further on as its number in the vocabulary says, so that every expert has work and none
+    of it depends on rounding.
+    """
+    tokens_of_batch: list[torch.Tensor] = []
+
+    def keep_tokens(self: Qwen35Moe, tokens: torch.Tensor, *others: Any) -> Any:
+        tokens_of_batch[:] = [tokens]
+        return original_model(self, tokens, *others)
 
     def forward(self: Router, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-        chosen = torch.tensor(experts).expand(len(x), -1)
-        logits = torch.nn.functional.linear(x, self.weight)
+        chosen = torch.tensor(experts, device=x.device).expand(len(x), -1)
+        if by_token:
+            chosen = (chosen + tokens_of_batch[0].unsqueeze(-1)) % len(self.weight)
+        logits = torch.nn.functional.linear(at_least_float32(x), self.weight)
         probabilities = logits.softmax(dim=-1)
         weights = probabilities.gather(1, chosen)
         return weights / weights.sum(dim=-1, keepdim=True), chosen, logits, probabilities
 
-    original = Router.forward
+    original, original_model = Router.forward, Qwen35Moe.forward
     if experts:
-        Router.forward = forward  # type: ignore[method-assign]
+        Router.forward, Qwen35Moe.forward = forward, keep_tokens  # type: ignore[method-assign]
     try:
         yield
     finally:
-        Router.forward = original  # type: ignore[method-assign]
+        Router.forward, Qwen35Moe.forward = original, original_model  # type: ignore[method-assign]
 
 
 def build(
-    config: ModelConfig, layout: Layout, compute_dtype: torch.dtype = torch.float32
+    config: ModelConfig, layout: Layout, compute_dtype: torch.dtype = torch.float32, device_type: str = "cpu"
 ) -> tuple[Qwen35Moe, Meshes, torch.optim.Optimizer]:
     """The parallelised model with its initial weights, as train.py builds it."""
     assert dist.get_world_size() == layout.world
     torch.compiler.reset()
-    meshes = build_meshes("cpu", layout.replicate, layout.world // layout.replicate, layout.ep)
+    meshes = build_meshes(device_type, layout.replicate, layout.world // layout.replicate, layout.ep)
     with torch.device("meta"):
         model = Qwen35Moe(config, Kernels(attention="sdpa"))
     parallelize_fn(
@@ -113,7 +126,7 @@ def build(
     )
     # A seed whose gradients of A_log and dt_bias are not sums that nearly cancel: inductor's exp differs from eager's
     # in the last bit, and with seed 3 those sums make 2e-5 of it.
-    materialise(model, torch.device("cpu"), seed=4)
+    materialise(model, torch.device(device_type), seed=4)
     optimizer = build_optimizer(model, Optimizer(lr=1e-3, eps=layout.adam_eps, weight_decay=0.1))
     return model, meshes, optimizer
 
@@ -135,16 +148,25 @@ def step(
     """One optimizer step, as train.py makes it; the result is this rank's."""
     trained = torch.tensor(sum(int((batch.labels != -100).sum()) for batch in batches))
     dist.all_reduce(trained)
-    return train_step(model, optimizer, batches, int(trained), meshes, torch.device("cpu"), TRAINING, moe)
+    device = torch.device(meshes.data_parallel.device_type)
+    return train_step(model, optimizer, batches, int(trained), meshes, device, TRAINING, moe)
 
 
-def train(config: ModelConfig, layout: Layout, rows: list[list[int]], num_steps: int, moe: MoE = OFF) -> Run:
+def train(
+    config: ModelConfig,
+    layout: Layout,
+    rows: list[list[int]],
+    num_steps: int,
+    moe: MoE = OFF,
+    compute_dtype: torch.dtype = torch.float32,
+    device_type: str = "cpu",
+) -> Run:
     """Runs on every rank of an initialised process group of `layout.world` ranks.
 
     `rows`: the global batch as document lengths a row, cut into as many parts as there are micro-steps; of each, rank r
     takes the r-th part. So layouts with the same accumulation have the same tokens in each micro-step.
     """
-    model, meshes, optimizer = build(config, layout)
+    model, meshes, optimizer = build(config, layout, compute_dtype, device_type)
     run = Run({n: full(p) for n, p in model.named_parameters()}, {}, {}, [], [], [], [], torch.empty(0), math.inf)
 
     def keep_gradients(*_) -> None:
@@ -152,7 +174,9 @@ def train(config: ModelConfig, layout: Layout, rows: list[list[int]], num_steps:
             run.first_gradients.update({n: full(p.grad) for n, p in model.named_parameters()})
 
     def keep_smallest_gap(router: Router, inputs: tuple[torch.Tensor, ...], _) -> None:
-        largest = torch.nn.functional.linear(inputs[0], router.weight).topk(config.num_experts_per_tok + 1)[0]
+        largest = torch.nn.functional.linear(at_least_float32(inputs[0]), router.weight).topk(
+            config.num_experts_per_tok + 1
+        )[0]
         run.smallest_gap = min(run.smallest_gap, (largest[:, -2] - largest[:, -1]).min().item())
 
     optimizer.register_step_pre_hook(keep_gradients)
@@ -167,14 +191,21 @@ def train(config: ModelConfig, layout: Layout, rows: list[list[int]], num_steps:
         run.aux_losses.append(result.aux_loss.item())
         run.z_losses.append(result.z_loss.item())
         if number == 0:
-            run.expert_counts = result.expert_counts
+            run.expert_counts = result.expert_counts.cpu()
     run.weights = {n: full(p) for n, p in model.named_parameters()}
     return run
 
 
 def train_layouts(
-    config: ModelConfig, layouts: list[Layout], rows: list[list[int]], num_steps: int, experts: tuple[int, ...] = ()
+    config: ModelConfig,
+    layouts: list[Layout],
+    rows: list[list[int]],
+    num_steps: int,
+    experts: tuple[int, ...] = (),
+    by_token: bool = False,
+    compute_dtype: torch.dtype = torch.float32,
+    device_type: str = "cpu",
 ) -> list[Run]:
-    """What one spawn of a world size does: all its layouts, one after the other."""
-    with forced_routing(experts):
-        return [train(config, layout, rows, num_steps) for layout in layouts]
+    """What one spawn of a world size does: all its layouts, one after the other; `experts` as in `forced_routing`."""
+    with forced_routing(experts, by_token):
+        return [train(config, layout, rows, num_steps, OFF, compute_dtype, device_type) for layout in layouts]

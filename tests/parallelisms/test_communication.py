@@ -2,9 +2,11 @@
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from models.ops.kernels import Kernels
 from models.qwen35_moe.model import Qwen35Moe
@@ -149,3 +151,49 @@ def test_experts_and_dense_weights_are_gathered_a_block_ahead(
     assert at_counts[:num_layers] == [1 + 2 * min(block + 2, num_layers) for block in range(num_layers)]
     # The same on the way back, where the last block was kept: before a block's first exchange, the preceding one's two.
     assert at_exchanges[4 * num_layers] == at_exchanges[4 * num_layers - 1] + 2
+
+
+class Operations(TorchDispatchMode):
+    """The names of operations that are run; those whose results activation checkpointing has kept are not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if any(issubclass(kind, torch.distributed.tensor.DTensor) for kind in types):
+            return NotImplemented
+        self.names.append(func._schema.name)
+        return func(*args, **(kwargs or {}))
+
+
+def operations_of_a_step(layouts: list[Layout]) -> list[list[str]]:
+    names = []
+    for layout in layouts:
+        model, meshes, optimizer = build(CONFIG, layout)
+        with Operations() as operations:
+            step(model, meshes, optimizer, own_batches(CONFIG, layout, ROWS, 0))
+        names.append(operations.names)
+    return names
+
+
+@pytest.fixture(scope="module")
+def operations() -> dict[str, list[str]]:
+    """Of each mode of activation checkpointing, the operations of a step at ep 2, on rank 0."""
+    modes = ("none", "selective", "full")
+    layouts = [Layout(world=2, ep=2, activation_checkpoint=mode) for mode in modes]
+    return dict(zip(modes, run_ranks(operations_of_a_step, 2, layouts)[0]))
+
+
+def test_the_host_waits_for_numbers_of_rows_once_a_layer(operations: dict[str, list[str]]) -> None:
+    for mode, names in operations.items():
+        assert names.count("qwen35_moe::splits") == CONFIG.num_hidden_layers, mode
+
+
+def test_the_shared_expert_is_computed_while_results_travel(operations: dict[str, list[str]]) -> None:
+    names, num_products = operations["none"], []
+    exchanges = [index for index, name in enumerate(names) if name == "_c10d_functional::all_to_all_single"]
+    for results in exchanges[3 : 4 * CONFIG.num_hidden_layers : 4]:  # after numbers of rows, rows, and weights
+        arrival = names.index("_c10d_functional::wait_tensor", results)
+        num_products.append(names[results:arrival].count("aten::mm"))
+    assert num_products == [4] * CONFIG.num_hidden_layers  # gate_proj, up_proj, down_proj and shared_expert_gate

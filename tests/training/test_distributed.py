@@ -1,12 +1,14 @@
 """A rank that does not come to a collective: the run ends by itself and names it."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from tests.distributed import needs_gpus
 from tests.training.test_load_balancing import ROOT, SMALL
 
 # train.py with one rank that falls asleep in its second step: in the data loader, or between two collectives.
@@ -36,16 +38,47 @@ runpy.run_path({root!r} + "/train.py", run_name="__main__")
     ids=["1 in the data", "0 in the model"],
 )
 def test_the_missing_rank_is_named(tmp_path: Path, rank: str, place: str, num_calls: int) -> None:
+    done = run_with_a_sleeper(tmp_path, rank, place, num_calls)
+    assert done.returncode == 1
+    told = [line for line in done.stderr.splitlines() if "waited in vain" in line]
+    assert len(told) == 1, done.stderr[-3000:]
+    prefix = "" if rank == "1" else "[rank 1] "
+    assert told[0].startswith(f"{prefix}a collective waited in vain: missing ranks [{rank}] ")
+
+
+# Two GPUs alone, so that both are in every group and a rank of a group is the rank of the run.
+@pytest.mark.parametrize(
+    ("rank", "place", "num_calls"),
+    [
+        pytest.param("1", '(data.loader.TokenLoader, "__next__")', 1, id="1 in the data", marks=needs_gpus(2)),
+        pytest.param(
+            "0", '(models.qwen35_moe.moe.SharedExpert, "forward")', 2, id="0 in the model", marks=needs_gpus(2)
+        ),
+    ],
+)
+def test_the_missing_rank_is_named_on_gpus(tmp_path: Path, rank: str, place: str, num_calls: int) -> None:
+    done = run_with_a_sleeper(tmp_path, rank, place, num_calls, on_gpus=True)
+    assert done.returncode == 1
+    if rank == "1":  # the other waits on the host
+        assert f"a collective waited in vain: missing ranks [{rank}] " in done.stderr
+    else:  # or its GPU does, and NCCL's watchdog ends it and reports
+        assert "Watchdog caught collective operation timeout" in done.stderr
+        assert re.search(rf"\[{rank}\] finished collective #\d+, but didn't join collective", done.stderr)
+
+
+def run_with_a_sleeper(
+    tmp_path: Path, rank: str, place: str, num_calls: int, on_gpus: bool = False
+) -> subprocess.CompletedProcess[str]:
+    """Two processes of train.py with ep 2, of which `rank` falls asleep; they wait for each other 12 s at most."""
     (tmp_path / "small.toml").write_text(SMALL.format(root=ROOT))
     script = SCRIPT.format(root=str(ROOT), rank=rank, place=place, num_calls=num_calls)
     (tmp_path / "sleepy.py").write_text(script)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     command += [str(tmp_path / "sleepy.py"), f"--config={tmp_path / 'small.toml'}", f"--job.output_dir={tmp_path}"]
     command += ["--job.collective_timeout_seconds=12", "--parallelism.expert_parallel_degree=2"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=150)
-    assert done.returncode == 1
-    told = [line for line in done.stderr.splitlines() if "waited in vain" in line]
-    assert len(told) == 1, done.stderr[-3000:]
-    prefix = "" if rank == "1" else "[rank 1] "
-    assert told[0].startswith(f"{prefix}a collective waited in vain: missing ranks [{rank}] ")
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    if on_gpus:
+        command.append("--kernels.cross_entropy=torch")  # nothing that is compiled for longer than they wait
+    else:
+        environment["CUDA_VISIBLE_DEVICES"] = ""
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
