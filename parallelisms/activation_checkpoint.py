@@ -42,7 +42,10 @@ def _policy(saved: set[Any], context: Any, operation: Any, *args: Any, **kwargs:
         # The experts' down_proj: k rows of H a token, the largest tensor there is, and no gradient needs it.
         return CheckpointPolicy.PREFER_RECOMPUTE
     is_count = operation is _ALL_TO_ALL and not args[0].is_floating_point()
-    return CheckpointPolicy.MUST_SAVE if operation in saved or is_count else CheckpointPolicy.PREFER_RECOMPUTE
+    # The host waits for how many rows travel; what it has read once it need not wait for again.
+    is_read_by_host = operation is _aten._to_copy.default and kwargs.get("device") == torch.device("cpu")
+    is_saved = operation in saved or is_count or is_read_by_host
+    return CheckpointPolicy.MUST_SAVE if is_saved else CheckpointPolicy.PREFER_RECOMPUTE
 
 
 def apply_activation_checkpointing(blocks: Sequence[nn.Module], mode: str) -> None:

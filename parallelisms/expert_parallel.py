@@ -38,7 +38,7 @@ def _forward(
     # [P * E/P], source-major. The functional form, so that activation checkpointing sees it and need not repeat it.
     received_counts = all_to_all_single_autograd(sent_counts, even, even, group)
     splits = torch.stack([sent_counts, received_counts]).view(2, num_ranks, -1).sum(dim=-1)
-    sent, received = splits.tolist()
+    sent, received = splits.cpu().tolist()  # a copy that activation checkpointing sees, too
     rows = all_to_all_single_autograd(rows, received, sent, group)  # [S, H], sorted by (source, expert)
     weights = all_to_all_single_autograd(weights, received, sent, group)  # [S]
 
