@@ -1,4 +1,4 @@
-"""Runs a test function in real gloo processes, one a rank: `run_ranks(function, world_size, *arguments)`."""
+"""Runs a test function in real processes, one a rank: `run_ranks(function, world_size, *arguments)`."""
 
 import multiprocessing
 import os
@@ -14,6 +14,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from training.distributed import init_distributed
+
 # A server that has torch imported and has never run an OpenMP region forks the ranks: a rank starts in
 # milliseconds instead of the seconds that importing torch takes, and inherits no threads.
 _context = multiprocessing.get_context("forkserver")
@@ -27,12 +29,17 @@ def free_port() -> int:
         return listener.getsockname()[1]
 
 
-def _rank_main(function: Callable, rank: int, world_size: int, port: int, folder: str, arguments: tuple) -> None:
+def _rank_main(
+    function: Callable, rank: int, world_size: int, port: int, folder: str, arguments: tuple, on_gpus: bool
+) -> None:
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), OMP_NUM_THREADS="1")
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     torch.set_num_threads(1)
     try:
-        dist.init_process_group("gloo", timeout=timedelta(seconds=60))
+        if on_gpus:
+            init_distributed(timeout_seconds=300)  # a rank may wait until another has compiled
+        else:
+            dist.init_process_group("gloo", timeout=timedelta(seconds=60))
         torch.save(function(*arguments), f"{folder}/result-{rank}")
         dist.barrier()
         dist.destroy_process_group()
@@ -41,8 +48,12 @@ def _rank_main(function: Callable, rank: int, world_size: int, port: int, folder
         os._exit(1)  # a peer may be waiting in a collective: no orderly way out exists
 
 
-def run_ranks(function: Callable, world_size: int, *arguments: Any, seconds: float = 120) -> list[Any]:
-    """Calls `function(*arguments)` on each of `world_size` gloo ranks; returns what they returned, in rank order.
+def run_ranks(
+    function: Callable, world_size: int, *arguments: Any, seconds: float = 120, on_gpus: bool = False
+) -> list[Any]:
+    """Calls `function(*arguments)` on each of `world_size` ranks; returns what they returned, in rank order.
+
+    The ranks share a gloo group on CPUs; or, `on_gpus`, they are set up as train.py sets them up, with a GPU each.
 
     `function` must be importable (a module's top level). Fails with the first rank's traceback, and after `seconds`
     (a hang) with the ranks that were still running.
@@ -50,7 +61,7 @@ def run_ranks(function: Callable, world_size: int, *arguments: Any, seconds: flo
     with tempfile.TemporaryDirectory() as folder:
         port = free_port()
         ranks = [
-            _context.Process(target=_rank_main, args=(function, rank, world_size, port, folder, arguments))
+            _context.Process(target=_rank_main, args=(function, rank, world_size, port, folder, arguments, on_gpus))
             for rank in range(world_size)
         ]
         for process in ranks:
