@@ -29,13 +29,15 @@ CONFIG = ModelConfig(
 LENGTHS = [1, 513, 64, 1, 130, 315]
 
 # bfloat16 rounds by up to 2^-9 = 0.2 % of a number, 0.1 % on average. Each of the few hundred roundings on the way
-# through four layers and back adds its own, independent of the others: their squares add up to a few percent of a
-# tensor's norm, whoever computes it (transformers' errors are printed beside ours).
-BOUND = 0.05
+# through four layers and back adds its own, independent of the others, and what follows amplifies it. With the plain
+# operations on a CPU (512 tokens, 8 experts) gradients were off by 2.6 to 5.5 % of their norm, transformers' by 2.9 to
+# 6.3 %, and the logits of the worst token by 4.4 %. Half as much again leaves room for the kernels' own roundings; a
+# document that sees another's tokens moves logits by more than all of their norm.
+BOUND = 0.08
 # The gradients of the decays' parameters are sums, over all tokens, of terms of either sign. What cancels does not take
-# its error with it: of a layer in which little remains an eighth may be error, in transformers too. So those of all
-# layers are taken together.
-DECAYS, BOUND_OF_DECAYS = ("A_log", "dt_bias"), 0.10
+# its error with it: of a layer in which little remains a fifth may be error, a tenth in transformers. So those of all
+# layers are taken together: 4 %, transformers 6 %.
+DECAYS, BOUND_OF_DECAYS = ("A_log", "dt_bias"), 0.12
 
 
 class Run(NamedTuple):
@@ -201,10 +203,10 @@ def gradient_errors(actual: Run, expected: Run) -> dict[str, float]:
 
 
 def check(actual: Run, expected: Run) -> None:
-    """Logits and every gradient are within the bound, each token's logits within twice that. The loss is a mean over a
-    thousand tokens, whose errors are of either sign: they leave a thirtieth of one token's."""
+    """Logits, each token's too, and every gradient are within the bound. The loss is a mean over a thousand tokens,
+    whose errors are of either sign: they leave a thirtieth of one token's."""
     assert error(actual.logits, expected.logits) < BOUND
-    assert worst_token(actual.logits, expected.logits) < 2 * BOUND
+    assert worst_token(actual.logits, expected.logits) < BOUND
     assert actual.loss.item() == pytest.approx(expected.loss.item(), rel=BOUND / 30)
     errors = gradient_errors(actual, expected)
     too_large = {n: e for n, e in errors.items() if not e < (BOUND_OF_DECAYS if n in DECAYS else BOUND)}
