@@ -131,12 +131,15 @@ def run_and_record(model: Qwen35Moe, stream: Stream) -> tuple[Run, list[torch.Te
 
 
 def run_separately(model: Qwen35Moe, stream: Stream, lengths: list[int], experts: list[torch.Tensor]) -> Run:
-    """Each document by itself; gradients are added up in float32."""
+    """Each document by itself, but for those of one token: nobody trains on a stream of one, and it has no loss. Their
+    logits are left out. Gradients are added up in float32."""
     num_trained = (stream.labels != IGNORED).sum()
     columns = [x.split(lengths) for x in (stream.tokens, stream.positions, stream.labels)]
     logits, losses = [], []
     gradients = {name: torch.zeros_like(p, dtype=torch.float32) for name, p in model.named_parameters()}
     for (tokens, positions, labels), *pinned in zip(zip(*columns), *(x.split(lengths) for x in experts)):
+        if len(tokens) == 1:
+            continue
         pin_routing(model, pinned)
         documents = Documents.from_lengths([len(tokens)], tokens.device)
         logits.append(model(tokens, positions, documents)[0].detach().float())
@@ -233,12 +236,18 @@ def share(config: ModelConfig, lengths: list[int], device: torch.device) -> Shar
     return Shared(weights, stream, reference, experts)
 
 
-@pytest.fixture(scope="module")
-def shared() -> Iterator[Shared]:
+@pytest.fixture(scope="module", autouse=True)
+def gpu() -> Iterator[torch.device]:
     precision = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")  # float32 is float32 here, not TF32
-    yield share(CONFIG, LENGTHS, torch.device("cuda"))
+    yield torch.device("cuda")
     torch.set_float32_matmul_precision(precision)
+    torch.cuda.empty_cache()  # other tests have processes of their own
+
+
+@pytest.fixture(scope="module")
+def shared(gpu: torch.device) -> Shared:
+    return share(CONFIG, LENGTHS, gpu)
 
 
 @pytest.fixture(scope="module")
@@ -252,10 +261,9 @@ def of_transformers(shared: Shared) -> Run:
 
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
 def test_bfloat16_is_near_float32_and_no_further_than_transformers(
-    shared: Shared, of_transformers: Run, compiled: bool
+    gpu: torch.device, shared: Shared, of_transformers: Run, compiled: bool
 ) -> None:
-    device = shared.stream.tokens.device
-    model = build(CONFIG, shared.weights, fast_kernels(CONFIG, device), torch.bfloat16, device)
+    model = build(CONFIG, shared.weights, fast_kernels(CONFIG, gpu), torch.bfloat16, gpu)
     pin_routing(model, shared.experts)
     if compiled:
         torch.compiler.reset()
@@ -287,26 +295,28 @@ def compare(ours: Run, theirs: Run, reference: Run) -> None:
     assert root_mean_square(errors) < 1.5 * root_mean_square(their_errors)
 
 
-def test_packed_equals_separate(shared: Shared) -> None:
-    # Each is as near to float32 as the test above says. Alone, a document has other tiles in its matrix products, and a
-    # long one is cut by the delta rule's kernels.
-    device = shared.stream.tokens.device
-    model = build(CONFIG, shared.weights, fast_kernels(CONFIG, device), torch.bfloat16, device)
+def test_packed_equals_separate(gpu: torch.device, shared: Shared) -> None:
+    # Each is as near to float32 as the test above says. Alone, a document has other tiles in its matrix products, and
+    # the kernels of attention and delta rule work otherwise on it.
+    model = build(CONFIG, shared.weights, fast_kernels(CONFIG, gpu), torch.bfloat16, gpu)
     separate = run_separately(model, shared.stream, LENGTHS, shared.experts)
     pin_routing(model, shared.experts)
     packed = run(model, shared.stream)
+    is_compared = torch.cat([torch.full((length,), length > 1) for length in LENGTHS])
+    packed = packed._replace(logits=packed.logits[is_compared.to(gpu)])
     worst = max(gradient_errors(packed, separate).items(), key=lambda item: item[1])
     print(f"\nlogits of the worst token {worst_token(packed.logits, separate.logits):.2%}, worst gradient {worst}")
     check(packed, separate)
 
 
-def test_one_long_document_by_kernels_equals_plain_pytorch() -> None:
-    # Both in bfloat16: the same matrix products, other kernels for attention, convolution and delta rule.
-    device, length = torch.device("cuda"), 32_768
+def test_one_long_document_by_kernels_equals_plain_pytorch(gpu: torch.device) -> None:
+    # Both in bfloat16: the same matrix products, other kernels for attention, convolution and delta rule. Two layers in
+    # bfloat16 are off from float32 by 2 % in the logits (on a CPU), so each other's distance is well within the bound.
+    length = 32_768
     config = ModelConfig(vocab_size=2048, num_hidden_layers=2, layer_types=(LINEAR, FULL), num_experts=16)
-    weights, stream = rounded_weights(config), stream_on(device, config, [length])
-    expected, experts = run_and_record(build(config, weights, Kernels(), torch.bfloat16, device), stream)
-    model = build(config, weights, fast_kernels(config, device), torch.bfloat16, device)
+    weights, stream = rounded_weights(config), stream_on(gpu, config, [length])
+    expected, experts = run_and_record(build(config, weights, Kernels(), torch.bfloat16, gpu), stream)
+    model = build(config, weights, fast_kernels(config, gpu), torch.bfloat16, gpu)
     pin_routing(model, experts)
     check_long(run(model, stream), expected)
 
