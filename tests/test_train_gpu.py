@@ -1,4 +1,4 @@
-"""The recipe on one GPU, in bfloat16 with FSDP2 and compiled blocks, against the same run on the CPU in float32."""
+"""The recipe on one GPU, in bfloat16 with FSDP2 and compiled blocks, against the same run in float32."""
 
 import json
 import os
@@ -42,13 +42,11 @@ def losses(folder: Path, options: list[str], gpu: bool) -> list[float]:
     return [line["loss"] for line in metrics]
 
 
-@pytest.mark.parametrize(
-    ("shapes", "steps"), [([], 30), (SHAPES_35B, 10)], ids=["tiny", "35B layer shapes, 4 layers, 8 experts"]
-)
-def test_bfloat16_compiled_run_tracks_float32_on_the_cpu(tmp_path: Path, shapes: list[str], steps: int) -> None:
+def test_35b_layer_shapes_track_float32_on_the_cpu(tmp_path: Path) -> None:
     # bfloat16 keeps 8 bits: a rounding is up to 0.4 %, and over thousands of tokens the errors average out. On an H100
-    # losses differed by at most 0.23 % and 0.21 %; half a percent is twice that, and far below the loss's fall.
-    options = [*ONE_PROCESS, *shapes, f"--training.steps={steps}", "--lr_scheduler.warmup_steps=5"]
+    # losses differed by at most 0.21 %; half a percent is twice that, and far below the loss's fall.
+    steps = 10
+    options = [*ONE_PROCESS, *SHAPES_35B, f"--training.steps={steps}", "--lr_scheduler.warmup_steps=5"]
     expected = losses(tmp_path / "cpu", options, gpu=False)
     actual = losses(tmp_path / "gpu", [*options, "--compile.enable=true"], gpu=True)
     print("cpu float32 ", [f"{loss:.4f}" for loss in expected])
@@ -56,3 +54,24 @@ def test_bfloat16_compiled_run_tracks_float32_on_the_cpu(tmp_path: Path, shapes:
     assert len(actual) == len(expected) == steps
     assert expected[0] - expected[-1] > 0.5  # there is a curve to track
     assert actual == pytest.approx(expected, rel=5e-3)
+
+
+def test_200_tiny_steps_in_bfloat16_track_float32(tmp_path: Path) -> None:
+    # Each step's rounding errors are those of gradients, a percent of a step; Adam's average over steps makes little of
+    # them. On a CPU the two losses differed by 0.19 % of the fall in the worst window of 20 steps, one as often above
+    # as below the other. Five times that leaves room for other kernels. (At the file's 3e-3 the loss jumps at step 30,
+    # and where to follows the last bit: 1.5 %.)
+    steps, window = 200, 20
+    options = [*ONE_PROCESS, f"--training.steps={steps}", "--training.local_batch_size=8", "--optimizer.lr=1e-3"]
+    expected = losses(tmp_path / "float32", [*options, "--training.dtype=float32"], gpu=True)
+    actual = losses(tmp_path / "bfloat16", [*options, "--compile.enable=true"], gpu=True)
+    assert len(actual) == len(expected) == steps
+    fall = expected[0] - expected[-1]
+    differences = [abs(a - e) / fall for a, e in zip(actual, expected)]
+    windows = [sum(differences[start : start + window]) / window for start in range(0, steps, window)]
+    print(
+        f"loss {expected[0]:.4f} to {expected[-1]:.4f} in float32, to {actual[-1]:.4f} in bfloat16; windows of {window}"
+    )
+    print("steps differ, relative to the fall, by", " ".join(f"{difference:.2%}" for difference in windows))
+    assert fall > 2.5  # there is a curve to track
+    assert max(windows) < 0.01

@@ -116,9 +116,9 @@ _forward.register_autograd(_autograd, setup_context=_save_for_backward)
 
 
 def _common_length(cu_seqlens_cpu: torch.Tensor) -> int:
-    """The length of all documents; 0 if they differ."""
+    """The length of all documents; 0 if they differ, or have one token: cuDNN takes two and more."""
     lengths = cu_seqlens_cpu.diff()
-    return int(lengths[0]) if bool((lengths == lengths[0]).all()) else 0
+    return int(lengths[0]) if lengths[0] > 1 and bool((lengths == lengths[0]).all()) else 0
 
 
 def _by_document(x: torch.Tensor, length: int) -> torch.Tensor:

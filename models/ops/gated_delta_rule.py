@@ -1,5 +1,6 @@
 """The gated delta rule: in plain PyTorch, chunk by chunk (the CPU path and the oracle), and by libraries' kernels."""
 
+import dataclasses
 from typing import Any
 
 import torch
@@ -151,9 +152,9 @@ def _forward(
     if backend == "flash_qla":
         from flash_qla.ops.gated_delta_rule.chunk import chunk_gated_delta_rule_fwd
 
-        options = _flash_qla_options(v, cu_seqlens, cu_seqlens_cpu)
+        context = _flash_qla_context(v, cu_seqlens, cu_seqlens_cpu)
         sums, inverse, out, *_ = chunk_gated_delta_rule_fwd(
-            *inputs, scale=scale, output_final_state=False, is_train=True, **options
+            *inputs, scale=scale, output_final_state=False, is_train=True, cp_context=context
         )
     else:
         from fla.ops.gated_delta_rule.chunk import chunk_gated_delta_rule_fwd
@@ -198,8 +199,8 @@ def _backward(
     if backend == "flash_qla":
         from flash_qla.ops.gated_delta_rule.chunk import chunk_gated_delta_rule_bwd
 
-        options = _flash_qla_options(v, cu_seqlens, cu_seqlens_cpu)
-        dq, dk, dv, dbeta, dg, *_ = chunk_gated_delta_rule_bwd(**inputs, scale=scale, **options)
+        context = _flash_qla_context(v, cu_seqlens, cu_seqlens_cpu)
+        dq, dk, dv, dbeta, dg, *_ = chunk_gated_delta_rule_bwd(**inputs, scale=scale, cp_context=context)
     else:
         from fla.ops.gated_delta_rule.chunk import chunk_gated_delta_rule_bwd
 
@@ -244,21 +245,39 @@ def _autograd(ctx: Any, gradient: torch.Tensor, *_: Any) -> tuple[torch.Tensor |
 _forward.register_autograd(_autograd, setup_context=_save_for_backward)
 
 
-def _flash_qla_options(v: torch.Tensor, cu_seqlens: torch.Tensor, cu_seqlens_cpu: torch.Tensor) -> dict[str, Any]:
+def _flash_qla_context(v: torch.Tensor, cu_seqlens: torch.Tensor, cu_seqlens_cpu: torch.Tensor) -> Any:
+    """How the kernels cut the stream, made once a batch and from the host's numbers, so that no layer waits for the
+    device to tell them."""
+    if hasattr(cu_seqlens, "_flash_qla_context"):
+        return cu_seqlens._flash_qla_context
+    from flash_qla.ops.gated_delta_rule.chunk import CHUNK_SIZE, build_cp_context
     from flash_qla.utils.index import prepare_varlen_metadata
 
-    if not hasattr(cu_seqlens, "_flash_qla_prepared_varlen"):
-        prepare_varlen_metadata(cu_seqlens, cu_seqlens_cpu)  # or else every layer would wait for the device
     # One block of threads works through a document's head. Where that leaves most of the GPU idle, long documents are
-    # cut and their states corrected; deciding where costs one wait for the device a batch.
+    # cut and their states corrected.
     few = (len(cu_seqlens) - 1) * v.shape[1] < _NUM_BLOCKS_WORTH_CUTTING
-    return {"cu_seqlens": cu_seqlens, "auto_cp": few}
+    on_host = build_cp_context(
+        cu_seqlens_cpu, enable_intra=few, num_v_heads=v.shape[1], chunk_size=CHUNK_SIZE, is_train=True
+    )
+    tensors = {name: x for name, x in vars(on_host).items() if isinstance(x, torch.Tensor)}
+    moved = {name: x.to(v.device, non_blocking=True) for name, x in tensors.items()} | {"cu_seqlens": cu_seqlens}
+    for name in ("cu_seqlens", "intra_cp_cu_seqlens"):
+        if name in moved:
+            prepare_varlen_metadata(moved[name], tensors[name])
+    context = dataclasses.replace(on_host, **moved)
+    cu_seqlens._flash_qla_context = context  # type: ignore[attr-defined]
+    return context
 
 
 _NUM_BLOCKS_WORTH_CUTTING = 96  # of the 132 multiprocessors of an H100
 
 
 def _fla_chunk_indices(cu_seqlens: torch.Tensor, cu_seqlens_cpu: torch.Tensor) -> torch.Tensor:
+    """The document and the place of each chunk; made once a batch, as above."""
+    if hasattr(cu_seqlens, "_fla_chunk_indices"):
+        return cu_seqlens._fla_chunk_indices
     from fla.ops.utils.index import prepare_chunk_indices
 
-    return prepare_chunk_indices(cu_seqlens, CHUNK, cu_seqlens_cpu=cu_seqlens_cpu)
+    indices = prepare_chunk_indices(cu_seqlens_cpu, CHUNK).to(cu_seqlens.device, non_blocking=True)
+    cu_seqlens._fla_chunk_indices = indices  # type: ignore[attr-defined]
+    return indices

@@ -60,7 +60,7 @@ class _Reorder(torch.autograd.Function):
 
 
 def permute(x: torch.Tensor, order: torch.Tensor, inverse: torch.Tensor, top_k: int) -> torch.Tensor:
-    """Each token once for each of its experts, sorted by expert: [T, H] -> [R, H]. order, inverse int32 or int64 [R]."""
+    """Each token once for each of its experts, sorted by expert: [T, H] -> [R, H]. order, inverse: integers [R]."""
     return _Permute.apply(x, order, inverse, top_k)
 
 

@@ -31,7 +31,7 @@ def rotary_embedding(config: ModelConfig, positions: torch.Tensor) -> Rotary:
         for axis in (1, 2):
             for i in range(axis, min(num_pairs, 3 * config.mrope_section[axis]), 3):
                 axes[i] = axis
-        turns = positions[axes].T  # [T, pairs]
+        turns = torch.stack([positions[axis] for axis in axes], dim=1)  # [T, pairs]; indexing would wait for the GPU
     angles = turns.float() * inverse_frequency
     return Rotary(angles.cos(), angles.sin())
 

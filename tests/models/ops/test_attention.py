@@ -77,7 +77,8 @@ def test_derivative_by_another_document_is_exactly_zero(document: int) -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(("heads", "dim"), [((16, 2), 256), ((4, 4), 64)])
 @pytest.mark.parametrize(
-    ("backend", "lengths"), [("varlen", [1, 200, 63, 64, 184]), ("cudnn", [201, 311]), ("cudnn", [256, 256])]
+    ("backend", "lengths"),
+    [("varlen", [1, 200, 63, 64, 184]), ("cudnn", [201, 311]), ("cudnn", [256, 256]), ("cudnn", [1] * 512)],
 )
 def test_kernels_equal_masked_softmax(
     backend: str, lengths: list[int], heads: tuple[int, int], dim: int, dtype: torch.dtype, compiled: bool
