@@ -1,7 +1,7 @@
-"""Activation checkpointing of whole blocks: what the backward pass recomputes, and what it must not."""
+"""Activation checkpointing of blocks: what the backward pass recomputes, and what it must not."""
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -46,14 +46,17 @@ def _policy(saved: set[Any], context: Any, operation: Any, *args: Any, **kwargs:
     return CheckpointPolicy.MUST_SAVE if operation in saved or is_count else CheckpointPolicy.PREFER_RECOMPUTE
 
 
-def apply_activation_checkpointing(blocks: Sequence[nn.Module], mode: str) -> None:
-    """mode "none": keep every activation; "selective": keep matrix products, attention and what travelled, recompute
-    the rest; "full": keep each block's input and its routing. Names of parameters do not change."""
+def apply_activation_checkpointing(parts: Iterable[tuple[nn.Module, str]], mode: str) -> None:
+    """Replaces these methods (module, name) by ones that keep less. Names of parameters do not change.
+
+    mode "none": keep every activation; "selective": keep matrix products, attention and what travelled, recompute the
+    rest; "full": keep each part's input and its routing.
+    """
     if mode == "none":
         return
     contexts = functools.partial(create_selective_checkpoint_contexts, functools.partial(_policy, _SAVED[mode]))
-    for block in blocks:
-        block.forward = _checkpointed(block.forward, contexts)
+    for module, name in parts:
+        setattr(module, name, _checkpointed(getattr(module, name), contexts))
 
 
 def _checkpointed(forward: Callable, contexts: Callable) -> Callable:

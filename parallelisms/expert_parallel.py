@@ -37,7 +37,6 @@ def _splits(sent_counts: torch.Tensor, received_counts: torch.Tensor, num_ranks:
     return torch.stack([sent_counts, received_counts]).view(2, num_ranks, -1).sum(dim=-1).cpu()
 
 
-@torch.compiler.disable  # the numbers of rows that travel are known to the host alone
 def _forward(
     experts: Experts, group: dist.ProcessGroup, rows: torch.Tensor, weights: torch.Tensor, offsets: torch.Tensor
 ) -> torch.Tensor:
@@ -62,11 +61,10 @@ def _forward(
     local_offsets = received_counts.view(num_ranks, -1).sum(dim=0).cumsum(0, dtype=torch.int32)  # [E / P]
     gate_up_proj, down_proj = _local(experts.gate_up_proj), _local(experts.down_proj)
     rows, weights = reorder(rows, order, inverse), reorder(weights, order, inverse)
-    rows = grouped_experts(rows, gate_up_proj, down_proj, weights, local_offsets)
+    rows = grouped_experts(rows, gate_up_proj, down_proj, weights, local_offsets, experts.activation)
     return all_to_all_single_autograd(reorder(rows, inverse, order), sent, received, group)
 
 
-@torch.compiler.disable  # a compiled graph would wait before its first operation
 def _arrived(rows: torch.Tensor) -> torch.Tensor:
     return _Arrived.apply(rows)
 

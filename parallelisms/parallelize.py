@@ -13,8 +13,9 @@ from torch.distributed.fsdp._fully_shard._fsdp_api import ReduceScatter
 from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
+from models.ops.grouped_experts import weighted_swiglu
 from models.qwen35_moe.init import Region, init_weights, whole
-from models.qwen35_moe.model import Qwen35Moe
+from models.qwen35_moe.model import Block, Qwen35Moe
 from parallelisms.activation_checkpoint import apply_activation_checkpointing, hide_fsdp_hooks
 from parallelisms.expert_parallel import apply_expert_parallel
 from parallelisms.mesh import Meshes
@@ -33,21 +34,36 @@ def parallelize_fn(
     compute_dtype: of parameters and activations inside forward and backward. Gradients are reduced in float32 (float64
     for a float64 model). Raises ValueError where FSDP cannot shard the experts evenly.
     """
-    if meshes.expert_parallel.size() > 1:
-        for block in model.blocks:
+    in_parts = meshes.expert_parallel.size() > 1
+    for block in model.blocks:
+        if in_parts:
+            # No graph can hold the experts: how many rows travel is known to the host alone. One break inside would
+            # leave all of a checkpointed block uncompiled, so what stands before and after them is made into parts.
             apply_expert_parallel(block.mlp.experts, meshes.expert_parallel)
-
-    apply_activation_checkpointing(model.blocks, activation_checkpoint)
-
-    if compile_blocks:
-        for block in model.blocks:
-            block.compile()
+            parts = [(block, "attend_and_route"), (block.mlp, "run_experts"), (block.mlp, "run_shared_expert")]
+            apply_activation_checkpointing(parts, activation_checkpoint)
+            if compile_blocks:
+                compile_around_experts(block)
+        else:
+            apply_activation_checkpointing([(block, "forward")], activation_checkpoint)
+            if compile_blocks:
+                block.compile()
 
     apply_fsdp(model, meshes, compute_dtype)
 
-    if activation_checkpoint != "none" and meshes.expert_parallel.size() > 1:
+    if activation_checkpoint != "none" and in_parts:
         for block in model.blocks:
             hide_fsdp_hooks(block.mlp.experts)
+
+
+def compile_around_experts(block: Block) -> None:
+    """One graph before a block's experts, one beside and one after them; of the experts the elementwise work."""
+    for module, name in [(block, "attend_and_route"), (block.mlp, "run_shared_expert"), (block, "join")]:
+        setattr(module, name, torch.compile(getattr(module, name)))
+    block.mlp.experts.activation = _compiled_activation
+
+
+_compiled_activation = torch.compile(weighted_swiglu, dynamic=True)  # the number of rows changes with every batch
 
 
 def apply_fsdp(model: Qwen35Moe, meshes: Meshes, compute_dtype: torch.dtype) -> None:

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from models.ops.grouped_experts import grouped_experts
+from models.ops.grouped_experts import Activation, grouped_experts, weighted_swiglu
 from models.ops.permute import combine, permute, reorder
 from models.ops.precision import at_least_float32
 from models.qwen35_moe.config import ModelConfig
@@ -43,6 +43,19 @@ class RouterStatistics(NamedTuple):
         return cls._make(None if kind[0] is None else torch.stack(kind) for kind in zip(*of_layers))
 
 
+class Routing(NamedTuple):
+    """Where rows go. Sorted by expert, a token's choices in a row are apart: `order` and `inverse` as in permute.py."""
+
+    weights: torch.Tensor
+    """float32 [R], of the rows sorted by expert."""
+    order: torch.Tensor
+    """int32 [R]"""
+    inverse: torch.Tensor
+    """int32 [R]"""
+    offsets: torch.Tensor
+    """int32 [E]: where each expert's rows end."""
+
+
 class Router(nn.Module):
     """Softmax over all experts, the k largest, renormalised to sum to one. `weight` [E, H] is float32 always."""
 
@@ -71,11 +84,12 @@ class Experts(nn.Module):
         num_experts, hidden, inner = config.num_experts, config.hidden_size, config.moe_intermediate_size
         self.gate_up_proj = nn.Parameter(torch.empty(num_experts, 2 * inner, hidden))
         self.down_proj = nn.Parameter(torch.empty(num_experts, hidden, inner))
+        self.activation: Activation = weighted_swiglu
 
     def forward(self, rows: torch.Tensor, weights: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
         """rows [R, H] sorted by expert, their weights float32 [R], offsets int32 [E] (where each expert's rows end) ->
         [R, H]."""
-        return grouped_experts(rows, self.gate_up_proj, self.down_proj, weights, offsets)
+        return grouped_experts(rows, self.gate_up_proj, self.down_proj, weights, offsets, self.activation)
 
     def arrived(self, rows: torch.Tensor) -> torch.Tensor:
         """What `forward` handed back, once it can be read: experts elsewhere may have sent it and not waited."""
@@ -97,7 +111,10 @@ class SharedExpert(nn.Module):
 
 
 class MixtureOfExperts(nn.Module):
-    """Weighted sum of each token's k experts, plus sigmoid(shared_expert_gate(x)) * shared_expert(x)."""
+    """Weighted sum of each token's k experts, plus sigmoid(shared_expert_gate(x)) * shared_expert(x).
+
+    In parts, as expert parallelism stands between them: a block calls them in turn.
+    """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -107,8 +124,8 @@ class MixtureOfExperts(nn.Module):
         self.shared_expert = SharedExpert(config)
         self.shared_expert_gate = nn.Linear(config.hidden_size, 1, bias=False)
 
-    def forward(self, x: torch.Tensor, measure: Measure = COUNTS_OF_ALL) -> tuple[torch.Tensor, RouterStatistics]:
-        """x [T, H] -> output [T, H], and what the router did."""
+    def route(self, x: torch.Tensor, measure: Measure) -> tuple[Routing, RouterStatistics]:
+        """Decides where each row of x [T, H] goes, and tells what the router did."""
         weights, experts, logits, probabilities = self.gate(x)
         top_k = experts.shape[-1]
         # The fewer bits a key has, the fewer passes a radix sort makes.
@@ -119,10 +136,6 @@ class MixtureOfExperts(nn.Module):
         # Where each expert's rows end, by binary search: no atomics, no host synchronisation.
         ids = torch.arange(self.num_experts, dtype=torch.int16, device=x.device)
         offsets = torch.searchsorted(sorted_experts, ids, right=True, out_int32=True)  # [E]
-        rows = self.experts(permute(x, order, inverse, top_k), reorder(weights.flatten(), order, inverse), offsets)
-        shared = self.shared_expert_gate(x).sigmoid() * self.shared_expert(x)  # while rows are on their way back
-        routed = combine(self.experts.arrived(rows), order, inverse, top_k)
-
         ends = offsets
         if measure.is_real is not None:  # where they would end without the fillers
             real_rows = measure.is_real[order // top_k].cumsum(0, dtype=torch.int32)  # [R]
@@ -132,7 +145,20 @@ class MixtureOfExperts(nn.Module):
             _sum_of_real(probabilities, measure) if measure.probabilities else None,
             _sum_of_real(logits.logsumexp(dim=-1).square(), measure) if measure.logsumexp else None,
         )
-        return routed + shared, statistics
+        return Routing(reorder(weights.flatten(), order, inverse), order, inverse, offsets), statistics
+
+    def run_experts(self, x: torch.Tensor, routing: Routing) -> torch.Tensor:
+        """x [T, H] -> weighted results [R, H], sorted by expert; they may still be on their way: see `arrived`."""
+        rows = permute(x, routing.order, routing.inverse, top_k=routing.order.shape[0] // x.shape[0])
+        return self.experts(rows, routing.weights, routing.offsets)
+
+    def run_shared_expert(self, x: torch.Tensor) -> torch.Tensor:
+        """x [T, H] -> [T, H]."""
+        return self.shared_expert_gate(x).sigmoid() * self.shared_expert(x)
+
+    def add_up(self, rows: torch.Tensor, shared: torch.Tensor, routing: Routing) -> torch.Tensor:
+        """The experts' rows [R, H] and the shared expert's result [T, H] -> the layer's output [T, H]."""
+        return combine(rows, routing.order, routing.inverse, top_k=rows.shape[0] // shared.shape[0]) + shared
 
 
 def _sum_of_real(values: torch.Tensor, measure: Measure) -> torch.Tensor:

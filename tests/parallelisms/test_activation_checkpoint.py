@@ -1,14 +1,20 @@
-"""Checkpointed blocks are compiled: under torch.compile each kind of block is one graph, in every mode."""
+"""Checkpointed blocks are compiled, in every mode: one graph each, and at ep > 1 one for each part but the experts."""
+
+import functools
 
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch._dynamo.utils import counters
 
 from models.ops.kernels import Kernels
 from models.qwen35_moe import attention, gated_delta_net
 from models.qwen35_moe.init import init_weights
 from models.qwen35_moe.model import Qwen35Moe
 from parallelisms.activation_checkpoint import apply_activation_checkpointing
+from parallelisms.mesh import build_meshes
+from parallelisms.parallelize import materialise, parallelize_fn
+from tests.distributed import run_ranks
 from tests.models.qwen35_moe.shapes import random_stream, tiny_config
 
 
@@ -24,7 +30,7 @@ def test_a_checkpointed_block_is_one_graph(mode: str, monkeypatch: pytest.Monkey
     for parameter in model.parameters():
         if id(parameter) not in float32:
             parameter.data = parameter.data.bfloat16()  # grouped products compile in bfloat16 alone
-    apply_activation_checkpointing(model.blocks, mode)
+    apply_activation_checkpointing([(block, "forward") for block in model.blocks], mode)
     torch.compiler.reset()
     counter = CompileCounterWithBackend("aot_eager")
     for block in model.blocks:
@@ -33,3 +39,33 @@ def test_a_checkpointed_block_is_one_graph(mode: str, monkeypatch: pytest.Monkey
     loss, _ = model(tokens, positions, documents, labels)
     loss.backward()
     assert counter.frame_count == len(set(config.layer_types)) == 2
+
+
+def graphs_at_ep_2(modes: list[str]) -> list[int]:
+    """The number of graphs that a forward pass and its backward pass compile, for each mode."""
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(attention, "attention", lambda q, k, v, documents, backend: q * v.mean())
+        monkeypatch.setattr(
+            gated_delta_net, "gated_delta_rule", lambda q, k, v, g, *_, backend: v * g.mean().to(v.dtype)
+        )
+        monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+        config, counts = tiny_config(), []
+        for mode in modes:
+            with torch.device("meta"):
+                model = Qwen35Moe(config, Kernels())
+            meshes = build_meshes("cpu", 1, 2, 2)
+            parallelize_fn(model, meshes, compute_dtype=torch.bfloat16, activation_checkpoint=mode, compile_blocks=True)
+            materialise(model, torch.device("cpu"), seed=0)
+            torch.compiler.reset()
+            counters.clear()
+            tokens, positions, documents, labels = random_stream(config, [40, 24])
+            loss, _ = model(tokens, positions, documents, labels)
+            loss.backward()
+            counts.append(counters["stats"]["unique_graphs"])
+        return counts
+
+
+def test_at_ep_2_all_but_the_experts_is_compiled() -> None:
+    # Two kinds of block up to their experts; the shared expert; the residual after them; the experts' SwiGLU.
+    for counts in run_ranks(graphs_at_ep_2, 2, ["none", "selective", "full"]):
+        assert counts == [5, 5, 5]

@@ -111,8 +111,8 @@ def expected(layout: Layout) -> Totals:
         totals["all-to-all", "fsdp"] = totals.pop(("all-to-all", "ep"))
     if layout.ep > 1 and layout.activation_checkpoint == "full":
         count, size = totals["all-to-all", "ep"]
-        again, rows = of["A"] * of["L"], of["T"] * of["k"]  # rows, their weights (float32) and results
-        totals["all-to-all", "ep"] = (count + 3 * again, size + again * rows * (2 * of["c"] * of["H"] + 4))
+        again, rows = of["A"] * of["L"], of["T"] * of["k"]  # rows and their weights (float32)
+        totals["all-to-all", "ep"] = (count + 2 * again, size + again * rows * (of["c"] * of["H"] + 4))
     if layout.replicate > 1:
         totals["all-reduce", "data_parallel"] = totals.pop(("all-reduce", "fsdp"))
         sharded = 4 * (of["R"] + of["D"] + of["X"]) // 2
