@@ -1,13 +1,17 @@
 """Where the documents of a packed stream begin and end, on the device and on the host."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import torch
 
 
-class Documents(NamedTuple):
-    """D documents laid end to end in a stream of T tokens."""
+@dataclass(frozen=True, eq=False)
+class Documents:
+    """D documents laid end to end in a stream of T tokens.
+
+    No tuple: FSDP moves every tensor that it finds in a model's arguments to the GPU, also in tuples, and waits for it.
+    """
 
     cu_seqlens: torch.Tensor
     """int32 [D + 1] on the compute device: 0, then where each document ends; the last is T."""

@@ -60,7 +60,9 @@ class Run:
         self.folder, self.log = folder, folder / "log"
         folder.mkdir(exist_ok=True, parents=True)
         self.log.write_text("")
-        arguments = [*OPTIONS, f"--job.output_dir={folder}", *options]
+        given = {option.split("=")[0] for option in options}  # each may stand there once
+        defaults = [option for option in OPTIONS if option.split("=")[0] not in given]
+        arguments = [*defaults, f"--job.output_dir={folder}", *options]
         port = free_port()
         self.ranks = [
             _context.Process(target=_rank_main, args=(rank, world_size, port, str(self.log), arguments, on_gpus))

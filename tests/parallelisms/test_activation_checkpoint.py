@@ -1,12 +1,16 @@
 """Checkpointed blocks are compiled, in every mode: one graph each, and at ep > 1 one for each part but the experts."""
 
 import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._dynamo.utils import counters
 
+from models.ops.documents import Documents
 from models.ops.kernels import Kernels
 from models.qwen35_moe import attention, gated_delta_net
 from models.qwen35_moe.init import init_weights
@@ -18,11 +22,24 @@ from tests.distributed import run_ranks
 from tests.models.qwen35_moe.shapes import random_stream, tiny_config
 
 
+@contextmanager
+def stand_ins() -> Iterator[None]:
+    """In the place of attention and of the delta rule, whose forms for the CPU break graphs; those for GPUs do not."""
+
+    def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, documents: Documents, backend: str) -> torch.Tensor:
+        return q * v.mean() + documents.cu_seqlens.sum().to(q.dtype)
+
+    def rule(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, g: torch.Tensor, *_: Any, backend: str) -> torch.Tensor:
+        return v * g.mean().to(v.dtype)
+
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(attention, "attention", attend)
+        monkeypatch.setattr(gated_delta_net, "gated_delta_rule", rule)
+        yield
+
+
 @pytest.mark.parametrize("mode", ["none", "selective", "full"])
-def test_a_checkpointed_block_is_one_graph(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    # The CPU's forms of these two break graphs; GPUs' do not. What they compute does not matter here.
-    monkeypatch.setattr(attention, "attention", lambda q, k, v, documents, backend: q * v.mean())
-    monkeypatch.setattr(gated_delta_net, "gated_delta_rule", lambda q, k, v, g, *_, backend: v * g.mean().to(v.dtype))
+def test_a_checkpointed_block_is_one_graph_however_many_documents(mode: str) -> None:
     config = tiny_config()
     model = Qwen35Moe(config, Kernels())
     init_weights(model, 0)
@@ -35,19 +52,17 @@ def test_a_checkpointed_block_is_one_graph(mode: str, monkeypatch: pytest.Monkey
     counter = CompileCounterWithBackend("aot_eager")
     for block in model.blocks:
         block.compile(backend=counter)
-    tokens, positions, documents, labels = random_stream(config, [40, 24])
-    loss, _ = model(tokens, positions, documents, labels)
-    loss.backward()
+    with stand_ins():
+        for lengths in [40, 24], [64], [1, 20, 43], [1] * 64:
+            tokens, positions, _, labels = random_stream(config, lengths)
+            loss, _ = model(tokens, positions, Documents.from_lengths(lengths, max_seqlen=64), labels)
+            loss.backward()
     assert counter.frame_count == len(set(config.layer_types)) == 2
 
 
 def graphs_at_ep_2(modes: list[str]) -> list[int]:
     """The number of graphs that a forward pass and its backward pass compile, for each mode."""
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.setattr(attention, "attention", lambda q, k, v, documents, backend: q * v.mean())
-        monkeypatch.setattr(
-            gated_delta_net, "gated_delta_rule", lambda q, k, v, g, *_, backend: v * g.mean().to(v.dtype)
-        )
+    with stand_ins(), pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
         config, counts = tiny_config(), []
         for mode in modes:

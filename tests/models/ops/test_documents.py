@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.distributed.utils import _to_kwargs
 
 from models.ops.documents import Documents
 
@@ -26,3 +27,11 @@ def test_max_seqlen_is_an_upper_bound() -> None:
         Documents.from_lengths([3, 5], max_seqlen=4)
     with pytest.raises(AssertionError):
         Documents.from_lengths([3, 0])
+
+
+def test_what_the_host_reads_stays_there() -> None:
+    """FSDP moves its arguments to the device before the root's forward: `meta` stands for a GPU."""
+    documents = Documents.from_lengths([3, 1])
+    ((moved, tokens),), _ = _to_kwargs((documents, torch.zeros(4)), {}, torch.device("meta"), False)
+    assert tokens.is_meta
+    assert moved.cu_seqlens_cpu.tolist() == [0, 3, 4]
