@@ -44,7 +44,8 @@ def _sum_of_choices(rows: torch.Tensor, inverse: torch.Tensor, top_k: int) -> to
     total = at_least_float32(rows[first])
     for places in others:
         total = total + at_least_float32(rows[places])
-    return total.to(rows.dtype)
+    # Not `.to` where it would do nothing: torch 2.11 compiles a Function that ends so to a gradient of zeros.
+    return total if total.dtype == rows.dtype else total.to(rows.dtype)
 
 
 class _Reorder(torch.autograd.Function):
