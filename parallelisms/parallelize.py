@@ -57,8 +57,10 @@ def parallelize_fn(
 
 
 def compile_around_experts(block: Block) -> None:
-    """One graph before a block's experts, one beside and one after them; of the experts the elementwise work."""
-    for module, name in [(block, "attend_and_route"), (block.mlp, "run_shared_expert"), (block, "join")]:
+    """One graph before a block's experts, one beside and one after them; of the experts what needs no matrix product,
+    for activation checkpointing does not see into a graph that it stands around."""
+    parts = [(block, "attend_and_route"), (block.mlp, "gather_rows"), (block.mlp, "run_shared_expert"), (block, "join")]
+    for module, name in parts:
         setattr(module, name, torch.compile(getattr(module, name)))
     block.mlp.experts.activation = _compiled_activation
 

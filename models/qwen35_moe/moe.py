@@ -149,8 +149,11 @@ class MixtureOfExperts(nn.Module):
 
     def run_experts(self, x: torch.Tensor, routing: Routing) -> torch.Tensor:
         """x [T, H] -> weighted results [R, H], sorted by expert; they may still be on their way: see `arrived`."""
-        rows = permute(x, routing.order, routing.inverse, top_k=routing.order.shape[0] // x.shape[0])
-        return self.experts(rows, routing.weights, routing.offsets)
+        return self.experts(self.gather_rows(x, routing), routing.weights, routing.offsets)
+
+    def gather_rows(self, x: torch.Tensor, routing: Routing) -> torch.Tensor:
+        """x [T, H] -> each token once for each of its experts, sorted by expert [R, H]."""
+        return permute(x, routing.order, routing.inverse, top_k=routing.order.shape[0] // x.shape[0])
 
     def run_shared_expert(self, x: torch.Tensor) -> torch.Tensor:
         """x [T, H] -> [T, H]."""

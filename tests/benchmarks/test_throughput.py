@@ -1,0 +1,28 @@
+"""The throughput benchmark runs as the README says: as a file, from any folder, on a CPU too."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def test_it_measures_a_training_step(tmp_path: Path) -> None:
+    options = ["--model.config.num_hidden_layers=4", "--training.sequence_length=32", "--training.local_batch_size=1"]
+    options += ["--training.global_batch_size=2", "--parallelism.expert_parallel_degree=1", "--documents=20,1"]
+    command = [sys.executable, str(ROOT / "benchmarks/throughput.py"), "--config", "qwen35moe_tiny.toml", *options]
+    done = subprocess.run(
+        [*command, "--steps", "2", "--json", "found.jsonl"], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads((tmp_path / "found.jsonl").read_text())
+    assert found["tokens_per_step"] == 64
+    assert found["layers"] == 4
+    assert found["documents"] == [20, 1]
+    # 2 %: both are rounded, the seconds to 0.1 ms.
+    assert found["tokens_per_second_per_device"] == pytest.approx(64 / found["step_seconds"], rel=0.02)
+    assert 0 < found["loss"] < 10
+    assert f"{'layers':32} 4" in done.stdout
