@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from models.ops.grouped_experts import weighted_swiglu
-from models.qwen35_moe.init import Region, init_weights, whole
+from models.qwen35_moe.init import Region, whole
 from models.qwen35_moe.model import Block, Qwen35Moe
 from parallelisms.activation_checkpoint import apply_activation_checkpointing, hide_fsdp_hooks
 from parallelisms.expert_parallel import apply_expert_parallel
@@ -29,7 +29,7 @@ def parallelize_fn(
     activation_checkpoint: str = "none",
     compile_blocks: bool = False,
 ) -> None:
-    """Applies every parallelism to a model on the meta device, in place; materialise it afterwards.
+    """Applies every parallelism to a model on the meta device, in place; give it memory (`to_empty`) afterwards.
 
     compute_dtype: of parameters and activations inside forward and backward. Gradients are reduced in float32 (float64
     for a float64 model). Raises ValueError where FSDP cannot shard the experts evenly.
@@ -144,12 +144,6 @@ def local_region(parameter: nn.Parameter) -> Region:
         return whole(parameter)
     shape, start = compute_local_shape_and_global_offset(parameter.shape, parameter.device_mesh, parameter.placements)
     return parameter.to_local(), tuple(slice(first, first + size) for first, size in zip(start, shape))
-
-
-def materialise(model: Qwen35Moe, device: torch.device, seed: int) -> None:
-    """Gives a parallelised meta-device model its memory and its initial weights, this rank's part alone."""
-    model.to_empty(device=device)
-    init_weights(model, seed, local_region)
 
 
 def reduce_replicas_after(model: nn.Module, *, this_micro_batch: bool) -> None:

@@ -17,10 +17,10 @@ from config import Checkpoint, Config, Data, Job, Model, Optimizer, Training
 from models.ops.kernels import Kernels
 from models.qwen35_moe.model import Qwen35Moe
 from parallelisms.mesh import build_meshes
-from parallelisms.parallelize import materialise, parallelize_fn
+from parallelisms.parallelize import parallelize_fn
 from tests.distributed import run_ranks
 from tests.models.qwen35_moe.shapes import tiny_config
-from tests.parallelisms.layouts import full
+from tests.parallelisms.layouts import full, materialise
 from training.optimizer import build_optimizer
 
 CONFIG = tiny_config()

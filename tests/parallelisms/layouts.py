@@ -15,10 +15,11 @@ from data.loader import MicroBatch
 from models.ops.kernels import Kernels
 from models.ops.precision import at_least_float32
 from models.qwen35_moe.config import ModelConfig
+from models.qwen35_moe.init import init_weights
 from models.qwen35_moe.model import Qwen35Moe
 from models.qwen35_moe.moe import Router
 from parallelisms.mesh import Meshes, build_meshes
-from parallelisms.parallelize import materialise, parallelize_fn
+from parallelisms.parallelize import local_region, parallelize_fn
 from tests.models.qwen35_moe.shapes import random_stream
 from train import StepResult, reduce_result, train_step
 from training.optimizer import build_optimizer
@@ -58,6 +59,12 @@ class Run:
     z_losses: list[float]
     expert_counts: torch.Tensor  # of the first step, over all ranks [L, E]
     smallest_gap: float  # between a token's k-th and next logit, over all tokens, layers and steps: how far from a tie
+
+
+def materialise(model: Qwen35Moe, device: torch.device, seed: int) -> None:
+    """Gives a parallelised meta-device model its memory and its initial weights, this rank's part alone."""
+    model.to_empty(device=device)
+    init_weights(model, seed, local_region)
 
 
 def full(tensor: torch.Tensor) -> torch.Tensor:

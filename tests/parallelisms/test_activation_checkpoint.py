@@ -17,9 +17,10 @@ from models.qwen35_moe.init import init_weights
 from models.qwen35_moe.model import Qwen35Moe
 from parallelisms.activation_checkpoint import apply_activation_checkpointing
 from parallelisms.mesh import build_meshes
-from parallelisms.parallelize import materialise, parallelize_fn
+from parallelisms.parallelize import parallelize_fn
 from tests.distributed import run_ranks
 from tests.models.qwen35_moe.shapes import random_stream, tiny_config
+from tests.parallelisms.layouts import materialise
 
 
 @contextmanager

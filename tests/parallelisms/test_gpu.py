@@ -20,10 +20,10 @@ from models.ops.kernels import select_kernels
 from models.qwen35_moe.config import FULL, LINEAR, ModelConfig
 from models.qwen35_moe.model import Qwen35Moe
 from parallelisms.mesh import Meshes, build_meshes
-from parallelisms.parallelize import materialise, parallelize_fn, reduce_replicated_gradients
+from parallelisms.parallelize import parallelize_fn, reduce_replicated_gradients
 from tests.distributed import run_ranks
 from tests.models.qwen35_moe.test_gpu import Run, gradient_errors, pin_routing
-from tests.parallelisms.layouts import full, rows_as_micro_batch
+from tests.parallelisms.layouts import full, materialise, rows_as_micro_batch
 from train import build_on_meta, run_model
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
