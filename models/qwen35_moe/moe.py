@@ -44,7 +44,7 @@ class RouterStatistics(NamedTuple):
 
 
 class Routing(NamedTuple):
-    """Where rows go. Sorted by expert, a token's choices in a row are apart: `order` and `inverse` as in permute.py."""
+    """Where the routed rows go; `order` and `inverse` as in permute.py."""
 
     weights: torch.Tensor
     """float32 [R], of the rows sorted by expert."""
