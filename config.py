@@ -446,7 +446,8 @@ def _check_kernels(config: Config, shape: ModelConfig) -> None:
     )
     try:
         head_dims = (shape.linear_key_head_dim, shape.linear_value_head_dim)
-        select_kernels(dataclasses.asdict(config.kernels), device_type, getattr(torch, name), head_dims)
+        requested, dtype = dataclasses.asdict(config.kernels), getattr(torch, name)
+        select_kernels(requested, device_type, dtype, head_dims, shape.linear_conv_kernel_dim)
     except ValueError as error:
         raise ConfigError(str(error)) from error
 

@@ -8,6 +8,8 @@ import torch.nn.functional as F
 from models.ops.documents import Documents
 from models.ops.precision import at_least_float32
 
+MAX_TRITON_WIDTH = 4  # its kernels carry so many tokens along
+
 
 def causal_conv1d(
     x: torch.Tensor, weight: torch.Tensor, documents: Documents, *, backend: str = "torch"
@@ -15,7 +17,7 @@ def causal_conv1d(
     """SiLU(sum_i weight[:, 0, W - 1 - i] * x[t - i]) over the taps i < W that lie in t's document.
 
     x [T, C], weight [C, 1, W] -> [T, C] in x's dtype; taps are summed in float32 or wider. backend "torch": one masked,
-    shifted product a tap, the reference; "triton": one kernel each way, CUDA, keeps nothing but x.
+    shifted product a tap, the reference; "triton": one kernel each way, CUDA, W at most 4, keeps nothing but x.
     """
     if backend == "triton":
         return _forward(x, weight, documents.token_offsets)

@@ -8,7 +8,6 @@ import triton.language as tl
 # Shapes: T tokens, C channels, W taps, at most 4. A program walks along a run of tokens with some of the channels; what
 # a token needs of those before it (x, as deep as the taps reach) and of those after (its gradient, not yet complete)
 # are vectors that it carries along. It loads two tokens ahead of where it works, or else it would wait for each load.
-MAX_WIDTH = 4
 _CHANNELS, _NUM_WARPS = 128, 1
 _STEPS, _UNROLL = 256, 4  # tokens that a program looks at
 

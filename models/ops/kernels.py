@@ -7,6 +7,8 @@ from typing import NamedTuple
 
 import torch
 
+from models.ops.causal_conv1d import MAX_TRITON_WIDTH
+
 logger = logging.getLogger("train")
 
 
@@ -32,9 +34,14 @@ CHOICES = {
 
 
 def select_kernels(
-    requested: Mapping[str, str], device_type: str, dtype: torch.dtype, delta_rule_head_dims: tuple[int, int]
+    requested: Mapping[str, str],
+    device_type: str,
+    dtype: torch.dtype,
+    delta_rule_head_dims: tuple[int, int],
+    conv_width: int,
 ) -> Kernels:
-    """Resolves `[kernels]` for a device, a compute dtype and the delta rule's (K, Kv); "auto": the fastest that works.
+    """Resolves `[kernels]` for a device, a compute dtype, the delta rule's (K, Kv) and the convolution's taps; "auto":
+    the fastest that works.
 
     Raises ValueError for an unknown choice, and for one that cannot run here.
     """
@@ -43,7 +50,7 @@ def select_kernels(
         "cudnn": _needs_half_precision(device_type, dtype),
         "fla": _needs_half_precision(device_type, dtype) or _fla_hindrance(),
         "flash_qla": _needs_half_precision(device_type, dtype) or _flash_qla_hindrance(delta_rule_head_dims),
-        "triton": "" if device_type == "cuda" else "a CUDA GPU",
+        "triton": _triton_hindrance(device_type, conv_width),
         "compiled": "" if device_type == "cuda" else "a CUDA GPU",
     }
 
@@ -75,6 +82,14 @@ def select_kernels(
 def _needs_half_precision(device_type: str, dtype: torch.dtype) -> str:
     works = device_type == "cuda" and dtype in (torch.bfloat16, torch.float16)
     return "" if works else f"a CUDA GPU and bfloat16, not {device_type} and {dtype}"
+
+
+def _triton_hindrance(device_type: str, conv_width: int) -> str:
+    if device_type != "cuda":
+        return "a CUDA GPU"
+    return (
+        "" if conv_width <= MAX_TRITON_WIDTH else f"a convolution of {MAX_TRITON_WIDTH} taps at most, not {conv_width}"
+    )
 
 
 def _fla_hindrance() -> str:

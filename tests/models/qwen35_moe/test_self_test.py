@@ -262,7 +262,7 @@ def test_the_kernels_that_are_chosen_pass(
     """And leave neither memory nor changed generators behind."""
     device = torch.device("cuda")
     head_dims = (shape.linear_key_head_dim, shape.linear_value_head_dim)
-    kernels = select_kernels({}, "cuda", dtype, head_dims)
+    kernels = select_kernels({}, "cuda", dtype, head_dims, shape.linear_conv_kernel_dim)
     check_kernels(kernels, shape, device, dtype)  # the workspaces that libraries keep are there
     states = torch.get_rng_state(), torch.cuda.get_rng_state()
     held = torch.cuda.memory_allocated()
