@@ -7,7 +7,7 @@ import torch
 
 from config import LRScheduler, Optimizer
 from tests.models.qwen35_moe.shapes import random_model, tiny_config
-from training.optimizer import build_optimizer, lr_factor
+from training.optimizer import build_optimizer, lr_factor, step_clipped
 
 
 def factors(total: int, **changes) -> list[float]:
@@ -51,3 +51,26 @@ def test_only_matrices_decay_and_every_parameter_is_optimised_once() -> None:
     assert all(
         isinstance(group["lr"], float) and not isinstance(group["lr"], torch.Tensor) for group in optimizer.param_groups
     )
+
+
+@pytest.mark.parametrize("max_norm", [0.1, 100.0], ids=["clips", "does not"])
+def test_a_clipped_step_is_torchs(max_norm: float) -> None:
+    models = [random_model(tiny_config()) for _ in range(2)]
+    for model in models:
+        generator = torch.Generator().manual_seed(0)
+        for parameter in model.parameters():
+            parameter.grad = torch.randn(parameter.shape, generator=generator) / parameter.numel()
+    config = Optimizer(lr=1e-3, eps=1e-4, weight_decay=0.1)  # with a small eps Adam's step would not show the scale
+    ours, theirs = (build_optimizer(model, config) for model in models)
+    norm = torch.nn.utils.clip_grad_norm_(models[1].parameters(), max_norm)
+    assert 0.1 < norm < 100.0
+    theirs.step()
+    step_clipped(ours, norm, max_norm, clips=bool(norm > max_norm))
+    # One divides by norm / max_norm, the other multiplies by max_norm / (norm + 1e-6): that and a few roundings are
+    # below 1e-5. Weights, which are as large as 1, are rounded to 1e-7.
+    for (name, parameter), expected in zip(models[0].named_parameters(), models[1].parameters()):
+        assert torch.allclose(parameter.grad, expected.grad, rtol=1e-5, atol=0), name
+        for moment in ("exp_avg", "exp_avg_sq"):
+            ours_now, theirs_now = ours.state[parameter][moment], theirs.state[expected][moment]
+            assert torch.allclose(ours_now, theirs_now, rtol=2e-5, atol=0), (name, moment)
+        assert torch.allclose(parameter, expected, rtol=2e-7, atol=1e-8), name
