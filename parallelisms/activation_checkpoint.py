@@ -5,8 +5,6 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from torch import nn
-from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 import models.ops.attention
@@ -46,8 +44,8 @@ def _policy(saved: set[Any], context: Any, operation: Any, *args: Any, **kwargs:
     return CheckpointPolicy.MUST_SAVE if operation in saved or is_count else CheckpointPolicy.PREFER_RECOMPUTE
 
 
-def apply_activation_checkpointing(parts: Iterable[tuple[nn.Module, str]], mode: str) -> None:
-    """Replaces these methods (module, name) by ones that keep less. Names of parameters do not change.
+def apply_activation_checkpointing(parts: Iterable[tuple[object, str]], mode: str) -> None:
+    """Replaces these methods (object, name) by ones that keep less. Names of parameters do not change.
 
     mode "none": keep every activation; "selective": keep matrix products, attention and what travelled, recompute the
     rest; "full": keep each part's input and its routing.
@@ -55,8 +53,8 @@ def apply_activation_checkpointing(parts: Iterable[tuple[nn.Module, str]], mode:
     if mode == "none":
         return
     contexts = functools.partial(create_selective_checkpoint_contexts, functools.partial(_policy, _SAVED[mode]))
-    for module, name in parts:
-        setattr(module, name, _checkpointed(getattr(module, name), contexts))
+    for owner, name in parts:
+        setattr(owner, name, _checkpointed(getattr(owner, name), contexts))
 
 
 def _checkpointed(forward: Callable, contexts: Callable) -> Callable:
@@ -66,23 +64,3 @@ def _checkpointed(forward: Callable, contexts: Callable) -> Callable:
         return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False, context_fn=contexts)
 
     return run
-
-
-def hide_fsdp_hooks(module: nn.Module) -> None:
-    """Lets an FSDP unit stand inside a checkpointed block.
-
-    Selective checkpointing wants the recomputation to repeat the forward's operations one for one, those of FSDP's
-    hooks included; but FSDP gathers and frees at other moments in the backward pass. So its hooks run unseen.
-    """
-
-    def unseen(hook: Callable) -> Callable:
-        @torch.compiler.disable
-        def run(*args: Any, **kwargs: Any) -> Any:
-            with _disable_current_modes():
-                return hook(*args, **kwargs)
-
-        return run
-
-    for hooks in (module._forward_pre_hooks, module._forward_hooks):
-        for key, hook in hooks.items():
-            hooks[key] = unseen(hook)

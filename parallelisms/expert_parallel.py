@@ -1,84 +1,225 @@
-"""Expert parallelism: each rank of the `ep` axis holds some of the experts; rows travel to them and back."""
+"""Expert parallelism: each rank of the `ep` axis holds some of the experts; tokens travel to them and back.
 
-import functools
-from typing import Any
+A token goes once to each rank that holds any of its experts, which sends back one sum: not once for each expert.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-from torch.distributed._functional_collectives import AsyncCollectiveTensor, all_to_all_single_autograd
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+from torch.utils._pytree import tree_leaves
 
-from models.ops.grouped_experts import grouped_experts
-from models.ops.permute import reorder
-from models.qwen35_moe.moe import Experts
+from models.ops.grouped_experts import weighted_swiglu
+from models.ops.permute import add_up_rows, combine, gather_rows, permute, sort_by_expert
+from models.qwen35_moe.moe import IN_EAGER_MODE, Experts, RowOperations, routed_experts
 
-# Shapes: R rows routed by this rank, S rows received by it, E experts, P ranks of the ep axis, H hidden.
+# Shapes: T tokens of this rank, k experts a token, C copies of tokens to send, D copies received, E experts, P ranks of
+# the ep axis, m = min(k, P), the most copies of a token, H hidden.
+
+_collectives = torch.ops._c10d_functional
 
 
-def apply_expert_parallel(experts: Experts, mesh: DeviceMesh) -> None:
-    """Spreads the stacked experts over `mesh` (one axis), contiguous runs of E / P each, and reroutes the forward.
+class Copies(NamedTuple):
+    """Which token each copy is of, sorted by rank and then token; see permute.py."""
 
-    It returns while the results travel; `experts.arrived` waits for them.
-    """
-    for name, parameter in list(experts.named_parameters()):
-        sharded = distribute_tensor(parameter.data, mesh, [Shard(0)], src_data_rank=None)
-        experts.register_parameter(name, torch.nn.Parameter(sharded))
-    experts.forward = functools.partial(_forward, experts, mesh.get_group())  # type: ignore[method-assign]
-    experts.arrived = _arrived  # type: ignore[method-assign]
+    sources: torch.Tensor
+    """[C]"""
+    places: torch.Tensor
+    """int32 [T, m]"""
+
+
+class Travelling(NamedTuple):
+    """The copies' results [C, H] on their way back, and what `ExpertParallel.arrived` needs beside them."""
+
+    rows: torch.Tensor
+    exchange: "Exchange"
+    copies: Copies
+
+
+class ExpertParallel:
+    """The forward of a block's experts, in the parts that activation checkpointing and compilation need."""
+
+    def __init__(self, experts: Experts, mesh: DeviceMesh) -> None:
+        """Spreads the stacked experts over `mesh` (one axis), contiguous runs of E / P each."""
+        for name, parameter in list(experts.named_parameters()):
+            sharded = distribute_tensor(parameter.data, mesh, [Shard(0)], src_data_rank=None)
+            experts.register_parameter(name, torch.nn.Parameter(sharded))
+        self.experts, self.group = experts, mesh.get_group()
+        self.num_ranks, self.rank = mesh.size(), mesh.get_local_rank()
+        self.num_local = len(experts.gate_up_proj) // self.num_ranks
+        self.plan_copies, self.make_copies, self.add_up_copies = plan_copies, make_copies, add_up_copies
+        self.row_operations = IN_EAGER_MODE
+
+    def install(self) -> None:
+        """Reroutes the experts' forward, which returns while the results travel, and what waits for them."""
+        self.experts.forward = self.forward  # type: ignore[method-assign]
+        self.experts.arrived = self.arrived  # type: ignore[method-assign]
+
+    def compile(self) -> None:
+        """Compiles what needs no matrix product and does not wait: activation checkpointing, which stands around the
+        rest, does not see into a graph."""
+        self.plan_copies, self.make_copies = _compile(plan_copies), _compile(make_copies)
+        self.add_up_copies = _compile(add_up_copies)
+        self.row_operations = RowOperations(_compile(gather_rows), _compile(weighted_swiglu), _compile(add_up_rows))
+
+    def forward(self, x: torch.Tensor, weights: torch.Tensor, chosen: torch.Tensor) -> Travelling:
+        """As `Experts.forward`. Every rank of the axis takes part, also one that receives nothing.
+
+        One small all-to-all tells how many copies come, one brings their experts and weights, one the copies, and one
+        takes the results back; one host synchronisation.
+        """
+        results, copies, sent, received = self.compute(x, weights, chosen)
+        exchange = Exchange(received, sent, self.group)
+        return Travelling(exchange.start(results), exchange, copies)
+
+    def arrived(self, results: Travelling) -> torch.Tensor:
+        """As `Experts.arrived`: [T, H]."""
+        return self.add_up_copies(results.exchange.finish(results.rows), results.copies)
+
+    def compute(
+        self, x: torch.Tensor, weights: torch.Tensor, chosen: torch.Tensor
+    ) -> tuple[torch.Tensor, Copies, list[int], list[int]]:
+        """Sends the copies, and applies this rank's experts to those received: their results [D, H], what was sent, and
+        how many copies went to each rank and came from it."""
+        ends, sent_counts, places = self.plan_copies(chosen, self.num_ranks, self.num_local)
+        even = [1] * self.num_ranks
+        received_counts = _wait(_collectives.all_to_all_single(sent_counts, even, even, self.group.group_name))
+        numbers = _splits(sent_counts, received_counts)
+        sent, received = numbers[:, :, 0].tolist()
+        num_rows = int(numbers[1, :, 1].sum())
+
+        numbers = torch.arange(1, sum(sent) + 1, dtype=torch.int32, device=x.device)  # of the copies
+        x, packed, sources = self.make_copies(x, weights, chosen, ends, places, numbers)
+        of_packed, of_x = Exchange(sent, received, self.group), Exchange(sent, received, self.group)
+        packed, x = of_packed.start(packed), of_x.start(x)
+        weights, local = of_packed.finish(packed).chunk(2, dim=-1)
+        # While the copies travel; an expert of another rank becomes `num_local`, which is none.
+        local = local.detach().int() - self.rank * self.num_local
+        local = local.where((local >= 0) & (local < self.num_local), self.num_local)
+        order = sort_by_expert(local, self.num_local, num_rows)
+        x = of_x.finish(x)
+        projections = _local(self.experts.gate_up_proj), _local(self.experts.down_proj)
+        results = routed_experts(x, weights, order, *projections, self.row_operations)
+        return results, Copies(sources, places), sent, received
+
+
+def plan_copies(
+    chosen: torch.Tensor, num_ranks: int, num_local: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """chosen [T, k] -> where each (rank, token)'s copies end in their order, int32 [P * T]; how many copies go to each
+    rank and how many choices they serve there, int32 [P, 2]; `places` of the copies, int32 [T, m]."""
+    num_tokens, top_k = chosen.shape
+    targets = chosen // num_local  # [T, k]
+    ranks = torch.arange(num_ranks, device=chosen.device)
+    serves = (ranks.view(-1, 1, 1) == targets.T).sum(dim=1, dtype=torch.int32)  # [P, T]
+    is_sent = (serves > 0).int()
+    ends = is_sent.flatten().cumsum(0, dtype=torch.int32)
+    counts = torch.stack([is_sent.sum(dim=1, dtype=torch.int32), serves.sum(dim=1, dtype=torch.int32)], dim=1)
+    if num_ranks <= top_k:
+        places = (ends.view(num_ranks, num_tokens) - 1).where(is_sent > 0, -1).T
+    else:
+        of_choices = ends.view(num_ranks, num_tokens).T.gather(1, targets) - 1
+        is_repeated = (targets.unsqueeze(2) == targets.unsqueeze(1)).tril(-1).any(dim=2)
+        places = of_choices.where(~is_repeated, -1)
+    return ends, counts, places.contiguous()
+
+
+def make_copies(
+    x: torch.Tensor,
+    weights: torch.Tensor,
+    chosen: torch.Tensor,
+    ends: torch.Tensor,
+    places: torch.Tensor,
+    numbers: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The copies, with `numbers` from 1 to C, of x [C, H]; of weights and chosen experts, side by side in the weights'
+    dtype [C, 2k]; and `sources` [C]."""
+    sources = torch.searchsorted(ends, numbers, out_int32=True) % len(x)
+    packed = torch.cat([weights, chosen.to(weights.dtype)], dim=-1)  # float32 has all integers up to 2^24
+    return permute(x, sources, places), permute(packed, sources, places), sources
+
+
+def add_up_copies(rows: torch.Tensor, copies: Copies) -> torch.Tensor:
+    """The copies' results [C, H] -> [T, H]."""
+    return combine(rows, copies.sources, copies.places)
+
+
+def _compile(function: Callable) -> Callable:
+    """One graph for any number of rows: unlike the tensors' other dimensions it changes with each block and batch."""
+    compiled = torch.compile(function)
+
+    def run(*args: Any) -> Any:
+        for each in tree_leaves(args):
+            if isinstance(each, torch.Tensor):
+                torch._dynamo.maybe_mark_dynamic(each, 0)
+        return compiled(*args)
+
+    return run
 
 
 @torch.library.custom_op("qwen35_moe::splits", mutates_args=())
-def _splits(sent_counts: torch.Tensor, received_counts: torch.Tensor, num_ranks: int) -> torch.Tensor:
-    """How many rows go to each rank and come from it, int64 [2, P] on the host, which waits for the device here.
+def _splits(sent: torch.Tensor, received: torch.Tensor) -> torch.Tensor:
+    """Both [P, 2] -> [2, P, 2] on the host, which waits for the device here.
 
     An operation of its own, so that activation checkpointing keeps the result: recomputation does not wait again.
     """
-    return torch.stack([sent_counts, received_counts]).view(2, num_ranks, -1).sum(dim=-1).cpu()
+    return torch.stack([sent, received]).cpu()
 
 
-def _forward(
-    experts: Experts, group: dist.ProcessGroup, rows: torch.Tensor, weights: torch.Tensor, offsets: torch.Tensor
-) -> torch.Tensor:
-    """As `Experts.forward`: rows [R, H] sorted by expert, weights float32 [R], offsets int32 [E] -> [R, H].
+def _wait(tensor: torch.Tensor) -> torch.Tensor:
+    return _collectives.wait_tensor(tensor)
 
-    One small all-to-all tells how many rows come, one brings them, a small one their weights, one takes the results
-    back; one host synchronisation. A rank that receives no rows takes part like any other.
+
+class Exchange:
+    """One all-to-all of rows and, in the backward pass, of their gradients, each launched and awaited separately.
+
+    Autograd runs what was recorded last first. So what the forward pass computes between `start` and `finish` is
+    differentiated between the launch and the wait of the gradients' all-to-all.
     """
-    num_ranks = dist.get_world_size(group)
-    sent_counts = offsets.diff(prepend=offsets.new_zeros(1))  # [E], destination-major: experts are contiguous
-    even = [sent_counts.numel() // num_ranks] * num_ranks
-    # [P * E/P], source-major. The functional form, so that activation checkpointing sees it and need not repeat it.
-    received_counts = all_to_all_single_autograd(sent_counts, even, even, group)
-    sent, received = _splits(sent_counts, received_counts, num_ranks).tolist()
-    rows = all_to_all_single_autograd(rows, received, sent, group)  # [S, H], sorted by (source, expert)
-    weights = all_to_all_single_autograd(weights, received, sent, group)  # [S]
 
-    local_expert = torch.arange(sent_counts.numel() // num_ranks, device=rows.device).repeat(num_ranks)
-    local_expert = local_expert.repeat_interleave(received_counts, output_size=sum(received))  # [S]
-    order = local_expert.argsort(stable=True)
-    inverse = order.argsort()
-    local_offsets = received_counts.view(num_ranks, -1).sum(dim=0).cumsum(0, dtype=torch.int32)  # [E / P]
-    gate_up_proj, down_proj = _local(experts.gate_up_proj), _local(experts.down_proj)
-    rows, weights = reorder(rows, order, inverse), reorder(weights, order, inverse)
-    rows = grouped_experts(rows, gate_up_proj, down_proj, weights, local_offsets, experts.activation)
-    return all_to_all_single_autograd(reorder(rows, inverse, order), sent, received, group)
+    def __init__(self, sent: list[int], received: list[int], group: dist.ProcessGroup) -> None:
+        """How many rows go to each rank and come from it."""
+        self.sent, self.received, self.group = sent, received, group
+        self.gradient: torch.Tensor | None = None
+        """Of the rows sent, between launch and wait: it has not their results' shape, so autograd cannot carry it."""
 
+    def start(self, rows: torch.Tensor) -> torch.Tensor:
+        """Launches the rows; the result is for `finish` alone."""
+        return _Start.apply(rows, self)
 
-def _arrived(rows: torch.Tensor) -> torch.Tensor:
-    return _Arrived.apply(rows)
+    def finish(self, rows: torch.Tensor) -> torch.Tensor:
+        """The rows received."""
+        return _Finish.apply(rows, self)
+
+    def launch(self, rows: torch.Tensor, sent: list[int], received: list[int]) -> torch.Tensor:
+        return _collectives.all_to_all_single(rows.contiguous(), received, sent, self.group.group_name)
 
 
-class _Arrived(torch.autograd.Function):
-    """The identity. What is launched after it runs when the collective that makes `rows` has ended."""
+class _Start(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows: torch.Tensor, exchange: Exchange) -> torch.Tensor:
+        ctx.exchange = exchange
+        return exchange.launch(rows, exchange.sent, exchange.received)
 
     @staticmethod
-    def forward(ctx: Any, rows: torch.Tensor) -> torch.Tensor:
-        return rows.trigger_wait() if isinstance(rows, AsyncCollectiveTensor) else rows.view_as(rows)
+    def backward(ctx: Any, _: torch.Tensor) -> tuple[torch.Tensor, None]:
+        gradient, ctx.exchange.gradient = ctx.exchange.gradient, None
+        return _wait(gradient), None
+
+
+class _Finish(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows: torch.Tensor, exchange: Exchange) -> torch.Tensor:
+        ctx.exchange = exchange
+        return _wait(rows).view_as(rows)
 
     @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
-        return gradient
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
+        ctx.exchange.gradient = ctx.exchange.launch(gradient, ctx.exchange.received, ctx.exchange.sent)
+        return gradient, None  # which only says that there is one
 
 
 def _local(parameter: torch.Tensor) -> torch.Tensor:

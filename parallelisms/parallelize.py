@@ -13,11 +13,10 @@ from torch.distributed.fsdp._fully_shard._fsdp_api import ReduceScatter
 from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-from models.ops.grouped_experts import weighted_swiglu
 from models.qwen35_moe.init import Region, whole
 from models.qwen35_moe.model import Block, Qwen35Moe
-from parallelisms.activation_checkpoint import apply_activation_checkpointing, hide_fsdp_hooks
-from parallelisms.expert_parallel import apply_expert_parallel
+from parallelisms.activation_checkpoint import apply_activation_checkpointing
+from parallelisms.expert_parallel import ExpertParallel
 from parallelisms.mesh import Meshes
 
 
@@ -39,11 +38,13 @@ def parallelize_fn(
         if in_parts:
             # No graph can hold the experts: how many rows travel is known to the host alone. One break inside would
             # leave all of a checkpointed block uncompiled, so what stands before and after them is made into parts.
-            apply_expert_parallel(block.mlp.experts, meshes.expert_parallel)
-            parts = [(block, "attend_and_route"), (block.mlp, "run_experts"), (block.mlp, "run_shared_expert")]
+            experts = ExpertParallel(block.mlp.experts, meshes.expert_parallel)
+            parts = [(block, "attend_and_route"), (experts, "compute"), (block.mlp, "run_shared_expert")]
             apply_activation_checkpointing(parts, activation_checkpoint)
             if compile_blocks:
                 compile_around_experts(block)
+                experts.compile()
+            experts.install()
         else:
             apply_activation_checkpointing([(block, "forward")], activation_checkpoint)
             if compile_blocks:
@@ -51,21 +52,11 @@ def parallelize_fn(
 
     apply_fsdp(model, meshes, compute_dtype)
 
-    if activation_checkpoint != "none" and in_parts:
-        for block in model.blocks:
-            hide_fsdp_hooks(block.mlp.experts)
-
 
 def compile_around_experts(block: Block) -> None:
-    """One graph before a block's experts, one beside and one after them; of the experts what needs no matrix product,
-    for activation checkpointing does not see into a graph that it stands around."""
-    parts = [(block, "attend_and_route"), (block.mlp, "gather_rows"), (block.mlp, "run_shared_expert"), (block, "join")]
-    for module, name in parts:
+    """One graph before a block's experts, one beside and one after them."""
+    for module, name in [(block, "attend_and_route"), (block.mlp, "run_shared_expert"), (block, "join")]:
         setattr(module, name, torch.compile(getattr(module, name)))
-    block.mlp.experts.activation = _compiled_activation
-
-
-_compiled_activation = torch.compile(weighted_swiglu, dynamic=True)  # the number of rows changes with every batch
 
 
 def apply_fsdp(model: Qwen35Moe, meshes: Meshes, compute_dtype: torch.dtype) -> None:

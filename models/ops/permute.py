@@ -1,75 +1,98 @@
 """Moves tokens to their experts' order and back: gathers in both directions, so sums have one order on any device."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from models.ops.precision import at_least_float32
 
-# Shapes: T tokens, H hidden, R = T * top_k routed rows. order [R]: sorted row -> routed row (token * top_k + choice);
-# inverse [R]: routed row -> sorted row. Autograd would scatter the gradients with atomic additions.
+# Shapes: N tokens, k experts a token, R rows (of tokens, each as often as it is needed), E experts, H hidden.
+# sources [R]: row -> its token; places [N, m]: token -> its rows, at most m of them, the rest -1. They describe the
+# same pairs, so each is the way back of the other. Autograd would scatter the gradients with atomic additions.
 
 
 class _Permute(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, order: torch.Tensor, inverse: torch.Tensor, top_k: int) -> torch.Tensor:
-        ctx.save_for_backward(inverse)
-        ctx.top_k = top_k
-        return x[order // top_k]
+    def forward(ctx: Any, x: torch.Tensor, sources: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(places)
+        return x[sources]
 
     @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
-        return _sum_of_choices(gradient, ctx.saved_tensors[0], ctx.top_k), None, None, None
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        return _sum_of_rows(gradient, *ctx.saved_tensors), None, None
 
 
 class _Combine(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, rows: torch.Tensor, order: torch.Tensor, inverse: torch.Tensor, top_k: int) -> torch.Tensor:
-        ctx.save_for_backward(order)
-        ctx.top_k = top_k
-        return _sum_of_choices(rows, inverse, top_k)
+    def forward(ctx: Any, rows: torch.Tensor, sources: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(sources)
+        return _sum_of_rows(rows, places)
 
     @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
-        return gradient[ctx.saved_tensors[0] // ctx.top_k], None, None, None
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        return gradient[ctx.saved_tensors[0]], None, None
 
 
-def _sum_of_choices(rows: torch.Tensor, inverse: torch.Tensor, top_k: int) -> torch.Tensor:
-    """Adds up the rows of each token, [R, H] -> [T, H], in float32 or wider.
+def _sum_of_rows(rows: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+    """Adds up each token's rows, [R, H] -> [N, H], in float32 or wider.
 
-    One gather a choice: compiled, the sum is then elementwise work along H. As a sum over a dimension of size top_k the
+    One gather a column: compiled, the sum is then elementwise work along H. As a sum over a dimension of size m the
     compiler makes it a reduction with rows too short to read memory at speed.
     """
-    first, *others = inverse.view(-1, top_k).unbind(-1)
-    total = at_least_float32(rows[first])
-    for places in others:
-        total = total + at_least_float32(rows[places])
+    # Where there is no row, -1 reads the last one: some row that is there to be read, whatever it holds.
+    first, *others = (
+        at_least_float32(rows[column]).where((column >= 0).unsqueeze(-1), 0.0) for column in places.unbind(-1)
+    )
+    total = first
+    for each in others:
+        total = total + each
     # Not `.to` where it would do nothing: torch 2.11 compiles a Function that ends so to a gradient of zeros.
     return total if total.dtype == rows.dtype else total.to(rows.dtype)
 
 
-class _Reorder(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, rows: torch.Tensor, order: torch.Tensor, inverse: torch.Tensor) -> torch.Tensor:
-        ctx.save_for_backward(inverse)
-        return rows[order]
-
-    @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:
-        (inverse,) = ctx.saved_tensors
-        return gradient[inverse], None, None
+def permute(x: torch.Tensor, sources: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+    """Each token as often as it has rows: [N, H] -> [R, H]. sources [R], places [N, m]: integers, see above."""
+    return _Permute.apply(x, sources, places)
 
 
-def permute(x: torch.Tensor, order: torch.Tensor, inverse: torch.Tensor, top_k: int) -> torch.Tensor:
-    """Each token once for each of its experts, sorted by expert: [T, H] -> [R, H]. order, inverse: integers [R]."""
-    return _Permute.apply(x, order, inverse, top_k)
+def combine(rows: torch.Tensor, sources: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+    """The way back: each token gets the sum of its rows, [R, H] -> [N, H]; zeros if it has none."""
+    return _Combine.apply(rows, sources, places)
 
 
-def combine(rows: torch.Tensor, order: torch.Tensor, inverse: torch.Tensor, top_k: int) -> torch.Tensor:
-    """The way back: each token gets the sum of its experts' rows, [R, H] -> [T, H]. order, inverse as in `permute`."""
-    return _Combine.apply(rows, order, inverse, top_k)
+class ExpertOrder(NamedTuple):
+    """Which row is which choice when rows are sorted by expert, and by token within an expert."""
+
+    order: torch.Tensor
+    """int32 [R]: row -> choice, token * k + place among its k."""
+    places: torch.Tensor
+    """int32 [N, k]: choice -> row; -1 for a choice that has none."""
+    offsets: torch.Tensor
+    """int32 [E]: where each expert's rows end."""
 
 
-def reorder(rows: torch.Tensor, order: torch.Tensor, inverse: torch.Tensor) -> torch.Tensor:
-    """rows[order], where `inverse` is the permutation that undoes `order`: [R, ...] -> [R, ...]."""
-    return _Reorder.apply(rows, order, inverse)
+def sort_by_expert(chosen: torch.Tensor, num_experts: int, num_rows: int) -> ExpertOrder:
+    """chosen, integers [N, k]: an expert, or `num_experts` for none, which gets no row; `num_rows` of them have one."""
+    # The fewer bits a key has, the fewer passes a radix sort makes.
+    experts, order = chosen.flatten().to(torch.int16).sort(stable=True)
+    rows = torch.arange(order.shape[0], dtype=torch.int32, device=chosen.device)
+    places = torch.empty_like(rows).scatter_(0, order, rows)
+    if num_rows < order.shape[0]:
+        places = places.where(places < num_rows, -1)
+        order = order[:num_rows]
+    # Where each expert's rows end, by binary search: no atomics, no host synchronisation.
+    ids = torch.arange(num_experts, dtype=torch.int16, device=chosen.device)
+    offsets = torch.searchsorted(experts, ids, right=True, out_int32=True)
+    # Indices of 32 bits: 64-bit arithmetic costs a GPU more than moving the rows.
+    return ExpertOrder(order.int(), places.view_as(chosen), offsets)
+
+
+def gather_rows(x: torch.Tensor, weights: torch.Tensor, order: ExpertOrder) -> tuple[torch.Tensor, torch.Tensor]:
+    """x [N, H], weights [N, k] -> rows [R, H] and their weights [R], sorted by expert."""
+    rows = permute(x, order.order // weights.shape[-1], order.places)
+    return rows, permute(weights.reshape(-1, 1), order.order, order.places.view(-1, 1)).flatten()
+
+
+def add_up_rows(rows: torch.Tensor, order: ExpertOrder) -> torch.Tensor:
+    """The way back: rows [R, H] -> each token's sum [N, H]."""
+    return combine(rows, order.order // order.places.shape[-1], order.places)

@@ -12,7 +12,7 @@ from models.ops.linear_cross_entropy import linear_cross_entropy
 from models.qwen35_moe.attention import GatedAttention
 from models.qwen35_moe.config import FULL, ModelConfig
 from models.qwen35_moe.gated_delta_net import GatedDeltaNet
-from models.qwen35_moe.moe import COUNTS_OF_ALL, Measure, MixtureOfExperts, RouterStatistics, Routing
+from models.qwen35_moe.moe import COUNTS_OF_ALL, Measure, MixtureOfExperts, RouterStatistics
 from models.qwen35_moe.norms import RMSNorm
 from models.qwen35_moe.rotary import Rotary, rotary_embedding
 
@@ -37,15 +37,15 @@ class Block(nn.Module):
         self, hidden: torch.Tensor, rotary: Rotary, documents: Documents, measure: Measure = COUNTS_OF_ALL
     ) -> tuple[torch.Tensor, RouterStatistics]:
         """hidden [T, H] -> hidden [T, H], and what the router did."""
-        hidden, x, routing, statistics = self.attend_and_route(hidden, rotary, documents, measure)
-        rows = self.mlp.run_experts(x, routing)
-        shared = self.mlp.run_shared_expert(x)  # while rows are on their way back
-        return self.join(hidden, self.mlp.experts.arrived(rows), shared, routing), statistics
+        hidden, x, weights, chosen, statistics = self.attend_and_route(hidden, rotary, documents, measure)
+        routed = self.mlp.experts(x, weights, chosen)
+        shared = self.mlp.run_shared_expert(x)  # while the experts' results are on their way back
+        return self.join(hidden, self.mlp.experts.arrived(routed), shared), statistics
 
     def attend_and_route(
         self, hidden: torch.Tensor, rotary: Rotary, documents: Documents, measure: Measure
-    ) -> tuple[torch.Tensor, torch.Tensor, Routing, RouterStatistics]:
-        """hidden [T, H] -> hidden after attention, what the experts read, both [T, H], and where its rows go."""
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, RouterStatistics]:
+        """hidden [T, H] -> hidden after attention, what the experts read, both [T, H]; and as `route`."""
         x = self.input_layernorm(hidden)
         if self.layer_type == FULL:
             hidden = hidden + self.self_attn(x, rotary, documents)
@@ -54,9 +54,9 @@ class Block(nn.Module):
         x = self.post_attention_layernorm(hidden)
         return hidden, x, *self.mlp.route(x, measure)
 
-    def join(self, hidden: torch.Tensor, rows: torch.Tensor, shared: torch.Tensor, routing: Routing) -> torch.Tensor:
-        """The second residual: hidden [T, H], the experts' rows [R, H], the shared expert's result [T, H] -> [T, H]."""
-        return hidden + self.mlp.add_up(rows, shared, routing)
+    def join(self, hidden: torch.Tensor, routed: torch.Tensor, shared: torch.Tensor) -> torch.Tensor:
+        """The second residual, of the routed experts' and the shared expert's results: all [T, H]."""
+        return hidden + (routed + shared)
 
 
 class Qwen35Moe(nn.Module):

@@ -1,18 +1,18 @@
 """Mixture of experts: router, stacked experts, shared expert."""
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from models.ops.grouped_experts import Activation, grouped_experts, weighted_swiglu
-from models.ops.permute import combine, permute, reorder
+from models.ops.grouped_experts import grouped_experts, weighted_swiglu
+from models.ops.permute import ExpertOrder, add_up_rows, gather_rows, sort_by_expert
 from models.ops.precision import at_least_float32
 from models.qwen35_moe.config import ModelConfig
 
-# Shapes: T tokens, H hidden, E experts, k experts a token, R = T * k routed rows, I expert hidden.
+# Shapes: T tokens, H hidden, E experts, k experts a token, I expert hidden.
 
 
 class Measure(NamedTuple):
@@ -43,19 +43,6 @@ class RouterStatistics(NamedTuple):
         return cls._make(None if kind[0] is None else torch.stack(kind) for kind in zip(*of_layers))
 
 
-class Routing(NamedTuple):
-    """Where the routed rows go; `order` and `inverse` as in permute.py."""
-
-    weights: torch.Tensor
-    """float32 [R], of the rows sorted by expert."""
-    order: torch.Tensor
-    """int32 [R]"""
-    inverse: torch.Tensor
-    """int32 [R]"""
-    offsets: torch.Tensor
-    """int32 [E]: where each expert's rows end."""
-
-
 class Router(nn.Module):
     """Softmax over all experts, the k largest, renormalised to sum to one. `weight` [E, H] is float32 always."""
 
@@ -76,6 +63,34 @@ class Router(nn.Module):
         return weights / weights.sum(dim=-1, keepdim=True), experts, logits, probabilities
 
 
+class RowOperations(NamedTuple):
+    """What routed experts do beside matrix products, or compiled forms of it."""
+
+    gather_rows: Callable[[torch.Tensor, torch.Tensor, ExpertOrder], tuple[torch.Tensor, torch.Tensor]] = gather_rows
+    activation: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] = weighted_swiglu
+    add_up_rows: Callable[[torch.Tensor, ExpertOrder], torch.Tensor] = add_up_rows
+
+
+IN_EAGER_MODE = RowOperations()
+
+
+def routed_experts(
+    x: torch.Tensor,
+    weights: torch.Tensor,
+    order: ExpertOrder,
+    gate_up_proj: torch.Tensor,
+    down_proj: torch.Tensor,
+    row_operations: RowOperations = IN_EAGER_MODE,
+) -> torch.Tensor:
+    """x [T, H] -> each token's sum over its choices of weight * expert(x) [T, H]; zeros if it has none.
+
+    weights float32 [T, k]; `order`: which of the choices have a row, and which expert's; projections as in `Experts`.
+    """
+    rows, row_weights = row_operations.gather_rows(x, weights, order)
+    rows = grouped_experts(rows, gate_up_proj, down_proj, row_weights, order.offsets, row_operations.activation)
+    return row_operations.add_up_rows(rows, order)
+
+
 class Experts(nn.Module):
     """The routed experts' weights, stacked: gate_up_proj [E, 2I, H] (rows: gate, then up), down_proj [E, H, I]."""
 
@@ -84,16 +99,17 @@ class Experts(nn.Module):
         num_experts, hidden, inner = config.num_experts, config.hidden_size, config.moe_intermediate_size
         self.gate_up_proj = nn.Parameter(torch.empty(num_experts, 2 * inner, hidden))
         self.down_proj = nn.Parameter(torch.empty(num_experts, hidden, inner))
-        self.activation: Activation = weighted_swiglu
 
-    def forward(self, rows: torch.Tensor, weights: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
-        """rows [R, H] sorted by expert, their weights float32 [R], offsets int32 [E] (where each expert's rows end) ->
-        [R, H]."""
-        return grouped_experts(rows, self.gate_up_proj, self.down_proj, weights, offsets, self.activation)
+    def forward(self, x: torch.Tensor, weights: torch.Tensor, chosen: torch.Tensor) -> Any:
+        """x [T, H], weights float32 [T, k] of the experts chosen, integers [T, k] -> [T, H], each token's weighted sum;
+        or, from experts elsewhere, what `arrived` makes it of."""
+        order = sort_by_expert(chosen, len(self.gate_up_proj), chosen.numel())
+        return routed_experts(x, weights, order, self.gate_up_proj, self.down_proj)
 
-    def arrived(self, rows: torch.Tensor) -> torch.Tensor:
-        """What `forward` handed back, once it can be read: experts elsewhere may have sent it and not waited."""
-        return rows
+    def arrived(self, results: Any) -> torch.Tensor:
+        """What `forward` handed back, as [T, H], once it can be read: experts elsewhere may have sent it and not
+        waited."""
+        return results
 
 
 class SharedExpert(nn.Module):
@@ -124,44 +140,23 @@ class MixtureOfExperts(nn.Module):
         self.shared_expert = SharedExpert(config)
         self.shared_expert_gate = nn.Linear(config.hidden_size, 1, bias=False)
 
-    def route(self, x: torch.Tensor, measure: Measure) -> tuple[Routing, RouterStatistics]:
-        """Decides where each row of x [T, H] goes, and tells what the router did."""
-        weights, experts, logits, probabilities = self.gate(x)
-        top_k = experts.shape[-1]
-        # The fewer bits a key has, the fewer passes a radix sort makes.
-        sorted_experts, order = experts.flatten().to(torch.int16).sort(stable=True)
-        places = torch.arange(order.shape[0], dtype=torch.int32, device=x.device)
-        inverse = torch.empty_like(places).scatter_(0, order, places)
-        order = order.int()  # 64-bit arithmetic on indices costs a GPU more than moving the rows
-        # Where each expert's rows end, by binary search: no atomics, no host synchronisation.
-        ids = torch.arange(self.num_experts, dtype=torch.int16, device=x.device)
-        offsets = torch.searchsorted(sorted_experts, ids, right=True, out_int32=True)  # [E]
-        ends = offsets
-        if measure.is_real is not None:  # where they would end without the fillers
-            real_rows = measure.is_real[order // top_k].cumsum(0, dtype=torch.int32)  # [R]
-            ends = F.pad(real_rows, (1, 0))[offsets]
+    def route(self, x: torch.Tensor, measure: Measure) -> tuple[torch.Tensor, torch.Tensor, RouterStatistics]:
+        """x [T, H] -> weights float32 [T, k], the experts chosen, int64 [T, k], and what the router did."""
+        weights, chosen, logits, probabilities = self.gate(x)
+        ones = torch.ones_like(chosen, dtype=torch.int32)
+        if measure.is_real is not None:
+            ones = ones * measure.is_real.unsqueeze(-1)
+        counts = ones.new_zeros(self.num_experts).scatter_add(0, chosen.flatten(), ones.flatten())
         statistics = RouterStatistics(
-            ends.diff(prepend=ends.new_zeros(1)),
+            counts,
             _sum_of_real(probabilities, measure) if measure.probabilities else None,
             _sum_of_real(logits.logsumexp(dim=-1).square(), measure) if measure.logsumexp else None,
         )
-        return Routing(reorder(weights.flatten(), order, inverse), order, inverse, offsets), statistics
-
-    def run_experts(self, x: torch.Tensor, routing: Routing) -> torch.Tensor:
-        """x [T, H] -> weighted results [R, H], sorted by expert; they may still be on their way: see `arrived`."""
-        return self.experts(self.gather_rows(x, routing), routing.weights, routing.offsets)
-
-    def gather_rows(self, x: torch.Tensor, routing: Routing) -> torch.Tensor:
-        """x [T, H] -> each token once for each of its experts, sorted by expert [R, H]."""
-        return permute(x, routing.order, routing.inverse, top_k=routing.order.shape[0] // x.shape[0])
+        return weights, chosen, statistics
 
     def run_shared_expert(self, x: torch.Tensor) -> torch.Tensor:
         """x [T, H] -> [T, H]."""
         return self.shared_expert_gate(x).sigmoid() * self.shared_expert(x)
-
-    def add_up(self, rows: torch.Tensor, shared: torch.Tensor, routing: Routing) -> torch.Tensor:
-        """The experts' rows [R, H] and the shared expert's result [T, H] -> the layer's output [T, H]."""
-        return combine(rows, routing.order, routing.inverse, top_k=rows.shape[0] // shared.shape[0]) + shared
 
 
 def _sum_of_real(values: torch.Tensor, measure: Measure) -> torch.Tensor:

@@ -1,8 +1,9 @@
 """The collectives of one step are those of docs/communication.md, and gathers are issued before they are needed."""
 
 import re
+from fractions import Fraction
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -26,29 +27,46 @@ LAYOUTS = [
     Layout(world=4, ep=2, activation_checkpoint="full"),
     Layout(world=4, replicate=2, accumulation=2),
 ]
-Totals = dict[tuple[str, str], tuple[int, int]]
+Totals = dict[tuple[str, str], tuple[int, int | Fraction]]
 
 
-def record_steps(layouts: list[Layout]) -> list[list[Collective]]:
-    """The collectives of each layout's second step, under bfloat16."""
+class Record(NamedTuple):
+    """What a rank did in a step."""
+
+    calls: list[Collective]
+    num_copies: int
+    """Of the tokens that it sends to experts."""
+
+
+def record_steps(layouts: list[Layout]) -> list[Record]:
+    """Each layout's second step, under bfloat16."""
     records = []
     for layout in layouts:
         model, meshes, optimizer = build(CONFIG, layout, torch.bfloat16)
         batches = own_batches(CONFIG, layout, ROWS, 0)
         step(model, meshes, optimizer, batches)
+        num_copies = 0
+
+        def count(_: object, inputs: object, output: tuple[torch.Tensor, ...], ep: int = layout.ep) -> None:
+            nonlocal num_copies
+            ranks = output[1] // (CONFIG.num_experts // ep)
+            num_copies += sum(len(set(of_token)) for of_token in ranks.tolist())
+
+        for block in model.blocks:
+            block.mlp.gate.register_forward_hook(count)
         with recorded(meshes) as calls:
             step(model, meshes, optimizer, batches)
-        records.append(calls[1:])  # the first is the test's own: the number of trained tokens
+        records.append(Record(calls[1:], num_copies))  # the first is the test's own: the number of trained tokens
     return records
 
 
 @pytest.fixture(scope="module")
-def records() -> dict[Layout, list[list[Collective]]]:
-    """Of each layout, the collectives of each rank."""
+def records() -> dict[Layout, list[Record]]:
+    """Of each layout, what each rank did."""
     return dict(zip(LAYOUTS, zip(*run_ranks(record_steps, 4, LAYOUTS))))
 
 
-def symbols(layout: Layout) -> dict[str, int]:
+def symbols(layout: Layout, num_copies: Fraction) -> dict[str, int | Fraction]:
     """What the documentation's letters stand for; see there."""
     with torch.device("meta"):
         model = Qwen35Moe(CONFIG, Kernels(attention="sdpa"))
@@ -73,21 +91,20 @@ def symbols(layout: Layout) -> dict[str, int]:
         "R": total(r"(?!layers\.)"),
         "F": sum(sizes[name] for name in outside),
         "c": 2,
-        "T": 64 * len(ROWS) // (layout.world * layout.accumulation),
         "k": CONFIG.num_experts_per_tok,
         "H": CONFIG.hidden_size,
-        "E": CONFIG.num_experts,
+        "C": num_copies,
         "ep": layout.ep,
     }
 
 
-def documented(layout: Layout) -> Totals:
+def documented(layout: Layout, num_copies: Fraction) -> Totals:
     """(kind, axis) -> (count, bytes) of a step, from the tables of docs/communication.md."""
     text = (Path(__file__).resolve().parents[2] / "docs/communication.md").read_text()
     _, alone, experts = re.split(r"^## (?:FSDP alone|FSDP and expert).*$", text, flags=re.MULTILINE)
     table = alone if layout.ep == 1 else experts
     rows = re.findall(r"^\| (\S+) \| (\w+) \| .* \| `(.*)` \| `(.*)` \|$", table, flags=re.MULTILINE)
-    values = symbols(layout)
+    values = symbols(layout, num_copies)
     return {(kind, axis): (eval(count, {}, values), eval(size, {}, values)) for kind, axis, count, size in rows}
 
 
@@ -100,19 +117,19 @@ def measured(calls: list[list[Collective]]) -> Totals:
                 total = totals.setdefault((kind, axis), [0, 0])
                 total[0] += 1
                 total[1] += size
-    assert all(count % len(calls) == size % len(calls) == 0 for count, size in totals.values())
-    return {key: (count // len(calls), size // len(calls)) for key, (count, size) in totals.items()}
+    assert all(count % len(calls) == 0 for count, _ in totals.values())
+    return {key: (count // len(calls), Fraction(size, len(calls))) for key, (count, size) in totals.items()}
 
 
-def expected(layout: Layout) -> Totals:
-    totals, of = documented(layout), symbols(layout)
+def expected(layout: Layout, num_copies: Fraction) -> Totals:
+    totals, of = documented(layout, num_copies), symbols(layout, num_copies)
     if layout.ep == layout.world:  # ep is the axis fsdp itself
         totals = {key: value for key, value in totals.items() if key[1] != "efsdp"}
         totals["all-to-all", "fsdp"] = totals.pop(("all-to-all", "ep"))
     if layout.ep > 1 and layout.activation_checkpoint == "full":
         count, size = totals["all-to-all", "ep"]
-        again, rows = of["A"] * of["L"], of["T"] * of["k"]  # rows and their weights (float32)
-        totals["all-to-all", "ep"] = (count + 2 * again, size + again * rows * (of["c"] * of["H"] + 4))
+        again = of["A"] * of["L"]  # the copies; their weights and experts, float32
+        totals["all-to-all", "ep"] = (count + 2 * again, size + of["C"] * (of["c"] * of["H"] + 8 * of["k"]))
     if layout.replicate > 1:
         totals["all-reduce", "data_parallel"] = totals.pop(("all-reduce", "fsdp"))
         sharded = 4 * (of["R"] + of["D"] + of["X"]) // 2
@@ -121,31 +138,31 @@ def expected(layout: Layout) -> Totals:
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
-def test_a_step_communicates_as_documented(records: dict[Layout, list[list[Collective]]], layout: Layout) -> None:
-    assert measured(records[layout]) == expected(layout)
+def test_a_step_communicates_as_documented(records: dict[Layout, list[Record]], layout: Layout) -> None:
+    of_ranks = records[layout]
+    num_copies = Fraction(sum(rank.num_copies for rank in of_ranks), len(of_ranks))
+    assert measured([rank.calls for rank in of_ranks]) == expected(layout, num_copies)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
-def test_the_gradient_norm_is_a_few_small_reductions(
-    records: dict[Layout, list[list[Collective]]], layout: Layout
-) -> None:
-    small = [call for call in records[layout][0] if call.kind == "all-reduce" and call.num_bytes <= 300]
+def test_the_gradient_norm_is_a_few_small_reductions(records: dict[Layout, list[Record]], layout: Layout) -> None:
+    small = [call for call in records[layout][0].calls if call.kind == "all-reduce" and call.num_bytes <= 300]
     # One for each mesh and axis: torch 2.13 merges the axes of a mesh where it can.
     assert 1 <= len(small) <= 4
 
 
 @pytest.mark.parametrize("layout", [each for each in LAYOUTS if each.ep == 2], ids=str)
 def test_experts_and_dense_weights_are_gathered_a_block_ahead(
-    records: dict[Layout, list[list[Collective]]], layout: Layout
+    records: dict[Layout, list[Record]], layout: Layout
 ) -> None:
     num_layers = CONFIG.num_hidden_layers
     gathers, at_counts, at_exchanges = 0, [], []
-    for call in records[layout][0]:
+    for call in records[layout][0].calls:
         if call.kind == "all-gather":
             gathers += 1
         elif call.kind == "all-to-all":
             at_exchanges.append(gathers)
-            if call.num_bytes == 4 * CONFIG.num_experts:  # the numbers of rows: here the host waits, in each block
+            if call.num_bytes == 8 * layout.ep:  # the numbers of copies: here the host waits, in each block
                 at_counts.append(gathers)
     # When the host waits in a block, its own two units and the next one's are under way, after the one of the root.
     assert at_counts[:num_layers] == [1 + 2 * min(block + 2, num_layers) for block in range(num_layers)]
@@ -185,15 +202,19 @@ def operations() -> dict[str, list[str]]:
     return dict(zip(modes, run_ranks(operations_of_a_step, 2, layouts)[0]))
 
 
-def test_the_host_waits_for_numbers_of_rows_once_a_layer(operations: dict[str, list[str]]) -> None:
+def test_the_host_waits_for_numbers_of_copies_once_a_layer(operations: dict[str, list[str]]) -> None:
     for mode, names in operations.items():
         assert names.count("qwen35_moe::splits") == CONFIG.num_hidden_layers, mode
 
 
-def test_the_shared_expert_is_computed_while_results_travel(operations: dict[str, list[str]]) -> None:
+def test_the_shared_expert_is_computed_while_results_and_their_gradients_travel(
+    operations: dict[str, list[str]],
+) -> None:
     names, num_products = operations["none"], []
     exchanges = [index for index, name in enumerate(names) if name == "_c10d_functional::all_to_all_single"]
-    for results in exchanges[3 : 4 * CONFIG.num_hidden_layers : 4]:  # after numbers of rows, rows, and weights
-        arrival = names.index("_c10d_functional::wait_tensor", results)
-        num_products.append(names[results:arrival].count("aten::mm"))
-    assert num_products == [4] * CONFIG.num_hidden_layers  # gate_proj, up_proj, down_proj and shared_expert_gate
+    num_forward = 4 * CONFIG.num_hidden_layers  # numbers of copies, weights, copies, results
+    for launch in exchanges[3:num_forward:4] + exchanges[num_forward::3]:
+        arrival = names.index("_c10d_functional::wait_tensor", launch)
+        num_products.append(names[launch:arrival].count("aten::mm"))
+    # gate_proj, up_proj, down_proj and shared_expert_gate; on the way back each has two gradients.
+    assert num_products == [4] * CONFIG.num_hidden_layers + [8] * CONFIG.num_hidden_layers

@@ -5,7 +5,6 @@ import torch
 
 from models.qwen35_moe import moe
 from models.qwen35_moe.moe import Router
-from parallelisms import expert_parallel
 from tests.distributed import run_ranks
 from tests.models.qwen35_moe.shapes import tiny_config
 from tests.parallelisms.layouts import Layout, build, full, own_batches, step
@@ -44,21 +43,21 @@ def perturbed_training(layout: Layout) -> dict[str, object]:
         for router, weight in zip(routers, kept):
             router.weight.copy_(weight)
 
-    originals = moe.grouped_experts, expert_parallel.grouped_experts
+    original = moe.grouped_experts
 
     def keep_ends(*args: torch.Tensor) -> torch.Tensor:
         ends.append(args[4])
-        return originals[0](*args)
+        return original(*args)
 
     for router in routers:
         router.register_forward_hook(keep_choice)
     model.register_forward_hook(perturb)
     optimizer.register_step_pre_hook(restore)
-    moe.grouped_experts = expert_parallel.grouped_experts = keep_ends
+    moe.grouped_experts = keep_ends
     try:
         results = [step(model, meshes, optimizer, own_batches(CONFIG, layout, ROWS, 0)) for _ in range(NUM_STEPS)]
     finally:
-        moe.grouped_experts, expert_parallel.grouped_experts = originals
+        moe.grouped_experts = original
     num_layers = len(routers)
     counts = results[0].expert_counts
     torch.distributed.all_reduce(counts)
@@ -93,8 +92,11 @@ def test_perturbed_recomputation_keeps_the_experts(world: int) -> None:
         for run in runs:
             assert run["moved"] > 0.8, layout  # routed anew, nearly all choices would be others
             for calls in run["choices"]:
-                assert len(calls) == 2 * NUM_STEPS
-                assert calls[0::2] == calls[1::2], layout
+                if ep == 1:
+                    assert len(calls) == 2 * NUM_STEPS
+                    assert calls[0::2] == calls[1::2], layout
+                else:  # recomputation ends inside the router, with the last number that the backward pass needs of it
+                    assert len(calls) == NUM_STEPS
             assert run["recomputed ends"] == run["forward ends"], layout
             assert run["nonfinite"] == [""] * NUM_STEPS
             # None but the experts that the forward pass chose have gradients (of those, not one that only documents'

@@ -48,7 +48,7 @@ def unlike_layers(num_layers: int, num_tokens: int, dtype: torch.dtype = torch.f
 
 def measured(layers: list[MixtureOfExperts], inputs: list[torch.Tensor], measure: Measure) -> RouterStatistics:
     """The layers' statistics, stacked as the model does."""
-    return RouterStatistics.stack([layer.route(x, measure)[1] for layer, x in zip(layers, inputs)])
+    return RouterStatistics.stack([layer.route(x, measure)[2] for layer, x in zip(layers, inputs)])
 
 
 def test_scope_hf_equals_transformers_on_the_same_inputs() -> None:

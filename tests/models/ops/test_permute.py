@@ -1,4 +1,4 @@
-"""Permuting rows to their experts and back, against plain indexing."""
+"""Moving rows to their experts and back, against plain indexing."""
 
 from collections.abc import Callable
 
@@ -7,62 +7,76 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from models.ops.permute import combine, permute, reorder
+from models.ops.permute import ExpertOrder, add_up_rows, combine, gather_rows, permute, sort_by_expert
 from tests.models.ops.compare import OperationLog, assert_close, run
 
+NUM_EXPERTS = 5
 
-def routing(num_tokens: int, top_k: int, num_experts: int = 5) -> tuple[torch.Tensor, torch.Tensor]:
-    """order and inverse of a random routing."""
+
+def choices(num_tokens: int, top_k: int) -> torch.Tensor:
+    """Experts [N, k], among them NUM_EXPERTS for none."""
     generator = torch.Generator().manual_seed(num_tokens * 31 + top_k)
-    experts = torch.randint(num_experts, (num_tokens * top_k,), generator=generator)
-    order = experts.argsort(stable=True)
-    return order, order.argsort()
+    return torch.randint(NUM_EXPERTS + 1, (num_tokens, top_k), generator=generator)
+
+
+def sort(chosen: torch.Tensor) -> ExpertOrder:
+    return sort_by_expert(chosen, NUM_EXPERTS, int((chosen < NUM_EXPERTS).sum()))
 
 
 @settings(deadline=None)  # the first calls may be slow
 @given(st.integers(0, 9), st.integers(1, 4))
+def test_rows_are_sorted_by_expert_and_then_token(num_tokens: int, top_k: int) -> None:
+    chosen = choices(num_tokens, top_k)
+    order, places, offsets = sort(chosen)
+    pairs = [(int(expert), choice) for choice, expert in enumerate(chosen.flatten()) if expert < NUM_EXPERTS]
+    assert order.tolist() == [choice for _, choice in sorted(pairs)]
+    row_of = {choice: row for row, (_, choice) in enumerate(sorted(pairs))}
+    assert places.flatten().tolist() == [row_of.get(choice, -1) for choice in range(num_tokens * top_k)]
+    assert offsets.tolist() == [sum(expert <= of for expert, _ in pairs) for of in range(NUM_EXPERTS)]
+
+
+@settings(deadline=None)
+@given(st.integers(0, 9), st.integers(1, 4))
 def test_equals_plain_indexing(num_tokens: int, top_k: int) -> None:
-    # 1e-15: float64; only the sums over a token's k choices may be ordered differently.
-    order, inverse = routing(num_tokens, top_k)
-    x = torch.randn(num_tokens, 3, dtype=torch.float64)
-    rows = torch.randn(num_tokens * top_k, 3, dtype=torch.float64)
-    permuted = run(lambda x: permute(x, order, inverse, top_k), [x])
-    assert_close(permuted, run(lambda x: x.repeat_interleave(top_k, dim=0)[order], [x]), 1e-15)
-    combined = run(lambda rows: combine(rows, order, inverse, top_k), [rows])
-    assert_close(combined, run(lambda rows: rows[inverse].view(-1, top_k, 3).sum(dim=1), [rows]), 1e-15)
-    reordered = run(lambda rows: reorder(rows, inverse, order), [rows])
-    assert_close(reordered, run(lambda rows: rows[inverse], [rows]), 0.0)
+    # 1e-15: float64; only the sums over a token's choices may be ordered differently.
+    order = sort(choices(num_tokens, top_k))
+    indices, tokens = order.order.long(), order.order.long() // top_k
+    x, weights = (torch.randn(num_tokens, size, dtype=torch.float64) for size in (3, top_k))
+    rows = torch.randn(len(indices), 3, dtype=torch.float64)
+
+    def gathered(x: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        of_rows, their_weights = gather_rows(x, weights, order)
+        return torch.cat([of_rows, their_weights.unsqueeze(-1)], dim=-1)
+
+    def indexed(x: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        return torch.cat([x[tokens], weights.flatten()[indices].unsqueeze(-1)], dim=-1)
+
+    assert_close(run(gathered, [x, weights]), run(indexed, [x, weights]), 1e-15)
+    added = run(lambda rows: add_up_rows(rows, order), [rows])
+    assert_close(added, run(lambda rows: torch.zeros_like(x).index_add(0, tokens, rows), [rows]), 1e-15)
 
 
-def test_round_trip_gives_each_token_k_times() -> None:
-    order, inverse = routing(17, 3)
-    x = torch.randn(17, 4)
-    back = reorder(permute(x, order, inverse, 3), inverse, order)
-    assert torch.equal(back, x.repeat_interleave(3, dim=0))
-
-
-def test_rows_are_sorted_by_expert_and_choices_come_back_in_order() -> None:
-    experts = torch.tensor([[2, 0], [1, 2], [0, 1]])
-    order = experts.flatten().argsort(stable=True)
-    inverse = order.argsort()
-    tokens = torch.arange(3.0).unsqueeze(-1)
-    assert permute(tokens, order, inverse, 2).flatten().tolist() == [0, 2, 1, 2, 0, 1]
-    sorted_experts = experts.flatten()[order].unsqueeze(-1)
-    assert reorder(sorted_experts, inverse, order).view(3, 2).tolist() == experts.tolist()
+def test_a_token_without_rows_is_zero_whatever_the_last_row_holds() -> None:
+    order = sort(torch.tensor([[NUM_EXPERTS, NUM_EXPERTS], [0, NUM_EXPERTS]]))
+    rows = torch.tensor([[torch.inf]])
+    assert add_up_rows(rows, order).tolist() == [[0.0], [torch.inf]]
+    x, weights = torch.ones(2, 1, requires_grad=True), torch.ones(2, 2)
+    (gradient,) = torch.autograd.grad(gather_rows(x, weights, order)[0], x, rows)
+    assert gradient.tolist() == [[0.0], [torch.inf]]
 
 
 def test_combine_sums_bfloat16_in_float32() -> None:
-    order, inverse = routing(1, 3)
-    rows = torch.tensor([[256.0], [1.0], [1.0]], dtype=torch.bfloat16)[order]  # 256 + 1 is 256 in bfloat16
-    assert combine(rows, order, inverse, 3).item() == 258
+    order = sort(torch.tensor([[2, 0, 1]]))
+    rows = torch.tensor([[256.0], [1.0], [1.0]], dtype=torch.bfloat16)  # 256 + 1 is 256 in bfloat16
+    assert add_up_rows(rows, order).item() == 258
 
 
-@pytest.mark.parametrize("which", [permute, combine, reorder])
+@pytest.mark.parametrize("which", [permute, combine])
 def test_backward_only_gathers(which: Callable[..., torch.Tensor]) -> None:
     """Scatters add atomically on a GPU, in another order every run."""
-    order, inverse = routing(17, 3)
-    x = torch.randn(17 if which is permute else 51, 4, requires_grad=True)
-    out = which(x, order, inverse) if which is reorder else which(x, order, inverse, 3)
+    order, places, _ = sort(choices(17, 3))
+    x = torch.randn(17 if which is permute else len(order), 4, requires_grad=True)
+    out = which(x, order // 3, places)
     with OperationLog() as log:
         out.backward(torch.randn_like(out))
     assert "index" in log.names
@@ -70,11 +84,12 @@ def test_backward_only_gathers(which: Callable[..., torch.Tensor]) -> None:
 
 
 def test_one_graph() -> None:
-    order, inverse = routing(17, 3)
-    x = torch.randn(17, 4)
+    order = sort(choices(17, 3))
 
-    def both(x: torch.Tensor) -> torch.Tensor:
-        return combine(reorder(permute(x, order, inverse, 3), inverse, order)[order], order, inverse, 3)
+    def both(x: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        rows, row_weights = gather_rows(x, weights, order)
+        return add_up_rows(rows * row_weights.unsqueeze(-1), order)
 
+    inputs = [torch.randn(17, size) for size in (4, 3)]
     torch._dynamo.reset()
-    assert_close(run(torch.compile(both, fullgraph=True, backend="aot_eager"), [x]), run(both, [x]), 0.0)
+    assert_close(run(torch.compile(both, fullgraph=True, backend="aot_eager"), inputs), run(both, inputs), 0.0)
