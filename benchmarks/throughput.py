@@ -8,17 +8,20 @@
 A global batch that is too small for the processes is one micro-batch of each. Memory is that of the process with most.
 Options of its own: `--documents 4096,1024` cuts every row into documents of these lengths, again and again (default: a
 row is one document); `--steps N` timed steps (default 8); `--profile N` profiles N more and prints the time by kind of
-work; `--json FILE` adds a JSON line to FILE. The other options are train.py's.
+work; `--trace FILE` also writes rank 0's trace of these, of which timeline.py makes a picture; `--json FILE` adds a
+JSON line to FILE. The other options are train.py's.
 """
 
 import argparse
 import dataclasses
+import functools
 import itertools
 import json
 import re
 import sys
 import time
 from collections import defaultdict
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +75,23 @@ def random_micro_batch(config: Config, lengths: list[int], vocab_size: int, seed
     return MicroBatch(tokens=stream[:-1], labels=stream[1:].clone(), positions=positions, lengths=documents)
 
 
+@functools.cache
+def kind_of(kernel: str) -> str:
+    """The kind of work of the kernel of this name."""
+    return next(kind for kind, pattern in KINDS.items() if re.search(pattern, kernel, re.IGNORECASE))
+
+
+def union(spans: Iterable[tuple[float, float]]) -> list[tuple[float, float]]:
+    """What (start, stop) spans cover together: sorted, and no two of them touch."""
+    merged: list[tuple[float, float]] = []
+    for start, stop in sorted(spans):
+        if merged and start <= merged[-1][1]:
+            merged[-1] = (merged[-1][0], max(stop, merged[-1][1]))
+        else:
+            merged.append((start, stop))
+    return merged
+
+
 def time_by_kind(profile: torch.profiler.profile, num_steps: int) -> dict[str, float]:
     """Milliseconds a step that the GPU spends on each kind of work, on whatever stream, and idle."""
     spans, kinds = [], defaultdict[str, float](float)
@@ -79,13 +99,9 @@ def time_by_kind(profile: torch.profiler.profile, num_steps: int) -> dict[str, f
         if event.device_type != torch.autograd.DeviceType.CUDA or event.is_user_annotation:
             continue
         spans.append((event.time_range.start, event.time_range.end))
-        kind = next(kind for kind, pattern in KINDS.items() if re.search(pattern, event.name, re.IGNORECASE))
-        kinds[kind] += event.time_range.elapsed_us() / 1000 / num_steps
-    busy, end = 0.0, float("-inf")
-    for start, stop in sorted(spans):
-        busy += max(0.0, stop - max(start, end))
-        end = max(end, stop)
-    kinds["idle"] = (max(s[1] for s in spans) - min(s[0] for s in spans) - busy) / 1000 / num_steps
+        kinds[kind_of(event.name)] += event.time_range.elapsed_us() / 1000 / num_steps
+    if busy := union(spans):
+        kinds["idle"] = (busy[-1][1] - busy[0][0] - sum(stop - start for start, stop in busy)) / 1000 / num_steps
     return dict(sorted(kinds.items(), key=lambda item: -item[1]))
 
 
@@ -161,7 +177,8 @@ def measure(config: Config, lengths: list[int], num_steps: int, profile_steps: i
     if profile_steps:
         with torch.profiler.profile() as profile:
             for number in range(profile_steps):
-                step(number)
+                with torch.profiler.record_function(f"ProfilerStep#{number}"):  # as the profiler's own schedule does
+                    step(number)
             synchronize()
         found["milliseconds_by_kind"] = {k: round(v, 2) for k, v in time_by_kind(profile, profile_steps).items()}
         if trace and rank == 0:

@@ -15,7 +15,10 @@ def test_it_measures_a_training_step(tmp_path: Path) -> None:
     options += ["--training.global_batch_size=2", "--parallelism.expert_parallel_degree=1", "--documents=20,1"]
     command = [sys.executable, str(ROOT / "benchmarks/throughput.py"), "--config", "qwen35moe_tiny.toml", *options]
     done = subprocess.run(
-        [*command, "--steps", "2", "--json", "found.jsonl"], cwd=tmp_path, capture_output=True, text=True
+        [*command, "--steps", "2", "--profile", "1", "--trace", "trace.json", "--json", "found.jsonl"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0, done.stderr
     found = json.loads((tmp_path / "found.jsonl").read_text())
@@ -26,3 +29,10 @@ def test_it_measures_a_training_step(tmp_path: Path) -> None:
     assert found["tokens_per_second_per_device"] == pytest.approx(64 / found["step_seconds"], rel=0.02)
     assert 0 < found["loss"] < 10
     assert f"{'layers':32} 4" in done.stdout
+    # The trace names its steps. Its picture needs a GPU, which timeline.py, a file too, says in one line.
+    events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
+    assert any(event["name"] == "ProfilerStep#0" for event in events)
+    command = [sys.executable, str(ROOT / "benchmarks/timeline.py"), "trace.json", "picture.svg"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr == "trace.json: no GPU kernels in this trace, expected one that was made on a GPU\n"
