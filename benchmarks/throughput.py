@@ -15,6 +15,7 @@ JSON line to FILE. The other options are train.py's.
 import argparse
 import dataclasses
 import functools
+import gc
 import itertools
 import json
 import re
@@ -136,6 +137,8 @@ def measure(config: Config, lengths: list[int], num_steps: int, profile_steps: i
 
     for number in range(NUM_WARMUP_STEPS):
         step(number)
+    gc.collect()
+    gc.freeze()  # as train.py does
     synchronize()
     # As in training nothing waits for the GPU between steps, but every step does once inside, after its backward pass.
     returned = [time.perf_counter()]

@@ -19,7 +19,7 @@ _aten = torch.ops.aten
 _ROUTING = {_aten.topk.default, _aten.sort.stable, torch.ops.qwen35_moe.splits.default}
 _ALL_TO_ALL = torch.ops._c10d_functional.all_to_all_single.default
 
-# Dear to compute, cheap to keep: matrix products, attention, and the rows that travelled between ranks.
+# Dear to compute, cheap to keep: matrix products and attention.
 _DEAR = {
     _aten.mm.default,
     _aten.addmm.default,
@@ -30,7 +30,6 @@ _DEAR = {
     _aten._scaled_dot_product_cudnn_attention.default,
     torch.ops.qwen35_moe.attention.default,
     torch.ops.qwen35_moe.gated_delta_rule.default,
-    _ALL_TO_ALL,
 }
 
 _SAVED = {"selective": _ROUTING | _DEAR, "full": _ROUTING}
@@ -47,8 +46,8 @@ def _policy(saved: set[Any], context: Any, operation: Any, *args: Any, **kwargs:
 def apply_activation_checkpointing(parts: Iterable[tuple[object, str]], mode: str) -> None:
     """Replaces these methods (object, name) by ones that keep less. Names of parameters do not change.
 
-    mode "none": keep every activation; "selective": keep matrix products, attention and what travelled, recompute the
-    rest; "full": keep each part's input and its routing.
+    mode "none": keep every activation; "selective": keep matrix products and attention, recompute the rest; "full":
+    keep each part's input and its routing.
     """
     if mode == "none":
         return

@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.utils._pytree import tree_leaves
 
 from models.ops.grouped_experts import weighted_swiglu
-from models.ops.permute import add_up_rows, combine, gather_rows, permute, sort_by_expert
+from models.ops.permute import ExpertOrder, add_up_rows, combine, gather_rows, permute, sort_by_expert
 from models.qwen35_moe.moe import IN_EAGER_MODE, Experts, RowOperations, routed_experts
 
 # Shapes: T tokens of this rank, k experts a token, C copies of tokens to send, D copies received, E experts, P ranks of
@@ -50,7 +50,8 @@ class ExpertParallel:
         self.experts, self.group = experts, mesh.get_group()
         self.num_ranks, self.rank = mesh.size(), mesh.get_local_rank()
         self.num_local = len(experts.gate_up_proj) // self.num_ranks
-        self.plan_copies, self.make_copies, self.add_up_copies = plan_copies, make_copies, add_up_copies
+        self.plan_copies, self.make_copies = plan_copies, make_copies
+        self.sort_received, self.add_up_copies = sort_received, add_up_copies
         self.row_operations = IN_EAGER_MODE
 
     def install(self) -> None:
@@ -59,10 +60,10 @@ class ExpertParallel:
         self.experts.arrived = self.arrived  # type: ignore[method-assign]
 
     def compile(self) -> None:
-        """Compiles what needs no matrix product and does not wait: activation checkpointing, which stands around the
-        rest, does not see into a graph."""
+        """Compiles all but matrix products and what waits: activation checkpointing has to see them, and does not see
+        into a graph."""
         self.plan_copies, self.make_copies = _compile(plan_copies), _compile(make_copies)
-        self.add_up_copies = _compile(add_up_copies)
+        self.sort_received, self.add_up_copies = _compile(sort_received), _compile(add_up_copies)
         self.row_operations = RowOperations(_compile(gather_rows), _compile(weighted_swiglu), _compile(add_up_rows))
 
     def forward(self, x: torch.Tensor, weights: torch.Tensor, chosen: torch.Tensor) -> Travelling:
@@ -71,7 +72,7 @@ class ExpertParallel:
         One small all-to-all tells how many copies come, one brings their experts and weights, one the copies, and one
         takes the results back; one host synchronisation.
         """
-        results, copies, sent, received = self.compute(x, weights, chosen)
+        results, copies, sent, received = self.send_and_compute(x, weights, chosen)
         exchange = Exchange(received, sent, self.group)
         return Travelling(exchange.start(results), exchange, copies)
 
@@ -79,7 +80,7 @@ class ExpertParallel:
         """As `Experts.arrived`: [T, H]."""
         return self.add_up_copies(results.exchange.finish(results.rows), results.copies)
 
-    def compute(
+    def send_and_compute(
         self, x: torch.Tensor, weights: torch.Tensor, chosen: torch.Tensor
     ) -> tuple[torch.Tensor, Copies, list[int], list[int]]:
         """Sends the copies, and applies this rank's experts to those received: their results [D, H], what was sent, and
@@ -87,23 +88,23 @@ class ExpertParallel:
         ends, sent_counts, places = self.plan_copies(chosen, self.num_ranks, self.num_local)
         even = [1] * self.num_ranks
         received_counts = _wait(_collectives.all_to_all_single(sent_counts, even, even, self.group.group_name))
-        numbers = _splits(sent_counts, received_counts)
-        sent, received = numbers[:, :, 0].tolist()
-        num_rows = int(numbers[1, :, 1].sum())
+        of_sent, of_received = _splits(sent_counts, received_counts).tolist()
+        sent, received = ([copies for copies, _ in counts] for counts in (of_sent, of_received))
+        num_rows = sum(rows for _, rows in of_received)
 
         numbers = torch.arange(1, sum(sent) + 1, dtype=torch.int32, device=x.device)  # of the copies
         x, packed, sources = self.make_copies(x, weights, chosen, ends, places, numbers)
         of_packed, of_x = Exchange(sent, received, self.group), Exchange(sent, received, self.group)
         packed, x = of_packed.start(packed), of_x.start(x)
-        weights, local = of_packed.finish(packed).chunk(2, dim=-1)
-        # While the copies travel; an expert of another rank becomes `num_local`, which is none.
-        local = local.detach().int() - self.rank * self.num_local
-        local = local.where((local >= 0) & (local < self.num_local), self.num_local)
-        order = sort_by_expert(local, self.num_local, num_rows)
-        x = of_x.finish(x)
-        projections = _local(self.experts.gate_up_proj), _local(self.experts.down_proj)
-        results = routed_experts(x, weights, order, *projections, self.row_operations)
+        weights, order = self.sort_received(of_packed.finish(packed), self.rank, self.num_local)  # while copies travel
+        order = order._replace(order=order.order[:num_rows])
+        results = self.compute(of_x.finish(x), weights, order)
         return results, Copies(sources, places), sent, received
+
+    def compute(self, x: torch.Tensor, weights: torch.Tensor, order: ExpertOrder) -> torch.Tensor:
+        """Applies this rank's experts to copies received: x [D, H], weights [D, k] -> [D, H]."""
+        projections = _local(self.experts.gate_up_proj), _local(self.experts.down_proj)
+        return routed_experts(x, weights, order, *projections, self.row_operations)
 
 
 def plan_copies(
@@ -140,6 +141,13 @@ def make_copies(
     sources = torch.searchsorted(ends, numbers, out_int32=True) % len(x)
     packed = torch.cat([weights, chosen.to(weights.dtype)], dim=-1)  # float32 has all integers up to 2^24
     return permute(x, sources, places), permute(packed, sources, places), sources
+
+
+def sort_received(packed: torch.Tensor, rank: int, num_local: int) -> tuple[torch.Tensor, ExpertOrder]:
+    """What came as `packed` [D, 2k] -> weights [D, k], and the order of the choices that are experts of this rank."""
+    weights, chosen = packed.chunk(2, dim=-1)
+    local = chosen.detach().int() - rank * num_local
+    return weights, sort_by_expert(local.where((local >= 0) & (local < num_local), num_local), num_local)
 
 
 def add_up_copies(rows: torch.Tensor, copies: Copies) -> torch.Tensor:

@@ -39,7 +39,9 @@ def parallelize_fn(
             # No graph can hold the experts: how many rows travel is known to the host alone. One break inside would
             # leave all of a checkpointed block uncompiled, so what stands before and after them is made into parts.
             experts = ExpertParallel(block.mlp.experts, meshes.expert_parallel)
-            parts = [(block, "attend_and_route"), (experts, "compute"), (block.mlp, "run_shared_expert")]
+            # "full" sends the copies again, "selective" keeps those received.
+            of_experts = "send_and_compute" if activation_checkpoint == "full" else "compute"
+            parts = [(block, "attend_and_route"), (experts, of_experts), (block.mlp, "run_shared_expert")]
             apply_activation_checkpointing(parts, activation_checkpoint)
             if compile_blocks:
                 compile_around_experts(block)

@@ -71,20 +71,20 @@ class ExpertOrder(NamedTuple):
     """int32 [E]: where each expert's rows end."""
 
 
-def sort_by_expert(chosen: torch.Tensor, num_experts: int, num_rows: int) -> ExpertOrder:
-    """chosen, integers [N, k]: an expert, or `num_experts` for none, which gets no row; `num_rows` of them have one."""
+def sort_by_expert(chosen: torch.Tensor, num_experts: int) -> ExpertOrder:
+    """chosen, integers [N, k]: an expert, or `num_experts` for none, which gets no row.
+
+    `order` has N * k entries: those of the rows first, as many as the last of `offsets` says, then the others.
+    """
     # The fewer bits a key has, the fewer passes a radix sort makes.
     experts, order = chosen.flatten().to(torch.int16).sort(stable=True)
     rows = torch.arange(order.shape[0], dtype=torch.int32, device=chosen.device)
-    places = torch.empty_like(rows).scatter_(0, order, rows)
-    if num_rows < order.shape[0]:
-        places = places.where(places < num_rows, -1)
-        order = order[:num_rows]
+    places = torch.empty_like(rows).scatter_(0, order, rows).view_as(chosen)
     # Where each expert's rows end, by binary search: no atomics, no host synchronisation.
     ids = torch.arange(num_experts, dtype=torch.int16, device=chosen.device)
     offsets = torch.searchsorted(experts, ids, right=True, out_int32=True)
     # Indices of 32 bits: 64-bit arithmetic costs a GPU more than moving the rows.
-    return ExpertOrder(order.int(), places.view_as(chosen), offsets)
+    return ExpertOrder(order.int(), places.where(chosen < num_experts, -1), offsets)
 
 
 def gather_rows(x: torch.Tensor, weights: torch.Tensor, order: ExpertOrder) -> tuple[torch.Tensor, torch.Tensor]:

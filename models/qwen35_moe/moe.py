@@ -103,7 +103,7 @@ class Experts(nn.Module):
     def forward(self, x: torch.Tensor, weights: torch.Tensor, chosen: torch.Tensor) -> Any:
         """x [T, H], weights float32 [T, k] of the experts chosen, integers [T, k] -> [T, H], each token's weighted sum;
         or, from experts elsewhere, what `arrived` makes it of."""
-        order = sort_by_expert(chosen, len(self.gate_up_proj), chosen.numel())
+        order = sort_by_expert(chosen, len(self.gate_up_proj))
         return routed_experts(x, weights, order, self.gate_up_proj, self.down_proj)
 
     def arrived(self, results: Any) -> torch.Tensor:
