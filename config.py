@@ -231,9 +231,11 @@ class Compile:
 class Kernels:
     """Which implementation computes what."""
 
-    attention: Literal["auto", "sdpa", "varlen", "cudnn"] = "auto"
-    """'sdpa': one call a document, runs everywhere; 'varlen': FlashAttention over the stream, CUDA and bfloat16;
-    'cudnn': cuDNN where all documents of a micro-batch have one length, else as 'varlen'."""
+    attention: Literal["auto", "sdpa", "varlen", "cudnn", "fa3", "fa4"] = "auto"
+    """'sdpa': one call a document, runs everywhere; 'varlen': PyTorch's FlashAttention 2 over the stream, CUDA and
+    bfloat16; 'cudnn': cuDNN where all documents of a micro-batch have one length, else as 'varlen'; 'fa3', 'fa4':
+    FlashAttention 3 and 4 over the stream, packages flash-attn-3 (Hopper) and flash-attn-4 (Hopper, Blackwell), which
+    'auto' leaves out."""
     gated_delta_rule: Literal["auto", "torch", "fla", "flash_qla"] = "auto"
     """'torch': runs everywhere; 'fla': flash-linear-attention, 'flash_qla': flash-qla, both CUDA and bfloat16."""
     causal_conv1d: Literal["auto", "torch", "triton"] = "auto"
@@ -447,7 +449,7 @@ def _check_kernels(config: Config, shape: ModelConfig) -> None:
     try:
         head_dims = (shape.linear_key_head_dim, shape.linear_value_head_dim)
         requested, dtype = dataclasses.asdict(config.kernels), getattr(torch, name)
-        select_kernels(requested, device_type, dtype, head_dims, shape.linear_conv_kernel_dim)
+        select_kernels(requested, device_type, dtype, head_dims, shape.linear_conv_kernel_dim, shape.head_dim)
     except ValueError as error:
         raise ConfigError(str(error)) from error
 

@@ -162,7 +162,8 @@ def build_model(config: Config, shape: ModelConfig, meshes: Meshes, device: torc
     compute_dtype = select_dtype(config.training.dtype, device)
     head_dims = (shape.linear_key_head_dim, shape.linear_value_head_dim)
     requested = dataclasses.asdict(config.kernels)
-    kernels = select_kernels(requested, device.type, compute_dtype, head_dims, shape.linear_conv_kernel_dim)
+    width = shape.linear_conv_kernel_dim
+    kernels = select_kernels(requested, device.type, compute_dtype, head_dims, width, shape.head_dim)
     model = build_on_meta(shape, kernels, getattr(torch, config.training.master_dtype))
     for block in model.blocks:
         block.mlp.gate.force_balanced = config.moe.force_balanced_routing

@@ -420,7 +420,8 @@ def test_a_tokenizer_without_an_end_token(folder: Path) -> None:
 
 def test_kernels_that_this_machine_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    assert "kernels.attention = 'varlen' needs a CUDA GPU" in error_of("--kernels.attention=varlen")
+    for choice in ("varlen", "fa3", "fa4"):
+        assert f"kernels.attention = '{choice}' needs a CUDA GPU" in error_of(f"--kernels.attention={choice}")
     check_config(load("--kernels.attention=sdpa"), 2)
 
 

@@ -16,12 +16,13 @@ def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, documents: Docu
     """softmax(q k^T / sqrt(K)) v over the tokens of the same document up to one's own (Vaswani et al. 2017).
 
     q [T, N, K]; k, v [T, Nkv, K] -> [T, N, K]. backend "sdpa": one call a document, any device and dtype, the
-    reference; "varlen": one FlashAttention kernel over the stream; "cudnn": cuDNN's kernel where all documents have one
-    length, faster there, else as "varlen". The last two need CUDA with bfloat16 or float16.
+    reference; "varlen": one kernel over the stream, the FlashAttention 2 that PyTorch contains; "cudnn": cuDNN's kernel
+    where all documents have one length, faster there, else as "varlen"; "fa3" and "fa4": one kernel over the stream, of
+    the packages flash-attn-3 and flash-attn-4. All but the first need CUDA with bfloat16 or float16.
     """
     if backend == "sdpa":
         return _sdpa(q, k, v, documents)
-    out, _ = _forward(q, k, v, documents.cu_seqlens, documents.cu_seqlens_cpu, documents.max_seqlen, backend == "cudnn")
+    out, _ = _forward(q, k, v, documents.cu_seqlens, documents.cu_seqlens_cpu, documents.max_seqlen, backend)
     return out
 
 
@@ -37,7 +38,11 @@ def _sdpa(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, documents: Document
     return torch.cat(outs)
 
 
-# One operation of torch for both kernels, so that a compiled block does not see which of them a batch takes.
+# One operation of torch for all kernels, so that a compiled block does not see which of them a batch takes.
+#
+# torch.nn.attention.activate_flash_attention_impl could put FlashAttention 3 or 4 in the place of PyTorch's own kernel.
+# It is not used: it does so for the whole process, whatever a call asks for, and up to PyTorch 2.13 it does not
+# understand what flash-attn-4 returns (PyTorch's issue 190212).
 
 
 @torch.library.custom_op("qwen35_moe::attention", mutates_args=())
@@ -48,15 +53,24 @@ def _forward(
     cu_seqlens: torch.Tensor,
     cu_seqlens_cpu: torch.Tensor,
     max_seqlen: int,
-    may_use_cudnn: bool,
+    backend: str,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Out [T, N, K], and the softmax's logarithmic normalisers, float32 [N * T] in the kernel's own order."""
-    if may_use_cudnn and (length := _common_length(cu_seqlens_cpu)):
+    if backend == "cudnn" and (length := _common_length(cu_seqlens_cpu)):
         heads_first = [_by_document(x, length) for x in (q, k, v)]
         out, normaliser, *_ = _aten._scaled_dot_product_cudnn_attention(*heads_first, None, True, 0.0, True)
         return _as_stream(out), normaliser.reshape(-1)
-    bounds = (cu_seqlens, cu_seqlens, max_seqlen, max_seqlen)
-    out, normaliser, *_ = _aten._flash_attention_forward(q, k, v, *bounds, 0.0, True, False)
+    bounds = _bounds(cu_seqlens, max_seqlen)
+    if backend == "fa3":
+        import flash_attn_interface  # noqa: F401  (registers flash_attn_3's operations)
+
+        out, normaliser, *_ = torch.ops.flash_attn_3.fwd(q, k, v, **bounds, is_causal=True, num_splits=1)
+    elif backend == "fa4":
+        from flash_attn.cute.interface import _flash_attn_fwd
+
+        out, normaliser, *_ = _flash_attn_fwd(q, k, v, **bounds, causal=True, return_lse=True)
+    else:
+        out, normaliser, *_ = _aten._flash_attention_forward(q, k, v, *bounds.values(), 0.0, True, False)
     return out, normaliser.reshape(-1)
 
 
@@ -77,11 +91,11 @@ def _backward(
     cu_seqlens: torch.Tensor,
     cu_seqlens_cpu: torch.Tensor,
     max_seqlen: int,
-    may_use_cudnn: bool,
+    backend: str,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The gradients of q, k and v."""
     unused = torch.zeros(2, dtype=torch.uint64, device=q.device)  # the random state of a dropout that there is not
-    if may_use_cudnn and (length := _common_length(cu_seqlens_cpu)):
+    if backend == "cudnn" and (length := _common_length(cu_seqlens_cpu)):
         tensors = [_by_document(x, length) for x in (gradient, q, k, v, out)]
         normaliser = normaliser.view(*tensors[1].shape[:3], 1)
         seed = unused.view(torch.int64)[0]
@@ -90,11 +104,20 @@ def _backward(
         )
         dq, dk, dv = (_as_stream(x) for x in gradients)
         return dq, dk, dv
-    bounds = (cu_seqlens, cu_seqlens, max_seqlen, max_seqlen)
-    normaliser = normaliser.view(q.shape[1], q.shape[0])
-    dq, dk, dv = _aten._flash_attention_backward(
-        gradient.contiguous(), q, k, v, out, normaliser, *bounds, 0.0, True, unused, unused
-    )
+    bounds, deterministic = _bounds(cu_seqlens, max_seqlen), torch.are_deterministic_algorithms_enabled()
+    gradient, normaliser = gradient.contiguous(), normaliser.view(q.shape[1], q.shape[0])
+    if backend == "fa3":
+        dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
+        tensors = [gradient, q, k, v, out, normaliser, dq, dk, dv]
+        torch.ops.flash_attn_3.bwd(*tensors, **bounds, is_causal=True, deterministic=deterministic)
+    elif backend == "fa4":
+        from flash_attn.cute.interface import _flash_attn_bwd
+
+        tensors = [q, k, v, out, gradient, normaliser]
+        dq, dk, dv = _flash_attn_bwd(*tensors, **bounds, causal=True, deterministic=deterministic)
+    else:
+        tensors = [gradient, q, k, v, out, normaliser]
+        dq, dk, dv = _aten._flash_attention_backward(*tensors, *bounds.values(), 0.0, True, unused, unused)
     return dq, dk, dv
 
 
@@ -104,15 +127,25 @@ def _(gradient: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
 
 
 def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
-    q, k, v, cu_seqlens, cu_seqlens_cpu, ctx.max_seqlen, ctx.may_use_cudnn = inputs
+    q, k, v, cu_seqlens, cu_seqlens_cpu, ctx.max_seqlen, ctx.backend = inputs
     ctx.save_for_backward(q, k, v, *output, cu_seqlens, cu_seqlens_cpu)
 
 
 def _autograd(ctx: Any, gradient: torch.Tensor, _: Any) -> tuple[torch.Tensor | None, ...]:
-    return *_backward(gradient, *ctx.saved_tensors, ctx.max_seqlen, ctx.may_use_cudnn), None, None, None, None
+    return *_backward(gradient, *ctx.saved_tensors, ctx.max_seqlen, ctx.backend), None, None, None, None
 
 
 _forward.register_autograd(_autograd, setup_context=_save_for_backward)
+
+
+def _bounds(cu_seqlens: torch.Tensor, max_seqlen: int) -> dict[str, Any]:
+    """Where documents end, of queries and of keys, by FlashAttention's names and in its order."""
+    return {
+        "cu_seqlens_q": cu_seqlens,
+        "cu_seqlens_k": cu_seqlens,
+        "max_seqlen_q": max_seqlen,
+        "max_seqlen_k": max_seqlen,
+    }
 
 
 def _common_length(cu_seqlens_cpu: torch.Tensor) -> int:

@@ -1,11 +1,13 @@
 """Chooses, once at start-up, which implementation computes which operation."""
 
+import importlib.metadata
 import importlib.util
 import logging
 from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
+from torch.torch_version import TorchVersion
 
 from models.ops.causal_conv1d import MAX_TRITON_WIDTH
 
@@ -16,7 +18,7 @@ class Kernels(NamedTuple):
     """The chosen implementation of each operation that has more than one; the defaults run anywhere."""
 
     attention: str = "sdpa"
-    """"sdpa", "varlen" or "cudnn": see attention.py."""
+    """"sdpa", "varlen", "cudnn", "fa3" or "fa4": see attention.py."""
     gated_delta_rule: str = "torch"
     """"torch", "fla" or "flash_qla": see gated_delta_rule.py."""
     causal_conv1d: str = "torch"
@@ -26,11 +28,19 @@ class Kernels(NamedTuple):
 
 
 CHOICES = {
-    "attention": ("sdpa", "varlen", "cudnn"),
+    "attention": ("sdpa", "varlen", "cudnn", "fa3", "fa4"),
     "gated_delta_rule": ("torch", "fla", "flash_qla"),
     "causal_conv1d": ("torch", "triton"),
     "cross_entropy": ("torch", "compiled"),
 }
+"""The reference first; then, as far as measured, each faster than the one before."""
+
+ON_REQUEST = ("fa3", "fa4")
+"""What "auto" leaves out: not measured against the others yet."""
+
+# Of the earlier ones, 4.0.0b11 gives wrong gradients with these very heads on Blackwell: for real activations, not for
+# random ones, so that no self-test would see it (TransformerEngine's issue 3216).
+_FIRST_FA4 = "4.0.0b36"
 
 
 def select_kernels(
@@ -39,15 +49,18 @@ def select_kernels(
     dtype: torch.dtype,
     delta_rule_head_dims: tuple[int, int],
     conv_width: int,
+    attention_head_dim: int,
 ) -> Kernels:
-    """Resolves `[kernels]` for a device, a compute dtype, the delta rule's (K, Kv) and the convolution's taps; "auto":
-    the fastest that works.
+    """Resolves `[kernels]` for a device, a compute dtype, the delta rule's (K, Kv), the convolution's taps and
+    attention's K; "auto": the fastest that works.
 
     Raises ValueError for an unknown choice, and for one that cannot run here.
     """
     hinders = {
         "varlen": _needs_half_precision(device_type, dtype),
         "cudnn": _needs_half_precision(device_type, dtype),
+        "fa3": _needs_half_precision(device_type, dtype) or _fa3_hindrance(attention_head_dim),
+        "fa4": _needs_half_precision(device_type, dtype) or _fa4_hindrance(attention_head_dim),
         "fla": _needs_half_precision(device_type, dtype) or _fla_hindrance(),
         "flash_qla": _needs_half_precision(device_type, dtype) or _flash_qla_hindrance(delta_rule_head_dims),
         "triton": _triton_hindrance(device_type, conv_width),
@@ -57,7 +70,7 @@ def select_kernels(
     def choose(operation: str, choice: str) -> str:
         choices = CHOICES[operation]
         if choice == "auto":
-            choice = next(c for c in reversed(choices) if not hinders.get(c))
+            choice = next(c for c in reversed(choices) if not hinders.get(c) and c not in ON_REQUEST)
         if choice not in choices:
             accepted = ", ".join(map(repr, ("auto", *choices[:-1])))
             raise ValueError(f"kernels.{operation} = {choice!r}: expected {accepted} or {choices[-1]!r}")
@@ -82,6 +95,29 @@ def select_kernels(
 def _needs_half_precision(device_type: str, dtype: torch.dtype) -> str:
     works = device_type == "cuda" and dtype in (torch.bfloat16, torch.float16)
     return "" if works else f"a CUDA GPU and bfloat16, not {device_type} and {dtype}"
+
+
+def _fa3_hindrance(head_dim: int) -> str:
+    if importlib.util.find_spec("flash_attn_interface") is None:
+        return "the package flash-attn-3"
+    if torch.cuda.get_device_capability() != (9, 0):
+        return "a GPU with compute capability 9.0"
+    if torch.are_deterministic_algorithms_enabled():
+        return "job.deterministic = false: its gradients are not the same bit for bit"
+    return "" if head_dim % 8 == 0 and head_dim <= 256 else f"a head dim of 8, 16, ... or 256, not {head_dim}"
+
+
+def _fa4_hindrance(head_dim: int) -> str:
+    try:
+        version = importlib.metadata.version("flash-attn-4")
+    except importlib.metadata.PackageNotFoundError:
+        return "the package flash-attn-4"
+    if TorchVersion(version) < _FIRST_FA4:
+        return f"flash-attn-4 from {_FIRST_FA4} on, not {version}"
+    if torch.cuda.get_device_capability() not in ((9, 0), (10, 0), (10, 3)):
+        return "a GPU with compute capability 9.0, 10.0 or 10.3"
+    # Of others it takes some, on Hopper with wrong gradients where they are no multiples of 32 (its pull request 2896).
+    return "" if head_dim in (32, 64, 96, 128, 256) else f"a head dim of 32, 64, 96, 128 or 256, not {head_dim}"
 
 
 def _triton_hindrance(device_type: str, conv_width: int) -> str:

@@ -18,7 +18,7 @@ from models.ops.causal_conv1d import causal_conv1d
 from models.ops.documents import Documents
 from models.ops.gated_delta_rule import gated_delta_rule
 from models.ops.grouped_experts import grouped_experts
-from models.ops.kernels import CHOICES, Kernels
+from models.ops.kernels import CHOICES, ON_REQUEST, Kernels
 from models.ops.linear_cross_entropy import IGNORED, linear_cross_entropy
 from models.qwen35_moe.config import ModelConfig
 
@@ -161,6 +161,6 @@ def _message(case: _Case, found: str) -> str:
     if not case.backend:
         return f"{case.operation} (grouped_mm) computes wrong numbers here: {found}; another PyTorch, or {anyway}"
     choices = CHOICES[case.operation]
-    slower = " or ".join(map(repr, reversed(choices[: choices.index(case.backend)])))
+    slower = " or ".join(repr(c) for c in reversed(choices[: choices.index(case.backend)]) if c not in ON_REQUEST)
     key = f"kernels.{case.operation} = {case.backend!r}"
     return f"{key} computes wrong numbers here: {found}; use [kernels] {case.operation} = {slower}, or {anyway}"

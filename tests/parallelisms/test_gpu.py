@@ -49,7 +49,8 @@ def build(config: ModelConfig, ep: int, mode: str, device: torch.device) -> tupl
     """As train.py builds it, compiled."""
     torch.compiler.reset()
     head_dims = (config.linear_key_head_dim, config.linear_value_head_dim)
-    kernels = select_kernels({}, device.type, torch.bfloat16, head_dims, config.linear_conv_kernel_dim)
+    width = config.linear_conv_kernel_dim
+    kernels = select_kernels({}, device.type, torch.bfloat16, head_dims, width, config.head_dim)
     meshes = build_meshes(device.type, 1, dist.get_world_size(), ep)
     model = build_on_meta(config, kernels, torch.float32)
     parallelize_fn(
@@ -123,7 +124,7 @@ def runs_ahead(model: Qwen35Moe, lengths: list[int], device: torch.device) -> tu
 
 @pytest.fixture(scope="module")
 def one_process() -> dict[str, dict[str, Any]]:
-    if select_kernels({}, "cuda", torch.bfloat16, (128, 128), 4).gated_delta_rule == "torch":
+    if select_kernels({}, "cuda", torch.bfloat16, (128, 128), 4, 256).gated_delta_rule == "torch":
         pytest.skip("no kernel of the delta rule runs here: plain PyTorch reads the documents' lengths on the host")
     return run_ranks(observe_one_process, 1, ["none", "selective"], seconds=600, device_type="cuda")[0]
 

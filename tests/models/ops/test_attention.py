@@ -1,5 +1,11 @@
 """Attention inside documents against a plain masked softmax."""
 
+import importlib.util
+import sys
+from collections.abc import Iterator
+from types import ModuleType
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -7,6 +13,7 @@ from hypothesis import strategies as st
 
 from models.ops.attention import attention
 from models.ops.documents import Documents
+from models.ops.kernels import select_kernels
 from tests.models.ops.compare import assert_close, relative_error, run
 
 DIM = 8
@@ -71,6 +78,117 @@ def test_derivative_by_another_document_is_exactly_zero(document: int) -> None:
     assert gradients[2].split(LENGTHS)[document].any()
 
 
+# FlashAttention 3 and 4 for the CPU: their parameters' names, order and defaults, the shapes that they take and return.
+# What they compute is written out here, gradients as the kernels do it: from the output and the normalisers.
+
+
+def weights_of(q: torch.Tensor, k: torch.Tensor, cu_seqlens: torch.Tensor, normaliser: Any = None) -> torch.Tensor:
+    """exp(scores - normaliser) [N, T, T]; without one, the normalisers [N, T] themselves."""
+    k = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
+    document = torch.arange(len(cu_seqlens) - 1).repeat_interleave(cu_seqlens.diff())
+    allowed = (document[:, None] == document[None, :]).tril()
+    scores = torch.einsum("qnk,snk->nqs", q, k) * q.shape[-1] ** -0.5
+    scores = scores.masked_fill(~allowed, float("-inf"))
+    return scores.logsumexp(dim=-1) if normaliser is None else (scores - normaliser[:, :, None]).exp()
+
+
+def library_forward(q: Any, k: Any, v: Any, cu_seqlens: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    normaliser = weights_of(q, k, cu_seqlens)
+    v = v.repeat_interleave(q.shape[1] // v.shape[1], dim=1)
+    return torch.einsum("nqs,snk->qnk", weights_of(q, k, cu_seqlens, normaliser), v), normaliser
+
+
+def library_backward(dout: Any, q: Any, k: Any, v: Any, out: Any, normaliser: Any, cu_seqlens: Any) -> list[Any]:
+    group, scale = q.shape[1] // k.shape[1], q.shape[-1] ** -0.5
+    weights = weights_of(q, k, cu_seqlens, normaliser)
+    of_weights = torch.einsum("qnk,snk->nqs", dout, v.repeat_interleave(group, dim=1))
+    of_scores = weights * (of_weights - (dout * out).sum(-1).T[:, :, None]) * scale
+    dq = torch.einsum("nqs,snk->qnk", of_scores, k.repeat_interleave(group, dim=1))
+    heads = [torch.einsum("nqs,qnk->snk", *x) for x in ((of_scores, q), (weights, dout))]
+    return [dq, *(x.unflatten(1, (-1, group)).sum(dim=2) for x in heads)]
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[bool]]:
+    """Both libraries on the CPU; lists, for each backward pass, whether it was to be deterministic."""
+    if importlib.util.find_spec("flash_attn_interface"):
+        pytest.skip("its operations cannot be defined twice")
+    asked: list[bool] = []
+    bounds = "Tensor cu_seqlens_q, Tensor cu_seqlens_k, int max_seqlen_q, int max_seqlen_k"
+
+    def fwd_3(q: Any, k: Any, v: Any, cu: Any, cu_k: Any, longest: int, _: int, causal: bool, splits: int) -> Any:
+        assert causal
+        assert splits == 1
+        assert torch.equal(cu, cu_k)
+        assert cu.diff().max() <= longest
+        return *library_forward(q, k, v, cu), q.new_empty(0), q.new_empty(0)
+
+    def bwd_3(*arguments: Any) -> torch.Tensor:
+        *tensors, dq, dk, dv, cu, _, _, _, causal, deterministic = arguments
+        assert causal
+        asked.append(deterministic)
+        for gradient, result in zip((dq, dk, dv), library_backward(*tensors, cu)):
+            gradient.copy_(result)
+        return dq.new_empty(0)
+
+    def fwd_4(
+        q: Any, k: Any, v: Any, qv: None = None, cu_seqlens_q: Any = None, cu_seqlens_k: Any = None,
+        seqused_q: None = None, seqused_k: None = None, max_seqlen_q: int = 0, max_seqlen_k: int = 0,
+        causal: bool = False, return_lse: bool = False,
+    ) -> Any:  # fmt: skip
+        assert causal
+        assert return_lse
+        assert cu_seqlens_q.diff().max() <= max_seqlen_q == max_seqlen_k
+        return *library_forward(q, k, v, cu_seqlens_k), None, None, None
+
+    def bwd_4(
+        q: Any, k: Any, v: Any, out: Any, dout: Any, lse: Any, softmax_scale: None = None, causal: bool = False,
+        cu_seqlens_q: Any = None, cu_seqlens_k: Any = None, max_seqlen_q: int = 0, max_seqlen_k: int = 0,
+        deterministic: bool = False,
+    ) -> Any:  # fmt: skip
+        assert causal
+        assert cu_seqlens_q.diff().max() <= max_seqlen_q == max_seqlen_k
+        asked.append(deterministic)
+        return tuple(library_backward(dout, q, k, v, out, lse, cu_seqlens_k))
+
+    modules = {name: ModuleType(name) for name in ("flash_attn", "flash_attn.cute", "flash_attn.cute.interface")}
+    vars(modules["flash_attn.cute.interface"]).update(_flash_attn_fwd=fwd_4, _flash_attn_bwd=bwd_4)
+    for name, module in {**modules, "flash_attn_interface": ModuleType("flash_attn_interface")}.items():
+        monkeypatch.setitem(sys.modules, name, module)
+    with torch.library._scoped_library("flash_attn_3", "DEF") as library:
+        returned = "(Tensor, Tensor, Tensor, Tensor)"
+        library.define(f"fwd(Tensor q, Tensor k, Tensor v, {bounds}, bool is_causal, int num_splits) -> {returned}")
+        tensors = "Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor softmax_lse"
+        gradients = "Tensor(a!) dq, Tensor(b!) dk, Tensor(c!) dv"
+        library.define(f"bwd({tensors}, {gradients}, {bounds}, bool is_causal, bool deterministic) -> Tensor")
+        library.impl("fwd", fwd_3, "CPU")
+        library.impl("bwd", bwd_3, "CPU")
+        yield asked
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+@pytest.mark.parametrize("heads", [(4, 4), (6, 2), (8, 1)])
+@pytest.mark.parametrize("backend", ["fa3", "fa4"])
+def test_flash_attention_3_and_4_are_called_rightly(
+    backend: str, heads: tuple[int, int], deterministic: bool, calls: list[bool]
+) -> None:
+    inputs, documents = make_inputs(sum(LENGTHS), heads), Documents.from_lengths(LENGTHS, max_seqlen=64)
+    torch.use_deterministic_algorithms(deterministic)
+    try:
+        actual = run(lambda q, k, v: attention(q, k, v, documents, backend=backend), inputs)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert calls == [deterministic]
+    assert_close(actual, run_sdpa(inputs, LENGTHS), 1e-12)  # float64 sums of at most 33 terms
+
+
+def skip_unless_it_runs(backend: str, dtype: torch.dtype, dim: int) -> None:
+    try:
+        select_kernels({"attention": backend}, "cuda", dtype, (128, 128), 4, dim)
+    except ValueError as error:
+        pytest.skip(str(error))
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="the kernels run on CUDA alone")
 @pytest.mark.parametrize("compiled", [False, True])
@@ -78,11 +196,20 @@ def test_derivative_by_another_document_is_exactly_zero(document: int) -> None:
 @pytest.mark.parametrize(("heads", "dim"), [((16, 2), 256), ((4, 4), 64)])
 @pytest.mark.parametrize(
     ("backend", "lengths"),
-    [("varlen", [1, 200, 63, 64, 184]), ("cudnn", [201, 311]), ("cudnn", [256, 256]), ("cudnn", [1] * 512)],
+    [
+        ("varlen", [1, 200, 63, 64, 184]),
+        ("cudnn", [201, 311]),
+        ("cudnn", [256, 256]),
+        ("cudnn", [1] * 512),
+        ("fa3", [1, 200, 63, 64, 184]),
+        ("fa4", [1, 200, 63, 64, 184]),
+        ("fa4", [1] * 300 + [212]),  # from 257 documents on it finds a tile's document in another way
+    ],
 )
 def test_kernels_equal_masked_softmax(
     backend: str, lengths: list[int], heads: tuple[int, int], dim: int, dtype: torch.dtype, compiled: bool
 ) -> None:
+    skip_unless_it_runs(backend, dtype, dim)
     # 1%: bfloat16 keeps 8 bits (0.4%), and the weights and the output are each rounded to it once.
     documents = Documents.from_lengths(lengths, torch.device("cuda"), max_seqlen=512)
     generator = torch.Generator("cuda").manual_seed(0)
@@ -108,3 +235,21 @@ def test_kernels_equal_masked_softmax(
     assert not torch.equal(changed[:first], unchanged[:first])
     for x, y in zip(gradients_changed, gradients_unchanged):
         assert relative_error(x[first:], y[first:]) <= 1e-2  # the backward adds atomically: not bit for bit
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="the kernels run on CUDA alone")
+@pytest.mark.parametrize("backend", ["varlen", "fa4"])
+def test_deterministic_gradients_are_the_same_bit_for_bit(backend: str) -> None:
+    """The 35B model's heads, enough tokens that blocks of the GPU add to one gradient at the same time."""
+    skip_unless_it_runs(backend, torch.bfloat16, 256)
+    documents = Documents.from_lengths([2048, 1, 2047], torch.device("cuda"))
+    generator = torch.Generator("cuda").manual_seed(0)
+    inputs = [torch.randn(4096, n, 256, generator=generator, device="cuda").bfloat16() for n in (16, 2, 2)]
+    torch.use_deterministic_algorithms(True)
+    try:
+        first, *others = (run(lambda q, k, v: attention(q, k, v, documents, backend=backend), inputs) for _ in range(5))
+    finally:
+        torch.use_deterministic_algorithms(False)
+    for out, gradients in others:
+        assert all(torch.equal(x, y) for x, y in zip([out, *gradients], [first[0], *first[1]], strict=True))

@@ -75,7 +75,7 @@ def test_gated_delta_rule() -> None:
 def test_gated_delta_rule_kernels(backend: str, compiled: bool) -> None:
     """The 35B model's heads, documents of one token up to several chunks, compiled as one graph."""
     try:
-        select_kernels({"gated_delta_rule": backend}, "cuda", torch.bfloat16, (128, 128), 4)
+        select_kernels({"gated_delta_rule": backend}, "cuda", torch.bfloat16, (128, 128), 4, 256)
     except ValueError as error:
         pytest.skip(str(error))
     q, k, v, g, beta = random(

@@ -2,6 +2,8 @@
 
 import importlib.util
 import logging
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -31,9 +33,9 @@ def without_libraries(monkeypatch: pytest.MonkeyPatch) -> None:
 )
 @pytest.mark.usefixtures("without_libraries")
 def test_attention(requested: str, device_type: str, dtype: torch.dtype, chosen: str) -> None:
-    assert select_kernels({"attention": requested}, device_type, dtype, HEAD_DIMS, 4).attention == chosen
+    assert select_kernels({"attention": requested}, device_type, dtype, HEAD_DIMS, 4, 256).attention == chosen
     if requested == "auto":
-        assert select_kernels({}, device_type, dtype, HEAD_DIMS, 4).attention == chosen
+        assert select_kernels({}, device_type, dtype, HEAD_DIMS, 4, 256).attention == chosen
 
 
 def test_delta_rule(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
@@ -42,7 +44,7 @@ def test_delta_rule(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFi
     monkeypatch.setattr(kernels, "_flash_qla_hindrance", lambda dims: "" if dims == HEAD_DIMS else "dims of 128")
 
     def chosen(device_type: str, dtype: torch.dtype, head_dims: tuple[int, int]) -> str:
-        return select_kernels({}, device_type, dtype, head_dims, 4).gated_delta_rule
+        return select_kernels({}, device_type, dtype, head_dims, 4, 256).gated_delta_rule
 
     with caplog.at_level(logging.WARNING, logger="train"):
         assert chosen("cuda", torch.bfloat16, HEAD_DIMS) == "flash_qla"
@@ -53,33 +55,107 @@ def test_delta_rule(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFi
     monkeypatch.setattr(kernels, "_fla_hindrance", lambda: "")
     assert chosen("cuda", torch.bfloat16, (64, 64)) == "fla"
     with pytest.raises(ValueError, match=r"gated_delta_rule = 'flash_qla' needs dims of 128"):
-        select_kernels({"gated_delta_rule": "flash_qla"}, "cuda", torch.bfloat16, (64, 64), 4)
+        select_kernels({"gated_delta_rule": "flash_qla"}, "cuda", torch.bfloat16, (64, 64), 4, 256)
+
+
+@pytest.fixture
+def install(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., None]:
+    """install(fa4, capability): flash-attn-3 and that version of flash-attn-4 on such a GPU, as far as is looked at."""
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "flash_attn_interface.py").touch()
+    monkeypatch.setattr(kernels, "_fla_hindrance", lambda: "nothing")
+
+    def put(fa4: str = "4.0.0b36", capability: tuple[int, int] = (9, 0)) -> None:
+        metadata = tmp_path / f"flash_attn_4-{fa4}.dist-info" / "METADATA"
+        metadata.parent.mkdir()
+        metadata.write_text(f"Metadata-Version: 2.1\nName: flash-attn-4\nVersion: {fa4}\n")
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+
+    return put
+
+
+def choose_attention(choice: str, head_dim: int = 256) -> str:
+    return select_kernels({"attention": choice}, "cuda", torch.bfloat16, HEAD_DIMS, 4, head_dim).attention
+
+
+def test_flash_attention_3_and_4_are_chosen_on_request_alone(install: Callable[..., None]) -> None:
+    install()
+    assert [choose_attention(choice) for choice in ("fa3", "fa4", "auto")] == ["fa3", "fa4", "cudnn"]
+
+
+@pytest.mark.parametrize("version", ["4.0.0b36", "4.0.0b100", "4.0.0", "4.1.0b1"])
+@pytest.mark.parametrize("capability", [(9, 0), (10, 0), (10, 3)])
+def test_where_flash_attention_4_runs(version: str, capability: tuple[int, int], install: Callable[..., None]) -> None:
+    install(version, capability)
+    assert [choose_attention("fa4", dim) for dim in (32, 64, 96, 128, 256)] == ["fa4"] * 5
+
+
+@pytest.mark.parametrize(
+    ("choice", "version", "capability", "head_dim", "needs"),
+    [
+        ("fa3", "4.0.0b36", (10, 0), 256, "a GPU with compute capability 9.0"),
+        ("fa3", "4.0.0b36", (8, 0), 256, "a GPU with compute capability 9.0"),
+        ("fa3", "4.0.0b36", (9, 0), 100, "a head dim of 8, 16, ... or 256, not 100"),
+        ("fa3", "4.0.0b36", (9, 0), 264, "a head dim of 8, 16, ... or 256, not 264"),
+        ("fa4", "4.0.0b35", (9, 0), 256, "flash-attn-4 from 4.0.0b36 on, not 4.0.0b35"),
+        ("fa4", "4.0.0b4", (9, 0), 256, "flash-attn-4 from 4.0.0b36 on, not 4.0.0b4"),
+        ("fa4", "4.0.0b36", (8, 0), 256, "a GPU with compute capability 9.0, 10.0 or 10.3"),
+        ("fa4", "4.0.0b36", (12, 0), 256, "a GPU with compute capability 9.0, 10.0 or 10.3"),
+        ("fa4", "4.0.0b36", (9, 0), 72, "a head dim of 32, 64, 96, 128 or 256, not 72"),
+        ("fa4", "4.0.0b36", (10, 0), 192, "a head dim of 32, 64, 96, 128 or 256, not 192"),
+    ],
+)
+def test_what_hinders_flash_attention_3_and_4(
+    choice: str, version: str, capability: tuple[int, int], head_dim: int, needs: str, install: Callable[..., None]
+) -> None:
+    install(version, capability)
+    with pytest.raises(ValueError, match=f"^kernels.attention = '{choice}' needs {needs}$"):
+        choose_attention(choice, head_dim)
+
+
+def test_flash_attention_3_is_not_deterministic(install: Callable[..., None]) -> None:
+    install()
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert choose_attention("fa4") == "fa4"
+        with pytest.raises(ValueError, match=r"'fa3' needs job\.deterministic = false"):
+            choose_attention("fa3")
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
 @pytest.mark.usefixtures("without_libraries")
 def test_missing_packages_are_named() -> None:
-    for choice, package in (("fla", "flash-linear-attention"), ("flash_qla", "flash-qla")):
-        with pytest.raises(ValueError, match=f"'{choice}' needs the package {package}"):
-            select_kernels({"gated_delta_rule": choice}, "cuda", torch.bfloat16, HEAD_DIMS, 4)
+    for operation, choice, package in (
+        ("gated_delta_rule", "fla", "flash-linear-attention"),
+        ("gated_delta_rule", "flash_qla", "flash-qla"),
+        ("attention", "fa3", "flash-attn-3"),
+        ("attention", "fa4", "flash-attn-4"),
+    ):
+        with pytest.raises(ValueError, match=f"'{choice}' needs the package {package}$"):
+            select_kernels({operation: choice}, "cuda", torch.bfloat16, HEAD_DIMS, 4, 256)
 
 
 @pytest.mark.parametrize(("device_type", "dtype"), [("cpu", torch.bfloat16), ("cuda", torch.float32)])
-@pytest.mark.parametrize(("operation", "choice"), [("attention", "varlen"), ("gated_delta_rule", "flash_qla")])
+@pytest.mark.parametrize(
+    ("operation", "choice"),
+    [("attention", "varlen"), ("attention", "fa3"), ("attention", "fa4"), ("gated_delta_rule", "flash_qla")],
+)
 def test_where_it_cannot_run(operation: str, choice: str, device_type: str, dtype: torch.dtype) -> None:
     with pytest.raises(ValueError, match=rf"kernels\.{operation} = '{choice}' needs a CUDA GPU and bfloat16"):
-        select_kernels({operation: choice}, device_type, dtype, HEAD_DIMS, 4)
+        select_kernels({operation: choice}, device_type, dtype, HEAD_DIMS, 4, 256)
 
 
 @pytest.mark.parametrize("operation", CHOICES)
 def test_unknown_choice(operation: str) -> None:
     with pytest.raises(ValueError, match=rf"kernels\.{operation} = 'quick': expected 'auto', '.*' or '.*'"):
-        select_kernels({operation: "quick"}, "cpu", torch.float32, HEAD_DIMS, 4)
+        select_kernels({operation: "quick"}, "cpu", torch.float32, HEAD_DIMS, 4, 256)
 
 
 @pytest.mark.usefixtures("without_libraries")
 def test_the_convolution_by_triton_has_four_taps_at_most() -> None:
     def chosen(width: int, requested: str = "auto") -> str:
-        kernels = select_kernels({"causal_conv1d": requested}, "cuda", torch.bfloat16, HEAD_DIMS, width)
+        kernels = select_kernels({"causal_conv1d": requested}, "cuda", torch.bfloat16, HEAD_DIMS, width, 256)
         return kernels.causal_conv1d
 
     assert [chosen(width) for width in (1, 4, 5)] == ["triton", "triton", "torch"]

@@ -79,8 +79,8 @@ def build(
 def fast_kernels(config: ModelConfig, device: torch.device) -> Kernels:
     """What training chooses; the loss alone is not compiled, which would happen anew for every number of tokens."""
     head_dims = (config.linear_key_head_dim, config.linear_value_head_dim)
-    requested = {"cross_entropy": "torch"}
-    return select_kernels(requested, device.type, torch.bfloat16, head_dims, config.linear_conv_kernel_dim)
+    requested, width = {"cross_entropy": "torch"}, config.linear_conv_kernel_dim
+    return select_kernels(requested, device.type, torch.bfloat16, head_dims, width, config.head_dim)
 
 
 def routers(model: torch.nn.Module) -> list[torch.nn.Module]:

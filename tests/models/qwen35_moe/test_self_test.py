@@ -16,7 +16,7 @@ from config import Compile, load_config
 from models.ops import linear_cross_entropy as loss_module
 from models.ops.documents import Documents
 from models.ops.gated_delta_rule import CHUNK
-from models.ops.kernels import CHOICES, Kernels, select_kernels
+from models.ops.kernels import CHOICES, ON_REQUEST, Kernels, select_kernels
 from models.qwen35_moe import self_test
 from models.qwen35_moe.config import ModelConfig
 from models.qwen35_moe.self_test import check_kernels
@@ -25,7 +25,7 @@ from training.errors import RunError
 
 ROOT = Path(__file__).resolve().parents[3]
 CPU = torch.device("cpu")
-FASTEST = Kernels(**{operation: choices[-1] for operation, choices in CHOICES.items()})
+FASTEST = Kernels(**{name: [c for c in choices if c not in ON_REQUEST][-1] for name, choices in CHOICES.items()})
 INPUTS = {
     "attention": ("q", "k", "v"),
     "gated_delta_rule": ("q", "k", "v", "g", "beta"),
@@ -42,7 +42,7 @@ def only(operation: str) -> Kernels:
 
 
 def named(operation: str) -> str:
-    return f"kernels.{operation} = '{CHOICES[operation][-1]}'" if operation in CHOICES else "grouped_experts"
+    return f"kernels.{operation} = '{getattr(FASTEST, operation)}'" if operation in CHOICES else "grouped_experts"
 
 
 @pytest.fixture
@@ -170,6 +170,17 @@ def test_cudnn_is_tried_where_it_takes_its_own_kernel(replace: Callable) -> None
     assert check_kernels(Kernels(attention="varlen"), tiny_config(), CPU, torch.bfloat16) == []
 
 
+@pytest.mark.parametrize("backend", ON_REQUEST)
+def test_what_is_chosen_on_request_is_tried_too(replace: Callable, backend: str) -> None:
+    """And the way out is one that can be taken without another package."""
+    kernels = Kernels(attention=backend)
+    assert check_kernels(kernels, tiny_config(), CPU, torch.bfloat16) == []
+    replace("attention", lambda reference, *arguments: reference(*arguments) * 1.05)
+    (line,) = check_kernels(kernels, tiny_config(), CPU, torch.bfloat16)
+    assert line.startswith(f"kernels.attention = '{backend}' computes wrong numbers here: output off by 0.05")
+    assert "use [kernels] attention = 'cudnn' or 'varlen' or 'sdpa', or [kernels] self_test = false" in line
+
+
 def test_all_wrong_operations_are_told(replace: Callable) -> None:
     def kernel(reference: Callable, *arguments: Any) -> torch.Tensor:
         return reference(*arguments) * 1.05
@@ -262,7 +273,7 @@ def test_the_kernels_that_are_chosen_pass(
     """And leave neither memory nor changed generators behind."""
     device = torch.device("cuda")
     head_dims = (shape.linear_key_head_dim, shape.linear_value_head_dim)
-    kernels = select_kernels({}, "cuda", dtype, head_dims, shape.linear_conv_kernel_dim)
+    kernels = select_kernels({}, "cuda", dtype, head_dims, shape.linear_conv_kernel_dim, shape.head_dim)
     check_kernels(kernels, shape, device, dtype)  # the workspaces that libraries keep are there
     states = torch.get_rng_state(), torch.cuda.get_rng_state()
     held = torch.cuda.memory_allocated()
