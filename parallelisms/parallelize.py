@@ -1,6 +1,5 @@
 """parallelize_fn: expert parallelism -> activation checkpointing -> compile -> FSDP2, in that order."""
 
-import functools
 from collections.abc import Sequence
 from typing import Any, cast
 
@@ -68,39 +67,41 @@ def apply_fsdp(model: Qwen35Moe, meshes: Meshes, compute_dtype: torch.dtype) -> 
     The float32 parameters stay outside FSDP, which would round them to `compute_dtype` before the forward sees them;
     `reduce_replicated_gradients` keeps them equal on all ranks.
     """
-    shard = functools.partial(
-        fully_shard,
+    policy = MixedPrecisionPolicy(
         # Casting inputs would round the rotary angles; activations have the right dtype from the embedding on.
-        mp_policy=MixedPrecisionPolicy(
-            compute_dtype, torch.promote_types(compute_dtype, torch.float32), cast_forward_inputs=False
-        ),
-        ignored_params=set(model.float32_parameters()),
+        compute_dtype,
+        torch.promote_types(compute_dtype, torch.float32),
+        cast_forward_inputs=False,
     )
+
+    def shard(module: nn.Module, mesh: DeviceMesh, **options: Any) -> None:
+        fully_shard(module, mesh=mesh, mp_policy=policy, ignored_params=set(model.float32_parameters()), **options)
+        unit = cast(FSDPModule, module)
+        if mesh.size() == 1:  # nothing to divide, not even by 1, and nothing to add up
+            unit.set_custom_reduce_scatter(_NothingToReduce())
+        else:
+            unit.set_gradient_divide_factor(1.0)
+            unit.set_force_sum_reduction_for_comms(True)  # gloo has no pre-multiplied sum
+
     blocks, has_expert_units = model.blocks, meshes.expert_parallel.size() > 1
-    is_sharded = meshes.dense.size() > 1
     for block in blocks:
         # Gathered again for the backward pass; but that begins with the last block, and would do so at once, and where
         # nothing is sharded it would only repeat the cast.
-        free = is_sharded and block is not blocks[-1]
+        free = meshes.dense.size() > 1 and block is not blocks[-1]
         if has_expert_units:
             # Experts alone leave the dense mesh. Their dim 0 is taken by the axis ep, so efsdp cuts dim 1.
-            shard(
-                block.mlp.experts, mesh=meshes.expert, shard_placement_fn=lambda _: Shard(1), reshard_after_forward=free
-            )
-        shard(block, mesh=meshes.dense, reshard_after_forward=free)
-    shard(model, mesh=meshes.dense)
+            shard(block.mlp.experts, meshes.expert, shard_placement_fn=lambda _: Shard(1), reshard_after_forward=free)
+        shard(block, meshes.dense, reshard_after_forward=free)
+    shard(model, meshes.dense)
     if has_expert_units:
         _prefetch_neighbours(model)
-    for module in model.modules():
-        if isinstance(module, FSDPModule) and is_sharded:
-            module.set_gradient_divide_factor(1.0)
-            module.set_force_sum_reduction_for_comms(True)  # gloo has no pre-multiplied sum
-        elif isinstance(module, FSDPModule):  # one process has nothing to divide, not even by 1, and nothing to add up
-            module.set_custom_reduce_scatter(_NothingToReduce())
 
 
 class _NothingToReduce(ReduceScatter):
-    """For a world of one, where FSDP copies what it would reduce into what it keeps: here both are one tensor."""
+    """For a mesh of one, where FSDP copies what it would reduce into what it keeps: here both are one tensor.
+
+    One process, or experts that are whole on their rank, as at ep = fsdp.
+    """
 
     def __init__(self) -> None:
         self._input: torch.Tensor | None = None

@@ -171,46 +171,52 @@ def test_experts_and_dense_weights_are_gathered_a_block_ahead(
 
 
 class Operations(TorchDispatchMode):
-    """The names of operations that are run; those whose results activation checkpointing has kept are not."""
+    """The operations that are run, and how many numbers each makes; none whose results activation checkpointing has
+    kept."""
 
     def __init__(self) -> None:
         super().__init__()
         self.names: list[str] = []
+        self.sizes: list[int] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if any(issubclass(kind, torch.distributed.tensor.DTensor) for kind in types):
             return NotImplemented
+        out = func(*args, **(kwargs or {}))
         self.names.append(func._schema.name)
-        return func(*args, **(kwargs or {}))
+        self.sizes.append(out.numel() if isinstance(out, torch.Tensor) else 0)
+        return out
 
 
-def operations_of_a_step(layouts: list[Layout]) -> list[list[str]]:
-    names = []
+def operations_of_a_step(layouts: list[Layout]) -> list[tuple[list[str], list[int]]]:
+    found = []
     for layout in layouts:
         model, meshes, optimizer = build(CONFIG, layout)
         with Operations() as operations:
             step(model, meshes, optimizer, own_batches(CONFIG, layout, ROWS, 0))
-        names.append(operations.names)
-    return names
+        found.append((operations.names, operations.sizes))
+    return found
 
 
 @pytest.fixture(scope="module")
-def operations() -> dict[str, list[str]]:
-    """Of each mode of activation checkpointing, the operations of a step at ep 2, on rank 0."""
+def operations() -> dict[str, tuple[list[str], list[int]]]:
+    """Of each mode of activation checkpointing, the operations of a step at ep 2, on rank 0, and their sizes."""
     modes = ("none", "selective", "full")
     layouts = [Layout(world=2, ep=2, activation_checkpoint=mode) for mode in modes]
     return dict(zip(modes, run_ranks(operations_of_a_step, 2, layouts)[0]))
 
 
-def test_the_host_waits_for_numbers_of_copies_once_a_layer(operations: dict[str, list[str]]) -> None:
-    for mode, names in operations.items():
+def test_the_host_waits_for_numbers_of_copies_once_a_layer(
+    operations: dict[str, tuple[list[str], list[int]]],
+) -> None:
+    for mode, (names, _) in operations.items():
         assert names.count("qwen35_moe::splits") == CONFIG.num_hidden_layers, mode
 
 
 def test_the_shared_expert_is_computed_while_results_and_their_gradients_travel(
-    operations: dict[str, list[str]],
+    operations: dict[str, tuple[list[str], list[int]]],
 ) -> None:
-    names, num_products = operations["none"], []
+    (names, _), num_products = operations["none"], list[int]()
     exchanges = [index for index, name in enumerate(names) if name == "_c10d_functional::all_to_all_single"]
     num_forward = 4 * CONFIG.num_hidden_layers  # numbers of copies, weights, copies, results
     for launch in exchanges[3:num_forward:4] + exchanges[num_forward::3]:
@@ -218,3 +224,13 @@ def test_the_shared_expert_is_computed_while_results_and_their_gradients_travel(
         num_products.append(names[launch:arrival].count("aten::mm"))
     # gate_proj, up_proj, down_proj and shared_expert_gate; on the way back each has two gradients.
     assert num_products == [4] * CONFIG.num_hidden_layers + [8] * CONFIG.num_hidden_layers
+
+
+def test_gradients_of_experts_that_are_whole_on_their_rank_are_not_divided(
+    operations: dict[str, tuple[list[str], list[int]]],
+) -> None:
+    names, sizes = operations["none"]
+    num_parameters = 3 * CONFIG.num_experts // 2 * CONFIG.hidden_size * CONFIG.moe_intermediate_size
+    of_experts = [name for name, size in zip(names, sizes) if size == num_parameters]
+    assert "aten::empty" in of_experts  # FSDP lays the two parameters' gradients end to end
+    assert not [name for name in of_experts if "div" in name or "mul" in name], of_experts
