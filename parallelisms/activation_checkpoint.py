@@ -14,8 +14,8 @@ import parallelisms.expert_parallel  # noqa: F401  (the three register the opera
 _aten = torch.ops.aten
 
 # Routing is decided once. A recomputed router could break a tie the other way (its input may differ in the last bit),
-# and then rows, shapes and gradients would belong to another set of experts. How many rows travel between ranks belongs
-# to it: as known to the host, and to the device (see `_policy`).
+# and then rows, shapes and gradients would belong to another set of experts. How many copies travel between ranks
+# belongs to it: as known to the host, and to the device (see `_policy`).
 _ROUTING = {_aten.topk.default, _aten.sort.stable, torch.ops.qwen35_moe.splits.default}
 _ALL_TO_ALL = torch.ops._c10d_functional.all_to_all_single.default
 
