@@ -339,24 +339,24 @@ def load_config(argv: list[str]) -> Config:
         print(help_text())
         raise SystemExit(0)
     path, options = _parse_command_line(argv)
-    tables = _merge(_load_toml(path, ()) if path else {}, options)
+    tables = _merge(_load_toml(path) if path else {}, options)
     model = tables.get("model", {})
     if model.get("path") and model.get("config"):
         raise ConfigError(f"model.path = {model['path']!r} and model.config exclude each other: expected one of them")
     if not model.get("path") and not model.get("config"):
         raise ConfigError("model.path = '' and model.config is empty: expected a Hugging Face directory or a table")
-    for section, schema in SCHEMA.items():
-        for item in dataclasses.fields(SECTIONS[section]):
-            required = item.default is dataclasses.MISSING and item.default_factory is dataclasses.MISSING
-            if required and item.name not in tables.get(section, {}):
-                raise ConfigError(f"{section}.{item.name} is missing: expected {_accepted(schema[item.name])}")
-    keywords = {item.name.rstrip("_"): item.name for cls in SECTIONS.values() for item in dataclasses.fields(cls)}
-    sections = {
-        section: cls(**{keywords[key]: value for key, value in tables.get(section, {}).items()})
-        for section, cls in SECTIONS.items()
-    }
-    config = Config(**sections)
-    return _with_absolute_paths(config)
+    sections = {}
+    for section, cls in SECTIONS.items():
+        given = tables.get(section, {})
+        values = {}
+        for item in dataclasses.fields(cls):
+            key = item.name.rstrip("_")
+            if key in given:
+                values[item.name] = given[key]
+            elif not _default(item):
+                raise ConfigError(f"{section}.{key} is missing: expected {_accepted(SCHEMA[section][key])}")
+        sections[section] = cls(**values)
+    return _with_absolute_paths(Config(**sections))
 
 
 def resolved_toml(config: Config) -> str:
@@ -618,7 +618,7 @@ def _find_config(name: str) -> Path:
     raise ConfigError(f"--config = {name!r} does not exist: expected a file's path, or one of {', '.join(shipped)}")
 
 
-def _load_toml(path: Path, below: tuple[Path, ...]) -> dict[str, Any]:
+def _load_toml(path: Path, below: tuple[Path, ...] = ()) -> dict[str, Any]:
     """A file's tables, merged over those of the file it extends. `below`: the files that extend this one."""
     path = path.resolve()
     if path in below:
@@ -656,8 +656,8 @@ def _parse_command_line(argv: list[str]) -> tuple[Path | None, dict[str, Any]]:
             raise ConfigError(f"--{key} = {text!r} is given a second time: expected one value")
         seen.add(key)
         names = key.split(".")
-        schema: Any = str if key == "config" else SCHEMA
-        for name in names if key != "config" else ():
+        schema: Any = {"config": str, **SCHEMA}
+        for name in names:
             if not isinstance(schema, Mapping) or name not in schema:
                 raise ConfigError(f"--{key} = {text!r} is unknown: {_nearest(key)}")
             schema = schema[name]
@@ -803,24 +803,19 @@ def _default(item: "dataclasses.Field[Any]") -> str:
     """A field's default as TOML, empty if it has none."""
     if item.default is dataclasses.MISSING:
         return "" if item.default_factory is dataclasses.MISSING else "{}"
-    values = list(item.default) if isinstance(item.default, tuple) else item.default
-    return json.dumps(values)
+    return json.dumps(item.default)
 
 
 def field_docs(cls: type) -> dict[str, str]:
     """The string literal under each field of a class."""
-    (body,) = (
-        node.body for node in ast.parse(textwrap.dedent(inspect.getsource(cls))).body if isinstance(node, ast.ClassDef)
-    )
-    return {
-        node.target.id: inspect.cleandoc(below.value.value)
-        for node, below in itertools.pairwise(body)
-        if isinstance(node, ast.AnnAssign)
-        and isinstance(node.target, ast.Name)
-        and isinstance(below, ast.Expr)
-        and isinstance(below.value, ast.Constant)
-        and isinstance(below.value.value, str)
-    }
+    docs = {}
+    (definition,) = ast.parse(inspect.getsource(cls)).body
+    assert isinstance(definition, ast.ClassDef)
+    for pair in itertools.pairwise(definition.body):
+        match pair:
+            case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=str(doc))):
+                docs[name] = inspect.cleandoc(doc)
+    return docs
 
 
 def main(argv: list[str]) -> int:
