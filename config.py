@@ -720,10 +720,10 @@ def _convert(hint: Any, value: Any) -> Any:
             accepted = len(hints) == len(value)
             value = tuple(map(_convert, hints, value))
     elif hint is float:
-        accepted = isinstance(value, int | float) and not isinstance(value, bool)
+        accepted = type(value) in (int, float)  # bool is another type
         value = float(value) if accepted else value
     else:
-        accepted = type(value) is hint  # never bool for int
+        accepted = type(value) is hint
     if not accepted:
         raise ValueError(value)
     return value
