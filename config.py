@@ -22,8 +22,8 @@ import os
 import re
 import sys
 import textwrap
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
@@ -339,24 +339,24 @@ def load_config(argv: list[str]) -> Config:
         print(help_text())
         raise SystemExit(0)
     path, options = _parse_command_line(argv)
-    tables = _merge(_load_toml(path, ()) if path else {}, options)
+    tables = _merge(_load_toml(path) if path else {}, options)
     model = tables.get("model", {})
     if model.get("path") and model.get("config"):
         raise ConfigError(f"model.path = {model['path']!r} and model.config exclude each other: expected one of them")
     if not model.get("path") and not model.get("config"):
         raise ConfigError("model.path = '' and model.config is empty: expected a Hugging Face directory or a table")
-    for section, schema in SCHEMA.items():
-        for item in dataclasses.fields(SECTIONS[section]):
-            required = item.default is dataclasses.MISSING and item.default_factory is dataclasses.MISSING
-            if required and item.name not in tables.get(section, {}):
-                raise ConfigError(f"{section}.{item.name} is missing: expected {_accepted(schema[item.name])}")
-    keywords = {item.name.rstrip("_"): item.name for cls in SECTIONS.values() for item in dataclasses.fields(cls)}
-    sections = {
-        section: cls(**{keywords[key]: value for key, value in tables.get(section, {}).items()})
-        for section, cls in SECTIONS.items()
-    }
-    config = Config(**sections)
-    return _with_absolute_paths(config)
+    sections = {}
+    for section, cls in SECTIONS.items():
+        given = tables.get(section, {})
+        values = {}
+        for item in dataclasses.fields(cls):
+            key = item.name.rstrip("_")
+            if key in given:
+                values[item.name] = given[key]
+            elif not _default(item):
+                raise ConfigError(f"{section}.{key} is missing: expected {_accepted(SCHEMA[section][key])}")
+        sections[section] = cls(**values)
+    return _with_absolute_paths(Config(**sections))
 
 
 def resolved_toml(config: Config) -> str:
@@ -379,9 +379,10 @@ def model_config(config: Config) -> ModelConfig:
 
 def check_config(config: Config, world_size: int) -> None:
     """Raises ConfigError for what `world_size` processes on this machine could not run."""
-    _check_parallelism(config, model_config(config), world_size)
+    shape = model_config(config)
+    _check_parallelism(config, shape, world_size)
     _check_schedule(config.lr_scheduler, config.training.steps)
-    _check_kernels(config, model_config(config))
+    _check_kernels(config, shape)
     check_data(config)
     _check_paths(config)
 
@@ -401,10 +402,8 @@ def _check_parallelism(config: Config, shape: ModelConfig, world_size: int) -> N
     if shape.num_experts % expert:
         raise ConfigError(f"{key}: expected a divisor of the model's num_experts = {shape.num_experts}")
     if expert > 1:  # each expert's own dimensions are sharded over the rest of the shard degree, evenly or not at all
-        for name, size in (
-            ("2 * moe_intermediate_size", 2 * shape.moe_intermediate_size),
-            ("hidden_size", shape.hidden_size),
-        ):
+        sizes = {"2 * moe_intermediate_size": 2 * shape.moe_intermediate_size, "hidden_size": shape.hidden_size}
+        for name, size in sizes.items():
             if size % (shard // expert):
                 raise ConfigError(
                     f"{key}: shard degree {shard} / {expert} = {shard // expert} does not divide the model's "
@@ -441,11 +440,9 @@ def _check_kernels(config: Config, shape: ModelConfig) -> None:
     from models.ops.kernels import select_kernels
 
     device_type = "cuda" if torch.cuda.is_available() else "cpu"
-    name = (
-        config.training.dtype
-        if config.training.dtype != "auto"
-        else {"cuda": "bfloat16", "cpu": "float32"}[device_type]
-    )
+    name = config.training.dtype
+    if name == "auto":
+        name = "bfloat16" if device_type == "cuda" else "float32"
     try:
         head_dims = (shape.linear_key_head_dim, shape.linear_value_head_dim)
         requested, dtype = dataclasses.asdict(config.kernels), getattr(torch, name)
@@ -456,6 +453,11 @@ def _check_kernels(config: Config, shape: ModelConfig) -> None:
 
 def check_data(config: Config) -> None:
     """Raises ConfigError for data and a tokenizer that could not be used."""
+    weights = list(config.data.weights)
+    if weights and len(weights) != len(config.data.path):
+        raise ConfigError(f"data.weights = {weights}: expected {len(config.data.path)}, one for each of data.path")
+    if weights and min(weights) < 1e-3 * sum(weights):
+        raise ConfigError(f"data.weights = {weights}: expected none below a thousandth of their sum")
     _check_source(config.data, config.data.path, "data.path")
     if config.validation.enable:
         _check_source(config.data, config.validation.path, "validation.path")
@@ -485,16 +487,11 @@ def _check_paths(config: Config) -> None:
         raise ConfigError(f"job.output_dir = {output_dir!r}: expected a folder that can be written in {str(parent)!r}")
 
 
-def _check_source(data: Data, entries: Iterable[str], key: str) -> None:
+def _check_source(data: Data, entries: tuple[str, ...], key: str) -> None:
     """Everything exists, and the first sample of the first file has the field; the loader looks at the others."""
-    if data.weights and len(data.weights) != len(data.path):
-        raise ConfigError(f"data.weights = {list(data.weights)}: expected {len(data.path)}, one for each of data.path")
-    if data.weights and min(data.weights) < 1e-3 * sum(data.weights):
-        raise ConfigError(f"data.weights = {list(data.weights)}: expected none below a thousandth of their sum")
-    field_key, name = ("text_key", data.text_key) if data.format == "text" else ("messages_key", data.messages_key)
-    files = [file for entry in entries if not is_dataset(entry) for file in find_files([entry], key)]
-    if not files and not any(map(is_dataset, entries)):
-        find_files([], key)  # raises
+    if not entries:
+        raise ConfigError(f"{key} = []: expected at least one file or glob")
+    files = [file for entry in entries if not is_dataset(entry) for file in find_files(entry, key)]
     names: Any = []
     for file in files[:1]:
         if suffix_of(file) == ".parquet":
@@ -509,6 +506,7 @@ def _check_source(data: Data, entries: Iterable[str], key: str) -> None:
                 raise ConfigError(f"{key}: {file!r}, line 1 is not JSON: expected an object on every line") from None
         elif suffix_of(file) == ".txt" and data.format == "chat":
             raise ConfigError(f"{key}: {file!r} with data.format = 'chat': expected conversations, not text files")
+        field_key, name = ("text_key", data.text_key) if data.format == "text" else ("messages_key", data.messages_key)
         if names and name not in names:
             raise ConfigError(f"data.{field_key} = {name!r}: expected one of {', '.join(names)}, as in {file!r}")
 
@@ -539,8 +537,7 @@ TOKENS_META = "tokens.json"
 
 def suffix_of(file: str) -> str:
     """The one of SUFFIXES that a name ends in, or else whatever it ends in."""
-    fitting = [suffix for suffix in SUFFIXES if file.endswith(suffix)]
-    return fitting[0] if fitting else Path(file).suffix
+    return next((suffix for suffix in SUFFIXES if file.endswith(suffix)), Path(file).suffix)
 
 
 def is_dataset(entry: str) -> bool:
@@ -552,23 +549,15 @@ def is_dataset(entry: str) -> bool:
     return bool(is_name) and not os.path.exists(entry)
 
 
-def find_files(patterns: Iterable[str], key: str = "data.path") -> list[str]:
-    """The files that paths and globs stand for, each once: in the order of the patterns, those of a glob by name.
-
-    Raises ConfigError for a pattern that matches no file, or one that is not in SUFFIXES.
-    """
-    files: list[str] = []
-    for pattern in patterns:
-        found = [os.path.abspath(path) for path in sorted(_matches(pattern)) if os.path.isfile(path)]
-        if not found:
-            raise ConfigError(f"{key} = {pattern!r} matches no file: expected a file or a glob that matches some")
-        for file in found:
-            if suffix_of(file) not in SUFFIXES:
-                raise ConfigError(f"{key}: {file!r} ends in {suffix_of(file)!r}: expected {', '.join(SUFFIXES)}")
-        files += found
+def find_files(pattern: str, key: str = "data.path") -> list[str]:
+    """The files that a path or glob stands for, by name. Raises ConfigError for none, or one not in SUFFIXES."""
+    files = [os.path.abspath(path) for path in sorted(set(_matches(pattern))) if os.path.isfile(path)]
     if not files:
-        raise ConfigError(f"{key} = []: expected at least one file or glob")
-    return list(dict.fromkeys(files))
+        raise ConfigError(f"{key} = {pattern!r} matches no file: expected a file or a glob that matches some")
+    for file in files:
+        if suffix_of(file) not in SUFFIXES:
+            raise ConfigError(f"{key}: {file!r} ends in {suffix_of(file)!r}: expected {', '.join(SUFFIXES)}")
+    return files
 
 
 def _matches(pattern: str) -> list[str]:
@@ -577,31 +566,28 @@ def _matches(pattern: str) -> list[str]:
 
 
 def _with_absolute_paths(config: Config) -> Config:
+    def absolute(path: str) -> str:
+        return os.path.abspath(os.path.expanduser(path))
+
     def readable(path: str) -> str:
         if not path:
-            return path
-        here, shipped = os.path.abspath(os.path.expanduser(path)), os.path.abspath(ROOT / path)
+            return ""
+        here, shipped = absolute(path), os.path.abspath(ROOT / path)
         return shipped if not _matches(here) and _matches(shipped) else here
 
     def entries(paths: tuple[str, ...]) -> tuple[str, ...]:
         return tuple(path if is_dataset(path) and not _matches(readable(path)) else readable(path) for path in paths)
 
-    resume, model_path = config.checkpoint.resume, readable(config.model.path)
-    return dataclasses.replace(
+    job, data, checkpoint = config.job, config.data, config.checkpoint
+    model = replace(config.model, path=readable(config.model.path))
+    resume = checkpoint.resume if checkpoint.resume in ("auto", "never") else readable(checkpoint.resume)
+    return replace(
         config,
-        job=dataclasses.replace(config.job, output_dir=os.path.abspath(os.path.expanduser(config.job.output_dir))),
-        model=dataclasses.replace(config.model, path=model_path),
-        data=dataclasses.replace(
-            config.data,
-            path=entries(config.data.path),
-            tokenizer=readable(config.data.tokenizer) or model_path,
-        ),
-        validation=dataclasses.replace(config.validation, path=entries(config.validation.path)),
-        checkpoint=dataclasses.replace(
-            config.checkpoint,
-            resume=resume if resume in ("auto", "never") else readable(resume),
-            start_from=readable(config.checkpoint.start_from),
-        ),
+        job=replace(job, output_dir=absolute(job.output_dir)),
+        model=model,
+        data=replace(data, path=entries(data.path), tokenizer=readable(data.tokenizer) or model.path),
+        validation=replace(config.validation, path=entries(config.validation.path)),
+        checkpoint=replace(checkpoint, resume=resume, start_from=readable(checkpoint.start_from)),
     )
 
 
@@ -618,7 +604,7 @@ def _find_config(name: str) -> Path:
     raise ConfigError(f"--config = {name!r} does not exist: expected a file's path, or one of {', '.join(shipped)}")
 
 
-def _load_toml(path: Path, below: tuple[Path, ...]) -> dict[str, Any]:
+def _load_toml(path: Path, below: tuple[Path, ...] = ()) -> dict[str, Any]:
     """A file's tables, merged over those of the file it extends. `below`: the files that extend this one."""
     path = path.resolve()
     if path in below:
@@ -656,8 +642,8 @@ def _parse_command_line(argv: list[str]) -> tuple[Path | None, dict[str, Any]]:
             raise ConfigError(f"--{key} = {text!r} is given a second time: expected one value")
         seen.add(key)
         names = key.split(".")
-        schema: Any = str if key == "config" else SCHEMA
-        for name in names if key != "config" else ():
+        schema: Any = {"config": str, **SCHEMA}
+        for name in names:
             if not isinstance(schema, Mapping) or name not in schema:
                 raise ConfigError(f"--{key} = {text!r} is unknown: {_nearest(key)}")
             schema = schema[name]
@@ -734,10 +720,10 @@ def _convert(hint: Any, value: Any) -> Any:
             accepted = len(hints) == len(value)
             value = tuple(map(_convert, hints, value))
     elif hint is float:
-        accepted = isinstance(value, int | float) and not isinstance(value, bool)
+        accepted = type(value) in (int, float)  # bool is another type
         value = float(value) if accepted else value
     else:
-        accepted = type(value) is hint  # never bool for int
+        accepted = type(value) is hint
     if not accepted:
         raise ValueError(value)
     return value
@@ -803,24 +789,19 @@ def _default(item: "dataclasses.Field[Any]") -> str:
     """A field's default as TOML, empty if it has none."""
     if item.default is dataclasses.MISSING:
         return "" if item.default_factory is dataclasses.MISSING else "{}"
-    values = list(item.default) if isinstance(item.default, tuple) else item.default
-    return json.dumps(values)
+    return json.dumps(item.default)
 
 
 def field_docs(cls: type) -> dict[str, str]:
     """The string literal under each field of a class."""
-    (body,) = (
-        node.body for node in ast.parse(textwrap.dedent(inspect.getsource(cls))).body if isinstance(node, ast.ClassDef)
-    )
-    return {
-        node.target.id: inspect.cleandoc(below.value.value)
-        for node, below in itertools.pairwise(body)
-        if isinstance(node, ast.AnnAssign)
-        and isinstance(node.target, ast.Name)
-        and isinstance(below, ast.Expr)
-        and isinstance(below.value, ast.Constant)
-        and isinstance(below.value.value, str)
-    }
+    docs = {}
+    (definition,) = ast.parse(inspect.getsource(cls)).body
+    assert isinstance(definition, ast.ClassDef)
+    for pair in itertools.pairwise(definition.body):
+        match pair:
+            case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=str(doc))):
+                docs[name] = inspect.cleandoc(doc)
+    return docs
 
 
 def main(argv: list[str]) -> int:

@@ -48,7 +48,7 @@ def open_sources(data: Data) -> list[Source]:
         if is_dataset(entry):
             sources.append(_open_dataset(entry, data))
             continue
-        files = [file for file in find_files([entry]) if data.weights or file not in seen]
+        files = [file for file in find_files(entry) if data.weights or file not in seen]
         seen |= set(files)
         if files:
             sources.append(_open_files(files, data))

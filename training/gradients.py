@@ -11,23 +11,19 @@ def gradient_norm(parameters: list[nn.Parameter]) -> torch.Tensor:
     """The global 2-norm of all gradients, a scalar, the same on all ranks.
 
     Parameters may be sharded over different meshes (dense, experts) or plain and replicated: a norm is taken for each
-    mesh, where it is reduced over the axes that shard it, and the norms are combined.
+    mesh, as foreach operations take no mixture, reduced there over the axes that shard it, and the norms are combined.
     """
+    by_mesh: dict[object, list[torch.Tensor]] = {}
+    for parameter in parameters:
+        gradient = parameter.grad
+        if gradient is not None:
+            mesh = gradient.device_mesh if isinstance(gradient, DTensor) else None
+            by_mesh.setdefault(mesh, []).append(gradient)
     norms = []
-    for members in _by_mesh(parameters):
-        norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in members if parameter.grad is not None])
+    for gradients in by_mesh.values():
+        norm = torch.nn.utils.get_total_norm(gradients)
         norms.append(norm.full_tensor() if isinstance(norm, DTensor) else norm)
     return torch.linalg.vector_norm(torch.stack(norms))
-
-
-def _by_mesh(parameters: list[nn.Parameter]) -> list[list[nn.Parameter]]:
-    """The parameters that have a gradient, grouped by its mesh: foreach operations take no mixture."""
-    groups: dict[object, list[nn.Parameter]] = {}
-    for parameter in parameters:
-        if parameter.grad is not None:
-            mesh = parameter.grad.device_mesh if isinstance(parameter.grad, DTensor) else None
-            groups.setdefault(mesh, []).append(parameter)
-    return list(groups.values())
 
 
 def last_nonfinite(tensors: dict[str, torch.Tensor | None]) -> str | None:

@@ -7,6 +7,7 @@ import os
 import resource
 import sys
 from collections.abc import Mapping
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -114,6 +115,4 @@ class MetricsWriter:
 
 def format_seconds(seconds: float) -> str:
     """1:02:03 for 3723."""
-    minutes, second = divmod(round(seconds), 60)
-    hour, minute = divmod(minutes, 60)
-    return f"{hour}:{minute:02}:{second:02}"
+    return str(timedelta(seconds=round(seconds)))

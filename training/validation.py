@@ -1,7 +1,7 @@
 """The loss on data that is not trained on: a pass over it every so often, without a trace in the training."""
 
 import dataclasses
-import itertools
+import sys
 from collections.abc import Callable
 
 import torch
@@ -21,17 +21,17 @@ class Validator:
         """Opens the data. Raises ValueError, one line, if it cannot be used."""
         # In this process: the workers of the training data go on meanwhile.
         data = dataclasses.replace(config.data, path=config.validation.path, weights=(), shuffle=False, num_workers=0)
-        self._loader = TokenLoader(data, config.training, rank, world_size, config.job.seed, one_epoch=True)
         training = config.training
+        self._loader = TokenLoader(data, training, rank, world_size, config.job.seed, one_epoch=True)
         self._num_micro_batches = training.global_batch_size // (world_size * training.local_batch_size)
-        self._max_steps = config.validation.steps or None
+        self._max_steps = config.validation.steps or sys.maxsize
 
     @torch.no_grad()
     def loss(self, model: nn.Module, loss_sum: Callable[[MicroBatch], torch.Tensor], device: torch.device) -> float:
         """In nats a token; all ranks call it together. `loss_sum` runs the model on a micro-batch of this rank's."""
         total = torch.zeros(2, dtype=torch.float64, device=device)  # losses, tokens
         self._loader.rewind()
-        for _ in itertools.islice(itertools.count(), self._max_steps):
+        for _ in range(self._max_steps):
             batches = [next(self._loader) for _ in range(self._num_micro_batches)]
             num_real = sum(int(batch.is_real.sum()) for batch in batches if batch.is_real is not None)
             # A rank without rows runs the model on fillers as long as another has some, which needs its weights.

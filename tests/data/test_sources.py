@@ -73,7 +73,7 @@ def test_globs_of_any_depth_and_folders_do_not_count(tmp_path):
     (tmp_path / "deep" / "er").mkdir(parents=True)
     (tmp_path / "folder.jsonl").mkdir()
     write_jsonl(tmp_path / "deep" / "er" / "a.jsonl", ["a"])
-    assert find_files([str(tmp_path / "**" / "*.jsonl")]) == [str(tmp_path / "deep" / "er" / "a.jsonl")]
+    assert find_files(str(tmp_path / "**" / "*.jsonl")) == [str(tmp_path / "deep" / "er" / "a.jsonl")]
 
 
 def test_a_changed_file_is_read_again(tmp_path):
