@@ -59,13 +59,14 @@ PositiveOrInf = Annotated[float, Accept("a positive number, or inf", lambda x: x
 NotNegative = Annotated[float, Accept("a number of at least 0", lambda x: 0 <= x < math.inf)]
 Ratio = Annotated[float, Accept("a number from 0 to 1", lambda x: 0 <= x <= 1)]
 Beta = Annotated[float, Accept("a number from 0 to below 1", lambda x: 0 <= x < 1)]
+Folder = Annotated[str, Accept("a folder", lambda path: path != "")]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
     """The run as a whole."""
 
-    output_dir: str = "outputs/run"
+    output_dir: Folder = "outputs/run"
     """Folder for everything the run writes: config.toml, metrics.jsonl, checkpoints/, tensorboard/."""
     seed: Seed = 0
     """Determines the initial weights and the order of the data, whatever the number of processes."""
@@ -443,6 +444,8 @@ def _check_kernels(config: Config, shape: ModelConfig) -> None:
     name = config.training.dtype
     if name == "auto":
         name = "bfloat16" if device_type == "cuda" else "float32"
+    if config.kernels.attention == "fa3" and config.job.deterministic:
+        raise ConfigError("kernels.attention = 'fa3' with job.deterministic = true: expected another, or false")
     try:
         head_dims = (shape.linear_key_head_dim, shape.linear_value_head_dim)
         requested, dtype = dataclasses.asdict(config.kernels), getattr(torch, name)
@@ -497,7 +500,10 @@ def _check_source(data: Data, entries: tuple[str, ...], key: str) -> None:
         if suffix_of(file) == ".parquet":
             import pyarrow.parquet
 
-            names = pyarrow.parquet.read_schema(file).names
+            try:
+                names = pyarrow.parquet.read_schema(file).names
+            except (OSError, pyarrow.ArrowException) as error:
+                raise ConfigError(f"{key}: {file!r} cannot be read as Parquet: {str(error).splitlines()[0]}") from None
         elif suffix_of(file) == ".jsonl":
             try:
                 with open(file, encoding="utf-8") as lines:
@@ -524,6 +530,8 @@ def _check_tokenizer(data: Data, vocab_size: int) -> None:
         raise ConfigError(f"{key}: expected a directory with {os.path.basename(error.filename)}") from None
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise ConfigError(f"{key}: expected the files of a byte-pair tokenizer: {error!r}") from error
+    if not ids:
+        raise ConfigError(f"{key}: expected a tokenizer with a vocabulary")
     if max(ids) >= vocab_size:
         raise ConfigError(f"{key}: has token {max(ids)}, expected all below the model's vocab_size = {vocab_size}")
     if data.format == "text" and data.end_of_document and not end:
@@ -699,7 +707,7 @@ def _convert_table(prefix: str, schema: Mapping[str, Any], table: Any, source: s
             continue
         try:
             converted[name] = _convert(schema[name], value)
-        except ValueError:
+        except (ValueError, OverflowError):  # a float may be written as an integer, of any size
             raise ConfigError(f"{source}{key} = {value!r}: {_expected(schema[name], value)}") from None
     return converted
 

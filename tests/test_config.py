@@ -273,6 +273,8 @@ def test_every_value_survives_the_round_trip(text_key: str, seed: int, lr: float
         ("--model.initial_load=hf", "initial_load = 'hf': expected model.path = '' to hold safetensors files"),
         ("--checkpoint.export_hf=yes", "expected 'never', 'last' or 'all'"),
         ("--job.output_dir=text/a.jsonl/run", "expected a folder"),
+        ("--job.output_dir=", "--job.output_dir = '': expected a folder"),
+        (f"--optimizer.lr=1{'0' * 400}", "expected a positive number"),
     ],
 )
 def test_a_mistake_on_the_command_line(option: str, expected: str) -> None:
@@ -375,6 +377,8 @@ def test_text_that_cannot_be_read(folder: Path) -> None:
     assert "data.text_key = 'id': expected one of text, as in" in error_of(
         "--data.path=a.parquet", "--data.text_key=id"
     )
+    (folder / "a.parquet").write_bytes(b"PAR1 and no more")
+    assert "a.parquet' cannot be read as Parquet: " in error_of("--data.path=a.parquet")
 
 
 def test_conversations_that_cannot_be_read(folder: Path) -> None:
@@ -418,11 +422,18 @@ def test_a_tokenizer_without_an_end_token(folder: Path) -> None:
     assert "expected a directory with tokenizer_config.json" in error_of()
 
 
+def test_a_tokenizer_without_a_vocabulary(folder: Path) -> None:
+    (folder / "tokenizer" / "tokenizer.json").write_text('{"added_tokens": [], "model": {"vocab": {}}}')
+    assert "expected a tokenizer with a vocabulary" in error_of()
+
+
 def test_kernels_that_this_machine_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     for choice in ("varlen", "fa3", "fa4"):
         assert f"kernels.attention = '{choice}' needs a CUDA GPU" in error_of(f"--kernels.attention={choice}")
     check_config(load("--kernels.attention=sdpa"), 2)
+    # Its gradients are not the same bit for bit.
+    assert "'fa3' with job.deterministic = true" in error_of("--kernels.attention=fa3", "--job.deterministic")
 
 
 def test_model_path_and_options_of_model_config_contradict(folder: Path) -> None:
@@ -434,7 +445,18 @@ def test_model_path_and_options_of_model_config_contradict(folder: Path) -> None
 
 
 @pytest.mark.parametrize(
-    "contents", ["[]", "{", '{"text_config": 3}', '{"rope_parameters": 3}', '{"model_type": "llama"}']
+    "contents",
+    [
+        "[]",
+        "{",
+        '{"text_config": 3}',
+        '{"rope_parameters": 3}',
+        '{"model_type": "llama"}',
+        '{"full_attention_interval": 0}',
+        '{"rms_norm_eps": -1}',
+        '{"rope_parameters": {"rope_theta": "x"}}',
+        '{"num_experts": true}',
+    ],
 )
 def test_an_unusable_config_json(folder: Path, contents: str) -> None:
     (folder / "hf").mkdir()

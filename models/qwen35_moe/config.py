@@ -47,7 +47,11 @@ class ModelConfig:
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             if field.type is int:
-                require(isinstance(value, int) and value > 0, f"{field.name} = {value!r} must be a positive integer")
+                require(type(value) is int and value > 0, f"{field.name} = {value!r} must be a positive integer")
+            if field.type is float:
+                require(
+                    type(value) in (int, float) and value > 0, f"{field.name} = {value!r} must be a positive number"
+                )
         require(
             len(self.layer_types) == self.num_hidden_layers and set(self.layer_types) <= {FULL, LINEAR},
             f"layer_types must name {FULL!r} or {LINEAR!r} once for each of num_hidden_layers = "
@@ -114,6 +118,8 @@ class ModelConfig:
                 text[key] = rope[key]
         if not text.get("layer_types"):
             interval = text.get("full_attention_interval", 4)
+            if type(interval) is not int or interval < 1:
+                raise ValueError(f"model config: full_attention_interval = {interval!r} must be a positive integer")
             num_layers = text.get("num_hidden_layers", cls.num_hidden_layers)
             text["layer_types"] = [LINEAR if (i + 1) % interval else FULL for i in range(num_layers)]
         # In the image-text form `tie_word_embeddings` may stand beside `text_config`.

@@ -113,17 +113,6 @@ def test_what_hinders_flash_attention_3_and_4(
         choose_attention(choice, head_dim)
 
 
-def test_flash_attention_3_is_not_deterministic(install: Callable[..., None]) -> None:
-    install()
-    torch.use_deterministic_algorithms(True)
-    try:
-        assert choose_attention("fa4") == "fa4"
-        with pytest.raises(ValueError, match=r"'fa3' needs job\.deterministic = false"):
-            choose_attention("fa3")
-    finally:
-        torch.use_deterministic_algorithms(False)
-
-
 @pytest.mark.usefixtures("without_libraries")
 def test_missing_packages_are_named() -> None:
     for operation, choice, package in (
