@@ -11,6 +11,8 @@ import hashlib
 import itertools
 import json
 import os
+import shutil
+import struct
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, Protocol
@@ -242,40 +244,28 @@ def _cached(files: Iterable[str], suffix: str, make: Callable[[Path], None]) -> 
 
 
 def _unpacked(file: str) -> str:
-    kind = {".jsonl.gz": "gzip", ".jsonl.zst": "zstd"}.get(suffix_of(file))
-    if kind is None:
+    """A file of the cache with what a `.gz` or `.zst` holds; any other as it is."""
+    if suffix_of(file) == ".jsonl":
         return file
 
     def make(path: Path) -> None:
-        with pa.input_stream(file, compression=kind) as packed, open(path, "wb") as plain:
-            while chunk := packed.read(_CHUNK):
-                plain.write(chunk)
+        with pa.input_stream(file) as packed, open(path, "wb") as plain:  # knows the compression by the name
+            shutil.copyfileobj(packed, plain)
 
     return _readable(file, lambda _: str(_cached([file], ".jsonl", make)))
-
-
-_CHUNK = 1 << 24
 
 
 def _line_index(files: list[str]) -> Path:
     """Writes (file, offset, line number from 1) of each line of two characters or more: fewer make no object."""
 
     def make(path: Path) -> None:
-        with open(path, "wb") as out:
+        with open(path, "wb") as index:
             for number, file in enumerate(files):
+                offset = 0
                 with open(file, "rb") as lines:
-                    begin, first_line, start = 0, 1, 0  # of the chunk, of the line that it continues
-                    while True:
-                        chunk = lines.read(_CHUNK)
-                        ends = begin + np.flatnonzero(np.frombuffer(chunk, np.uint8) == ord("\n"))
-                        if not chunk:
-                            ends = np.array([begin] if begin > start else [], np.int64)  # a last line without an end
-                        starts = np.concatenate(([start], ends[:-1] + 1)) if len(ends) else ends
-                        rows = np.stack([np.full(len(ends), number), starts, first_line + np.arange(len(ends))], axis=1)
-                        rows[ends - starts > 1].astype("<i8").tofile(out)
-                        if not chunk:
-                            break
-                        begin, first_line = begin + len(chunk), first_line + len(ends)
-                        start = int(ends[-1]) + 1 if len(ends) else start
+                    for line_number, line in enumerate(lines, 1):
+                        if len(line.rstrip(b"\n")) > 1:
+                            index.write(struct.pack("<3q", number, offset, line_number))
+                        offset += len(line)
 
     return _cached(files, ".index", make)
