@@ -29,7 +29,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 from config import Data, Training
-from data.packing import NO_SAMPLE, NUM_PENDING, ChatSlot, Cursor, Row, Share, Slot, TextSlot
+from data.packing import NO_SAMPLE, NUM_PENDING, ChatSlot, Cursor, Row, Share, TextSlot
 from data.samples import Samples, load_tokenizer, open_samples
 
 
@@ -70,8 +70,7 @@ class TokenLoader:
             _start_forkserver(data.format)  # imports while the rest is set up
         tokenizer = load_tokenizer(data.tokenizer)
         samples = open_samples(data, tokenizer, training.sequence_length, seed)
-        filler = 0 if tokenizer.eos_token_id is None else tokenizer.eos_token_id
-        self._packer = Packer(samples, data, filler, self._num_slots, one_epoch)
+        self._packer = Packer(samples, data, tokenizer.eos_token_id or 0, self._num_slots, one_epoch)
         self._may_fill = one_epoch or data.format == "chat"
         self._shares: Iterator[list[Row] | ValueError] | None = None  # of the workers in turn; None before `next`
         self._lifeline: Connection | None = None
@@ -116,12 +115,13 @@ class TokenLoader:
         self.cursors[self._next : self._next + len(rows)] = torch.tensor([row.cursor for row in rows])
         self._next = (self._next + len(rows)) % len(self._slots)
         lengths = [length for row in rows for length in row.lengths]
+        place = torch.arange(self._training.sequence_length)
         return MicroBatch(
             tokens=torch.from_numpy(np.concatenate([row.tokens for row in rows])).long(),
             labels=torch.from_numpy(np.concatenate([row.labels for row in rows])).long(),
             positions=torch.cat([torch.arange(length) for length in lengths]),
             lengths=lengths,
-            is_real=torch.cat([_is_real(row) for row in rows]) if self._may_fill else None,
+            is_real=torch.cat([place < len(place) - row.num_fillers for row in rows]) if self._may_fill else None,
         )
 
     def _count(self, rows: list[Row]) -> None:
@@ -188,7 +188,7 @@ class Packer(NamedTuple):
         """Where slot `number` begins."""
         return (number, 0) if self.data.format == "text" else (number, *[NO_SAMPLE] * NUM_PENDING)
 
-    def slot(self, cursor: Cursor) -> Slot:
+    def slot(self, cursor: Cursor) -> TextSlot | ChatSlot:
         """The one that stands at `cursor`."""
         num_documents = self.samples.num_documents
         share = Share(
@@ -221,10 +221,6 @@ class _Shares(IterableDataset[list[Row] | ValueError]):
                 yield [slot.next_row(self._sequence_length) for slot in slots]
         except ValueError as error:
             yield error
-
-
-def _is_real(row: Row) -> Tensor:
-    return torch.arange(len(row.tokens)) < len(row.tokens) - row.num_fillers
 
 
 # Workers are forked from a server process that has imported what is slow to import and nothing else: a fork of the
