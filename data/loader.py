@@ -13,7 +13,6 @@ import multiprocessing
 import os
 import signal
 import threading
-import warnings
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,8 +24,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import IterableDataset, get_worker_info
-from torchdata.stateful_dataloader import StatefulDataLoader
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from config import Data, Training
 from data.packing import NO_SAMPLE, NUM_PENDING, ChatSlot, Cursor, Row, Share, TextSlot
@@ -160,9 +158,8 @@ class TokenLoader:
         worker_end, self._lifeline = _context.Pipe(duplex=False)
         # Without this, a run that ends without `close` would wait at its exit for workers that ignore SIGTERM.
         atexit.register(self._lifeline.close)
-        with _stop_signals_blocked(), warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "'set_vital' is deprecated")  # torchdata's own affair
-            loader = StatefulDataLoader(
+        with _stop_signals_blocked():
+            loader = DataLoader(
                 shares,
                 batch_size=None,  # items as they are, ...
                 collate_fn=_unchanged,  # ... not even made tensors: these would need a shared-memory file each
@@ -170,7 +167,6 @@ class TokenLoader:
                 worker_init_fn=functools.partial(_init_worker, worker_end),
                 multiprocessing_context=_context,
                 generator=torch.Generator(),  # else it draws a number from the global one
-                snapshot_every_n_steps=None,  # the cursors are all the state there is
             )
             return iter(loader)
 
@@ -229,7 +225,7 @@ _context = multiprocessing.get_context("forkserver")
 
 
 def _start_forkserver(data_format: str) -> None:
-    modules = ["torch", "torchdata.stateful_dataloader", "datasets"]
+    modules = ["torch", "datasets"]
     _context.set_forkserver_preload(modules if data_format == "text" else [*modules, "transformers"])
     with _stop_signals_blocked():
         forkserver.ensure_running()
