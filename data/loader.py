@@ -15,7 +15,6 @@ import signal
 import threading
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
 from multiprocessing import forkserver, resource_tracker
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -158,17 +157,16 @@ class TokenLoader:
         worker_end, self._lifeline = _context.Pipe(duplex=False)
         # Without this, a run that ends without `close` would wait at its exit for workers that ignore SIGTERM.
         atexit.register(self._lifeline.close)
-        with _stop_signals_blocked():
-            loader = DataLoader(
-                shares,
-                batch_size=None,  # items as they are, ...
-                collate_fn=_unchanged,  # ... not even made tensors: these would need a shared-memory file each
-                num_workers=self._num_workers,
-                worker_init_fn=functools.partial(_init_worker, worker_end),
-                multiprocessing_context=_context,
-                generator=torch.Generator(),  # else it draws a number from the global one
-            )
-            return iter(loader)
+        loader = DataLoader(
+            shares,
+            batch_size=None,  # items as they are, ...
+            collate_fn=_unchanged,  # ... not even made tensors: these would need a shared-memory file each
+            num_workers=self._num_workers,
+            worker_init_fn=functools.partial(_init_worker, worker_end),
+            multiprocessing_context=_context,
+            generator=torch.Generator(),  # else it draws a number from the global one
+        )
+        return iter(loader)
 
 
 class Packer(NamedTuple):
@@ -225,22 +223,14 @@ _context = multiprocessing.get_context("forkserver")
 
 
 def _start_forkserver(data_format: str) -> None:
+    """The server and its workers never see SIGINT or SIGTERM: schedulers and terminals send these to whole groups of
+    processes, and training needs its workers until it has finished its step."""
     modules = ["torch", "datasets"]
     _context.set_forkserver_preload(modules if data_format == "text" else [*modules, "transformers"])
-    with _stop_signals_blocked():
-        forkserver.ensure_running()
-
-
-@contextmanager
-def _stop_signals_blocked() -> Iterator[None]:
-    """Processes that start inside never see SIGINT or SIGTERM: schedulers and terminals send these to whole groups of
-    processes, and training needs its workers until it has finished its step."""
-    resource_tracker.ensure_running()  # or else it starts inside, and unblocks the signals
+    resource_tracker.ensure_running()  # or else the server starts it, which unblocks the signals
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+    forkserver.ensure_running()
+    signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
 
 def _init_worker(lifeline: Connection, worker: int) -> None:
