@@ -26,12 +26,13 @@ _OPEN, _CLOSE = "\ue0f0", "\ue0f1"
 _MARKER = re.compile(f"{_OPEN}(\\d+){_CLOSE}")
 
 
-class Field(NamedTuple):
-    """A text of a message that is replaced by a marker."""
+class Place(NamedTuple):
+    """Where the rendering shows a text of a message."""
 
     message: int
     kind: str  # "reasoning_content", "content" or "tool_call": the name in a call
-    text: str
+    begin: int
+    end: int
 
 
 class ChatTemplate:
@@ -102,15 +103,15 @@ class ChatTemplate:
         pieces = _MARKER.split(self._render(marked, tools))  # text, number, text, number, ..., text
         if not rendered.startswith(pieces[0]):
             raise _unclear()
-        places, position = [], len(pieces[0])  # of the fields that the template shows, in the rendering's order
+        places, position = [], len(pieces[0])  # in the rendering's order
         for number, following in zip(map(int, pieces[1::2]), pieces[2::2]):
-            text = fields[number].text
+            message, kind, text = fields[number]
             for shown in (text, text.strip(), text.lstrip(), text.rstrip()):
                 if rendered.startswith(shown + following, position):
                     break
             else:
                 raise _unclear()
-            places.append((fields[number], position, position + len(shown)))
+            places.append(Place(message, kind, position, position + len(shown)))
             position += len(shown) + len(following)
         if position != len(rendered):
             raise _unclear()
@@ -120,40 +121,42 @@ class ChatTemplate:
             if message["role"] == "assistant"
         }
 
-    def _turn(self, rendered: str, places: list[tuple[Field, int, int]], number: int) -> tuple[int, int]:
+    def _turn(self, rendered: str, places: list[Place], number: int) -> tuple[int, int]:
         """Where the turn of message `number` begins and ends, its end-of-turn token included."""
-        own = [place for place, (field, _, _) in enumerate(places) if field.message == number]
+        own = [index for index, place in enumerate(places) if place.message == number]
         if not own or own != list(range(own[0], own[-1] + 1)):
             raise _unclear()
-        (kind, first), last = (places[own[0]][0].kind, places[own[0]][1]), places[own[-1]][2]
-        previous = places[own[0] - 1][2] if own[0] else 0
-        following = places[own[-1] + 1][1] if own[-1] + 1 < len(places) else len(rendered)
+        first, last = places[own[0]], places[own[-1]]
+        previous = places[own[0] - 1].end if own[0] else 0
+        following = places[own[-1] + 1].begin if own[-1] + 1 < len(places) else len(rendered)
 
         # The end: nothing but the rest of a tool call may stand before the token.
-        end = rendered.find(self._end_of_turn, last, following)
-        if end < 0 or (places[own[-1]][0].kind != "tool_call" and rendered[last:end].strip()):
+        end = rendered.find(self._end_of_turn, last.end, following)
+        if end < 0 or (last.kind != "tool_call" and rendered[last.end : end].strip()):
             raise _unclear()
         end += len(self._end_of_turn)
 
         # The beginning: what the model is to write after the prompt for an answer. If it is not told what to think, the
         # empty thoughts before its answer are the template's, unless they are wanted.
-        if kind == "reasoning_content":
-            openings = [self._prompt] if self._prompt else []
+        if first.kind == "reasoning_content":
+            openings = [self._prompt]
         elif self._train_empty_thinking:
             openings = self._openings[::-1]
-        elif kind == "tool_call":
+        elif first.kind == "tool_call":
             openings = self._openings
         else:
-            return first, end
-        before = rendered[previous:first]
-        begin = next((previous + before.rfind(text) + len(text) for text in openings if text in before), None)
-        if begin is None and kind == "tool_call":
+            return first.begin, end
+        before = rendered[previous : first.begin]
+        for opening in openings:
+            if opening in before:
+                return previous + before.rfind(opening) + len(opening), end
+        if first.kind == "tool_call":
             raise _unclear()
-        return first if begin is None else begin, end
+        return first.begin, end
 
     def _with_reasoning_apart(self, messages: list[Message], tools: Any) -> tuple[str, list[Message]]:
         """The rendering, and messages that have it too, with reasoning that is written inside of a content apart."""
-        rendered, apart = self._render(messages, tools), copy.copy(messages)
+        rendered, apart = self._render(messages, tools), list(messages)
         for number, message in enumerate(messages):
             content = message.get("content") or ""
             if message["role"] == "assistant" and "</think>" in content and "reasoning_content" not in message:
@@ -182,8 +185,11 @@ def _checked(messages: Any) -> tuple[list[Message], dict[int, int]]:
                 raise BadSample("wrong_type", f"has message {number} whose {key} is no string")
         if weight not in (0, 1):
             raise BadSample("wrong_type", f"has message {number} with weight {weight!r}, expected 0 or 1")
-        if message.get("tool_calls"):
-            message["tool_calls"] = [_checked_call(call, number) for call in _as_list(message["tool_calls"], number)]
+        calls = message.get("tool_calls") or []
+        if not isinstance(calls, list):
+            raise BadSample("wrong_type", f"has message {number} whose tool_calls are no list")
+        if calls:
+            message["tool_calls"] = [_checked_call(call, number) for call in calls]
         elif "content" not in message:
             raise BadSample("wrong_type", f"has message {number} without content")
         message.setdefault("content", "")
@@ -193,15 +199,8 @@ def _checked(messages: Any) -> tuple[list[Message], dict[int, int]]:
     return checked, weights
 
 
-def _as_list(calls: Any, number: int) -> list[Any]:
-    if not isinstance(calls, list):
-        raise BadSample("wrong_type", f"has message {number} whose tool_calls are no list")
-    return calls
-
-
 def _checked_call(call: Any, number: int) -> dict[str, Any]:
-    """A tool call whose arguments are a table: many write them as a string of JSON, and templates want to go through
-    them."""
+    """A tool call whose arguments are a table, as templates want it: many write them as a string of JSON."""
     function = call.get("function", call) if isinstance(call, dict) else None
     if not isinstance(function, dict) or not isinstance(function.get("name"), str):
         raise BadSample("wrong_type", f"has message {number} with a tool call without a name")
@@ -214,12 +213,12 @@ def _checked_call(call: Any, number: int) -> dict[str, Any]:
     return {**outer, "function": {**function, "arguments": arguments}}
 
 
-def _with_markers(messages: list[Message]) -> tuple[list[Message], list[Field]]:
-    """Copies whose texts are markers: those of reasoning and content, and the names in tool calls."""
-    fields: list[Field] = []
+def _with_markers(messages: list[Message]) -> tuple[list[Message], list[tuple[int, str, str]]]:
+    """Copies whose reasoning, content and names in tool calls are markers; and the message, kind and text of each."""
+    fields: list[tuple[int, str, str]] = []
 
     def marker(number: int, kind: str, text: str) -> str:
-        fields.append(Field(number, kind, text))
+        fields.append((number, kind, text))
         return f"{_OPEN}{len(fields) - 1}{_CLOSE}"
 
     marked = copy.deepcopy(messages)

@@ -13,10 +13,8 @@ import multiprocessing
 import os
 import signal
 import threading
-import warnings
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
 from multiprocessing import forkserver, resource_tracker
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -25,11 +23,10 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import IterableDataset, get_worker_info
-from torchdata.stateful_dataloader import StatefulDataLoader
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from config import Data, Training
-from data.packing import NO_SAMPLE, NUM_PENDING, ChatSlot, Cursor, Row, Share, Slot, TextSlot
+from data.packing import NO_SAMPLE, NUM_PENDING, ChatSlot, Cursor, Row, Share, TextSlot
 from data.samples import Samples, load_tokenizer, open_samples
 
 
@@ -70,8 +67,7 @@ class TokenLoader:
             _start_forkserver(data.format)  # imports while the rest is set up
         tokenizer = load_tokenizer(data.tokenizer)
         samples = open_samples(data, tokenizer, training.sequence_length, seed)
-        filler = 0 if tokenizer.eos_token_id is None else tokenizer.eos_token_id
-        self._packer = Packer(samples, data, filler, self._num_slots, one_epoch)
+        self._packer = Packer(samples, data, tokenizer.eos_token_id or 0, self._num_slots, one_epoch)
         self._may_fill = one_epoch or data.format == "chat"
         self._shares: Iterator[list[Row] | ValueError] | None = None  # of the workers in turn; None before `next`
         self._lifeline: Connection | None = None
@@ -116,12 +112,13 @@ class TokenLoader:
         self.cursors[self._next : self._next + len(rows)] = torch.tensor([row.cursor for row in rows])
         self._next = (self._next + len(rows)) % len(self._slots)
         lengths = [length for row in rows for length in row.lengths]
+        place = torch.arange(self._training.sequence_length)
         return MicroBatch(
             tokens=torch.from_numpy(np.concatenate([row.tokens for row in rows])).long(),
             labels=torch.from_numpy(np.concatenate([row.labels for row in rows])).long(),
             positions=torch.cat([torch.arange(length) for length in lengths]),
             lengths=lengths,
-            is_real=torch.cat([_is_real(row) for row in rows]) if self._may_fill else None,
+            is_real=torch.cat([place < len(place) - row.num_fillers for row in rows]) if self._may_fill else None,
         )
 
     def _count(self, rows: list[Row]) -> None:
@@ -160,19 +157,16 @@ class TokenLoader:
         worker_end, self._lifeline = _context.Pipe(duplex=False)
         # Without this, a run that ends without `close` would wait at its exit for workers that ignore SIGTERM.
         atexit.register(self._lifeline.close)
-        with _stop_signals_blocked(), warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "'set_vital' is deprecated")  # torchdata's own affair
-            loader = StatefulDataLoader(
-                shares,
-                batch_size=None,  # items as they are, ...
-                collate_fn=_unchanged,  # ... not even made tensors: these would need a shared-memory file each
-                num_workers=self._num_workers,
-                worker_init_fn=functools.partial(_init_worker, worker_end),
-                multiprocessing_context=_context,
-                generator=torch.Generator(),  # else it draws a number from the global one
-                snapshot_every_n_steps=None,  # the cursors are all the state there is
-            )
-            return iter(loader)
+        loader = DataLoader(
+            shares,
+            batch_size=None,  # items as they are, ...
+            collate_fn=_unchanged,  # ... not even made tensors: these would need a shared-memory file each
+            num_workers=self._num_workers,
+            worker_init_fn=functools.partial(_init_worker, worker_end),
+            multiprocessing_context=_context,
+            generator=torch.Generator(),  # else it draws a number from the global one
+        )
+        return iter(loader)
 
 
 class Packer(NamedTuple):
@@ -188,7 +182,7 @@ class Packer(NamedTuple):
         """Where slot `number` begins."""
         return (number, 0) if self.data.format == "text" else (number, *[NO_SAMPLE] * NUM_PENDING)
 
-    def slot(self, cursor: Cursor) -> Slot:
+    def slot(self, cursor: Cursor) -> TextSlot | ChatSlot:
         """The one that stands at `cursor`."""
         num_documents = self.samples.num_documents
         share = Share(
@@ -223,32 +217,20 @@ class _Shares(IterableDataset[list[Row] | ValueError]):
             yield error
 
 
-def _is_real(row: Row) -> Tensor:
-    return torch.arange(len(row.tokens)) < len(row.tokens) - row.num_fillers
-
-
 # Workers are forked from a server process that has imported what is slow to import and nothing else: a fork of the
 # training process would inherit the locks, but not the threads, of NCCL, gloo and CUDA.
 _context = multiprocessing.get_context("forkserver")
 
 
 def _start_forkserver(data_format: str) -> None:
-    modules = ["torch", "torchdata.stateful_dataloader", "datasets"]
-    _context.set_forkserver_preload(modules if data_format == "text" else [*modules, "transformers"])
-    with _stop_signals_blocked():
-        forkserver.ensure_running()
-
-
-@contextmanager
-def _stop_signals_blocked() -> Iterator[None]:
-    """Processes that start inside never see SIGINT or SIGTERM: schedulers and terminals send these to whole groups of
+    """The server and its workers never see SIGINT or SIGTERM: schedulers and terminals send these to whole groups of
     processes, and training needs its workers until it has finished its step."""
-    resource_tracker.ensure_running()  # or else it starts inside, and unblocks the signals
+    modules = ["torch", "datasets"]
+    _context.set_forkserver_preload(modules if data_format == "text" else [*modules, "transformers"])
+    resource_tracker.ensure_running()  # or else the server starts it, which unblocks the signals
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+    forkserver.ensure_running()
+    signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
 
 def _init_worker(lifeline: Connection, worker: int) -> None:

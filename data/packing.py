@@ -1,7 +1,8 @@
 """Packing: a slot lays the samples of its share end to end in rows. Text is cut to fill them; chats stay whole."""
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple, Protocol
+from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -65,39 +66,32 @@ class Row(NamedTuple):
     notes: list[tuple[str, str]]  # reason and message of each sample that was skipped or truncated on the way
 
 
+@dataclass
 class Share:
     """The samples of one slot: every `stride`-th; bad ones are passed over, if that is wanted, and noted."""
 
-    def __init__(
-        self,
-        read: Callable[[int], Sample],
-        stride: int,
-        *,
-        end: int | None = None,
-        skip_bad: bool = True,
-        max_bad: int = 1000,
-    ) -> None:
-        """`end`: the first sample that does not exist. `max_bad`: so many bad ones in a row are an error."""
-        self._read, self.stride, self._end = read, stride, end
-        self._max_bad = max_bad if skip_bad else 0
-        self._skip_bad = skip_bad
-        self.notes: list[tuple[str, str]] = []
+    read: Callable[[int], Sample]
+    stride: int
+    end: int | None = None  # the first sample that does not exist
+    skip_bad: bool = True
+    max_bad: int = 1000  # more bad ones in a row are an error
+    notes: list[tuple[str, str]] = field(default_factory=list)
 
     def first_from(self, number: int) -> tuple[int, Sample | None]:
         """The first usable sample from `number` on, and its number; None: there is none any more. Raises ValueError."""
         num_bad = 0
-        while self._end is None or number < self._end:
+        while self.end is None or number < self.end:
             try:
-                sample = self._read(number)
+                sample = self.read(number)
                 if sample.note is not None:
                     self.notes.append(sample.note)
                 return number, sample
             except BadSample as error:
-                if not self._skip_bad:
+                if not self.skip_bad:
                     raise
                 self.notes.append((error.reason, str(error)))
                 num_bad += 1
-                if num_bad > self._max_bad:
+                if num_bad > self.max_bad:
                     raise ValueError(f"data: {num_bad} samples in a row cannot be used, the last: {error}") from error
             number += self.stride
         return number, None
@@ -132,14 +126,6 @@ class _OpenRow:
         return Row(self._tokens, self._labels, self._lengths, num_fillers, cursor, notes)
 
 
-class Slot(Protocol):
-    """Packs its share into rows, and starts again from any row's cursor."""
-
-    def next_row(self, sequence_length: int) -> Row:
-        """Raises ValueError for a share without usable samples, and for a cursor of other data."""
-        ...
-
-
 class TextSlot:
     """Documents end to end, cut where the row ends. Cursor: (sample, token offset in it).
 
@@ -154,6 +140,7 @@ class TextSlot:
         self._document: Sample | None = None  # the sample at the cursor, read when it is needed
 
     def next_row(self, sequence_length: int) -> Row:
+        """Raises ValueError for a share without usable samples, and for a cursor of other data."""
         row = _OpenRow(sequence_length)
         while row.room:
             document = self._document or self._read()
@@ -198,24 +185,21 @@ class ChatSlot:
         self._pending: list[tuple[int, Sample]] = []
 
     def next_row(self, sequence_length: int) -> Row:
+        """Raises ValueError as TextSlot's does."""
         row = _OpenRow(sequence_length)
         self._refill()
-        while self._pending and sum(self._lengths()) <= row.room:
-            for _, sample in self._pending:
-                row.add(sample.tokens, sample.labels)
-            self._pending = []
-            self._refill()
-        if self._pending:
-            places = best_fill(self._lengths(), row.room)
-            for sample in (self._pending[place][1] for place in places):
+        while self._pending:
+            places = best_fill([len(sample.tokens) for _, sample in self._pending], row.room)
+            for place in places:
+                sample = self._pending[place][1]
                 row.add(sample.tokens, sample.labels)
             self._pending = [kept for place, kept in enumerate(self._pending) if place not in places]
+            if self._pending:
+                break
+            self._refill()  # all of them fitted: there may be room for more
         waiting = [number for number, _ in self._pending]
         cursor = (self._number, *waiting, *[NO_SAMPLE] * (NUM_PENDING - len(waiting)))
         return row.close(self._filler, cursor, self._share.take_notes())
-
-    def _lengths(self) -> list[int]:
-        return [len(sample.tokens) for _, sample in self._pending]
 
     def _refill(self) -> None:
         for expected in self._to_read:

@@ -20,6 +20,10 @@ if TYPE_CHECKING:  # seconds to import, and of no use to workers that read text
 
 Encode = Callable[[Record], Sample]
 
+_BLOCK = 8191  # a prime: whatever the number of slots, each of them meets all places
+_NUM_CHECKED = 100
+_OTHER_SEEDS = 2**64  # seeds are below
+
 
 class Samples:
     """Sample v is document perm(v % N) of the sources' N, with the permutation of epoch v // N.
@@ -31,7 +35,7 @@ class Samples:
     def __init__(self, sources: Sequence[Source], weights: Sequence[float], encode: Encode, seed: int | None) -> None:
         """`weights`: of the sources, or none. `seed`: None for the documents' own order."""
         self._sources, self._encode, self._seed = sources, encode, seed
-        self._ends = list(itertools.accumulate(map(len, sources)))
+        self._starts = list(itertools.accumulate(map(len, sources), initial=0))
         bounds = np.rint(np.cumsum(weights) / (sum(weights) or 1) * _BLOCK)
         order = [permute(place, _BLOCK, (seed or 0) + _OTHER_SEEDS, 0) for place in range(_BLOCK if weights else 0)]
         self._source_of = np.searchsorted(bounds, order, side="right")  # place in a block -> source
@@ -43,14 +47,14 @@ class Samples:
     @property
     def num_documents(self) -> int:
         """N."""
-        return self._ends[-1]
+        return self._starts[-1]
 
     def find(self, sample: int) -> tuple[Source, int]:
         """The source of a sample, and the record's number there."""
         if not len(self._rank):
             index = self._permuted(sample, self.num_documents)
-            number = bisect.bisect_right(self._ends, index)
-            return self._sources[number], index - (self._ends[number - 1] if number else 0)
+            number = bisect.bisect_right(self._starts, index) - 1
+            return self._sources[number], index - self._starts[number]
         block, place = divmod(sample, _BLOCK)
         number = int(self._source_of[place])
         source = self._sources[number]
@@ -62,7 +66,7 @@ class Samples:
 
     def read(self, sample: int) -> Sample:
         """Raises BadSample, which names the place of the record."""
-        return _read(*self.find(sample), self._encode)
+        return self._read(*self.find(sample))
 
     def check(self) -> None:
         """Raises ValueError for a source of which nothing can be used, judging from its first records."""
@@ -70,28 +74,22 @@ class Samples:
             errors: list[BadSample] = []
             for index in range(min(len(source), _NUM_CHECKED)):
                 try:
-                    _read(source, index, self._encode)
+                    self._read(source, index)
                     break
                 except BadSample as error:
                     errors.append(error)
             else:
                 raise ValueError(f"{errors[0]} (and none of the first {len(errors)} samples can be used)")
 
-
-_BLOCK = 8191  # a prime: whatever the number of slots, each of them meets all places
-_NUM_CHECKED = 100
-_OTHER_SEEDS = 2**64  # seeds are below
-
-
-def _read(source: Source, index: int, encode: Encode) -> Sample:
-    try:
-        sample = encode(source[index])
-    except BadSample as error:
-        raise BadSample(error.reason, f"{source.where(index)}: {error}") from None
-    if sample.note is not None:
-        reason, message = sample.note
-        sample = sample._replace(note=(reason, f"{source.where(index)}: {message}"))
-    return sample
+    def _read(self, source: Source, index: int) -> Sample:
+        try:
+            sample = self._encode(source[index])
+        except BadSample as error:
+            raise BadSample(error.reason, f"{source.where(index)}: {error}") from None
+        if sample.note is not None:
+            reason, message = sample.note
+            sample = sample._replace(note=(reason, f"{source.where(index)}: {message}"))
+        return sample
 
 
 class EncodeText:

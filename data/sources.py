@@ -11,6 +11,8 @@ import hashlib
 import itertools
 import json
 import os
+import shutil
+import struct
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, Protocol
@@ -70,7 +72,7 @@ def _open_files(files: list[str], data: Data) -> Source:
     if not any(rows):
         return _TextFiles([], "")  # which `datasets` cannot open
     table = _readable(", ".join(files), lambda _: datasets.Dataset.from_parquet(files))
-    return _Table(table, files, rows, _columns(data))
+    return _Table(table, files, rows, data)
 
 
 def _open_dataset(entry: str, data: Data) -> Source:
@@ -86,11 +88,7 @@ def _open_dataset(entry: str, data: Data) -> Source:
         if data.split not in table:
             raise ValueError(f"data.split = {data.split!r}: expected one of {', '.join(table)}, as in {entry!r}")
         table = table[data.split]
-    return _Table(table, [entry], [len(table)], _columns(data))
-
-
-def _columns(data: Data) -> list[str]:
-    return [data.text_key] if data.format == "text" else [data.messages_key, data.tools_key]
+    return _Table(table, [entry], [len(table)], data)
 
 
 def _readable(name: str, function: Callable[[str], Any]) -> Any:
@@ -167,13 +165,14 @@ class _TextFiles:
 class _Table:
     """A table of `datasets`: `.parquet` files, once turned into Arrow files in the cache, or a dataset of its own."""
 
-    def __init__(self, table: datasets.Dataset, names: list[str], rows: list[int], columns: list[str]) -> None:
+    def __init__(self, table: datasets.Dataset, names: list[str], rows: list[int], data: Data) -> None:
         """`rows`: how many come from each of `names`."""
-        if columns[0] not in table.features:
-            key = "data.text_key" if len(columns) == 1 else "data.messages_key"
-            raise ValueError(f"{key} = {columns[0]!r}: expected one of {', '.join(table.features)}, as in {names[0]}")
-        self._table = table.select_columns([column for column in columns if column in table.features])
-        self._names, self._ends = names, list(itertools.accumulate(rows))
+        key, others = ("text_key", []) if data.format == "text" else ("messages_key", [data.tools_key])
+        name = getattr(data, key)
+        if name not in table.features:
+            raise ValueError(f"data.{key} = {name!r}: expected one of {', '.join(table.features)}, as in {names[0]}")
+        self._table = table.select_columns([name, *(other for other in others if other in table.features)])
+        self._names, self._starts = names, list(itertools.accumulate(rows, initial=0))
 
     def __len__(self) -> int:
         return len(self._table)
@@ -185,8 +184,8 @@ class _Table:
             raise BadSample("undecodable", f"is not UTF-8: {error}") from None
 
     def where(self, index: int) -> str:
-        place = bisect.bisect_right(self._ends, index)
-        return f"{self._names[place]}, row {index + 1 - (self._ends[place - 1] if place else 0)}"
+        place = bisect.bisect_right(self._starts, index) - 1
+        return f"{self._names[place]}, row {index - self._starts[place] + 1}"
 
 
 class TokenisedCorpus:
@@ -200,7 +199,7 @@ class TokenisedCorpus:
                 f"data.path: {folder!r} was made with another tokenizer than data.tokenizer = {tokenizer!r}"
             )
         self._folder, self._dtype = folder, meta["dtype"]
-        self._last = list(itertools.accumulate(meta["documents"]))
+        self._starts = list(itertools.accumulate(meta["documents"], initial=0))
         for shard, (num_documents, num_tokens) in enumerate(zip(meta["documents"], meta["tokens"])):
             tokens, ends = self._shard(shard)
             if (len(ends), len(tokens)) != (num_documents, num_tokens):
@@ -211,11 +210,11 @@ class TokenisedCorpus:
         return _mapped(tokens, self._dtype), _mapped(ends, "<i8")
 
     def __len__(self) -> int:
-        return self._last[-1] if self._last else 0
+        return self._starts[-1]
 
     def __getitem__(self, index: int) -> Record:
-        shard = bisect.bisect_right(self._last, index)
-        place, (tokens, ends) = index - (self._last[shard - 1] if shard else 0), self._shard(shard)
+        shard = bisect.bisect_right(self._starts, index) - 1
+        place, (tokens, ends) = index - self._starts[shard], self._shard(shard)
         return tokens[ends[place - 1] if place else 0 : ends[place]]
 
     def where(self, index: int) -> str:
@@ -242,40 +241,28 @@ def _cached(files: Iterable[str], suffix: str, make: Callable[[Path], None]) -> 
 
 
 def _unpacked(file: str) -> str:
-    kind = {".jsonl.gz": "gzip", ".jsonl.zst": "zstd"}.get(suffix_of(file))
-    if kind is None:
+    """A file of the cache with what a `.gz` or `.zst` holds; any other as it is."""
+    if suffix_of(file) == ".jsonl":
         return file
 
     def make(path: Path) -> None:
-        with pa.input_stream(file, compression=kind) as packed, open(path, "wb") as plain:
-            while chunk := packed.read(_CHUNK):
-                plain.write(chunk)
+        with pa.input_stream(file) as packed, open(path, "wb") as plain:  # knows the compression by the name
+            shutil.copyfileobj(packed, plain)
 
     return _readable(file, lambda _: str(_cached([file], ".jsonl", make)))
-
-
-_CHUNK = 1 << 24
 
 
 def _line_index(files: list[str]) -> Path:
     """Writes (file, offset, line number from 1) of each line of two characters or more: fewer make no object."""
 
     def make(path: Path) -> None:
-        with open(path, "wb") as out:
+        with open(path, "wb") as index:
             for number, file in enumerate(files):
+                offset = 0
                 with open(file, "rb") as lines:
-                    begin, first_line, start = 0, 1, 0  # of the chunk, of the line that it continues
-                    while True:
-                        chunk = lines.read(_CHUNK)
-                        ends = begin + np.flatnonzero(np.frombuffer(chunk, np.uint8) == ord("\n"))
-                        if not chunk:
-                            ends = np.array([begin] if begin > start else [], np.int64)  # a last line without an end
-                        starts = np.concatenate(([start], ends[:-1] + 1)) if len(ends) else ends
-                        rows = np.stack([np.full(len(ends), number), starts, first_line + np.arange(len(ends))], axis=1)
-                        rows[ends - starts > 1].astype("<i8").tofile(out)
-                        if not chunk:
-                            break
-                        begin, first_line = begin + len(chunk), first_line + len(ends)
-                        start = int(ends[-1]) + 1 if len(ends) else start
+                    for line_number, line in enumerate(lines, 1):
+                        if len(line.rstrip(b"\n")) > 1:
+                            index.write(struct.pack("<3q", number, offset, line_number))
+                        offset += len(line)
 
     return _cached(files, ".index", make)

@@ -38,12 +38,13 @@ def _write_shard(samples: Samples, shard: int, skip_bad: bool, dtype: str, folde
     """Returns the numbers of documents and of tokens, and what was skipped."""
     end = min((shard + 1) * _SHARD, samples.num_documents)
     share = Share(samples.read, stride=1, end=end, skip_bad=skip_bad, max_bad=_SHARD)
-    ends, number = [0], shard * _SHARD
+    ends = [0]
     with open(folder / f"{shard:05}.tokens", "wb") as file:
-        while (found := share.first_from(number))[1] is not None:
-            number, tokens = found[0] + 1, found[1].tokens
-            tokens.astype(dtype).tofile(file)
-            ends.append(ends[-1] + len(tokens))
+        number, sample = share.first_from(shard * _SHARD)
+        while sample is not None:
+            sample.tokens.astype(dtype).tofile(file)
+            ends.append(ends[-1] + len(sample.tokens))
+            number, sample = share.first_from(number + 1)
     np.array(ends[1:], "<i8").tofile(folder / f"{shard:05}.ends")
     return len(ends) - 1, ends[-1], share.take_notes()
 

@@ -181,11 +181,9 @@ def test_bad_lines_are_told_by_file_and_line(tmp_path, line, reason, message):
 @given(
     st.lists(st.sampled_from([b"", b"\r", b'{"n": 1}', b'{"n": 22}', b'{"n": 333333333333}\r']), max_size=9),
     st.booleans(),
-    st.integers(1, 30),
 )
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
-def test_lines_are_found_wherever_a_chunk_ends(tmp_path, monkeypatch, lines, is_ended, chunk):
-    monkeypatch.setattr(sources, "_CHUNK", chunk)
+def test_lines_are_found_by_offset_and_number(tmp_path, lines, is_ended):
     path = tmp_path / "a.jsonl"
     path.write_bytes(b"\n".join(lines) + b"\n" * is_ended)
     shutil.rmtree(Path(datasets.config.HF_DATASETS_CACHE, "json_lines"), ignore_errors=True)
