@@ -13,6 +13,7 @@ import multiprocessing
 import os
 import signal
 import threading
+import warnings
 from collections import Counter
 from collections.abc import Iterator
 from multiprocessing import forkserver, resource_tracker
@@ -23,7 +24,8 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+from torch.utils.data import IterableDataset, get_worker_info
+from torchdata.stateful_dataloader import StatefulDataLoader
 
 from config import Data, Training
 from data.packing import NO_SAMPLE, NUM_PENDING, ChatSlot, Cursor, Row, Share, TextSlot
@@ -157,16 +159,19 @@ class TokenLoader:
         worker_end, self._lifeline = _context.Pipe(duplex=False)
         # Without this, a run that ends without `close` would wait at its exit for workers that ignore SIGTERM.
         atexit.register(self._lifeline.close)
-        loader = DataLoader(
-            shares,
-            batch_size=None,  # items as they are, ...
-            collate_fn=_unchanged,  # ... not even made tensors: these would need a shared-memory file each
-            num_workers=self._num_workers,
-            worker_init_fn=functools.partial(_init_worker, worker_end),
-            multiprocessing_context=_context,
-            generator=torch.Generator(),  # else it draws a number from the global one
-        )
-        return iter(loader)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "'set_vital' is deprecated")  # torchdata's own affair
+            loader = StatefulDataLoader(
+                shares,
+                batch_size=None,  # items as they are, ...
+                collate_fn=_unchanged,  # ... not even made tensors: these would need a shared-memory file each
+                num_workers=self._num_workers,
+                worker_init_fn=functools.partial(_init_worker, worker_end),
+                multiprocessing_context=_context,
+                generator=torch.Generator(),  # else it draws a number from the global one
+                snapshot_every_n_steps=None,  # the cursors are all the state there is
+            )
+            return iter(loader)
 
 
 class Packer(NamedTuple):
@@ -225,7 +230,7 @@ _context = multiprocessing.get_context("forkserver")
 def _start_forkserver(data_format: str) -> None:
     """The server and its workers never see SIGINT or SIGTERM: schedulers and terminals send these to whole groups of
     processes, and training needs its workers until it has finished its step."""
-    modules = ["torch", "datasets"]
+    modules = ["torch", "torchdata.stateful_dataloader", "datasets"]
     _context.set_forkserver_preload(modules if data_format == "text" else [*modules, "transformers"])
     resource_tracker.ensure_running()  # or else the server starts it, which unblocks the signals
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
