@@ -12,7 +12,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.utils._pytree import tree_leaves
 
-from models.ops.permute import ExpertOrder, combine, permute, sort_by_expert
+from models.ops.grouped_experts import weighted_swiglu
+from models.ops.permute import ExpertOrder, add_up_rows, combine, gather_rows, permute, sort_by_expert
 from models.qwen35_moe.moe import IN_EAGER_MODE, Experts, RowOperations, routed_experts
 
 # Shapes: T tokens of this rank, k experts a token, C copies of tokens to send, D copies received, E experts, P ranks of
@@ -21,12 +22,21 @@ from models.qwen35_moe.moe import IN_EAGER_MODE, Experts, RowOperations, routed_
 _collectives = torch.ops._c10d_functional
 
 
+class Copies(NamedTuple):
+    """Which token each copy is of, sorted by rank and then token; see permute.py."""
+
+    sources: torch.Tensor
+    """[C]"""
+    places: torch.Tensor
+    """int32 [T, m]"""
+
+
 class Travelling(NamedTuple):
     """The copies' results [C, H] on their way back, and what `ExpertParallel.arrived` needs beside them."""
 
     rows: torch.Tensor
     exchange: "Exchange"
-    places: torch.Tensor
+    copies: Copies
 
 
 class ExpertParallel:
@@ -40,8 +50,9 @@ class ExpertParallel:
         self.experts, self.group = experts, mesh.get_group()
         self.num_ranks, self.rank = mesh.size(), mesh.get_local_rank()
         self.num_local = len(experts.gate_up_proj) // self.num_ranks
-        self.plan_copies, self.make_copies, self.add_up_copies = plan_copies, make_copies, combine
-        self.sort_received, self.row_operations = sort_received, IN_EAGER_MODE
+        self.plan_copies, self.make_copies = plan_copies, make_copies
+        self.sort_received, self.add_up_copies = sort_received, add_up_copies
+        self.row_operations = IN_EAGER_MODE
 
     def install(self) -> None:
         """Reroutes the experts' forward, which returns while the results travel, and what waits for them."""
@@ -52,9 +63,8 @@ class ExpertParallel:
         """Compiles all but matrix products and what waits: activation checkpointing has to see them, and does not see
         into a graph."""
         self.plan_copies, self.make_copies = _compile(plan_copies), _compile(make_copies)
-        self.sort_received, self.add_up_copies = _compile(sort_received), _compile(combine)
-        permute, activation, combine_rows = IN_EAGER_MODE
-        self.row_operations = RowOperations(_compile(permute), _compile(activation), _compile(combine_rows))
+        self.sort_received, self.add_up_copies = _compile(sort_received), _compile(add_up_copies)
+        self.row_operations = RowOperations(_compile(gather_rows), _compile(weighted_swiglu), _compile(add_up_rows))
 
     def forward(self, x: torch.Tensor, weights: torch.Tensor, chosen: torch.Tensor) -> Travelling:
         """As `Experts.forward`. Every rank of the axis takes part, also one that receives nothing.
@@ -62,62 +72,75 @@ class ExpertParallel:
         One small all-to-all tells how many copies come, one brings their experts and weights, one the copies, and one
         takes the results back; one host synchronisation.
         """
-        results, places, sent, received = self.send_and_compute(x, weights, chosen)
+        results, copies, sent, received = self.send_and_compute(x, weights, chosen)
         exchange = Exchange(received, sent, self.group)
-        return Travelling(exchange.start(results), exchange, places)
+        return Travelling(exchange.start(results), exchange, copies)
 
     def arrived(self, results: Travelling) -> torch.Tensor:
         """As `Experts.arrived`: [T, H]."""
-        return self.add_up_copies(results.exchange.finish(results.rows), results.places)
+        return self.add_up_copies(results.exchange.finish(results.rows), results.copies)
 
     def send_and_compute(
         self, x: torch.Tensor, weights: torch.Tensor, chosen: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor, list[int], list[int]]:
-        """Sends the copies, and applies this rank's experts to those received: their results [D, H], the places of the
-        copies sent, and how many copies went to each rank and came from it."""
-        places, sent_counts = self.plan_copies(chosen, self.num_ranks, self.num_local)
+    ) -> tuple[torch.Tensor, Copies, list[int], list[int]]:
+        """Sends the copies, and applies this rank's experts to those received: their results [D, H], what was sent, and
+        how many copies went to each rank and came from it."""
+        ends, sent_counts, places = self.plan_copies(chosen, self.num_ranks, self.num_local)
         even = [1] * self.num_ranks
         received_counts = _wait(_collectives.all_to_all_single(sent_counts, even, even, self.group.group_name))
         of_sent, of_received = _splits(sent_counts, received_counts).tolist()
         sent, received = ([copies for copies, _ in counts] for counts in (of_sent, of_received))
         num_rows = sum(rows for _, rows in of_received)
 
-        x, packed = self.make_copies(x, weights, chosen, places, sum(sent))
+        numbers = torch.arange(1, sum(sent) + 1, dtype=torch.int32, device=x.device)  # of the copies
+        x, packed, sources = self.make_copies(x, weights, chosen, ends, places, numbers)
         of_packed, of_x = Exchange(sent, received, self.group), Exchange(sent, received, self.group)
         packed, x = of_packed.start(packed), of_x.start(x)
         weights, order = self.sort_received(of_packed.finish(packed), self.rank, self.num_local)  # while copies travel
-        return self.compute(of_x.finish(x), weights, order, num_rows), places, sent, received
+        order = order._replace(order=order.order[:num_rows])
+        results = self.compute(of_x.finish(x), weights, order)
+        return results, Copies(sources, places), sent, received
 
-    def compute(self, x: torch.Tensor, weights: torch.Tensor, order: ExpertOrder, num_rows: int) -> torch.Tensor:
+    def compute(self, x: torch.Tensor, weights: torch.Tensor, order: ExpertOrder) -> torch.Tensor:
         """Applies this rank's experts to copies received: x [D, H], weights [D, k] -> [D, H]."""
         projections = _local(self.experts.gate_up_proj), _local(self.experts.down_proj)
-        return routed_experts(x, weights, order, num_rows, *projections, self.row_operations)
+        return routed_experts(x, weights, order, *projections, self.row_operations)
 
 
-def plan_copies(chosen: torch.Tensor, num_ranks: int, num_local: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """chosen [T, k] -> the places of each token's copies, sorted by rank and then token, int32 [T, m] as in permute.py;
-    and how many copies go to each rank and how many choices they serve there, int32 [P, 2]."""
+def plan_copies(
+    chosen: torch.Tensor, num_ranks: int, num_local: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """chosen [T, k] -> where each (rank, token)'s copies end in their order, int32 [P * T]; how many copies go to each
+    rank and how many choices they serve there, int32 [P, 2]; `places` of the copies, int32 [T, m]."""
     num_tokens, top_k = chosen.shape
     targets = chosen // num_local  # [T, k]
     ranks = torch.arange(num_ranks, device=chosen.device)
     serves = (ranks.view(-1, 1, 1) == targets.T).sum(dim=1, dtype=torch.int32)  # [P, T]
     is_sent = (serves > 0).int()
-    place = is_sent.flatten().cumsum(0, dtype=torch.int32).view(num_ranks, num_tokens) - 1  # of those that are sent
-    if num_ranks <= top_k:
-        places = place.where(is_sent > 0, -1).T
-    else:
-        is_repeated = (targets.unsqueeze(2) == targets.unsqueeze(1)).tril(-1).any(dim=2)
-        places = place.T.gather(1, targets).where(~is_repeated, -1)
+    ends = is_sent.flatten().cumsum(0, dtype=torch.int32)
     counts = torch.stack([is_sent.sum(dim=1, dtype=torch.int32), serves.sum(dim=1, dtype=torch.int32)], dim=1)
-    return places.contiguous(), counts
+    if num_ranks <= top_k:
+        places = (ends.view(num_ranks, num_tokens) - 1).where(is_sent > 0, -1).T
+    else:
+        of_choices = ends.view(num_ranks, num_tokens).T.gather(1, targets) - 1
+        is_repeated = (targets.unsqueeze(2) == targets.unsqueeze(1)).tril(-1).any(dim=2)
+        places = of_choices.where(~is_repeated, -1)
+    return ends, counts, places.contiguous()
 
 
 def make_copies(
-    x: torch.Tensor, weights: torch.Tensor, chosen: torch.Tensor, places: torch.Tensor, num_copies: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The copies of x [C, H]; and of weights and chosen experts, side by side in the weights' dtype [C, 2k]."""
+    x: torch.Tensor,
+    weights: torch.Tensor,
+    chosen: torch.Tensor,
+    ends: torch.Tensor,
+    places: torch.Tensor,
+    numbers: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The copies, with `numbers` from 1 to C, of x [C, H]; of weights and chosen experts, side by side in the weights'
+    dtype [C, 2k]; and `sources` [C]."""
+    sources = torch.searchsorted(ends, numbers, out_int32=True) % len(x)
     packed = torch.cat([weights, chosen.to(weights.dtype)], dim=-1)  # float32 has all integers up to 2^24
-    return permute(x, places, num_copies), permute(packed, places, num_copies)
+    return permute(x, sources, places), permute(packed, sources, places), sources
 
 
 def sort_received(packed: torch.Tensor, rank: int, num_local: int) -> tuple[torch.Tensor, ExpertOrder]:
@@ -125,6 +148,11 @@ def sort_received(packed: torch.Tensor, rank: int, num_local: int) -> tuple[torc
     weights, chosen = packed.chunk(2, dim=-1)
     local = chosen.detach().int() - rank * num_local
     return weights, sort_by_expert(local.where((local >= 0) & (local < num_local), num_local), num_local)
+
+
+def add_up_copies(rows: torch.Tensor, copies: Copies) -> torch.Tensor:
+    """The copies' results [C, H] -> [T, H]."""
+    return combine(rows, copies.sources, copies.places)
 
 
 def _compile(function: Callable) -> Callable:

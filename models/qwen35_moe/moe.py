@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from models.ops.grouped_experts import grouped_experts, weighted_swiglu
-from models.ops.permute import ExpertOrder, combine, permute_weighted, sort_by_expert
+from models.ops.permute import ExpertOrder, add_up_rows, gather_rows, sort_by_expert
 from models.ops.precision import at_least_float32
 from models.qwen35_moe.config import ModelConfig
 
@@ -66,9 +66,9 @@ class Router(nn.Module):
 class RowOperations(NamedTuple):
     """What routed experts do beside matrix products, or compiled forms of it."""
 
-    permute: Callable[..., tuple[torch.Tensor, torch.Tensor]] = permute_weighted
+    gather_rows: Callable[[torch.Tensor, torch.Tensor, ExpertOrder], tuple[torch.Tensor, torch.Tensor]] = gather_rows
     activation: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] = weighted_swiglu
-    combine: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] = combine
+    add_up_rows: Callable[[torch.Tensor, ExpertOrder], torch.Tensor] = add_up_rows
 
 
 IN_EAGER_MODE = RowOperations()
@@ -78,19 +78,17 @@ def routed_experts(
     x: torch.Tensor,
     weights: torch.Tensor,
     order: ExpertOrder,
-    num_rows: int,
     gate_up_proj: torch.Tensor,
     down_proj: torch.Tensor,
     row_operations: RowOperations = IN_EAGER_MODE,
 ) -> torch.Tensor:
     """x [T, H] -> each token's sum over its choices of weight * expert(x) [T, H]; zeros if it has none.
 
-    weights float32 [T, k]; `order`: which of the choices have a row, `num_rows` in all, and which expert's; projections
-    as in `Experts`.
+    weights float32 [T, k]; `order`: which of the choices have a row, and which expert's; projections as in `Experts`.
     """
-    rows, row_weights = row_operations.permute(x, weights, order.places, num_rows)
+    rows, row_weights = row_operations.gather_rows(x, weights, order)
     rows = grouped_experts(rows, gate_up_proj, down_proj, row_weights, order.offsets, row_operations.activation)
-    return row_operations.combine(rows, order.places)
+    return row_operations.add_up_rows(rows, order)
 
 
 class Experts(nn.Module):
@@ -106,7 +104,7 @@ class Experts(nn.Module):
         """x [T, H], weights float32 [T, k] of the experts chosen, integers [T, k] -> [T, H], each token's weighted sum;
         or, from experts elsewhere, what `arrived` makes it of."""
         order = sort_by_expert(chosen, len(self.gate_up_proj))
-        return routed_experts(x, weights, order, chosen.numel(), self.gate_up_proj, self.down_proj)
+        return routed_experts(x, weights, order, self.gate_up_proj, self.down_proj)
 
     def arrived(self, results: Any) -> torch.Tensor:
         """What `forward` handed back, as [T, H], once it can be read: experts elsewhere may have sent it and not

@@ -5,8 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from models.ops.permute import combine
-from parallelisms.expert_parallel import make_copies, plan_copies
+from parallelisms.expert_parallel import Copies, add_up_copies, make_copies, plan_copies
 from tests.models.ops.compare import assert_close, run
 
 NUM_LOCAL = 3
@@ -21,16 +20,17 @@ def test_a_token_goes_once_to_each_rank_that_holds_any_of_its_experts(
     scores = torch.rand(num_tokens, NUM_LOCAL * num_ranks, generator=generator)
     chosen = scores.topk(top_k, dim=1)[1]
     pairs = sorted({(int(e) // NUM_LOCAL, token) for token, experts in enumerate(chosen) for e in experts})
-    places, counts = plan_copies(chosen, num_ranks, NUM_LOCAL)
+    ends, counts, places = plan_copies(chosen, num_ranks, NUM_LOCAL)
     of_ranks = [rank for rank, _ in pairs]
     rows_of_ranks = (chosen // NUM_LOCAL).flatten().tolist()
     assert counts.tolist() == [[of_ranks.count(rank), rows_of_ranks.count(rank)] for rank in range(num_ranks)]
 
     x = torch.randn(num_tokens, 2, generator=generator, dtype=torch.float64)
     weights = torch.rand(num_tokens, top_k, generator=generator, dtype=torch.float64)
-    rest = chosen, places, len(pairs)
-    copies, packed = make_copies(x, weights, *rest)
+    rest = chosen, ends, places, torch.arange(1, len(pairs) + 1)
+    copies, packed, sources = make_copies(x, weights, *rest)
     tokens = torch.tensor([token for _, token in pairs])
+    assert torch.equal(sources.long(), tokens)
     assert torch.equal(copies, x[tokens])
     assert torch.equal(packed, torch.cat([weights, chosen], dim=1)[tokens])
     assert places.shape == (num_tokens, min(top_k, num_ranks))
@@ -42,7 +42,7 @@ def test_a_token_goes_once_to_each_rank_that_holds_any_of_its_experts(
     assert_close(made, run(lambda x: x[tokens], [x]), 1e-15)
     made = run(lambda w: make_copies(x, w, *rest)[1][:, :top_k], [weights])
     assert_close(made, run(lambda w: w[tokens], [weights]), 1e-15)
-    added = run(lambda rows: combine(rows, places), [copies])
+    added = run(lambda rows: add_up_copies(rows, Copies(sources, places)), [copies])
     assert_close(added, run(lambda rows: torch.zeros_like(x).index_add(0, tokens, rows), [copies]), 1e-15)
 
 
