@@ -7,28 +7,29 @@ only keeps what the pickle says of it.
 
 import collections
 import pickle
+import struct
 import zipfile
+from collections.abc import Mapping
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import IO, Any
 
 import torch
+from torch.storage import _storage_type_to_dtype_map
 
-from checkpoint.stored import Shape, StoredArray
+from checkpoint.stored import StoredArray
 
 
 class Stub:
     """Stands in for an object of a class that is not loaded: its name, constructor's arguments, and state."""
 
     name = ""
+    args: tuple[Any, ...]
+    state: Any
 
     def __new__(cls, *args: Any, **kwargs: Any) -> "Stub":
         stub = super().__new__(cls)
         stub.args, stub.state = args, {}
         return stub
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        self.args: tuple[Any, ...]
-        self.state: Any
 
     def __setstate__(self, state: Any) -> None:
         if isinstance(state, tuple) and len(state) == 2 and isinstance(state[1], dict):  # of a class with __slots__
@@ -36,59 +37,32 @@ class Stub:
         self.state = state
 
     def __getattr__(self, name: str) -> Any:
-        if isinstance(self.__dict__.get("state"), dict) and name in self.state:
+        if isinstance(self.state, dict) and name in self.state:
             return self.state[name]
         raise AttributeError(f"{type(self).name or 'a stub'} has no {name}")
 
 
 class Refused(ValueError):
-    """A pickle names something that is not allowed."""
+    """A pickle names something that is not allowed, or data that is not there."""
 
 
-class _Storage(NamedTuple):
-    """An entry of the archive, and the type of its numbers."""
-
-    key: str
-    dtype: torch.dtype
-
-
-class _Local(NamedTuple):
-    """A tensor before its storage is located."""
-
-    storage: _Storage
-    offset: int
-    shape: Shape
-    strides: Shape
+def _rebuild_tensor(storage: StoredArray, offset: int, shape: Any, strides: Any, *_: Any) -> StoredArray:
+    last = offset + sum((size - 1) * stride for size, stride in zip(shape, strides))
+    if 0 not in shape and last >= storage.shape[0]:
+        raise Refused(f"{storage.file} lacks the data of a tensor")
+    start = storage.start + offset * storage.dtype.itemsize
+    return storage._replace(start=start, shape=tuple(shape), strides=tuple(strides))
 
 
-def _rebuild_tensor(storage: _Storage, offset: int, size: Any, stride: Any, *_: Any) -> _Local:
-    return _Local(storage, int(offset), tuple(map(int, size)), tuple(map(int, stride)))
-
-
-def _rebuild_from_type(function: Any, kind: Any, args: Any, state: Any) -> Stub:
-    stub = Stub(*args) if not isinstance(kind, type) or not issubclass(kind, Stub) else kind(*args)
+def _rebuild_from_type(function: Any, kind: type[Stub], args: Any, state: Any) -> Stub:
+    stub = kind(*args)
     stub.__setstate__(state)
     return stub
 
 
 _DTYPES = {str(d).removeprefix("torch."): d for d in vars(torch).values() if isinstance(d, torch.dtype)}
-_STORAGES = {
-    f"{name}Storage": dtype
-    for name, dtype in {
-        "Double": torch.float64,
-        "Float": torch.float32,
-        "Half": torch.float16,
-        "BFloat16": torch.bfloat16,
-        "Long": torch.int64,
-        "Int": torch.int32,
-        "Short": torch.int16,
-        "Char": torch.int8,
-        "Byte": torch.uint8,
-        "Bool": torch.bool,
-    }.items()
-}
 _ALLOWED: dict[tuple[str, str], Any] = {
-    **{("torch", name): value for name, value in (_DTYPES | _STORAGES).items()},
+    **{("torch", name): value for name, value in (_DTYPES | _storage_type_to_dtype_map()).items()},
     ("torch", "Size"): torch.Size,
     ("torch", "device"): Stub,
     ("torch.serialization", "_get_layout"): Stub,
@@ -106,12 +80,10 @@ _ALLOWED: dict[tuple[str, str], Any] = {
 }
 
 
-class SafeUnpickler(pickle.Unpickler):
-    """`source`: what is read, for messages."""
-
-    def __init__(self, file: IO[bytes], source: Path) -> None:
+class _Unpickler(pickle.Unpickler):
+    def __init__(self, file: IO[bytes], source: Path, storages: Mapping[str, tuple[int, int]]) -> None:
         super().__init__(file)
-        self._source = source
+        self._source, self._storages = source, storages
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) in _ALLOWED:
@@ -120,17 +92,23 @@ class SafeUnpickler(pickle.Unpickler):
             return type("Stub", (Stub,), {"name": name})
         raise Refused(f"{self._source} asks for {module}.{name}, which no checkpoint needs: refused")
 
-    def persistent_load(self, identity: Any) -> _Storage:
+    def persistent_load(self, identity: Any) -> StoredArray:
         kind, dtype, key, *_ = identity
         if kind != "storage" or not isinstance(dtype, torch.dtype):
             raise Refused(f"{self._source} has an unknown kind of storage")
-        return _Storage(str(key), dtype)
+        if key not in self._storages:
+            raise Refused(f"{self._source} lacks the data of a tensor")
+        start, num_bytes = self._storages[key]
+        return StoredArray(self._source, start, dtype, (num_bytes // dtype.itemsize,), (1,))
 
 
-def load_pickle(file: IO[bytes], source: Path) -> Any:
-    """Unpickles. Raises ValueError naming `source` for what is not allowed or damaged."""
+def load_pickle(file: IO[bytes], source: Path, storages: Mapping[str, tuple[int, int]] | None = None) -> Any:
+    """Unpickles. Raises ValueError naming `source`, which `file` is of, for what is not allowed or damaged.
+
+    storages: first byte in `source` and number of bytes of each storage that a tensor may name.
+    """
     try:
-        return SafeUnpickler(file, source).load()
+        return _Unpickler(file, source, storages or {}).load()
     except Refused:
         raise
     except Exception as error:  # a damaged pickle can raise nearly anything
@@ -171,39 +149,20 @@ def read_torch_file(path: Path, start: int = 0, length: int | None = None) -> An
         raise ValueError(f"{path} ends too early: it is truncated")
     with path.open("rb") as file:
         try:
-            archive = zipfile.ZipFile(_Window(file, start, size if length is None else length))
+            window = _Window(file, start, size if length is None else length)
+            archive = zipfile.ZipFile(window)
             entries = {info.filename.partition("/")[2]: info for info in archive.infolist()}
             if "byteorder" in entries and archive.read(entries["byteorder"]) != b"little":
                 raise ValueError(f"{path} is big-endian")
+            storages = {}
+            for name, entry in entries.items():
+                if name.startswith("data/") and entry.compress_type == zipfile.ZIP_STORED:
+                    # The local header is 30 bytes and two fields whose lengths it tells; then the data.
+                    window.seek(entry.header_offset)
+                    before_data = 30 + sum(struct.unpack("<26x2H", window.read(30)))
+                    position = start + entry.header_offset + before_data
+                    storages[name.removeprefix("data/")] = (position, entry.file_size)
             with archive.open(entries["data.pkl"]) as pickled:
-                loaded = load_pickle(pickled, path)
-        except (zipfile.BadZipFile, KeyError, EOFError) as error:
+                return load_pickle(pickled, path, storages)
+        except (zipfile.BadZipFile, KeyError, EOFError, struct.error) as error:
             raise ValueError(f"{path} is no complete file of torch.save: {error}") from error
-
-        def locate(local: _Local) -> StoredArray:
-            entry = entries.get(f"data/{local.storage.key}")
-            count = 1 + sum((n - 1) * stride for n, stride in zip(local.shape, local.strides))
-            used = 0 if 0 in local.shape else (local.offset + count) * local.storage.dtype.itemsize
-            if entry is None or entry.compress_type != zipfile.ZIP_STORED or used > entry.file_size:
-                raise ValueError(f"{path} lacks the data of a tensor")
-            # The local header is 30 bytes and two fields whose lengths it tells; then the data.
-            header = _Window(file, start + entry.header_offset, 30).read()
-            data = start + entry.header_offset + 30 + int.from_bytes(header[26:28], "little")
-            data += int.from_bytes(header[28:30], "little") + local.offset * local.storage.dtype.itemsize
-            return StoredArray(path, data, local.storage.dtype, local.shape, local.strides)
-
-        seen: dict[int, Any] = {}
-
-        def visit(value: Any) -> Any:
-            if isinstance(value, _Local):
-                return locate(value)
-            if isinstance(value, dict):
-                return {key: visit(item) for key, item in value.items()}
-            if type(value) in (list, tuple):
-                return type(value)(map(visit, value))
-            if isinstance(value, Stub) and id(value) not in seen:
-                seen[id(value)] = value
-                value.args, value.state = visit(value.args), visit(value.state)
-            return value
-
-        return visit(loaded)
