@@ -58,7 +58,7 @@ def _assemble(name: str, values: Sequence[StoredArray | Stub], paths: list[Path]
         dtypes.add(local.dtype)
         for runs in product(*map(_runs, indices)):
             box = tuple((first, first + length) for first, _, length in runs)
-            chunk = Chunk(box, local, tuple(start for _, start, _ in runs))
+            chunk = Chunk(box, local.part(tuple((start, start + length) for _, start, length in runs)))
             if box in chunks:
                 chunks[box].copies.append(chunk)
             else:

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from checkpoint.safetensors_files import read_headers
-from checkpoint.stored import Box, Chunk, Shape, StoredArray, StoredTensor
+from checkpoint.stored import Box, Chunk, Shape, StoredArray, StoredTensor, full_box
 from models.qwen35_moe.config import ModelConfig
 from models.qwen35_moe.hf_weights import Piece, find_pieces, parameter_shapes
 from models.qwen35_moe.model import Qwen35Moe
@@ -31,7 +31,7 @@ def assemble(name: str, shape: Shape, pieces: list[Piece], arrays: Mapping[str, 
 def region_box(piece: Piece, shape: Shape) -> Box:
     """The part of a stacked tensor of this shape that a piece fills."""
     region = tuple((i.start, i.stop) if isinstance(i, slice) else (i, i + 1) for i in piece.region)
-    return (*region, *((0, size) for size in shape[len(region) :]))
+    return full_box(region, shape)
 
 
 @torch.no_grad()

@@ -92,7 +92,7 @@ class Export(NamedTuple):
     def blocks(self) -> Iterator[torch.Tensor]:
         """The data to be written, in order; memory stays within a few blocks."""
         blocks = iter([self.stored.read(self.box)]) if self.box else self.stored.blocks(_BLOCK_BYTES)
-        return (block.to(self.dtype).contiguous().view(-1) for block in blocks)
+        return (block.to(self.dtype).view(-1) for block in blocks)
 
 
 def split(tensors: list[Export], max_bytes: int) -> list[list[Export]]:

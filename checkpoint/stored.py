@@ -5,7 +5,9 @@ of FSDP ranks, tensors of safetensors files), and read a region at a time, so th
 """
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from functools import cached_property
+from io import FileIO
 from math import prod
 from pathlib import Path
 from typing import NamedTuple
@@ -28,67 +30,63 @@ class StoredArray(NamedTuple):
     strides: Shape
     """In elements."""
 
-    def read(self, box: Box = ()) -> torch.Tensor:
-        """The part of it in `box`. Raises ValueError if the file ends too early, OSError if it cannot be read."""
-        box = (*box, *((0, size) for size in self.shape[len(box) :]))
-        shape = tuple(stop - start for start, stop in box)
-        result = torch.empty(shape, dtype=self.dtype)
-        if result.numel():
-            with self.file.open("rb", buffering=0) as file:
-                self._read_into(file, result, box)
-        return result
-
-    def _read_into(self, file, result: torch.Tensor, box: Box) -> None:  # type: ignore[no-untyped-def]
-        inner = prod(stop - start for start, stop in box[1:])
-        if len(box) > 1 and box[0][1] - box[0][0] > 1 and inner < prod(self.shape[1:]):
-            # Not one run of bytes: what lies between is not read.
-            for row in range(*box[0]):
-                position = row - box[0][0]
-                self._read_into(file, result[position : position + 1], ((row, row + 1), *box[1:]))
-            return
+    def part(self, box: Box) -> "StoredArray":
+        """What lies in `box`, which names all dimensions; not read yet."""
         first = sum(start * stride for (start, _), stride in zip(box, self.strides))
-        span = 1 + sum((stop - start - 1) * stride for (start, stop), stride in zip(box, self.strides))
-        in_place = span == result.numel() and result.is_contiguous() and _is_dense(result.shape, self.strides)
-        buffer = result.view(-1) if in_place else torch.empty(span, dtype=self.dtype)
+        shape = tuple(stop - start for start, stop in box)
+        return self._replace(start=self.start + first * self.dtype.itemsize, shape=shape)
+
+    def read(self) -> torch.Tensor:
+        """Its numbers, contiguous. Raises ValueError if the file ends too early, OSError if it cannot be read."""
+        with self.file.open("rb", buffering=0) as file:
+            return self._read_from(file)
+
+    def _read_from(self, file: FileIO) -> torch.Tensor:
+        if len(self.shape) > 1 and self.strides[0] > prod(self.shape[1:]):
+            # Not one run of bytes: what lies between the rows is not read.
+            result = torch.empty(self.shape, dtype=self.dtype)
+            for row, values in enumerate(result):
+                start = self.start + row * self.strides[0] * self.dtype.itemsize
+                one = self._replace(start=start, shape=self.shape[1:], strides=self.strides[1:])
+                values.copy_(one._read_from(file))
+            return result
+        span = 1 + sum((size - 1) * stride for size, stride in zip(self.shape, self.strides))
+        buffer = torch.empty(span, dtype=self.dtype)
         view = buffer.view(torch.uint8).numpy().data
-        file.seek(self.start + first * self.dtype.itemsize)
+        file.seek(self.start)
         done = 0
         while done < len(view):
             count = file.readinto(view[done:])
             if not count:
                 raise ValueError(f"{self.file} ends too early: it is truncated")
             done += count
-        if not in_place:
-            result.copy_(buffer.as_strided(result.shape, self.strides))
+        strided = buffer.as_strided(self.shape, self.strides)
+        return buffer.view(self.shape) if strided.is_contiguous() else strided.contiguous()
 
 
-def _is_dense(shape: Shape, strides: Shape) -> bool:
-    expected = 1
-    for size, stride in zip(reversed(shape), reversed(strides)):
-        if size != 1 and stride != expected:
-            return False
-        expected *= size
-    return True
+def full_box(box: Box, shape: Shape) -> Box:
+    """`box` with all dimensions of a tensor of this shape."""
+    return (*box, *((0, size) for size in shape[len(box) :]))
 
 
+@dataclass
 class Chunk:
-    """A rectangular part of a tensor, the part of an array that holds it, and copies that must be equal to it."""
+    """A rectangular part of a tensor, the array that holds it, and copies that must be equal to it."""
 
-    def __init__(self, box: Box, source: StoredArray | Callable[[], StoredArray], array_starts: Shape = ()) -> None:
-        """`source`: the array, or what opens it when it is needed; `array_starts`: where the part begins in it."""
-        self.box, self._source, self._starts = box, source, array_starts or (0,) * len(box)
-        self.copies: list[Chunk] = []
+    box: Box
+    source: StoredArray | Callable[[], StoredArray]
+    """The array, or what opens it when it is needed. One of fewer dimensions is one index of the first."""
+    copies: list["Chunk"] = field(default_factory=list)
 
     @cached_property
     def array(self) -> StoredArray:
-        return self._source if isinstance(self._source, StoredArray) else self._source()
+        return self.source if isinstance(self.source, StoredArray) else self.source()
 
     def read(self, box: Box) -> torch.Tensor:
-        """What lies in `box`, in the coordinates of the whole tensor. An array of fewer dimensions is one index."""
-        moved = [(lo - p[0] + s, hi - p[0] + s) for (lo, hi), p, s in zip(box, self.box, self._starts)]
-        array = self.array
-        extra = len(self.box) - len(array.shape)
-        return array.read(tuple(moved[extra:])).view([hi - lo for lo, hi in box])
+        """What lies in `box`, in the coordinates of the whole tensor."""
+        moved = [(start - own, stop - own) for (start, stop), (own, _) in zip(box, self.box)]
+        missing = len(self.box) - len(self.array.shape)
+        return self.array.part(tuple(moved[missing:])).read().view([stop - start for start, stop in box])
 
 
 class StoredTensor(NamedTuple):
@@ -101,7 +99,7 @@ class StoredTensor(NamedTuple):
 
     def read(self, box: Box = ()) -> torch.Tensor:
         """The part in `box`, on the CPU. Raises ValueError for bad bytes, and for copies that differ."""
-        box = (*box, *((0, size) for size in self.shape[len(box) :]))
+        box = full_box(box, self.shape)
         parts = ((chunk, _overlap(box, chunk.box)) for chunk in self.chunks)
         parts_here = [(chunk, part) for chunk, part in parts if part is not None]
         if len(parts_here) == 1 and parts_here[0][1] == box:
@@ -117,10 +115,8 @@ class StoredTensor(NamedTuple):
         for copy in (chunk, *chunk.copies):
             try:
                 values = copy.read(box)
-            except (OSError, ValueError, KeyError) as error:
+            except (OSError, ValueError) as error:
                 raise ValueError(f"cannot read {self.name!r}: {error}") from error
-            if values.dtype != self.dtype:
-                raise ValueError(f"{self.name!r} in {copy.array.file} is {values.dtype}, elsewhere {self.dtype}")
             first = values if first is None else first
             if not torch.equal(_as_bytes(values), _as_bytes(first)):
                 raise ValueError(f"copies of {self.name!r} in {chunk.array.file} and {copy.array.file} differ")
@@ -155,7 +151,7 @@ class StoredTensor(NamedTuple):
 
 def whole(name: str, array: StoredArray) -> StoredTensor:
     """A tensor that is one array."""
-    return StoredTensor(name, array.shape, array.dtype, [Chunk(tuple((0, n) for n in array.shape), array)])
+    return StoredTensor(name, array.shape, array.dtype, [Chunk(full_box((), array.shape), array)])
 
 
 def _overlap(a: Box, b: Box) -> Box | None:
@@ -165,4 +161,4 @@ def _overlap(a: Box, b: Box) -> Box | None:
 
 def _as_bytes(values: torch.Tensor) -> torch.Tensor:
     """As NaNs compare equal to themselves."""
-    return values.contiguous().view(-1).view(torch.uint8)
+    return values.view(-1).view(torch.uint8)
