@@ -18,6 +18,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a file from anywhere
 
+from huggingface_hub import split_state_dict_into_shards_factory
 from tqdm import tqdm
 
 from checkpoint.command_line import DTYPES, OneLineParser
@@ -25,8 +26,8 @@ from checkpoint.dcp_reader import read_index
 from checkpoint.directories import MANIFEST, find_checkpoint, find_damage, is_taken, new_directory
 from checkpoint.fsdp_shards import is_shard_directory, read_shards
 from checkpoint.hf_assets import class_config, copy_assets, read_base
-from checkpoint.hf_reader import assemble, region_box
-from checkpoint.safetensors_files import Export, read_headers, split, write_file
+from checkpoint.hf_reader import assemble
+from checkpoint.safetensors_files import Export, read_headers, write_file
 from checkpoint.stored import Shape, StoredArray, StoredTensor, whole
 from models.qwen35_moe.config import ModelConfig
 from models.qwen35_moe.hf_weights import (
@@ -34,6 +35,7 @@ from models.qwen35_moe.hf_weights import (
     NOT_TEXT,
     PREFIXES,
     VISION,
+    count_mtp_layers,
     find_mtp_pieces,
     hf_name,
     is_published_in_float32,
@@ -63,7 +65,6 @@ class Plan(NamedTuple):
     config: dict[str, Any]
     tensors: list[Export]
     assets: list[Path]
-    vision: bool
 
 
 def convert_to_hf(checkpoint: Path, out: Path, options: Options | None = None, progress: bool = False) -> Plan:
@@ -74,22 +75,25 @@ def convert_to_hf(checkpoint: Path, out: Path, options: Options | None = None, p
     """
     options = options or Options()
     plan = make_plan(checkpoint, options)
-    shards = split(plan.tensors, options.max_shard_bytes)
-    total = sum(tensor.num_bytes for tensor in plan.tensors)
-    weight_map: dict[str, str] = {}
+    tensors = {tensor.key: tensor for tensor in plan.tensors}
+    files = split_state_dict_into_shards_factory(
+        tensors,
+        get_storage_size=lambda tensor: tensor.num_bytes,
+        filename_pattern="model{suffix}.safetensors",
+        max_shard_size=options.max_shard_bytes,
+    )
+    total = files.metadata["total_size"]
     with (
         new_directory(out) as folder,
         tqdm(total=total, unit="B", unit_scale=True, desc=out.name, disable=None if progress else True) as bar,
     ):
-        copy_assets(folder, *plan.assets, vision=plan.vision)
+        copy_assets(folder, *plan.assets, vision="vision_config" in plan.config)
         (folder / "config.json").write_text(json.dumps(plan.config, indent=2) + "\n", encoding="utf-8")
-        for number, shard in enumerate(shards, start=1):
-            name = f"model-{number:05}-of-{len(shards):05}.safetensors" if len(shards) > 1 else "model.safetensors"
-            for num_bytes in write_file(folder / name, shard):
+        for name, keys in files.filename_to_tensors.items():
+            for num_bytes in write_file(folder / name, [tensors[key] for key in keys]):
                 bar.update(num_bytes)
-            weight_map |= {tensor.key: name for tensor in shard}
-        if len(shards) > 1:
-            index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        if files.is_sharded:
+            index = {"metadata": files.metadata, "weight_map": files.tensor_to_filename}
             (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
     return plan
 
@@ -106,18 +110,18 @@ def make_plan(checkpoint: Path, options: Options) -> Plan:
     if not configs:
         raise ValueError(f"{checkpoint} has no config.json: expected --base with the model that it came from")
     # The checkpoint's own config tells what was trained; the base's may have what the checkpoint's left out: vision.
-    config = configs[0] if "vision_config" in configs[0] or len(configs) == 1 else configs[-1]
+    config = configs[0] if "vision_config" in configs[0] else configs[-1]
     shape = ModelConfig.from_dict(configs[0])
     if ModelConfig.from_dict(config) != shape:
         raise ValueError(f"--base {base}: its text model has another shape than the checkpoint's")
-    from_image_text = "vision_config" in config and (base is not None or any(k.startswith(VISION) for k in stored))
+    has_vision = any(key.startswith(VISION) for key in stored)
+    from_image_text = "vision_config" in config and (base is not None or has_vision)
     architecture = options.architecture or ("image_text_to_text" if from_image_text else "causal_lm")
 
-    available = dict.fromkeys(stored, None)
     arrays: dict[str, StoredArray] = {}
     if base and base.is_dir() and (from_image_text or options.base or any(base.glob("*.safetensors"))):
         arrays = read_headers(base)
-    elif base and architecture == "image_text_to_text" and not any(key.startswith(VISION) for key in available):
+    elif base and architecture == "image_text_to_text" and not has_vision:
         raise ValueError(
             f"the model came from {base}, which is not there: expected --base with it, or --architecture causal_lm"
         )
@@ -131,14 +135,13 @@ def make_plan(checkpoint: Path, options: Options) -> Plan:
     )
     exports = _text_exports(checkpoint, stored, shape, architecture, options.dtype, per_expert)
     mtp = _mtp_exports(shape, {k: t for k, t in others.items() if k.startswith(MTP)}, options.experts)
-    num_mtp_layers = len({export.key.split(".")[2] for export in mtp if export.key.startswith(MTP + "layers.")})
     dtype = str(options.dtype or exports[0].stored.dtype).removeprefix("torch.")
-    written = class_config(config, architecture, num_mtp_layers, dtype, assets[0])
+    written = class_config(config, architecture, count_mtp_layers(others), dtype, assets[0])
     vision = []
     if architecture == "image_text_to_text":
         vision = [Export(key, tensor, tensor.dtype) for key, tensor in others.items() if key.startswith(VISION)]
         _check("the vision tower", {e.key: e.shape for e in vision}, _vision_shapes(written))
-    return Plan(written, [*vision, *exports, *mtp], assets, bool(vision))
+    return Plan(written, [*vision, *exports, *mtp], assets)
 
 
 def _open_checkpoint(path: Path) -> tuple[dict[str, StoredTensor], list[Path], Path | None]:
@@ -169,8 +172,6 @@ def _text_exports(
     exports = []
     for name in expected:
         tensor = text[name]
-        if not tensor.dtype.is_floating_point:
-            raise ValueError(f"{checkpoint}: {name!r} is {tensor.dtype}, not floating point")
         wanted = tensor.dtype if dtype is None else torch.float32 if is_published_in_float32(name) else dtype
         exports += _experts(Export(hf_name(name, architecture), tensor, wanted), per_expert)
     return exports
@@ -182,7 +183,7 @@ def _mtp_exports(shape: ModelConfig, tensors: dict[str, StoredTensor], experts: 
     if experts == "keep":
         return [Export(key, tensor, tensor.dtype) for key, tensor in tensors.items()]
     arrays = {key: tensor.chunks[0].array for key, tensor in tensors.items() if len(tensor.chunks) == 1}
-    shapes = mtp_shapes(shape, len({key.split(".")[2] for key in pieces if key.startswith(MTP + "layers.")}))
+    shapes = mtp_shapes(shape, count_mtp_layers(tensors))
     exports = []
     for key, parts in pieces.items():
         tensor = tensors[key] if key in tensors else assemble(key, shapes[key], parts, arrays)
@@ -195,7 +196,7 @@ def _experts(export: Export, per_expert: bool) -> list[Export]:
     if not per_expert or ".experts." not in export.key:
         return [export]
     pieces = pieces_of_experts(export.key, export.stored.shape)
-    return [export._replace(key=p.key, box=region_box(p, export.stored.shape)) for p in pieces]
+    return [export._replace(key=piece.key, box=piece.region) for piece in pieces]
 
 
 def _vision_shapes(config: dict[str, Any]) -> dict[str, Shape]:
@@ -259,38 +260,27 @@ def parse_size(text: str) -> int:
 def main(arguments: list[str]) -> int:
     """0; 2 for a mistake on the command line; 1 for a checkpoint that cannot be converted."""
     parser = OneLineParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument(
-        "checkpoint",
-        type=Path,
-        metavar="CHECKPOINT",
-        help="a step-* directory, a run's output_dir (its newest step), or one of model_world_size_W_rank_R.pt files",
-    )
+    checkpoint_help = "a step-* directory, a run's output_dir (its newest step), or per-rank FSDP2 files"
+    parser.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help=checkpoint_help)
     parser.add_argument("out", type=Path, metavar="OUT", help="the directory to make")
-    parser.add_argument(
-        "--architecture", choices=PREFIXES, help="class to export (default: the one that the model came from)"
-    )
+    parser.add_argument("--architecture", choices=PREFIXES, help="class to export (default: the model's own)")
     parser.add_argument(
         "--dtype",
         choices=DTYPES,
         default="bfloat16",
-        help="of the trained tensors (default: %(default)s; A_log and linear attention's norms stay float32, as in the "
-        "published checkpoints); keep: as trained",
+        help="of the trained tensors, a few of them float32 as published (default: %(default)s); keep: as trained",
     )
     parser.add_argument(
         "--experts",
         choices=("keep", "stacked", "per_expert"),
         default="keep",
-        help="one tensor a layer or one an expert (default: as in the model that it came from, else stacked)",
+        help="one tensor a layer or one an expert (default: as in the model that it came from)",
     )
     parser.add_argument(
         "--max-shard-size", type=parse_size, default="5GB", metavar="SIZE", help="of a file (default: %(default)s)"
     )
-    parser.add_argument(
-        "--base",
-        type=Path,
-        metavar="HF_DIR",
-        help="model whose vision and MTP tensors are taken along (default: the one that the run was loaded from)",
-    )
+    base_help = "whose vision and MTP tensors are taken along (default: the model that the run was loaded from)"
+    parser.add_argument("--base", type=Path, metavar="HF_DIR", help=base_help)
     parser.add_argument("--verify", action="store_true", help="read OUT again and compare every tensor bit for bit")
     given = parser.parse_args(arguments)
     if is_taken(given.out):

@@ -26,11 +26,10 @@ def read_index(folder: Path) -> dict[str, StoredTensor]:
     except FileNotFoundError:
         raise ValueError(f"{folder} has no .metadata: expected a complete DCP checkpoint") from None
     try:
-        assert isinstance(metadata, Stub)
-        places = {(i.fqn, tuple(i.offset or ())): place for i, place in (metadata.storage_data or {}).items()}
+        places = {(i.fqn, tuple(i.offset or ())): place for i, place in metadata.storage_data.items()}
         entries = metadata.state_dict_metadata
         return {name: _stored_tensor(folder, name, entry, places) for name, entry in entries.items()}
-    except (AssertionError, AttributeError, TypeError, IndexError) as error:
+    except (AttributeError, TypeError, IndexError) as error:
         raise ValueError(f"{path} is no index of a DCP checkpoint: {error}") from error
 
 

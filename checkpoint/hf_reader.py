@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from checkpoint.safetensors_files import read_headers
-from checkpoint.stored import Box, Chunk, Shape, StoredArray, StoredTensor, full_box
+from checkpoint.stored import Chunk, Shape, StoredArray, StoredTensor, full_box
 from models.qwen35_moe.config import ModelConfig
 from models.qwen35_moe.hf_weights import Piece, find_pieces, parameter_shapes
 from models.qwen35_moe.model import Qwen35Moe
@@ -24,14 +24,8 @@ def assemble(name: str, shape: Shape, pieces: list[Piece], arrays: Mapping[str, 
     dtypes = {arrays[piece.key].dtype for piece in pieces}
     if len(dtypes) > 1:
         raise ValueError(f"weights: the experts of {name!r} differ in dtype: {sorted(map(str, dtypes))}")
-    chunks = [Chunk(region_box(piece, shape), arrays[piece.key]) for piece in pieces]
+    chunks = [Chunk(full_box(piece.region, shape), arrays[piece.key]) for piece in pieces]
     return StoredTensor(pieces[0].key if len(pieces) == 1 else name, shape, dtypes.pop(), chunks)
-
-
-def region_box(piece: Piece, shape: Shape) -> Box:
-    """The part of a stacked tensor of this shape that a piece fills."""
-    region = tuple((i.start, i.stop) if isinstance(i, slice) else (i, i + 1) for i in piece.region)
-    return full_box(region, shape)
 
 
 @torch.no_grad()

@@ -14,8 +14,9 @@ from typing import NamedTuple
 import torch
 
 from checkpoint.stored import Box, Shape, StoredArray, StoredTensor
+from models.qwen35_moe.hf_weights import shape_of_region
 
-DTYPES = {
+_DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
     "F16": torch.float16,
@@ -29,7 +30,7 @@ DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
-_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 _BLOCK_BYTES = 64 * 2**20
 
 
@@ -64,7 +65,7 @@ def _read_header(path: Path) -> dict[str, StoredArray]:
     header.pop("__metadata__", None)
     arrays = {}
     for key, entry in header.items():
-        shape, dtype, (start, end) = tuple(entry["shape"]), DTYPES[entry["dtype"]], entry["data_offsets"]
+        shape, dtype, (start, end) = tuple(entry["shape"]), _DTYPES[entry["dtype"]], entry["data_offsets"]
         if end - start != prod(shape) * dtype.itemsize or 8 + length + end > size:
             raise ValueError(f"the data of {key!r} is cut off")
         strides = tuple(prod(shape[dim + 1 :]) for dim in range(len(shape)))
@@ -82,8 +83,7 @@ class Export(NamedTuple):
 
     @property
     def shape(self) -> Shape:
-        cut = tuple(stop - start for start, stop in self.box[1:])
-        return cut + self.stored.shape[len(self.box) :]
+        return shape_of_region(self.stored.shape, self.box)
 
     @property
     def num_bytes(self) -> int:
@@ -93,19 +93,6 @@ class Export(NamedTuple):
         """The data to be written, in order; memory stays within a few blocks."""
         blocks = iter([self.stored.read(self.box)]) if self.box else self.stored.blocks(_BLOCK_BYTES)
         return (block.to(self.dtype).view(-1) for block in blocks)
-
-
-def split(tensors: list[Export], max_bytes: int) -> list[list[Export]]:
-    """Consecutive tensors of at most `max_bytes` together; a larger one alone."""
-    shards: list[list[Export]] = []
-    used = 0
-    for tensor in tensors:
-        if not shards or used + tensor.num_bytes > max_bytes:
-            shards.append([])
-            used = 0
-        shards[-1].append(tensor)
-        used += tensor.num_bytes
-    return shards
 
 
 def write_file(path: Path, tensors: list[Export]) -> Iterator[int]:
@@ -119,14 +106,11 @@ def write_file(path: Path, tensors: list[Export]) -> Iterator[int]:
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)  # the data is aligned
     blocks = chain.from_iterable(tensor.blocks() for tensor in tensors)
-    with path.open("wb", buffering=0) as file, ThreadPoolExecutor(1) as reader:
+    with path.open("wb") as file, ThreadPoolExecutor(1) as reader:
         file.write(len(text).to_bytes(8, "little") + text)
         # The next block is read while this one is written.
         following = reader.submit(next, blocks, None)
         while (block := following.result()) is not None:
             following = reader.submit(next, blocks, None)
-            view = block.view(torch.uint8).numpy().data
-            done = 0
-            while done < len(view):
-                done += file.write(view[done:])
-            yield len(view)
+            file.write(block.view(torch.uint8).numpy().data)
+            yield block.nbytes

@@ -11,6 +11,8 @@ from typing import NamedTuple
 from models.qwen35_moe.config import FULL, ModelConfig
 
 Shape = tuple[int, ...]
+Region = tuple[tuple[int, int], ...]
+"""(start, stop) of a parameter's first dimensions; those not named are whole."""
 
 PREFIXES = {"image_text_to_text": "model.language_model.", "causal_lm": "model."}
 """Before every name but `lm_head.weight`, for each of the two classes that share the text model."""
@@ -23,8 +25,8 @@ class Piece(NamedTuple):
     """A Hugging Face tensor, and the part of a native parameter that it fills."""
 
     key: str
-    region: tuple[int | slice, ...] = ()
-    """Indexes the native parameter's first dimensions; (): all of it."""
+    region: Region = ()
+    """(): all of it. Of one expert's tensor, which has no dimension for experts: the expert, maybe some of its rows."""
 
 
 def parameter_shapes(config: ModelConfig) -> dict[str, Shape]:
@@ -123,12 +125,17 @@ def find_pieces(config: ModelConfig, available: Mapping[str, Shape]) -> dict[str
 
 def find_mtp_pieces(config: ModelConfig, available: Mapping[str, Shape]) -> dict[str, list[Piece]]:
     """The same for multi-token prediction, by the names of `mtp_shapes`; nothing if the checkpoint has none of it."""
-    layers = {int(key.split(".")[2]) for key in available if key.startswith(MTP + "layers.")}
-    found = _find(mtp_shapes(config, len(layers)), available) if layers else {}
+    num_layers = count_mtp_layers(available)
+    found = _find(mtp_shapes(config, num_layers), available) if num_layers else {}
     used = {piece.key for parts in found.values() for piece in parts}
     if spare := {key for key in available if key.startswith(MTP)} - used:
         raise ValueError(f"weights: {min(spare)!r} (and {len(spare) - 1} more) belong to no layer of the MTP module")
     return found
+
+
+def count_mtp_layers(keys: Iterable[str]) -> int:
+    """How many layers of multi-token prediction the tensors with these names are of."""
+    return len({key.split(".")[2] for key in keys if key.startswith(MTP + "layers.")})
 
 
 def find_architecture(available: Iterable[str]) -> str:
@@ -147,7 +154,7 @@ def _find(shapes: Mapping[str, Shape], available: Mapping[str, Shape]) -> dict[s
         for piece in pieces:
             if piece.key not in available:
                 raise ValueError(f"weights: {piece.key!r} is missing")
-            expected = _shape_of_region(shape, piece.region)
+            expected = shape_of_region(shape, piece.region)
             if available[piece.key] != expected:
                 raise ValueError(f"weights: {piece.key!r} has shape {list(available[piece.key])}, not {list(expected)}")
         found[key] = pieces
@@ -158,15 +165,15 @@ def pieces_of_experts(key: str, shape: Shape) -> list[Piece]:
     """The tensors, one an expert, that stand for the stacked one `key` of this shape."""
     folder, _, which = key.rpartition(".")
     if which == "down_proj":
-        return [Piece(f"{folder}.{expert}.down_proj.weight", (expert,)) for expert in range(shape[0])]
-    gate, up = slice(0, shape[1] // 2), slice(shape[1] // 2, shape[1])
+        return [Piece(f"{folder}.{expert}.down_proj.weight", ((expert, expert + 1),)) for expert in range(shape[0])]
+    gate, up = (0, shape[1] // 2), (shape[1] // 2, shape[1])
     return [
-        Piece(f"{folder}.{expert}.{half}_proj.weight", (expert, rows))
+        Piece(f"{folder}.{expert}.{half}_proj.weight", ((expert, expert + 1), rows))
         for expert in range(shape[0])
         for half, rows in (("gate", gate), ("up", up))
     ]
 
 
-def _shape_of_region(shape: Shape, region: tuple[int | slice, ...]) -> Shape:
-    cut = tuple(index.stop - index.start for index in region if isinstance(index, slice))
-    return cut + shape[len(region) :]
+def shape_of_region(shape: Shape, region: Region) -> Shape:
+    """The shape of the tensor that fills `region` of a parameter: an expert's has no dimension for the experts."""
+    return tuple(stop - start for start, stop in region[1:]) + shape[len(region) :]
