@@ -49,7 +49,8 @@ class ExpertParallel:
             experts.register_parameter(name, torch.nn.Parameter(sharded))
         self.experts, self.group = experts, mesh.get_group()
         self.num_ranks, self.rank = mesh.size(), mesh.get_local_rank()
-        self.num_local = len(experts.gate_up_proj) // self.num_ranks
+        self.num_local, rest = divmod(len(experts.gate_up_proj), self.num_ranks)
+        assert rest == 0, (self.num_local, self.num_ranks)
         self.plan_copies, self.make_copies = plan_copies, make_copies
         self.sort_received, self.add_up_copies = sort_received, add_up_copies
         self.row_operations = IN_EAGER_MODE
@@ -72,7 +73,8 @@ class ExpertParallel:
         One small all-to-all tells how many copies come, one brings their experts and weights, one the copies, and one
         takes the results back; one host synchronisation.
         """
-        results, copies, sent, received = self.send_and_compute(x, weights, chosen)
+        rows, order, copies, sent, received = self.send_and_compute(x, weights, chosen)
+        results = self.row_operations.add_up_rows(rows, order.order, order.places)
         exchange = Exchange(received, sent, self.group)
         return Travelling(exchange.start(results), exchange, copies)
 
@@ -82,9 +84,9 @@ class ExpertParallel:
 
     def send_and_compute(
         self, x: torch.Tensor, weights: torch.Tensor, chosen: torch.Tensor
-    ) -> tuple[torch.Tensor, Copies, list[int], list[int]]:
-        """Sends the copies, and applies this rank's experts to those received: their results [D, H], what was sent, and
-        how many copies went to each rank and came from it."""
+    ) -> tuple[torch.Tensor, ExpertOrder, Copies, list[int], list[int]]:
+        """Sends the copies, and applies this rank's experts to those received: rows as of `compute` and their order,
+        what was sent, and how many copies went to each rank and came from it."""
         ends, sent_counts, places = self.plan_copies(chosen, self.num_ranks, self.num_local)
         even = [1] * self.num_ranks
         received_counts = _wait(_collectives.all_to_all_single(sent_counts, even, even, self.group.group_name))
@@ -93,16 +95,19 @@ class ExpertParallel:
         num_rows = sum(rows for _, rows in of_received)
 
         numbers = torch.arange(1, sum(sent) + 1, dtype=torch.int32, device=x.device)  # of the copies
-        x, packed, sources = self.make_copies(x, weights, chosen, ends, places, numbers)
-        of_packed, of_x = Exchange(sent, received, self.group), Exchange(sent, received, self.group)
-        packed, x = of_packed.start(packed), of_x.start(x)
-        weights, order = self.sort_received(of_packed.finish(packed), self.rank, self.num_local)  # while copies travel
-        order = order._replace(order=order.order[:num_rows])
-        results = self.compute(of_x.finish(x), weights, order)
-        return results, Copies(sources, places), sent, received
+        copies, packed, sources = self.make_copies(x, weights, chosen, ends, places, numbers)
+        of_packed, of_copies = Exchange(sent, received, self.group), Exchange(sent, received, self.group)
+        packed, copies = of_packed.start(packed), of_copies.start(copies)
+        own_weights, order = self.sort_received(of_packed.finish(packed), self.rank, self.num_local)
+        order = order._replace(order=order.order[:num_rows])  # sorted while the copies travel
+        rows = self.compute(of_copies.finish(copies), own_weights, order)
+        return rows, order, Copies(sources, places), sent, received
 
     def compute(self, x: torch.Tensor, weights: torch.Tensor, order: ExpertOrder) -> torch.Tensor:
-        """Applies this rank's experts to copies received: x [D, H], weights [D, k] -> [D, H]."""
+        """Applies this rank's experts to copies received, x [D, H] and weights [D, k]: rows sorted by expert.
+
+        Adding them up is left to the caller: it keeps nothing, but would be recomputed here, the rows before it too.
+        """
         projections = _local(self.experts.gate_up_proj), _local(self.experts.down_proj)
         return routed_experts(x, weights, order, *projections, self.row_operations)
 
@@ -139,7 +144,8 @@ def make_copies(
     """The copies, with `numbers` from 1 to C, of x [C, H]; of weights and chosen experts, side by side in the weights'
     dtype [C, 2k]; and `sources` [C]."""
     sources = torch.searchsorted(ends, numbers, out_int32=True) % len(x)
-    packed = torch.cat([weights, chosen.to(weights.dtype)], dim=-1)  # float32 has all integers up to 2^24
+    assert weights.dtype in (torch.float32, torch.float64), weights.dtype  # the first has all integers up to 2^24
+    packed = torch.cat([weights, chosen.to(weights.dtype)], dim=-1)
     return permute(x, sources, places), permute(packed, sources, places), sources
 
 
@@ -160,9 +166,11 @@ def _compile(function: Callable) -> Callable:
     compiled = torch.compile(function)
 
     def run(*args: Any) -> Any:
-        for each in tree_leaves(args):
-            if isinstance(each, torch.Tensor):
-                torch._dynamo.maybe_mark_dynamic(each, 0)
+        tensors = [each for each in tree_leaves(args) if isinstance(each, torch.Tensor)]
+        if min(map(len, tensors)) < 2:  # the compiler would make a graph of its own for sizes of 0 and of 1
+            return function(*args)
+        for tensor in tensors:
+            torch._dynamo.maybe_mark_dynamic(tensor, 0)
         return compiled(*args)
 
     return run

@@ -33,6 +33,10 @@ def parallelize_fn(
     for a float64 model). Raises ValueError where FSDP cannot shard the experts evenly.
     """
     in_parts = meshes.expert_parallel.size() > 1
+    if compile_blocks:
+        # All checkpointed parts count as one function: two kinds of blocks, and what is beside the experts, in training
+        # and in validation, with fillers and without. Beyond the default of 8 they would run uncompiled.
+        torch._dynamo.config.recompile_limit = 32
     for block in model.blocks:
         if in_parts:
             # No graph can hold the experts: how many rows travel is known to the host alone. One break inside would
@@ -112,10 +116,12 @@ class _NothingToReduce(ReduceScatter):
             self._input = torch.empty(size, dtype=dtype, device=device)
             return self._input
         output, self._input = self._input, None
+        if output.is_cuda:  # made on the stream of the computation, but from here on used and freed on this one
+            output.record_stream(torch.cuda.current_stream())
         return output
 
     def __call__(self, output_tensor: torch.Tensor, input_tensor: torch.Tensor, *_: Any, **__: Any) -> None:
-        output_tensor.copy_(input_tensor)  # does nothing, as they are the same
+        raise AssertionError("FSDP has nothing to scatter over a mesh of one")
 
 
 def _prefetch_neighbours(model: Qwen35Moe) -> None:

@@ -55,6 +55,8 @@ class _ContiguousGradient(torch.autograd.Function):
 
 def _grouped_linear(x: torch.Tensor, weight: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
     """x [R, A], weight [E, B, A] -> [R, B]."""
+    if x.shape[0] == 0:  # without a look at the offsets; and the weights' gradients are zeros, not none
+        return x @ weight[0].T
     if _grouped_mm_works(x, weight):
         return F.grouped_mm(x, weight.transpose(-2, -1), offs=offsets)
     return _loop(x, weight, offsets)
@@ -67,10 +69,10 @@ def _loop(x: torch.Tensor, weight: torch.Tensor, offsets: torch.Tensor) -> torch
 
 
 def _grouped_mm_works(x: torch.Tensor, weight: torch.Tensor) -> bool:
-    """grouped_mm takes no float64, no empty input, and only rows whose strides are multiples of 16 bytes.
+    """grouped_mm takes no float64, and only rows whose strides are multiples of 16 bytes.
 
     Its shape function, which the compiler runs, knows bfloat16 alone (torch 2.11 to 2.13).
     """
     aligned = all(size * x.element_size() % 16 == 0 for size in weight.shape[-2:])
     float32_works = x.dtype == torch.float32 and not torch.compiler.is_compiling()
-    return aligned and (x.dtype == torch.bfloat16 or float32_works) and x.shape[0] > 0
+    return aligned and (x.dtype == torch.bfloat16 or float32_works)

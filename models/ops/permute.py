@@ -33,12 +33,17 @@ class _Combine(torch.autograd.Function):
         return gradient[ctx.saved_tensors[0]], None, None
 
 
+_INT32_MAX = 2**31 - 1
+
+
 def _sum_of_rows(rows: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
     """Adds up each token's rows, [R, H] -> [N, H], in float32 or wider.
 
     One gather a column: compiled, the sum is then elementwise work along H. As a sum over a dimension of size m the
     compiler makes it a reduction with rows too short to read memory at speed.
     """
+    if rows.numel() > _INT32_MAX:  # torch 2.11 compiles place * H to 32 bits
+        places = places.long()
     # Where there is no row, -1 reads the last one: some row that is there to be read, whatever it holds.
     first, *others = (
         at_least_float32(rows[column]).where((column >= 0).unsqueeze(-1), 0.0) for column in places.unbind(-1)
@@ -76,6 +81,7 @@ def sort_by_expert(chosen: torch.Tensor, num_experts: int) -> ExpertOrder:
 
     `order` has N * k entries: those of the rows first, as many as the last of `offsets` says, then the others.
     """
+    assert num_experts < 2**15, num_experts
     # The fewer bits a key has, the fewer passes a radix sort makes.
     experts, order = chosen.flatten().to(torch.int16).sort(stable=True)
     rows = torch.arange(order.shape[0], dtype=torch.int32, device=chosen.device)
@@ -87,12 +93,14 @@ def sort_by_expert(chosen: torch.Tensor, num_experts: int) -> ExpertOrder:
     return ExpertOrder(order.int(), places.where(chosen < num_experts, -1), offsets)
 
 
-def gather_rows(x: torch.Tensor, weights: torch.Tensor, order: ExpertOrder) -> tuple[torch.Tensor, torch.Tensor]:
-    """x [N, H], weights [N, k] -> rows [R, H] and their weights [R], sorted by expert."""
-    rows = permute(x, order.order // weights.shape[-1], order.places)
-    return rows, permute(weights.reshape(-1, 1), order.order, order.places.view(-1, 1)).flatten()
+def gather_rows(
+    x: torch.Tensor, weights: torch.Tensor, order: torch.Tensor, places: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """x [N, H], weights [N, k] -> rows [R, H] and their weights [R], sorted by expert. The rest is an ExpertOrder's."""
+    rows = permute(x, order // weights.shape[-1], places)
+    return rows, permute(weights.reshape(-1, 1), order, places.view(-1, 1)).flatten()
 
 
-def add_up_rows(rows: torch.Tensor, order: ExpertOrder) -> torch.Tensor:
+def add_up_rows(rows: torch.Tensor, order: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
     """The way back: rows [R, H] -> each token's sum [N, H]."""
-    return combine(rows, order.order // order.places.shape[-1], order.places)
+    return combine(rows, order // places.shape[-1], places)

@@ -66,9 +66,9 @@ class Router(nn.Module):
 class RowOperations(NamedTuple):
     """What routed experts do beside matrix products, or compiled forms of it."""
 
-    gather_rows: Callable[[torch.Tensor, torch.Tensor, ExpertOrder], tuple[torch.Tensor, torch.Tensor]] = gather_rows
-    activation: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] = weighted_swiglu
-    add_up_rows: Callable[[torch.Tensor, ExpertOrder], torch.Tensor] = add_up_rows
+    gather_rows: Callable[..., tuple[torch.Tensor, torch.Tensor]] = gather_rows
+    activation: Callable[..., torch.Tensor] = weighted_swiglu
+    add_up_rows: Callable[..., torch.Tensor] = add_up_rows
 
 
 IN_EAGER_MODE = RowOperations()
@@ -82,13 +82,12 @@ def routed_experts(
     down_proj: torch.Tensor,
     row_operations: RowOperations = IN_EAGER_MODE,
 ) -> torch.Tensor:
-    """x [T, H] -> each token's sum over its choices of weight * expert(x) [T, H]; zeros if it has none.
+    """x [T, H] -> weight * expert(x) of each choice that has a row, sorted by expert: what `add_up_rows` takes.
 
     weights float32 [T, k]; `order`: which of the choices have a row, and which expert's; projections as in `Experts`.
     """
-    rows, row_weights = row_operations.gather_rows(x, weights, order)
-    rows = grouped_experts(rows, gate_up_proj, down_proj, row_weights, order.offsets, row_operations.activation)
-    return row_operations.add_up_rows(rows, order)
+    rows, row_weights = row_operations.gather_rows(x, weights, order.order, order.places)
+    return grouped_experts(rows, gate_up_proj, down_proj, row_weights, order.offsets, row_operations.activation)
 
 
 class Experts(nn.Module):
@@ -104,7 +103,8 @@ class Experts(nn.Module):
         """x [T, H], weights float32 [T, k] of the experts chosen, integers [T, k] -> [T, H], each token's weighted sum;
         or, from experts elsewhere, what `arrived` makes it of."""
         order = sort_by_expert(chosen, len(self.gate_up_proj))
-        return routed_experts(x, weights, order, self.gate_up_proj, self.down_proj)
+        rows = routed_experts(x, weights, order, self.gate_up_proj, self.down_proj)
+        return add_up_rows(rows, order.order, order.places)
 
     def arrived(self, results: Any) -> torch.Tensor:
         """What `forward` handed back, as [T, H], once it can be read: experts elsewhere may have sent it and not

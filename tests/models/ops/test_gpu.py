@@ -1,7 +1,6 @@
 """The plain operations on a GPU in bfloat16, as training runs them, against the same values in float64 on the CPU."""
 
 from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
@@ -12,7 +11,7 @@ from models.ops.gated_delta_rule import gated_delta_rule
 from models.ops.grouped_experts import grouped_experts
 from models.ops.kernels import select_kernels
 from models.ops.linear_cross_entropy import linear_cross_entropy
-from models.ops.permute import ExpertOrder, add_up_rows, gather_rows, sort_by_expert
+from models.ops.permute import add_up_rows, gather_rows, sort_by_expert
 from models.ops.precision import at_least_float32
 from tests.models.ops.compare import assert_close, run
 
@@ -117,11 +116,13 @@ def test_permute(compiled: bool) -> None:
     order = sort_by_expert(chosen, 4)
     order = order._replace(order=order.order[: int(order.offsets[-1])])  # choices of 4 have no row
 
-    def both(x: torch.Tensor, weights: torch.Tensor, *order: Any) -> torch.Tensor:
-        rows, row_weights = gather_rows(x, weights, ExpertOrder(*order[:3]))
-        return add_up_rows(rows * row_weights.unsqueeze(-1), ExpertOrder(*order[:3]))
+    def both(
+        x: torch.Tensor, weights: torch.Tensor, order: torch.Tensor, places: torch.Tensor, _: Documents
+    ) -> torch.Tensor:
+        rows, row_weights = gather_rows(x, weights, order, places)
+        return add_up_rows(rows * row_weights.unsqueeze(-1), order, places)
 
-    check(both, random((NUM_TOKENS, 64), (NUM_TOKENS, 2)), *order, compiled=compiled)
+    check(both, random((NUM_TOKENS, 64), (NUM_TOKENS, 2)), order.order, order.places, compiled=compiled)
 
 
 @pytest.mark.parametrize("compiled", [False, True])

@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from models.ops.permute import ExpertOrder, add_up_rows, combine, gather_rows, permute, sort_by_expert
 from tests.models.ops.compare import OperationLog, assert_close, run
@@ -46,30 +47,30 @@ def test_equals_plain_indexing(num_tokens: int, top_k: int) -> None:
     rows = torch.randn(len(indices), 3, dtype=torch.float64)
 
     def gathered(x: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-        of_rows, their_weights = gather_rows(x, weights, order)
+        of_rows, their_weights = gather_rows(x, weights, order.order, order.places)
         return torch.cat([of_rows, their_weights.unsqueeze(-1)], dim=-1)
 
     def indexed(x: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         return torch.cat([x[tokens], weights.flatten()[indices].unsqueeze(-1)], dim=-1)
 
     assert_close(run(gathered, [x, weights]), run(indexed, [x, weights]), 1e-15)
-    added = run(lambda rows: add_up_rows(rows, order), [rows])
+    added = run(lambda rows: add_up_rows(rows, order.order, order.places), [rows])
     assert_close(added, run(lambda rows: torch.zeros_like(x).index_add(0, tokens, rows), [rows]), 1e-15)
 
 
 def test_a_token_without_rows_is_zero_whatever_the_last_row_holds() -> None:
     order = sort(torch.tensor([[NUM_EXPERTS, NUM_EXPERTS], [0, NUM_EXPERTS]]))
     rows = torch.tensor([[torch.inf]])
-    assert add_up_rows(rows, order).tolist() == [[0.0], [torch.inf]]
+    assert add_up_rows(rows, order.order, order.places).tolist() == [[0.0], [torch.inf]]
     x, weights = torch.ones(2, 1, requires_grad=True), torch.ones(2, 2)
-    (gradient,) = torch.autograd.grad(gather_rows(x, weights, order)[0], x, rows)
+    (gradient,) = torch.autograd.grad(gather_rows(x, weights, order.order, order.places)[0], x, rows)
     assert gradient.tolist() == [[0.0], [torch.inf]]
 
 
 def test_combine_sums_bfloat16_in_float32() -> None:
     order = sort(torch.tensor([[2, 0, 1]]))
     rows = torch.tensor([[256.0], [1.0], [1.0]], dtype=torch.bfloat16)  # 256 + 1 is 256 in bfloat16
-    assert add_up_rows(rows, order).item() == 258
+    assert add_up_rows(rows, order.order, order.places).item() == 258
 
 
 @pytest.mark.parametrize("which", [permute, combine])
@@ -88,9 +89,17 @@ def test_one_graph() -> None:
     order = sort(choices(17, 3))
 
     def both(x: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-        rows, row_weights = gather_rows(x, weights, order)
-        return add_up_rows(rows * row_weights.unsqueeze(-1), order)
+        rows, row_weights = gather_rows(x, weights, order.order, order.places)
+        return add_up_rows(rows * row_weights.unsqueeze(-1), order.order, order.places)
 
     inputs = [torch.randn(17, size) for size in (4, 3)]
     torch._dynamo.reset()
     assert_close(run(torch.compile(both, fullgraph=True, backend="aot_eager"), inputs), run(both, inputs), 0.0)
+
+
+@pytest.mark.parametrize(("num_rows", "dtype"), [(2**20, torch.int32), (2**20 + 1, torch.int64)])
+def test_places_have_64_bits_where_the_rows_have_too_many_elements(num_rows: int, dtype: torch.dtype) -> None:
+    with FakeTensorMode(), OperationLog() as log:
+        rows = torch.empty(num_rows, 2047 if dtype == torch.int32 else 2048, dtype=torch.bfloat16)
+        combine(rows, torch.zeros(2, dtype=torch.int32), torch.zeros(4, 2, dtype=torch.int32))
+    assert ("_to_copy" in log.names[: log.names.index("index")]) == (dtype == torch.int64)
