@@ -269,20 +269,20 @@ class Checkpointer:
         return next((error for error in errors if error), None)
 
     def _from_rank_0(self, action: Callable[[], Any]) -> Any:
-        """What rank 0 finds, on all ranks; its ValueError or OSError is a ValueError on all of them."""
+        """What rank 0 finds, on all ranks; its error is a ValueError on all of them, which else would wait for it."""
         outcome: list[Any] = [None, None]
         if dist.get_rank() == 0:
             try:
                 outcome[0] = action()
-            except (ValueError, OSError) as error:
-                outcome[1] = str(error)
+            except Exception as error:
+                outcome[1] = _one_line(error)
         dist.broadcast_object_list(outcome, group=self._group)
         if outcome[1] is not None:
             raise ValueError(outcome[1])
         return outcome[0]
 
     def _gather_cursors(self, own: torch.Tensor) -> torch.Tensor:
-        """[slots of this rank, 2] -> [global_batch_size, 2]: ranks own consecutive slots, all as many."""
+        """[slots of this rank, C] -> [global_batch_size, C]: ranks own consecutive slots, all as many."""
         gathered = [torch.empty_like(own) for _ in range(dist.get_world_size())]
         dist.all_gather(gathered, own, group=self._group)
         return torch.cat(gathered)

@@ -81,7 +81,7 @@ def _write_dcp(folder: Path, tensors: Mapping[str, StoredTensor], dtype: torch.d
 
 
 def main(arguments: list[str]) -> int:
-    """0; 2 for a mistake on the command line; 1 for a directory that cannot be converted."""
+    """0; 2 for a mistake on the command line; 1 for a directory that cannot be converted; 130 after Ctrl-C."""
     parser = OneLineParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("source", type=Path, metavar="HF_DIR", help="config.json, tokenizer, *.safetensors")
     parser.add_argument("out", type=Path, metavar="OUT", help="the checkpoint directory to make")
@@ -102,6 +102,9 @@ def main(arguments: list[str]) -> int:
     except (ValueError, OSError) as error:
         print(f"convert_from_hf: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("convert_from_hf: interrupted, nothing is left", file=sys.stderr)
+        return 130
     if left_out:
         print(f"{len(left_out)} tensors are no part of the text model and were left out: {left_out[0]}, ...")
     return 0

@@ -102,8 +102,6 @@ def make_plan(checkpoint: Path, options: Options) -> Plan:
     """Decides what is written. Raises ValueError naming what is missing, unknown, or of a wrong shape."""
     stored, assets, recorded_base = _open_checkpoint(checkpoint)
     base = options.base or recorded_base
-    if options.base and not (options.base / "config.json").is_file():
-        raise ValueError(f"--base {options.base} has no config.json: expected a Hugging Face directory")
     if base and (base / "config.json").is_file():
         assets = [*assets, base]
     configs = [json.loads(path.read_text(encoding="utf-8")) for a in assets if (path := a / "config.json").is_file()]
@@ -186,6 +184,8 @@ def _mtp_exports(shape: ModelConfig, tensors: dict[str, StoredTensor], experts: 
     shapes = mtp_shapes(shape, count_mtp_layers(tensors))
     exports = []
     for key, parts in pieces.items():
+        if key not in tensors and not all(part.key in arrays for part in parts):
+            raise ValueError(f"{parts[0].key!r} is in several pieces: expected --experts keep")
         tensor = tensors[key] if key in tensors else assemble(key, shapes[key], parts, arrays)
         exports += _experts(Export(key, tensor, tensor.dtype), experts == "per_expert")
     return exports
@@ -287,8 +287,8 @@ def main(arguments: list[str]) -> int:
         parser.error(f"{given.out} exists: expected a new or an empty directory")
     if not given.checkpoint.is_dir():
         parser.error(f"{given.checkpoint} is no directory: expected a step-* directory, or a run's output_dir")
-    if given.base and not given.base.is_dir():
-        parser.error(f"--base {given.base} is no directory: expected a Hugging Face directory")
+    if given.base and not (given.base / "config.json").is_file():
+        parser.error(f"--base {given.base} has no config.json: expected a Hugging Face directory")
     options = Options(given.architecture, DTYPES[given.dtype], given.experts, given.max_shard_size, given.base)
     try:
         plan = convert_to_hf(given.checkpoint, given.out, options, progress=True)

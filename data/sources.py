@@ -70,15 +70,19 @@ def _open_files(files: list[str], data: Data) -> Source:
         return _TextFiles(files, data.text_key)
     rows = [_readable(file, lambda name: pa.parquet.read_metadata(name).num_rows) for file in files]
     if not any(rows):
-        return _TextFiles([], "")  # which `datasets` cannot open
-    table = _readable(", ".join(files), lambda _: datasets.Dataset.from_parquet(files))
+        return _TextFiles([], "")
+    full = [file for file, num_rows in zip(files, rows) if num_rows]  # `datasets` cannot open the others
+    table = _readable(", ".join(full), lambda _: datasets.Dataset.from_parquet(full))
     return _Table(table, files, rows, data)
 
 
 def _open_dataset(entry: str, data: Data) -> Source:
     """A tokenised corpus, a directory that `datasets` saved, or a dataset's name, with `:subset` if it has some."""
     if Path(entry, TOKENS_META).exists():
-        return TokenisedCorpus(entry, data.tokenizer)
+        try:
+            return TokenisedCorpus(entry, data.tokenizer)
+        except (OSError, KeyError, TypeError, json.JSONDecodeError) as error:
+            raise ValueError(f"data.path: {entry!r} is damaged: {error!r}") from None
     if os.path.isdir(entry):
         table = _readable(entry, datasets.load_from_disk)
     else:

@@ -56,6 +56,16 @@ def test_parquet_with_other_columns(tmp_path):
     assert documents_of(tmp_path / "a.parquet", text_key="body") == ["one", "two"]
 
 
+def test_parquet_files_of_which_some_are_empty(tmp_path):
+    for name, texts in (("a", []), ("b", ["one", "two"]), ("c", []), ("d", ["three"])):
+        table = pa.table({"text": pa.array(texts, pa.string())})
+        pyarrow.parquet.write_table(table, tmp_path / f"{name}.parquet")
+    pattern = tmp_path / "*.parquet"
+    assert documents_of(pattern) == ["one", "two", "three"]
+    (source,) = open_sources(Data(path=(str(pattern),)))
+    assert [Path(source.where(index).split(",")[0]).name for index in range(3)] == ["b.parquet"] * 2 + ["d.parquet"]
+
+
 def test_a_text_file_is_one_document(tmp_path):
     (tmp_path / "b.txt").write_text("one\n\ntwo\n")
     (tmp_path / "a.txt").write_text("")

@@ -79,3 +79,11 @@ def test_a_corpus_of_another_tokenizer_or_damaged(tmp_path, arguments):
         file.write(b"12")
     with pytest.raises(ValueError, match=r"tokens' is damaged: shard 0 has not the size in tokens\.json"):
         open_corpus(tmp_path / "tokens")
+    for name in ("00000.tokens", "00000.ends"):
+        (tmp_path / "tokens" / name).unlink()
+        with pytest.raises(ValueError, match="tokens' is damaged: "):
+            open_corpus(tmp_path / "tokens")
+    for meta in ("{}", "[", "[]"):
+        (tmp_path / "tokens" / "tokens.json").write_text(meta)
+        with pytest.raises(ValueError, match="tokens' is damaged: "):
+            open_corpus(tmp_path / "tokens")
