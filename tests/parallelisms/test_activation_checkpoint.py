@@ -15,6 +15,7 @@ from models.ops.kernels import Kernels
 from models.qwen35_moe import attention, gated_delta_net
 from models.qwen35_moe.init import init_weights
 from models.qwen35_moe.model import Qwen35Moe
+from models.qwen35_moe.moe import Measure
 from parallelisms.activation_checkpoint import apply_activation_checkpointing
 from parallelisms.mesh import build_meshes
 from parallelisms.parallelize import parallelize_fn
@@ -61,10 +62,13 @@ def test_a_checkpointed_block_is_one_graph_however_many_documents(mode: str) -> 
     assert counter.frame_count == len(set(config.layer_types)) == 2
 
 
-def graphs_at_ep_2(modes: list[str]) -> list[int]:
-    """The number of graphs that a forward pass and its backward pass compile, for each mode."""
+def graphs_at_ep_2(modes: list[str]) -> list[tuple[int, int, int]]:
+    """For each mode, how many graphs there are after a micro-batch; after two more, of other lengths, and validation
+    between them, whose streams have fillers; and after all of that once more."""
     with stand_ins(), pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+        # Else what is beyond the limit runs uncompiled, and counts as no graph.
+        monkeypatch.setattr(torch._dynamo.config, "fail_on_recompile_limit_hit", True)
         config, counts = tiny_config(), []
         for mode in modes:
             with torch.device("meta"):
@@ -74,16 +78,29 @@ def graphs_at_ep_2(modes: list[str]) -> list[int]:
             materialise(model, torch.device("cpu"), seed=0)
             torch.compiler.reset()
             counters.clear()
-            tokens, positions, documents, labels = random_stream(config, [40, 24])
-            loss, _ = model(tokens, positions, documents, labels)
-            loss.backward()
-            counts.append(counters["stats"]["unique_graphs"])
+
+            def train(lengths: list[int], model: Qwen35Moe = model) -> int:
+                tokens, positions, documents, labels = random_stream(config, lengths)
+                model(tokens, positions, documents, labels)[0].backward()
+                return counters["stats"]["unique_graphs"]
+
+            def validate(model: Qwen35Moe = model) -> None:
+                tokens, positions, documents, labels = random_stream(config, [60, 4])
+                with torch.no_grad():
+                    model(tokens, positions, documents, labels, Measure(is_real=torch.arange(64) < 50))
+
+            first = train([40, 24])
+            train([64])
+            validate()
+            second = train([1, 20, 43])
+            validate()
+            counts.append((first, second, train([8] * 8)))
         return counts
 
 
-def test_at_ep_2_all_but_the_experts_is_compiled() -> None:
+def test_at_ep_2_all_but_the_experts_is_compiled_and_stays_so() -> None:
     # Two kinds of block up to their experts; which copies travel, copies, their order by expert, and the sums that come
     # back; rows of experts, their SwiGLU, and their sums; the shared expert; the residual. Numbers of copies and rows
-    # differ between blocks.
+    # differ between blocks. Validation, without gradients, has each of them once more.
     for counts in run_ranks(graphs_at_ep_2, 2, ["none", "selective", "full"]):
-        assert counts == [11, 11, 11]
+        assert counts == [(11, 22, 22)] * 3
