@@ -8,6 +8,7 @@ in pure bfloat16. Needs the packages flash-linear-attention and liger-kernel. `-
 """
 
 import argparse
+import importlib.util
 import json
 import sys
 import time
@@ -93,6 +94,9 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--json", default="", metavar="FILE", help="also add a JSON line to FILE")
     options, rest = parser.parse_known_args(arguments)
+    missing = [name for name in ("fla", "liger_kernel") if importlib.util.find_spec(name) is None]
+    if missing or not torch.cuda.is_available():
+        parser.error(f"expected a CUDA GPU and the packages fla and liger_kernel; not here: {missing or 'the GPU'}")
     found = measure(load_config(rest), options.steps)
     for name, value in found.items():
         print(f"{name:32} {value}")

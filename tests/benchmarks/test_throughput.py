@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -36,3 +37,11 @@ def test_it_measures_a_training_step(tmp_path: Path) -> None:
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 2
     assert done.stderr == "trace.json: no GPU kernels in this trace, expected one that was made on a GPU\n"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="tells what is missing where there is no GPU")
+def test_the_stack_to_compare_with_tells_what_it_needs(tmp_path: Path) -> None:
+    command = [sys.executable, str(ROOT / "benchmarks/transformers_stack.py"), "--config", "qwen35moe_tiny.toml"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "expected a CUDA GPU and the packages fla and liger_kernel; not here: " in done.stderr.splitlines()[-1]
