@@ -251,3 +251,18 @@ def test_another_model_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
             patch.setattr("tests.checkpoint.test_checkpointer.CONFIG", dataclasses.replace(CONFIG, **change))
             with pytest.raises(ValueError, match=message):
                 build(str(tmp_path), 1, 1, seed=0)[2].resume()
+
+
+def errors_of_rank_0() -> str:
+    def action() -> None:
+        raise KeyError("cursors")
+
+    checkpointer = object.__new__(Checkpointer)
+    checkpointer._group = dist.group.WORLD
+    with pytest.raises(ValueError, match="cursors") as error:
+        checkpointer._from_rank_0(action)
+    return str(error.value)
+
+
+def test_any_error_of_rank_0_reaches_the_ranks_that_wait_for_it() -> None:
+    assert run_ranks(errors_of_rank_0, 2) == ["'cursors'"] * 2

@@ -1,11 +1,14 @@
 """Which tokens travel to which rank: each once to every rank that holds any of its experts."""
 
+import functools
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._dynamo.utils import counters
 
-from parallelisms.expert_parallel import Copies, add_up_copies, make_copies, plan_copies
+from parallelisms.expert_parallel import Copies, _compile, add_up_copies, make_copies, plan_copies
 from tests.models.ops.compare import assert_close, run
 
 NUM_LOCAL = 3
@@ -52,3 +55,14 @@ def test_the_plan_is_one_graph(num_ranks: int) -> None:
     torch._dynamo.reset()
     compiled = torch.compile(plan_copies, fullgraph=True, backend="aot_eager")(chosen, num_ranks, 3)
     assert all(map(torch.equal, compiled, plan_copies(chosen, num_ranks, 3)))
+
+
+def test_one_graph_for_all_numbers_of_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+    compiled = _compile(torch.sin)
+    torch.compiler.reset()
+    counters.clear()
+    for num_rows in (5, 0, 1, 7, 2):
+        x = torch.randn(num_rows, 3)
+        assert torch.equal(compiled(x), x.sin())
+    assert counters["stats"]["unique_graphs"] == 1

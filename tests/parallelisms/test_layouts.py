@@ -89,7 +89,8 @@ def test_equals_one_process(expected: dict[float, Run], world: int) -> None:
 def test_unequal_routing_equals_one_process(experts: tuple[int, ...]) -> None:
     # Of 4 ranks with two experts each, three receive no row.
     config = tiny_config(num_experts_per_tok=len(experts))
-    layouts = [Layout(world=4, ep=4), Layout(world=4, ep=4, activation_checkpoint="full", compile=True)]
+    layouts = [Layout(world=4, ep=4), Layout(world=4, ep=2, activation_checkpoint="full")]
+    layouts += [Layout(world=4, ep=4, activation_checkpoint="full", compile=True)]
     runs = one_process(config, ROWS, experts)
     assert (runs[1e-4].expert_counts > 0).sum(dim=1).tolist() == [len(experts)] * config.num_hidden_layers
     check_layouts(runs, config, ROWS, layouts, experts)

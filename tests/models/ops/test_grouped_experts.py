@@ -118,3 +118,14 @@ def test_one_graph_whatever_the_rows() -> None:
         expected = run(lambda *x, offsets=offsets: grouped_experts(*x, offsets), inputs)
         assert_close(actual, expected, TOLERANCES[torch.bfloat16])
     assert counter.frame_count <= 2  # the second graph takes any number of rows
+
+
+def test_without_rows_nothing_reads_the_offsets_and_all_weights_have_gradients() -> None:
+    # On a GPU the host would wait for them.
+    inputs, offsets = make_inputs([0, 0, 0])
+    with OperationLog() as log:
+        out, gradients = run(lambda *x: grouped_experts(*x, offsets.to("meta")), inputs)
+    assert out.shape == (0, 16)
+    assert [g.shape for g in gradients] == [x.shape for x in inputs]
+    assert not any(g.any() for g in gradients)
+    assert "tensor_split" not in log.names
