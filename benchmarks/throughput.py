@@ -191,6 +191,18 @@ def measure(config: Config, lengths: list[int], num_steps: int, profile_steps: i
     return found
 
 
+def report(found: dict[str, Any], json_file: str, **only_there: Any) -> None:
+    """Prints a table; adds a line with `only_there` too to a file, if one is named."""
+    for name, value in found.items():
+        if name != "milliseconds_by_kind":
+            print(f"{name:32} {value}")
+    for kind, milliseconds in found.get("milliseconds_by_kind", {}).items():
+        print(f"  {kind:50} {milliseconds:8.2f} ms")
+    if json_file:
+        with open(json_file, "a", encoding="utf-8") as file:
+            file.write(json.dumps(found | only_there) + "\n")
+
+
 def main(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--documents", default="", metavar="LENGTHS")
@@ -209,14 +221,7 @@ def main(arguments: list[str]) -> None:
     lengths = [int(length) for length in options.documents.split(",") if length]
     found = measure(config, lengths, options.steps, options.profile, options.trace)
     if rank == 0:
-        for name, value in found.items():
-            if name != "milliseconds_by_kind":
-                print(f"{name:32} {value}")
-        for kind, milliseconds in found.get("milliseconds_by_kind", {}).items():
-            print(f"  {kind:50} {milliseconds:8.2f} ms")
-        if options.json:
-            with open(options.json, "a", encoding="utf-8") as file:
-                file.write(json.dumps(found | {"kernels": dataclasses.asdict(config.kernels)}) + "\n")
+        report(found, options.json, kernels=dataclasses.asdict(config.kernels))
     torch.distributed.destroy_process_group()
 
 

@@ -9,7 +9,6 @@ in pure bfloat16. Needs the packages flash-linear-attention and liger-kernel. `-
 
 import argparse
 import importlib.util
-import json
 import sys
 import time
 from pathlib import Path
@@ -21,10 +20,9 @@ from transformers.models.qwen3_5_moe import modeling_qwen3_5_moe
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a file from anywhere
 
+from benchmarks.throughput import NUM_WARMUP_STEPS, report
 from config import Config, load_config, model_config
 from training.flops import flops_per_token, peak_flops
-
-NUM_WARMUP_STEPS = 4
 
 
 def use_fast_convolution() -> None:
@@ -97,12 +95,7 @@ def main(arguments: list[str]) -> None:
     missing = [name for name in ("fla", "liger_kernel") if importlib.util.find_spec(name) is None]
     if missing or not torch.cuda.is_available():
         parser.error(f"expected a CUDA GPU and the packages fla and liger_kernel; not here: {missing or 'the GPU'}")
-    found = measure(load_config(rest), options.steps)
-    for name, value in found.items():
-        print(f"{name:32} {value}")
-    if options.json:
-        with open(options.json, "a", encoding="utf-8") as file:
-            file.write(json.dumps(found) + "\n")
+    report(measure(load_config(rest), options.steps), options.json)
 
 
 if __name__ == "__main__":

@@ -98,8 +98,9 @@ class ExpertParallel:
         copies, packed, sources = self.make_copies(x, weights, chosen, ends, places, numbers)
         of_packed, of_copies = Exchange(sent, received, self.group), Exchange(sent, received, self.group)
         packed, copies = of_packed.start(packed), of_copies.start(copies)
+        # While the copies travel:
         own_weights, order = self.sort_received(of_packed.finish(packed), self.rank, self.num_local)
-        order = order._replace(order=order.order[:num_rows])  # sorted while the copies travel
+        order = order._replace(order=order.order[:num_rows])
         rows = self.compute(of_copies.finish(copies), own_weights, order)
         return rows, order, Copies(sources, places), sent, received
 

@@ -45,10 +45,9 @@ def _sum_of_rows(rows: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
     if rows.numel() > _INT32_MAX:  # torch 2.11 compiles place * H to 32 bits
         places = places.long()
     # Where there is no row, -1 reads the last one: some row that is there to be read, whatever it holds.
-    first, *others = (
+    total, *others = (
         at_least_float32(rows[column]).where((column >= 0).unsqueeze(-1), 0.0) for column in places.unbind(-1)
     )
-    total = first
     for each in others:
         total = total + each
     # Not `.to` where it would do nothing: torch 2.11 compiles a Function that ends so to a gradient of zeros.
