@@ -12,14 +12,26 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.utils._pytree import tree_leaves
 
-from models.ops.grouped_experts import weighted_swiglu
-from models.ops.permute import ExpertOrder, add_up_rows, combine, gather_rows, permute, sort_by_expert
-from models.qwen35_moe.moe import IN_EAGER_MODE, Experts, RowOperations, routed_experts
+from models.ops.permute import ExpertOrder, combine, permute, sort_by_expert
+from models.qwen35_moe.moe import Experts, routed_experts
 
 # Shapes: T tokens of this rank, k experts a token, C copies of tokens to send, D copies received, E experts, P ranks of
 # the ep axis, m = min(k, P), the most copies of a token, H hidden.
 
 _collectives = torch.ops._c10d_functional
+
+
+class Plan(NamedTuple):
+    """Which copies go where."""
+
+    chosen: torch.Tensor
+    """The experts, integers [T, k]."""
+    ends: torch.Tensor
+    """int32 [P * T]: where each (rank, token)'s copies end in their order."""
+    counts: torch.Tensor
+    """int32 [P, 2]: how many copies go to each rank, and how many choices they serve there."""
+    places: torch.Tensor
+    """int32 [T, m], of the copies; see permute.py."""
 
 
 class Copies(NamedTuple):
@@ -32,7 +44,7 @@ class Copies(NamedTuple):
 
 
 class Travelling(NamedTuple):
-    """The copies' results [C, H] on their way back, and what `ExpertParallel.arrived` needs beside them."""
+    """The copies' results [C, H] on their way back, and what is needed where they arrive."""
 
     rows: torch.Tensor
     exchange: "Exchange"
@@ -40,7 +52,7 @@ class Travelling(NamedTuple):
 
 
 class ExpertParallel:
-    """The forward of a block's experts, in the parts that activation checkpointing and compilation need."""
+    """What a block's experts do, in the parts that activation checkpointing and compilation need."""
 
     def __init__(self, experts: Experts, mesh: DeviceMesh) -> None:
         """Spreads the stacked experts over `mesh` (one axis), contiguous runs of E / P each."""
@@ -51,73 +63,67 @@ class ExpertParallel:
         self.num_ranks, self.rank = mesh.size(), mesh.get_local_rank()
         self.num_local, rest = divmod(len(experts.gate_up_proj), self.num_ranks)
         assert rest == 0, (self.num_local, self.num_ranks)
-        self.plan_copies, self.make_copies = plan_copies, make_copies
-        self.sort_received, self.add_up_copies = sort_received, add_up_copies
-        self.row_operations = IN_EAGER_MODE
+        self.make_copies, self.sort_received, self.compute = make_copies, sort_received, compute
 
     def install(self) -> None:
-        """Reroutes the experts' forward, which returns while the results travel, and what waits for them."""
-        self.experts.forward = self.forward  # type: ignore[method-assign]
-        self.experts.arrived = self.arrived  # type: ignore[method-assign]
+        """Reroutes the experts: `forward` returns while the results travel, `arrived` waits for them."""
+        for name in ("plan", "forward", "arrived", "add_up"):
+            setattr(self.experts, name, getattr(self, name))
 
     def compile(self) -> None:
-        """Compiles all but matrix products and what waits: activation checkpointing has to see them, and does not see
-        into a graph."""
-        self.plan_copies, self.make_copies = _compile(plan_copies), _compile(make_copies)
-        self.sort_received, self.add_up_copies = _compile(sort_received), _compile(add_up_copies)
-        self.row_operations = RowOperations(_compile(gather_rows), _compile(weighted_swiglu), _compile(add_up_rows))
+        """Compiles all but what waits; `plan` and `add_up` become part of the graphs that call them."""
+        self.make_copies = compile_for_any_number_of_rows(self.make_copies)
+        self.sort_received = compile_for_any_number_of_rows(self.sort_received)
+        self.compute = compile_for_any_number_of_rows(self.compute, num_others=3)
 
-    def forward(self, x: torch.Tensor, weights: torch.Tensor, chosen: torch.Tensor) -> Travelling:
+    def plan(self, chosen: torch.Tensor) -> Plan:
+        """As `Experts.plan`."""
+        return plan_copies(chosen, self.num_ranks, self.num_local)
+
+    def forward(self, x: torch.Tensor, weights: torch.Tensor, plan: Plan) -> Travelling:
         """As `Experts.forward`. Every rank of the axis takes part, also one that receives nothing.
 
         One small all-to-all tells how many copies come, one brings their experts and weights, one the copies, and one
         takes the results back; one host synchronisation.
         """
-        rows, order, copies, sent, received = self.send_and_compute(x, weights, chosen)
-        results = self.row_operations.add_up_rows(rows, order.order, order.places)
+        results, copies, sent, received = self.send_and_compute(x, weights, plan)
         exchange = Exchange(received, sent, self.group)
         return Travelling(exchange.start(results), exchange, copies)
 
-    def arrived(self, results: Travelling) -> torch.Tensor:
-        """As `Experts.arrived`: [T, H]."""
-        return self.add_up_copies(results.exchange.finish(results.rows), results.copies)
+    def arrived(self, results: Travelling) -> tuple[torch.Tensor, Copies]:
+        """As `Experts.arrived`: [C, H], and which tokens they belong to."""
+        return results.exchange.finish(results.rows), results.copies
+
+    def add_up(self, results: tuple[torch.Tensor, Copies]) -> torch.Tensor:
+        """As `Experts.add_up`: the copies' results [C, H] -> [T, H]."""
+        rows, copies = results
+        return combine(rows, copies.sources, copies.places)
 
     def send_and_compute(
-        self, x: torch.Tensor, weights: torch.Tensor, chosen: torch.Tensor
-    ) -> tuple[torch.Tensor, ExpertOrder, Copies, list[int], list[int]]:
-        """Sends the copies, and applies this rank's experts to those received: rows as of `compute` and their order,
-        what was sent, and how many copies went to each rank and came from it."""
-        ends, sent_counts, places = self.plan_copies(chosen, self.num_ranks, self.num_local)
+        self, x: torch.Tensor, weights: torch.Tensor, plan: Plan
+    ) -> tuple[torch.Tensor, Copies, list[int], list[int]]:
+        """Sends the copies, and applies this rank's experts to those received: their results [D, H], what was sent, and
+        how many copies went to each rank and came from it."""
         even = [1] * self.num_ranks
-        received_counts = _wait(_collectives.all_to_all_single(sent_counts, even, even, self.group.group_name))
-        of_sent, of_received = _splits(sent_counts, received_counts).tolist()
+        received_counts = _wait(_collectives.all_to_all_single(plan.counts, even, even, self.group.group_name))
+        of_sent, of_received = _splits(plan.counts, received_counts).tolist()
         sent, received = ([copies for copies, _ in counts] for counts in (of_sent, of_received))
         num_rows = sum(rows for _, rows in of_received)
 
         numbers = torch.arange(1, sum(sent) + 1, dtype=torch.int32, device=x.device)  # of the copies
-        copies, packed, sources = self.make_copies(x, weights, chosen, ends, places, numbers)
+        copies, packed, sources = self.make_copies(x, weights, plan.chosen, plan.ends, plan.places, numbers)
         of_packed, of_copies = Exchange(sent, received, self.group), Exchange(sent, received, self.group)
         packed, copies = of_packed.start(packed), of_copies.start(copies)
         # While the copies travel:
         own_weights, order = self.sort_received(of_packed.finish(packed), self.rank, self.num_local)
-        order = order._replace(order=order.order[:num_rows])
-        rows = self.compute(of_copies.finish(copies), own_weights, order)
-        return rows, order, Copies(sources, places), sent, received
-
-    def compute(self, x: torch.Tensor, weights: torch.Tensor, order: ExpertOrder) -> torch.Tensor:
-        """Applies this rank's experts to copies received, x [D, H] and weights [D, k]: rows sorted by expert.
-
-        Adding them up is left to the caller: it keeps nothing, but would be recomputed here, the rows before it too.
-        """
+        rows = order.order[:num_rows], order.places
         projections = _local(self.experts.gate_up_proj), _local(self.experts.down_proj)
-        return routed_experts(x, weights, order, *projections, self.row_operations)
+        results = self.compute(of_copies.finish(copies), own_weights, *rows, order.offsets, *projections)
+        return results, Copies(sources, plan.places), sent, received
 
 
-def plan_copies(
-    chosen: torch.Tensor, num_ranks: int, num_local: int
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """chosen [T, k] -> where each (rank, token)'s copies end in their order, int32 [P * T]; how many copies go to each
-    rank and how many choices they serve there, int32 [P, 2]; `places` of the copies, int32 [T, m]."""
+def plan_copies(chosen: torch.Tensor, num_ranks: int, num_local: int) -> Plan:
+    """chosen, integers [T, k]; of `num_ranks` ranks, each with `num_local` experts."""
     num_tokens, top_k = chosen.shape
     targets = chosen // num_local  # [T, k]
     ranks = torch.arange(num_ranks, device=chosen.device)
@@ -131,7 +137,7 @@ def plan_copies(
         of_choices = ends.view(num_ranks, num_tokens).T.gather(1, targets) - 1
         is_repeated = (targets.unsqueeze(2) == targets.unsqueeze(1)).tril(-1).any(dim=2)
         places = of_choices.where(~is_repeated, -1)
-    return ends, counts, places.contiguous()
+    return Plan(chosen, ends, counts, places.contiguous())
 
 
 def make_copies(
@@ -157,20 +163,31 @@ def sort_received(packed: torch.Tensor, rank: int, num_local: int) -> tuple[torc
     return weights, sort_by_expert(local.where((local >= 0) & (local < num_local), num_local), num_local)
 
 
-def add_up_copies(rows: torch.Tensor, copies: Copies) -> torch.Tensor:
-    """The copies' results [C, H] -> [T, H]."""
-    return combine(rows, copies.sources, copies.places)
+def compute(
+    x: torch.Tensor,
+    weights: torch.Tensor,
+    order: torch.Tensor,
+    places: torch.Tensor,
+    offsets: torch.Tensor,
+    gate_up_proj: torch.Tensor,
+    down_proj: torch.Tensor,
+) -> torch.Tensor:
+    """`routed_experts` of copies received, x [D, H] and weights [D, k], in flat arguments."""
+    return routed_experts(x, weights, ExpertOrder(order, places, offsets), gate_up_proj, down_proj)
 
 
-def _compile(function: Callable) -> Callable:
-    """One graph for any number of rows: unlike the tensors' other dimensions it changes with each block and batch."""
+def compile_for_any_number_of_rows(function: Callable, num_others: int = 0) -> Callable:
+    """One graph however many rows the arguments have, but for the last `num_others`: their shapes stay.
+
+    Rows are the first dimension. As they are copies or copies' choices, there are others in each block and batch.
+    """
     compiled = torch.compile(function)
 
     def run(*args: Any) -> Any:
-        tensors = [each for each in tree_leaves(args) if isinstance(each, torch.Tensor)]
-        if min(map(len, tensors)) < 2:  # the compiler would make a graph of its own for sizes of 0 and of 1
+        of_rows = [each for each in tree_leaves(args[: len(args) - num_others]) if isinstance(each, torch.Tensor)]
+        if min(map(len, of_rows)) < 2:  # the compiler would make a graph of its own for sizes of 0 and of 1
             return function(*args)
-        for tensor in tensors:
+        for tensor in of_rows:
             torch._dynamo.maybe_mark_dynamic(tensor, 0)
         return compiled(*args)
 

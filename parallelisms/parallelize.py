@@ -15,7 +15,7 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 from models.qwen35_moe.init import Region, whole
 from models.qwen35_moe.model import Block, Qwen35Moe
 from parallelisms.activation_checkpoint import apply_activation_checkpointing
-from parallelisms.expert_parallel import ExpertParallel
+from parallelisms.expert_parallel import ExpertParallel, compile_for_any_number_of_rows
 from parallelisms.mesh import Meshes
 
 
@@ -60,8 +60,9 @@ def parallelize_fn(
 
 def compile_around_experts(block: Block) -> None:
     """One graph before a block's experts, one beside and one after them."""
-    for module, name in [(block, "attend_and_route"), (block.mlp, "run_shared_expert"), (block, "join")]:
-        setattr(module, name, torch.compile(getattr(module, name)))
+    block.attend_and_route = torch.compile(block.attend_and_route)  # type: ignore[method-assign]
+    block.mlp.run_shared_expert = torch.compile(block.mlp.run_shared_expert)  # type: ignore[method-assign]
+    block.join = compile_for_any_number_of_rows(block.join)  # type: ignore[method-assign]
 
 
 def apply_fsdp(model: Qwen35Moe, meshes: Meshes, compute_dtype: torch.dtype) -> None:

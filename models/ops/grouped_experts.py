@@ -1,6 +1,5 @@
 """The routed experts' SwiGLU feed-forward over rows that are sorted by expert."""
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -9,9 +8,6 @@ import torch.nn.functional as F
 from models.ops.precision import at_least_float32
 
 # Shapes: R routed rows, H hidden, E experts, I expert hidden.
-
-
-Activation = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 def weighted_swiglu(gate_up: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
@@ -26,18 +22,17 @@ def grouped_experts(
     down_proj: torch.Tensor,
     weights: torch.Tensor,
     offsets: torch.Tensor,
-    activation: Activation = weighted_swiglu,
 ) -> torch.Tensor:
     """weight * down(silu(gate(x)) * up(x)), each row by its own expert and with its own weight.
 
     x [R, H]; gate_up_proj [E, 2I, H] (rows: gate, then up); down_proj [E, H, I]; weights float32 or wider [R]; offsets
     int32 [E], where each expert's rows end (the last is R; an expert may have none) -> [R, H] in x's dtype. Matrices
-    are read as they are stored, never copied. `activation`: `weighted_swiglu`, or a compiled form of it.
+    are read as they are stored, never copied.
 
     The weight multiplies the inner activation, which is the same as multiplying the result: its gradient then needs
     [R, I] numbers that the backward pass has at hand, not the result [R, H], which nothing has to keep.
     """
-    inner = activation(_grouped_linear(x, gate_up_proj, offsets), weights)
+    inner = weighted_swiglu(_grouped_linear(x, gate_up_proj, offsets), weights)
     return _ContiguousGradient.apply(_grouped_linear(inner, down_proj, offsets))
 
 

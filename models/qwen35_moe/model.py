@@ -1,6 +1,6 @@
 """Qwen3.5-MoE, the text model: embedding -> blocks -> norm -> head. Plain PyTorch; knows nothing of parallelism."""
 
-from typing import cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -37,14 +37,14 @@ class Block(nn.Module):
         self, hidden: torch.Tensor, rotary: Rotary, documents: Documents, measure: Measure = COUNTS_OF_ALL
     ) -> tuple[torch.Tensor, RouterStatistics]:
         """hidden [T, H] -> hidden [T, H], and what the router did."""
-        hidden, x, weights, chosen, statistics = self.attend_and_route(hidden, rotary, documents, measure)
-        routed = self.mlp.experts(x, weights, chosen)
+        hidden, x, weights, plan, statistics = self.attend_and_route(hidden, rotary, documents, measure)
+        routed = self.mlp.experts(x, weights, plan)
         shared = self.mlp.run_shared_expert(x)  # while the experts' results are on their way back
         return self.join(hidden, self.mlp.experts.arrived(routed), shared), statistics
 
     def attend_and_route(
         self, hidden: torch.Tensor, rotary: Rotary, documents: Documents, measure: Measure
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, RouterStatistics]:
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, Any, RouterStatistics]:
         """hidden [T, H] -> hidden after attention, what the experts read, both [T, H]; and as `route`."""
         x = self.input_layernorm(hidden)
         if self.layer_type == FULL:
@@ -54,9 +54,9 @@ class Block(nn.Module):
         x = self.post_attention_layernorm(hidden)
         return hidden, x, *self.mlp.route(x, measure)
 
-    def join(self, hidden: torch.Tensor, routed: torch.Tensor, shared: torch.Tensor) -> torch.Tensor:
-        """The second residual, of the routed experts' and the shared expert's results: all [T, H]."""
-        return hidden + (routed + shared)
+    def join(self, hidden: torch.Tensor, routed: Any, shared: torch.Tensor) -> torch.Tensor:
+        """The second residual: hidden and the shared expert's result [T, H], and the routed experts' once arrived."""
+        return hidden + (self.mlp.experts.add_up(routed) + shared)
 
 
 class Qwen35Moe(nn.Module):

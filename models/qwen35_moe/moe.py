@@ -1,15 +1,15 @@
 """Mixture of experts: router, stacked experts, shared expert."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from models.ops.grouped_experts import grouped_experts, weighted_swiglu
+from models.ops.float32_linear import float32_linear
+from models.ops.grouped_experts import grouped_experts
 from models.ops.permute import ExpertOrder, add_up_rows, gather_rows, sort_by_expert
-from models.ops.precision import at_least_float32
 from models.qwen35_moe.config import ModelConfig
 
 # Shapes: T tokens, H hidden, E experts, k experts a token, I expert hidden.
@@ -54,7 +54,7 @@ class Router(nn.Module):
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
         """x [T, H] -> weights float32 [T, k], experts int64 [T, k], logits and probabilities float32 [T, E]."""
-        logits = F.linear(at_least_float32(x), self.weight)
+        logits = float32_linear(x, self.weight)
         probabilities = logits.softmax(dim=-1)
         weights, experts = probabilities.topk(self.top_k, dim=-1)
         if self.force_balanced:
@@ -63,31 +63,16 @@ class Router(nn.Module):
         return weights / weights.sum(dim=-1, keepdim=True), experts, logits, probabilities
 
 
-class RowOperations(NamedTuple):
-    """What routed experts do beside matrix products, or compiled forms of it."""
-
-    gather_rows: Callable[..., tuple[torch.Tensor, torch.Tensor]] = gather_rows
-    activation: Callable[..., torch.Tensor] = weighted_swiglu
-    add_up_rows: Callable[..., torch.Tensor] = add_up_rows
-
-
-IN_EAGER_MODE = RowOperations()
-
-
 def routed_experts(
-    x: torch.Tensor,
-    weights: torch.Tensor,
-    order: ExpertOrder,
-    gate_up_proj: torch.Tensor,
-    down_proj: torch.Tensor,
-    row_operations: RowOperations = IN_EAGER_MODE,
+    x: torch.Tensor, weights: torch.Tensor, order: ExpertOrder, gate_up_proj: torch.Tensor, down_proj: torch.Tensor
 ) -> torch.Tensor:
-    """x [T, H] -> weight * expert(x) of each choice that has a row, sorted by expert: what `add_up_rows` takes.
+    """x [T, H] -> [T, H], the sum of weight * expert(x) over those choices of each token that have a row.
 
     weights float32 [T, k]; `order`: which of the choices have a row, and which expert's; projections as in `Experts`.
     """
-    rows, row_weights = row_operations.gather_rows(x, weights, order.order, order.places)
-    return grouped_experts(rows, gate_up_proj, down_proj, row_weights, order.offsets, row_operations.activation)
+    rows, row_weights = gather_rows(x, weights, order.order, order.places)
+    rows = grouped_experts(rows, gate_up_proj, down_proj, row_weights, order.offsets)
+    return add_up_rows(rows, order.order, order.places)
 
 
 class Experts(nn.Module):
@@ -99,16 +84,20 @@ class Experts(nn.Module):
         self.gate_up_proj = nn.Parameter(torch.empty(num_experts, 2 * inner, hidden))
         self.down_proj = nn.Parameter(torch.empty(num_experts, hidden, inner))
 
-    def forward(self, x: torch.Tensor, weights: torch.Tensor, chosen: torch.Tensor) -> Any:
-        """x [T, H], weights float32 [T, k] of the experts chosen, integers [T, k] -> [T, H], each token's weighted sum;
-        or, from experts elsewhere, what `arrived` makes it of."""
-        order = sort_by_expert(chosen, len(self.gate_up_proj))
-        rows = routed_experts(x, weights, order, self.gate_up_proj, self.down_proj)
-        return add_up_rows(rows, order.order, order.places)
+    def plan(self, chosen: torch.Tensor) -> Any:
+        """The experts chosen, integers [T, k] -> what `forward` needs to know of them."""
+        return sort_by_expert(chosen, len(self.gate_up_proj))
 
-    def arrived(self, results: Any) -> torch.Tensor:
-        """What `forward` handed back, as [T, H], once it can be read: experts elsewhere may have sent it and not
-        waited."""
+    def forward(self, x: torch.Tensor, weights: torch.Tensor, plan: Any) -> Any:
+        """x [T, H], weights float32 [T, k], a plan -> what becomes each token's weighted sum by `arrived`, `add_up`."""
+        return routed_experts(x, weights, plan, self.gate_up_proj, self.down_proj)
+
+    def arrived(self, results: Any) -> Any:
+        """What `forward` handed back, once it can be read: experts elsewhere may have sent it and not waited."""
+        return results
+
+    def add_up(self, results: Any) -> torch.Tensor:
+        """What `arrived` handed back -> [T, H]: experts elsewhere send each token's sum in parts."""
         return results
 
 
@@ -140,8 +129,8 @@ class MixtureOfExperts(nn.Module):
         self.shared_expert = SharedExpert(config)
         self.shared_expert_gate = nn.Linear(config.hidden_size, 1, bias=False)
 
-    def route(self, x: torch.Tensor, measure: Measure) -> tuple[torch.Tensor, torch.Tensor, RouterStatistics]:
-        """x [T, H] -> weights float32 [T, k], the experts chosen, int64 [T, k], and what the router did."""
+    def route(self, x: torch.Tensor, measure: Measure) -> tuple[torch.Tensor, Any, RouterStatistics]:
+        """x [T, H] -> weights float32 [T, k], the experts' plan, and what the router did."""
         weights, chosen, logits, probabilities = self.gate(x)
         ones = torch.ones_like(chosen, dtype=torch.int32)
         if measure.is_real is not None:
@@ -152,7 +141,7 @@ class MixtureOfExperts(nn.Module):
             _sum_of_real(probabilities, measure) if measure.probabilities else None,
             _sum_of_real(logits.logsumexp(dim=-1).square(), measure) if measure.logsumexp else None,
         )
-        return weights, chosen, statistics
+        return weights, self.experts.plan(chosen), statistics
 
     def run_shared_expert(self, x: torch.Tensor) -> torch.Tensor:
         """x [T, H] -> [T, H]."""

@@ -234,13 +234,3 @@ def test_gradients_of_experts_that_are_whole_on_their_rank_are_not_divided(
     of_experts = [name for name, size in zip(names, sizes) if size == num_parameters]
     assert "aten::empty" in of_experts  # FSDP lays the two parameters' gradients end to end
     assert not [name for name in of_experts if "div" in name or "mul" in name], of_experts
-
-
-def test_no_product_of_the_experts_is_made_again_but_what_full_must(
-    operations: dict[str, tuple[list[str], list[int]]],
-) -> None:
-    # Two forward, two for each gradient. "full" has kept nothing, and needs the first again, not the second.
-    of_layer = {
-        mode: names.count("aten::_grouped_mm") / CONFIG.num_hidden_layers for mode, (names, _) in operations.items()
-    }
-    assert of_layer == {"none": 6, "selective": 6, "full": 7}

@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch._dynamo.utils import counters
 
-from parallelisms.expert_parallel import Copies, _compile, add_up_copies, make_copies, plan_copies
+from models.ops.permute import combine
+from parallelisms.expert_parallel import compile_for_any_number_of_rows, make_copies, plan_copies
 from tests.models.ops.compare import assert_close, run
 
 NUM_LOCAL = 3
@@ -23,7 +24,7 @@ def test_a_token_goes_once_to_each_rank_that_holds_any_of_its_experts(
     scores = torch.rand(num_tokens, NUM_LOCAL * num_ranks, generator=generator)
     chosen = scores.topk(top_k, dim=1)[1]
     pairs = sorted({(int(e) // NUM_LOCAL, token) for token, experts in enumerate(chosen) for e in experts})
-    ends, counts, places = plan_copies(chosen, num_ranks, NUM_LOCAL)
+    _, ends, counts, places = plan_copies(chosen, num_ranks, NUM_LOCAL)
     of_ranks = [rank for rank, _ in pairs]
     rows_of_ranks = (chosen // NUM_LOCAL).flatten().tolist()
     assert counts.tolist() == [[of_ranks.count(rank), rows_of_ranks.count(rank)] for rank in range(num_ranks)]
@@ -45,7 +46,7 @@ def test_a_token_goes_once_to_each_rank_that_holds_any_of_its_experts(
     assert_close(made, run(lambda x: x[tokens], [x]), 1e-15)
     made = run(lambda w: make_copies(x, w, *rest)[1][:, :top_k], [weights])
     assert_close(made, run(lambda w: w[tokens], [weights]), 1e-15)
-    added = run(lambda rows: add_up_copies(rows, Copies(sources, places)), [copies])
+    added = run(lambda rows: combine(rows, sources, places), [copies])
     assert_close(added, run(lambda rows: torch.zeros_like(x).index_add(0, tokens, rows), [copies]), 1e-15)
 
 
@@ -59,10 +60,11 @@ def test_the_plan_is_one_graph(num_ranks: int) -> None:
 
 def test_one_graph_for_all_numbers_of_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
-    compiled = _compile(torch.sin)
+    compiled = compile_for_any_number_of_rows(torch.mul, num_others=1)
     torch.compiler.reset()
     counters.clear()
+    factor = torch.randn(1, 3)  # an expert of its own, which is no reason not to compile
     for num_rows in (5, 0, 1, 7, 2):
         x = torch.randn(num_rows, 3)
-        assert torch.equal(compiled(x), x.sin())
+        assert torch.equal(compiled(x, factor), x * factor)
     assert counters["stats"]["unique_graphs"] == 1
