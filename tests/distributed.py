@@ -61,8 +61,9 @@ def run_ranks(
     """Calls `function(*arguments)` on each of `world_size` ranks; returns what they returned, in rank order.
 
     device_type "cpu": over gloo; "cuda": over NCCL, each rank with a GPU of its own, as train.py would have it.
-    `function` must be importable (a module's top level), and what it returns be on the CPU. Fails with the first rank's
-    traceback, and after `seconds` (a hang) with the ranks that were still running.
+    `function` must be importable (a module's top level), and what it returns be on the CPU. Fails with the traceback of
+    the rank that failed first (others may only have missed it), and after `seconds` (a hang) with the ranks that were
+    still running.
     """
     with tempfile.TemporaryDirectory() as folder:
         port = free_port()
@@ -81,8 +82,8 @@ def run_ranks(
         for process in ranks:
             process.kill()
             process.join()
-        errors = [path.read_text() for path in sorted(Path(folder).glob("error-*"))]
-        assert not errors, f"{len(errors)} of {world_size} ranks failed; the first:\n{errors[0]}"
+        failed = sorted(Path(folder).glob("error-*"), key=lambda path: path.stat().st_mtime_ns)
+        assert not failed, f"{len(failed)} of {world_size} ranks failed; the first:\n{failed[0].read_text()}"
         assert not running, f"ranks {running} of {world_size} were still running after {seconds} s"
         assert all(process.exitcode == 0 for process in ranks), [process.exitcode for process in ranks]
         return [torch.load(f"{folder}/result-{rank}", weights_only=False) for rank in range(world_size)]

@@ -163,8 +163,8 @@ def test_each_kind_of_block_is_one_graph_however_many_documents(
     assert found["graphs after"] == found["graphs"]
 
 
-# Expert parallelism. Ranks have documents of their own; in one, experts get few rows.
-ROWS = [[1, 9000, 64, 7000, 1, 318], [16_384]]
+# Expert parallelism. Ranks have documents of their own, no longer than float32's plain attention has memory for.
+ROWS = [[1, 5000, 64, 5000, 1, 174], [10_240]]
 
 
 def waits_of_host(model: Qwen35Moe, batch: MicroBatch, device: torch.device, num_trained: int) -> int:
