@@ -8,9 +8,8 @@ import torch
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 import models.ops.attention
-import models.ops.float32_linear
 import models.ops.gated_delta_rule  # noqa: F401
-import parallelisms.expert_parallel  # noqa: F401  (they register the operations named below)
+import parallelisms.expert_parallel  # noqa: F401  (the three register the operations named below)
 
 _aten = torch.ops.aten
 
@@ -29,7 +28,6 @@ _DEAR = {
     _aten._scaled_dot_product_flash_attention_for_cpu.default,
     _aten._scaled_dot_product_efficient_attention.default,
     _aten._scaled_dot_product_cudnn_attention.default,
-    torch.ops.qwen35_moe.float32_linear.default,
     torch.ops.qwen35_moe.attention.default,
     torch.ops.qwen35_moe.gated_delta_rule.default,
 }

@@ -7,9 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from models.ops.float32_linear import float32_linear
 from models.ops.grouped_experts import grouped_experts
 from models.ops.permute import ExpertOrder, add_up_rows, gather_rows, sort_by_expert
+from models.ops.precision import at_least_float32
 from models.qwen35_moe.config import ModelConfig
 
 # Shapes: T tokens, H hidden, E experts, k experts a token, I expert hidden.
@@ -54,7 +54,7 @@ class Router(nn.Module):
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
         """x [T, H] -> weights float32 [T, k], experts int64 [T, k], logits and probabilities float32 [T, E]."""
-        logits = float32_linear(x, self.weight)
+        logits = F.linear(at_least_float32(x), self.weight)
         probabilities = logits.softmax(dim=-1)
         weights, experts = probabilities.topk(self.top_k, dim=-1)
         if self.force_balanced:

@@ -7,14 +7,13 @@ import torch
 
 from models.ops.causal_conv1d import causal_conv1d
 from models.ops.documents import Documents
-from models.ops.float32_linear import float32_linear
 from models.ops.gated_delta_rule import gated_delta_rule
 from models.ops.grouped_experts import grouped_experts
 from models.ops.kernels import select_kernels
 from models.ops.linear_cross_entropy import linear_cross_entropy
 from models.ops.permute import add_up_rows, gather_rows, sort_by_expert
 from models.ops.precision import at_least_float32
-from tests.models.ops.compare import assert_close, relative_error, run
+from tests.models.ops.compare import assert_close, run
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
 
@@ -49,25 +48,6 @@ def check(
     documents = Documents.from_lengths(LENGTHS)
     expected = run(lambda *x: operation(*x, *integers, documents), [x.double() for x in inputs])
     assert_close((out.cpu(), [x.cpu() for x in gradients]), expected, TOLERANCE)
-
-
-@pytest.mark.parametrize("compiled", [False, True])
-@pytest.mark.parametrize("num_outputs", [32, 256])
-def test_float32_linear(num_outputs: int, compiled: bool) -> None:
-    # The sums of 2048 and of 4096 products in float32, whose order differs; the gradient of x is rounded to bfloat16.
-    x, weight = random((4096, 2048), (num_outputs, 2048))
-    inputs = [x.bfloat16(), weight]
-    torch._dynamo.reset()
-    function = torch.compile(float32_linear, fullgraph=True) if compiled else float32_linear
-    exact = run(lambda x, weight: x @ weight.T, [each.to(DEVICE).double() for each in inputs])
-    actual, (of_x, of_weight) = run(function, [each.to(DEVICE) for each in inputs])
-    plain, _ = run(lambda x, weight: x.float() @ weight.T, [each.to(DEVICE) for each in inputs])
-    errors = relative_error(actual, exact[0]), relative_error(of_weight, exact[1][1])
-    print(
-        f"\noff by {errors[0]:.1e}, float32 by {relative_error(plain, exact[0]):.1e}; weight's gradient {errors[1]:.1e}"
-    )
-    assert max(errors) < 1e-5
-    assert relative_error(of_x, exact[1][0]) < 2**-8
 
 
 @pytest.mark.parametrize("compiled", [False, True])
