@@ -39,8 +39,8 @@ def parallelize_fn(
         torch._dynamo.config.recompile_limit = 32
     for block in model.blocks:
         if in_parts:
-            # No graph can hold the experts: how many rows travel is known to the host alone. One break inside would
-            # leave all of a checkpointed block uncompiled, so what stands before and after them is made into parts.
+            # No graph can hold the exchanges: how many rows travel is known to the host alone. One break inside would
+            # leave all of a checkpointed block uncompiled, so what stands before, between and after them are parts.
             experts = ExpertParallel(block.mlp.experts, meshes.expert_parallel)
             # "full" sends the copies again, "selective" keeps those received.
             of_experts = "send_and_compute" if activation_checkpoint == "full" else "compute"
