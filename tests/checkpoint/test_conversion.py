@@ -3,6 +3,7 @@
 import io
 import json
 import pickle
+import re
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,8 @@ from checkpoint import convert_from_hf as from_hf
 from checkpoint import convert_to_hf as to_hf
 from checkpoint.convert_to_hf import _vision_shapes
 from checkpoint.dcp_reader import read_index
+from checkpoint.safetensors_files import read_headers
+from checkpoint.stored import Chunk, whole
 from models.qwen35_moe.hf_weights import hf_name, is_float32, is_published_in_float32, mtp_shapes, parameter_shapes
 from tests.distributed import run_ranks
 from tests.models.qwen35_moe.shapes import tiny_config
@@ -343,6 +346,22 @@ def test_the_other_class_and_the_other_layout_of_experts(tmp_path: Path) -> None
     assert_same(convert(tmp_path / "dcp2", tmp_path / "back", *options), tensors)
     out = convert(tmp_path / "dcp2", tmp_path / "per", "--experts=per_expert", "--dtype=keep")
     assert_same(out, per_expert(load_hf(tmp_path / "text")))
+
+
+def test_experts_of_mtp_in_pieces_stay_as_they_are_or_ask_for_it(tmp_path: Path) -> None:
+    """As FSDP cuts a checkpoint that has them one by one."""
+    write_published(tmp_path / "hf", True, True, False)
+    mtp = {key: whole(key, array) for key, array in read_headers(tmp_path / "hf").items() if key.startswith("mtp.")}
+    key = min(key for key in mtp if ".experts." in key)
+    rows, *others = mtp[key].shape
+    array = mtp[key].chunks[0].array
+    boxes = [((start, stop), *((0, size) for size in others)) for start, stop in [(0, 3), (3, rows)]]
+    mtp[key] = mtp[key]._replace(chunks=[Chunk(box, array.part(box)) for box in boxes])
+    exports = to_hf._mtp_exports(CONFIG, mtp, "keep")
+    (cut,) = [export.stored for export in exports if export.key == key]
+    assert torch.equal(cut.read(), array.read())
+    with pytest.raises(ValueError, match=f"'{re.escape(key)}' is in several pieces: expected --experts keep"):
+        to_hf._mtp_exports(CONFIG, mtp, "stacked")
 
 
 def test_what_is_not_there_is_not_declared_and_what_is_needed_is_asked_for(
