@@ -30,16 +30,10 @@ from typing import Annotated, Any, Literal, NamedTuple, get_args, get_origin, ge
 import tomli
 import tomli_w
 
+from errors import UserError
 from models.qwen35_moe.config import ModelConfig
 
 ROOT = Path(__file__).resolve().parent
-
-
-class ConfigError(ValueError):
-    """A user's mistake. The message is one line: the key, its value, and what would be accepted."""
-
-    def __init__(self, message: str) -> None:
-        super().__init__(" ".join(message.splitlines()))
 
 
 class Accept(NamedTuple):
@@ -334,7 +328,7 @@ SCHEMA["model"]["config"] = _SHAPE | _HF_FORM | {"attention_dropout": float, "ro
 def load_config(argv: list[str]) -> Config:
     """The configuration that a command line asks for. `--help` prints every key and exits with status 0.
 
-    Raises ConfigError. What depends on files or on the number of processes is left to `check_config`.
+    Raises UserError. What depends on files or on the number of processes is left to `check_config`.
     """
     if "--help" in argv or "-h" in argv:
         print(help_text())
@@ -343,9 +337,9 @@ def load_config(argv: list[str]) -> Config:
     tables = _merge(_load_toml(path) if path else {}, options)
     model = tables.get("model", {})
     if model.get("path") and model.get("config"):
-        raise ConfigError(f"model.path = {model['path']!r} and model.config exclude each other: expected one of them")
+        raise UserError(f"model.path = {model['path']!r} and model.config exclude each other: expected one of them")
     if not model.get("path") and not model.get("config"):
-        raise ConfigError("model.path = '' and model.config is empty: expected a Hugging Face directory or a table")
+        raise UserError("model.path = '' and model.config is empty: expected a Hugging Face directory or a table")
     sections = {}
     for section, cls in SECTIONS.items():
         given = tables.get(section, {})
@@ -355,7 +349,7 @@ def load_config(argv: list[str]) -> Config:
             if key in given:
                 values[item.name] = given[key]
             elif not _default(item):
-                raise ConfigError(f"{section}.{key} is missing: expected {_accepted(SCHEMA[section][key])}")
+                raise UserError(f"{section}.{key} is missing: expected {_accepted(SCHEMA[section][key])}")
         sections[section] = cls(**values)
     return _with_absolute_paths(Config(**sections))
 
@@ -366,20 +360,20 @@ def resolved_toml(config: Config) -> str:
 
 
 def model_config(config: Config) -> ModelConfig:
-    """The model's shape, from `model.path` or `model.config`. Raises ConfigError."""
+    """The model's shape, from `model.path` or `model.config`. Raises UserError."""
     try:
         if config.model.path:
             return ModelConfig.from_pretrained(config.model.path)
         return ModelConfig.from_dict(config.model.config)
     except OSError:
-        raise ConfigError(f"model.path = {config.model.path!r}: expected a directory with a config.json") from None
+        raise UserError(f"model.path = {config.model.path!r}: expected a directory with a config.json") from None
     except (ValueError, TypeError, AttributeError) as error:  # the last two: JSON of another structure
         source = f"model.path = {config.model.path!r}" if config.model.path else "model.config"
-        raise ConfigError(f"{source}: {str(error).removeprefix('model config: ')}") from error
+        raise UserError(f"{source}: {str(error).removeprefix('model config: ')}") from error
 
 
 def check_config(config: Config, world_size: int) -> None:
-    """Raises ConfigError for what `world_size` processes on this machine could not run."""
+    """Raises UserError for what `world_size` processes on this machine could not run."""
     shape = model_config(config)
     _check_parallelism(config, shape, world_size)
     _check_schedule(config.lr_scheduler, config.training.steps)
@@ -393,26 +387,26 @@ def _check_parallelism(config: Config, shape: ModelConfig, world_size: int) -> N
     replicate, shard = parallelism.data_parallel_replicate_degree, parallelism.shard_degree(world_size)
     expert = parallelism.expert_parallel_degree
     if replicate * shard != world_size:
-        raise ConfigError(
+        raise UserError(
             f"parallelism.data_parallel_replicate_degree = {replicate}, data_parallel_shard_degree = "
             f"{parallelism.data_parallel_shard_degree}: expected a product of {world_size}, the number of processes"
         )
     key = f"parallelism.expert_parallel_degree = {expert}"
     if shard % expert:
-        raise ConfigError(f"{key}: expected a divisor of the shard degree {shard} ({world_size} processes)")
+        raise UserError(f"{key}: expected a divisor of the shard degree {shard} ({world_size} processes)")
     if shape.num_experts % expert:
-        raise ConfigError(f"{key}: expected a divisor of the model's num_experts = {shape.num_experts}")
+        raise UserError(f"{key}: expected a divisor of the model's num_experts = {shape.num_experts}")
     if expert > 1:  # each expert's own dimensions are sharded over the rest of the shard degree, evenly or not at all
         sizes = {"2 * moe_intermediate_size": 2 * shape.moe_intermediate_size, "hidden_size": shape.hidden_size}
         for name, size in sizes.items():
             if size % (shard // expert):
-                raise ConfigError(
+                raise UserError(
                     f"{key}: shard degree {shard} / {expert} = {shard // expert} does not divide the model's "
                     f"{name} = {size}: expected degrees whose quotient does"
                 )
     rows = world_size * training.local_batch_size
     if training.global_batch_size % rows:
-        raise ConfigError(
+        raise UserError(
             f"training.global_batch_size = {training.global_batch_size}: expected a multiple of {rows} "
             f"({world_size} processes * local_batch_size = {training.local_batch_size})"
         )
@@ -420,15 +414,15 @@ def _check_parallelism(config: Config, shape: ModelConfig, world_size: int) -> N
 
 def _check_schedule(schedule: LRScheduler, steps: int) -> None:
     if schedule.warmup_steps > steps:
-        raise ConfigError(
+        raise UserError(
             f"lr_scheduler.warmup_steps = {schedule.warmup_steps}: expected at most training.steps = {steps}"
         )
     key = f"lr_scheduler.decay_steps = {schedule.decay_steps}"
     if schedule.decay != "wsd":
         if schedule.decay_steps:
-            raise ConfigError(f"{key}: expected 0 with lr_scheduler.decay = {schedule.decay!r}; only 'wsd' reads it")
+            raise UserError(f"{key}: expected 0 with lr_scheduler.decay = {schedule.decay!r}; only 'wsd' reads it")
     elif not 1 <= schedule.decay_steps <= steps - schedule.warmup_steps:
-        raise ConfigError(
+        raise UserError(
             f"{key}: with decay = 'wsd' expected 1 to training.steps - warmup_steps = {steps - schedule.warmup_steps}"
         )
 
@@ -445,22 +439,22 @@ def _check_kernels(config: Config, shape: ModelConfig) -> None:
     if name == "auto":
         name = "bfloat16" if device_type == "cuda" else "float32"
     if config.kernels.attention == "fa3" and config.job.deterministic:
-        raise ConfigError("kernels.attention = 'fa3' with job.deterministic = true: expected another, or false")
+        raise UserError("kernels.attention = 'fa3' with job.deterministic = true: expected another, or false")
     try:
         head_dims = (shape.linear_key_head_dim, shape.linear_value_head_dim)
         requested, dtype = dataclasses.asdict(config.kernels), getattr(torch, name)
         select_kernels(requested, device_type, dtype, head_dims, shape.linear_conv_kernel_dim, shape.head_dim)
     except ValueError as error:
-        raise ConfigError(str(error)) from error
+        raise UserError(str(error)) from error
 
 
 def check_data(config: Config) -> None:
-    """Raises ConfigError for data and a tokenizer that could not be used."""
+    """Raises UserError for data and a tokenizer that could not be used."""
     weights = list(config.data.weights)
     if weights and len(weights) != len(config.data.path):
-        raise ConfigError(f"data.weights = {weights}: expected {len(config.data.path)}, one for each of data.path")
+        raise UserError(f"data.weights = {weights}: expected {len(config.data.path)}, one for each of data.path")
     if weights and min(weights) < 1e-3 * sum(weights):
-        raise ConfigError(f"data.weights = {weights}: expected none below a thousandth of their sum")
+        raise UserError(f"data.weights = {weights}: expected none below a thousandth of their sum")
     _check_source(config.data, config.data.path, "data.path")
     if config.validation.enable:
         _check_source(config.data, config.validation.path, "validation.path")
@@ -470,16 +464,16 @@ def check_data(config: Config) -> None:
 def _check_paths(config: Config) -> None:
     resume, start = config.checkpoint.resume, config.checkpoint.start_from
     if resume not in ("auto", "never") and not os.path.isdir(resume):
-        raise ConfigError(f"checkpoint.resume = {resume!r}: expected 'auto', 'never' or a directory")
+        raise UserError(f"checkpoint.resume = {resume!r}: expected 'auto', 'never' or a directory")
     if start and not os.path.isdir(start):
-        raise ConfigError(f"checkpoint.start_from = {start!r}: expected a directory")
+        raise UserError(f"checkpoint.start_from = {start!r}: expected a directory")
     if start and resume not in ("auto", "never"):
-        raise ConfigError(f"checkpoint.start_from and checkpoint.resume = {resume!r}: expected one of them")
+        raise UserError(f"checkpoint.start_from and checkpoint.resume = {resume!r}: expected one of them")
     if config.model.initial_load == "hf":
         if start:
-            raise ConfigError("model.initial_load = 'hf' and checkpoint.start_from exclude each other: expected one")
+            raise UserError("model.initial_load = 'hf' and checkpoint.start_from exclude each other: expected one")
         if not list(Path(config.model.path or "/dev/null").glob("*.safetensors")):
-            raise ConfigError(
+            raise UserError(
                 f"model.initial_load = 'hf': expected model.path = {config.model.path!r} to hold safetensors files"
             )
     parent = Path(config.job.output_dir)
@@ -487,13 +481,13 @@ def _check_paths(config: Config) -> None:
         parent = parent.parent
     if not parent.is_dir() or not os.access(parent, os.W_OK):
         output_dir = config.job.output_dir
-        raise ConfigError(f"job.output_dir = {output_dir!r}: expected a folder that can be written in {str(parent)!r}")
+        raise UserError(f"job.output_dir = {output_dir!r}: expected a folder that can be written in {str(parent)!r}")
 
 
 def _check_source(data: Data, entries: tuple[str, ...], key: str) -> None:
     """Everything exists, and the first sample of the first file has the field; the loader looks at the others."""
     if not entries:
-        raise ConfigError(f"{key} = []: expected at least one file or glob")
+        raise UserError(f"{key} = []: expected at least one file or glob")
     files = [file for entry in entries if not is_dataset(entry) for file in find_files(entry, key)]
     names: Any = []
     for file in files[:1]:
@@ -503,39 +497,39 @@ def _check_source(data: Data, entries: tuple[str, ...], key: str) -> None:
             try:
                 names = pyarrow.parquet.read_schema(file).names
             except (OSError, pyarrow.ArrowException) as error:
-                raise ConfigError(f"{key}: {file!r} cannot be read as Parquet: {str(error).splitlines()[0]}") from None
+                raise UserError(f"{key}: {file!r} cannot be read as Parquet: {str(error).splitlines()[0]}") from None
         elif suffix_of(file) == ".jsonl":
             try:
                 with open(file, encoding="utf-8") as lines:
                     names = json.loads(next(filter(str.strip, lines), "{}")).keys()
             except (ValueError, AttributeError):
-                raise ConfigError(f"{key}: {file!r}, line 1 is not JSON: expected an object on every line") from None
+                raise UserError(f"{key}: {file!r}, line 1 is not JSON: expected an object on every line") from None
         elif suffix_of(file) == ".txt" and data.format == "chat":
-            raise ConfigError(f"{key}: {file!r} with data.format = 'chat': expected conversations, not text files")
+            raise UserError(f"{key}: {file!r} with data.format = 'chat': expected conversations, not text files")
         field_key, name = ("text_key", data.text_key) if data.format == "text" else ("messages_key", data.messages_key)
         if names and name not in names:
-            raise ConfigError(f"data.{field_key} = {name!r}: expected one of {', '.join(names)}, as in {file!r}")
+            raise UserError(f"data.{field_key} = {name!r}: expected one of {', '.join(names)}, as in {file!r}")
 
 
 def _check_tokenizer(data: Data, vocab_size: int) -> None:
     key = f"data.tokenizer = {data.tokenizer!r}"
     if not data.tokenizer:
-        raise ConfigError(f"{key}: expected a directory with tokenizer.json, as there is no model.path to take it from")
+        raise UserError(f"{key}: expected a directory with tokenizer.json, as there is no model.path to take it from")
     try:
         tokenizer = json.loads(Path(data.tokenizer, "tokenizer.json").read_text(encoding="utf-8"))
         ids = [token["id"] for token in tokenizer["added_tokens"]] + list(tokenizer["model"]["vocab"].values())
         settings = json.loads(Path(data.tokenizer, "tokenizer_config.json").read_text(encoding="utf-8"))
         end = settings.get("eos_token")
     except OSError as error:
-        raise ConfigError(f"{key}: expected a directory with {os.path.basename(error.filename)}") from None
+        raise UserError(f"{key}: expected a directory with {os.path.basename(error.filename)}") from None
     except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise ConfigError(f"{key}: expected the files of a byte-pair tokenizer: {error!r}") from error
+        raise UserError(f"{key}: expected the files of a byte-pair tokenizer: {error!r}") from error
     if not ids:
-        raise ConfigError(f"{key}: expected a tokenizer with a vocabulary")
+        raise UserError(f"{key}: expected a tokenizer with a vocabulary")
     if max(ids) >= vocab_size:
-        raise ConfigError(f"{key}: has token {max(ids)}, expected all below the model's vocab_size = {vocab_size}")
+        raise UserError(f"{key}: has token {max(ids)}, expected all below the model's vocab_size = {vocab_size}")
     if data.format == "text" and data.end_of_document and not end:
-        raise ConfigError(f"data.end_of_document = True: expected an eos_token in {data.tokenizer!r}, or false")
+        raise UserError(f"data.end_of_document = True: expected an eos_token in {data.tokenizer!r}, or false")
 
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet", ".txt")
@@ -558,13 +552,13 @@ def is_dataset(entry: str) -> bool:
 
 
 def find_files(pattern: str, key: str = "data.path") -> list[str]:
-    """The files that a path or glob stands for, by name. Raises ConfigError for none, or one not in SUFFIXES."""
+    """The files that a path or glob stands for, by name. Raises UserError for none, or one not in SUFFIXES."""
     files = [os.path.abspath(path) for path in sorted(set(_matches(pattern))) if os.path.isfile(path)]
     if not files:
-        raise ConfigError(f"{key} = {pattern!r} matches no file: expected a file or a glob that matches some")
+        raise UserError(f"{key} = {pattern!r} matches no file: expected a file or a glob that matches some")
     for file in files:
         if suffix_of(file) not in SUFFIXES:
-            raise ConfigError(f"{key}: {file!r} ends in {suffix_of(file)!r}: expected {', '.join(SUFFIXES)}")
+            raise UserError(f"{key}: {file!r} ends in {suffix_of(file)!r}: expected {', '.join(SUFFIXES)}")
     return files
 
 
@@ -603,34 +597,34 @@ def _with_absolute_paths(config: Config) -> Config:
 
 
 def _find_config(name: str) -> Path:
-    """The TOML file that `--config NAME` means. Raises ConfigError."""
+    """The TOML file that `--config NAME` means. Raises UserError."""
     folder = ROOT / "train_configs"
     for path in (Path(name), ROOT / name, folder / name, folder / f"{name}.toml"):
         if path.is_file():
             return path
     shipped = sorted(path.name for path in folder.glob("*.toml"))
-    raise ConfigError(f"--config = {name!r} does not exist: expected a file's path, or one of {', '.join(shipped)}")
+    raise UserError(f"--config = {name!r} does not exist: expected a file's path, or one of {', '.join(shipped)}")
 
 
 def _load_toml(path: Path, below: tuple[Path, ...] = ()) -> dict[str, Any]:
     """A file's tables, merged over those of the file it extends. `below`: the files that extend this one."""
     path = path.resolve()
     if path in below:
-        raise ConfigError(
+        raise UserError(
             f"{below[-1]}: extends = {str(path)!r} is a cycle: expected a file that does not extend this one"
         )
     try:
         tables = tomli.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise ConfigError(f"{path}: {error.strerror}: expected a TOML file") from None
+        raise UserError(f"{path}: {error.strerror}: expected a TOML file") from None
     except ValueError as error:  # TOMLDecodeError tells line and column; UnicodeDecodeError the position
-        raise ConfigError(f"{path} is not TOML: {error}") from None
+        raise UserError(f"{path} is not TOML: {error}") from None
     base = tables.pop("extends", None)
     values = _convert_table("", SCHEMA, tables, f"{path}: ")
     if base is None:
         return values
     if not isinstance(base, str) or not (path.parent / base).is_file():
-        raise ConfigError(f"{path}: extends = {base!r}: expected a TOML file's path, relative to this file")
+        raise UserError(f"{path}: extends = {base!r}: expected a TOML file's path, relative to this file")
     return _merge(_load_toml(path.parent / base, (*below, path)), values)
 
 
@@ -643,21 +637,21 @@ def _parse_command_line(argv: list[str]) -> tuple[Path | None, dict[str, Any]]:
     while words:
         word = words.pop(0)
         if not word.startswith("--") or word == "--":
-            raise ConfigError(f"unexpected {word!r} on the command line: expected --section.key value")
+            raise UserError(f"unexpected {word!r} on the command line: expected --section.key value")
         key, equals, value = word[2:].partition("=")
         text = value if equals else words.pop(0) if words and not words[0].startswith("--") else None
         if key in seen:
-            raise ConfigError(f"--{key} = {text!r} is given a second time: expected one value")
+            raise UserError(f"--{key} = {text!r} is given a second time: expected one value")
         seen.add(key)
         names = key.split(".")
         schema: Any = {"config": str, **SCHEMA}
         for name in names:
             if not isinstance(schema, Mapping) or name not in schema:
-                raise ConfigError(f"--{key} = {text!r} is unknown: {_nearest(key)}")
+                raise UserError(f"--{key} = {text!r} is unknown: {_nearest(key)}")
             schema = schema[name]
         if text is None:
             if schema is not bool:
-                raise ConfigError(f"--{key} has no value: expected {_accepted(schema)}")
+                raise UserError(f"--{key} has no value: expected {_accepted(schema)}")
             text = "true"
         if key == "config":
             path = _find_config(text)
@@ -665,7 +659,7 @@ def _parse_command_line(argv: list[str]) -> tuple[Path | None, dict[str, Any]]:
         try:
             table = _parse_word(schema, text)
         except ValueError:
-            raise ConfigError(f"--{key} = {text!r}: {_expected(schema, text)}") from None
+            raise UserError(f"--{key} = {text!r}: {_expected(schema, text)}") from None
         for name in reversed(names):
             table = {name: table}
         tables = _merge(tables, _convert_table("", SCHEMA, table, "--"))
@@ -673,7 +667,7 @@ def _parse_command_line(argv: list[str]) -> tuple[Path | None, dict[str, Any]]:
 
 
 def _parse_word(schema: Any, text: str) -> Any:
-    """A word of the command line as the TOML value that it means. Raises ValueError."""
+    """A word of the command line as the TOML value that it means. Raises UserError."""
     hint = get_args(schema)[0] if get_origin(schema) is Annotated else schema
     if hint is str or get_origin(hint) is Literal:
         return text
@@ -696,24 +690,24 @@ def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
 
 
 def _convert_table(prefix: str, schema: Mapping[str, Any], table: Any, source: str) -> dict[str, Any]:
-    """A TOML table with every value as its schema wants it. Raises ConfigError, its line begun with `source`."""
+    """A TOML table with every value as its schema wants it. Raises UserError, its line begun with `source`."""
     converted: dict[str, Any] = {}
     for name, value in table.items():
         key = prefix + name
         if name not in schema:
-            raise ConfigError(f"{source}{key} = {value!r} is unknown: {_nearest(key)}")
+            raise UserError(f"{source}{key} = {value!r} is unknown: {_nearest(key)}")
         if isinstance(schema[name], Mapping) and isinstance(value, dict):
             converted[name] = _convert_table(f"{key}.", schema[name], value, source)
             continue
         try:
             converted[name] = _convert(schema[name], value)
         except (ValueError, OverflowError):  # a float may be written as an integer, of any size
-            raise ConfigError(f"{source}{key} = {value!r}: {_expected(schema[name], value)}") from None
+            raise UserError(f"{source}{key} = {value!r}: {_expected(schema[name], value)}") from None
     return converted
 
 
 def _convert(hint: Any, value: Any) -> Any:
-    """`value` as the type `hint`: an integer may be a float, a list becomes a tuple. Raises ValueError."""
+    """`value` as the type `hint`: an integer may be a float, a list becomes a tuple. Raises UserError."""
     origin, arguments = get_origin(hint), get_args(hint)
     if origin is Annotated:
         value = _convert(arguments[0], value)
@@ -816,9 +810,9 @@ def main(argv: list[str]) -> int:
     """`--world-size N` and then train.py's own arguments: 0, or 2 with one line on stderr."""
     try:
         if len(argv) < 2 or argv[0] != "--world-size" or not argv[1].isdecimal() or int(argv[1]) < 1:
-            raise ConfigError("usage: python config.py --world-size N --config FILE [--section.key value ...]")
+            raise UserError("usage: python config.py --world-size N --config FILE [--section.key value ...]")
         check_config(load_config(argv[2:]), int(argv[1]))
-    except ConfigError as error:
+    except UserError as error:
         print(error, file=sys.stderr)
         return 2
     return 0

@@ -17,6 +17,7 @@ from checkpoint.hf_reader import load_hf_weights
 from config import Config, MoE, Training, check_config, load_config, model_config, resolved_toml
 from data.loader import MicroBatch, TokenLoader
 from data.packing import IGNORED
+from errors import RunError, exit_on_error
 from models.ops.documents import Documents
 from models.ops.kernels import Kernels, select_kernels
 from models.qwen35_moe.config import ModelConfig
@@ -34,7 +35,6 @@ from training.distributed import (
     sum_over_ranks,
     world_from_environment,
 )
-from training.errors import RunError, exit_on_error
 from training.flops import mfu_of_one_token_a_second
 from training.gradients import gradient_norm, last_nonfinite
 from training.load_balancing import measure_for, router_losses

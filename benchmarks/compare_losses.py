@@ -13,6 +13,8 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
+from errors import UserError
+
 COMPARED = ("loss", "grad_norm")
 
 
@@ -28,13 +30,13 @@ class Comparison(NamedTuple):
 
 
 def read_run(path: Path) -> dict[int, dict[str, float]]:
-    """Step -> metrics. Raises ValueError for what is no run."""
+    """Step -> metrics. Raises UserError for what is no run."""
     file = path / "metrics.jsonl" if path.is_dir() else path
     try:
         lines = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
         return {line["step"]: line for line in lines}
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{file}: expected a run's output folder or its metrics.jsonl ({error!r})") from None
+        raise UserError(f"{file}: expected a run's output folder or its metrics.jsonl ({error!r})") from None
 
 
 def relative_difference(before: float | None, after: float | None) -> float:
@@ -61,10 +63,10 @@ def compare(
 
 
 def common(before: dict[int, dict[str, float]], after: dict[int, dict[str, float]]) -> set[int]:
-    """The steps that both have. Raises ValueError if there are none."""
+    """The steps that both have. Raises UserError if there are none."""
     steps = before.keys() & after.keys()
     if not steps:
-        raise ValueError("the runs have no step in common: expected the same metrics.log_interval")
+        raise UserError("the runs have no step in common: expected the same metrics.log_interval")
     return steps
 
 
@@ -79,7 +81,7 @@ def main(argv: list[str]) -> int:
         steps = common(before, after)
         keys = [key for key in COMPARED if all(key in run[step] for run in (before, after) for step in steps)]
         if not keys:
-            raise ValueError(f"the runs have neither of {', '.join(COMPARED)} at all {len(steps)} common steps")
+            raise UserError(f"the runs have neither of {', '.join(COMPARED)} at all {len(steps)} common steps")
         results = {key: compare(before, after, key, arguments.tolerance) for key in keys}
     except ValueError as error:
         print(error, file=sys.stderr)

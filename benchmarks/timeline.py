@@ -24,6 +24,7 @@ from typing import NamedTuple
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a file from anywhere
 
 from benchmarks.throughput import KINDS, kind_of, union
+from errors import UserError
 
 Span = tuple[float, float]  # start and stop, ms from the trace's first GPU work
 
@@ -63,7 +64,7 @@ class Work(NamedTuple):
 
 
 def read_trace(path: Path) -> tuple[list[Work], int]:
-    """The GPU's work by start, and the number of steps (1 if the trace does not say). Raises ValueError."""
+    """The GPU's work by start, and the number of steps (1 if the trace does not say). Raises UserError."""
     try:
         content = path.read_bytes()
         trace = json.loads(gzip.decompress(content) if content.startswith(b"\x1f\x8b") else content)
@@ -84,9 +85,9 @@ def read_trace(path: Path) -> tuple[list[Work], int]:
             work.append(Work(start, start + event["dur"] / 1000, lane, kind, name, thread))
         steps = {event["name"] for event in events if event["name"].startswith("ProfilerStep#")}
     except (OSError, EOFError, zlib.error, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path}: expected a trace as throughput.py --trace writes it ({error!r})") from None
+        raise UserError(f"{path}: expected a trace as throughput.py --trace writes it ({error!r})") from None
     if not work:
-        raise ValueError(f"{path}: no GPU kernels in this trace, expected one that was made on a GPU")
+        raise UserError(f"{path}: no GPU kernels in this trace, expected one that was made on a GPU")
     return sorted(work, key=lambda item: item.start), max(1, len(steps))
 
 
@@ -228,11 +229,11 @@ def legend(colours: dict[str, str], top: float) -> tuple[str, float]:
 
 
 def picture(work: list[Work], windows: dict[str, Span], caption: str) -> str:
-    """The SVG: a legend, a panel for each window, the caption. Raises ValueError if there is nothing to show."""
+    """The SVG: a legend, a panel for each window, the caption. Raises UserError if there is nothing to show."""
     shown = [item for item in work if any(item.start < end and item.stop > begin for begin, end in windows.values())]
     if not shown:
         end = max(item.stop for item in work)
-        raise ValueError(f"no GPU work in this window: expected --start and --duration within the trace's {end:.2f} ms")
+        raise UserError(f"no GPU work in this window: expected --start and --duration within the trace's {end:.2f} ms")
     lanes = [COMPUTATION, *(kind for kind in COLLECTIVES if any(item.lane == kind for item in shown))]
     colours = {kind: colour for kind, colour in COLOUR.items() if any(item.kind == kind for item in shown)}
     if len(lanes) > 1:
@@ -267,7 +268,7 @@ def main(argv: list[str]) -> int:
     try:
         for name, value in (("duration", duration), ("steps", arguments.steps)):
             if value is not None and value <= 0:
-                raise ValueError(f"--{name} {value}: expected more than 0")
+                raise UserError(f"--{name} {value}: expected more than 0")
         work, steps = read_trace(arguments.trace)
         steps = arguments.steps or steps
         found = {kind: (total / steps, hidden / steps) for kind, (total, hidden) in overlap(work).items()}

@@ -43,6 +43,7 @@ from checkpoint.directories import (
 )
 from checkpoint.hf_assets import read_base, write_checkpoint_assets
 from config import Config, resolved_toml
+from errors import UserError
 from models.qwen35_moe.config import ModelConfig
 from models.qwen35_moe.model import Qwen35Moe
 
@@ -81,14 +82,14 @@ class Checkpointer:
     def resume(self) -> Progress | None:
         """Loads what `[checkpoint]` asks for into model, optimizer and RNG; None if the run has nothing to start from.
 
-        Raises ValueError naming what does not fit, the file that is damaged, or that no checkpoint can be used.
+        Raises UserError naming what does not fit, the file that is damaged, or that no checkpoint can be used.
         """
         options = self._config.checkpoint
         if options.enable:
             self._check_folder()
         existing = self._from_rank_0(lambda: complete_checkpoints(self._folder))
         if options.resume == "never" and existing:
-            raise ValueError(
+            raise UserError(
                 f"checkpoint.resume = 'never': {str(self._folder)!r} holds {existing[-1].name} of an earlier run: "
                 "expected another job.output_dir"
             )
@@ -99,7 +100,7 @@ class Checkpointer:
                 return self._load(path)
             logger.warning(f"cannot resume from {path}: {damage}")
         if existing:
-            raise ValueError(
+            raise UserError(
                 f"checkpoint.resume = 'auto': none of the {len(existing)} checkpoints in {str(self._folder)!r} can be "
                 f"used ({damage}): expected one to be restored, or another job.output_dir to start afresh in"
             )
@@ -111,7 +112,7 @@ class Checkpointer:
         """Clears what a killed run left, and makes sure that all ranks see one folder."""
         seen = self._from_rank_0(self._open_folder)
         if self._agree(lambda: os.stat(seen)):
-            raise ValueError(
+            raise UserError(
                 f"job.output_dir = {self._config.job.output_dir!r}: expected a folder that the processes of all nodes "
                 "share and can write to"
             )
@@ -125,7 +126,7 @@ class Checkpointer:
     def _undamaged(self, path: Path, key: str) -> Path:
         path = self._from_rank_0(lambda: find_checkpoint(path))
         if damage := self._find_damage(path):
-            raise ValueError(f"checkpoint.{key} = {str(path)!r}: {damage}: expected an undamaged checkpoint")
+            raise UserError(f"checkpoint.{key} = {str(path)!r}: {damage}: expected an undamaged checkpoint")
         return path
 
     def _find_damage(self, path: Path) -> str | None:
@@ -147,9 +148,9 @@ class Checkpointer:
         for name in sorted(state.keys() | stored.keys()):
             if name not in stored or name not in state:
                 what = "lacks" if name not in stored else "has an unknown"
-                raise ValueError(f"checkpoint {path} {what} tensor {name!r}: expected one of the same model")
+                raise UserError(f"checkpoint {path} {what} tensor {name!r}: expected one of the same model")
             if stored[name].shape != tuple(state[name].shape):
-                raise ValueError(
+                raise UserError(
                     f"checkpoint {path}: {name!r} has shape {list(stored[name].shape)}, the model's has "
                     f"{list(state[name].shape)}"
                 )
@@ -269,7 +270,7 @@ class Checkpointer:
         return next((error for error in errors if error), None)
 
     def _from_rank_0(self, action: Callable[[], Any]) -> Any:
-        """What rank 0 finds, on all ranks; its error is a ValueError on all of them, which else would wait for it."""
+        """What rank 0 finds, on all ranks; its error is a UserError on all of them, which else would wait for it."""
         outcome: list[Any] = [None, None]
         if dist.get_rank() == 0:
             try:
@@ -278,7 +279,7 @@ class Checkpointer:
                 outcome[1] = _one_line(error)
         dist.broadcast_object_list(outcome, group=self._group)
         if outcome[1] is not None:
-            raise ValueError(outcome[1])
+            raise UserError(outcome[1])
         return outcome[0]
 
     def _gather_cursors(self, own: torch.Tensor) -> torch.Tensor:

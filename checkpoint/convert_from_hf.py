@@ -43,7 +43,7 @@ def convert_from_hf(source: Path, out: Path, dtype: torch.dtype | None) -> list[
 
     dtype: of all parameters but the few that are float32 in training; None keeps what is stored. Returns the tensors
     that were left out: vision tower and multi-token prediction, which an export takes from `source` again. `out` is new
-    or empty; it appears when it is complete. Raises ValueError naming a tensor that is missing, odd or unknown.
+    or empty; it appears when it is complete. Raises UserError naming a tensor that is missing, odd or unknown.
     """
     arrays = read_headers(source)
     tensors = text_tensors(ModelConfig.from_pretrained(source), arrays)

@@ -29,6 +29,7 @@ from checkpoint.hf_assets import class_config, copy_assets, read_base
 from checkpoint.hf_reader import assemble
 from checkpoint.safetensors_files import Export, read_headers, write_file
 from checkpoint.stored import Shape, StoredArray, StoredTensor, whole
+from errors import UserError
 from models.qwen35_moe.config import ModelConfig
 from models.qwen35_moe.hf_weights import (
     MTP,
@@ -70,7 +71,7 @@ class Plan(NamedTuple):
 def convert_to_hf(checkpoint: Path, out: Path, options: Options | None = None, progress: bool = False) -> Plan:
     """Writes `checkpoint` (a step-* directory, a run's output_dir, per-rank FSDP2 files) as a Hugging Face directory.
 
-    `out` is new or empty; it appears when it is complete. Raises ValueError, naming what does not fit, before anything
+    `out` is new or empty; it appears when it is complete. Raises UserError, naming what does not fit, before anything
     is written.
     """
     options = options or Options()
@@ -99,19 +100,19 @@ def convert_to_hf(checkpoint: Path, out: Path, options: Options | None = None, p
 
 
 def make_plan(checkpoint: Path, options: Options) -> Plan:
-    """Decides what is written. Raises ValueError naming what is missing, unknown, or of a wrong shape."""
+    """Decides what is written. Raises UserError naming what is missing, unknown, or of a wrong shape."""
     stored, assets, recorded_base = _open_checkpoint(checkpoint)
     base = options.base or recorded_base
     if base and (base / "config.json").is_file():
         assets = [*assets, base]
     configs = [json.loads(path.read_text(encoding="utf-8")) for a in assets if (path := a / "config.json").is_file()]
     if not configs:
-        raise ValueError(f"{checkpoint} has no config.json: expected --base with the model that it came from")
+        raise UserError(f"{checkpoint} has no config.json: expected --base with the model that it came from")
     # The checkpoint's own config tells what was trained; the base's may have what the checkpoint's left out: vision.
     config = configs[0] if "vision_config" in configs[0] else configs[-1]
     shape = ModelConfig.from_dict(configs[0])
     if ModelConfig.from_dict(config) != shape:
-        raise ValueError(f"--base {base}: its text model has another shape than the checkpoint's")
+        raise UserError(f"--base {base}: its text model has another shape than the checkpoint's")
     has_vision = any(key.startswith(VISION) for key in stored)
     from_image_text = "vision_config" in config and (base is not None or has_vision)
     architecture = options.architecture or ("image_text_to_text" if from_image_text else "causal_lm")
@@ -120,7 +121,7 @@ def make_plan(checkpoint: Path, options: Options) -> Plan:
     if base and base.is_dir() and (from_image_text or options.base or any(base.glob("*.safetensors"))):
         arrays = read_headers(base)
     elif base and architecture == "image_text_to_text" and not has_vision:
-        raise ValueError(
+        raise UserError(
             f"the model came from {base}, which is not there: expected --base with it, or --architecture causal_lm"
         )
     # What was trained comes from the checkpoint, the rest from the base.
@@ -185,7 +186,7 @@ def _mtp_exports(shape: ModelConfig, tensors: dict[str, StoredTensor], experts: 
     exports = []
     for key, parts in pieces.items():
         if key not in tensors and not all(part.key in arrays for part in parts):
-            raise ValueError(f"{parts[0].key!r} is in several pieces: expected --experts keep")
+            raise UserError(f"{parts[0].key!r} is in several pieces: expected --experts keep")
         tensor = tensors[key] if key in tensors else assemble(key, shapes[key], parts, arrays)
         exports += _experts(Export(key, tensor, tensor.dtype), experts == "per_expert")
     return exports
@@ -210,29 +211,29 @@ def _vision_shapes(config: dict[str, Any]) -> dict[str, Shape]:
 
 def _check(where: str, available: dict[str, Shape], expected: dict[str, Shape]) -> None:
     for name in sorted(available.keys() ^ expected.keys()):
-        raise ValueError(f"{where}: {name!r} is {'missing' if name in expected else 'unknown to this model'}")
+        raise UserError(f"{where}: {name!r} is {'missing' if name in expected else 'unknown to this model'}")
     for name, shape in expected.items():
         if available[name] != shape:
-            raise ValueError(f"{where}: {name!r} has shape {list(available[name])}, not {list(shape)}")
+            raise UserError(f"{where}: {name!r} has shape {list(available[name])}, not {list(shape)}")
 
 
 def verify(checkpoint: Path, out: Path, plan: Plan, progress: bool = False) -> None:
-    """Reads `out` again: every tensor bit for bit against the source, then with transformers. Raises ValueError."""
+    """Reads `out` again: every tensor bit for bit against the source, then with transformers. Raises UserError."""
     if not is_shard_directory(checkpoint):
         step = find_checkpoint(checkpoint)
         if (step / MANIFEST).exists() and (damage := find_damage(step)):
-            raise ValueError(f"verify: {damage}")
+            raise UserError(f"verify: {damage}")
     arrays = read_headers(out)
     _check(f"verify: {out}", {k: a.shape for k, a in arrays.items()}, {e.key: e.shape for e in plan.tensors})
     bar: Iterable[Export] = tqdm(plan.tensors, desc="verify", unit="tensor", disable=None if progress else True)
     for export in bar:
         written = arrays[export.key]
         if written.dtype != export.dtype:
-            raise ValueError(f"verify: {export.key!r} is {written.dtype}, not {export.dtype}")
+            raise UserError(f"verify: {export.key!r} is {written.dtype}, not {export.dtype}")
         for block in export.blocks():
             same = written._replace(shape=(block.numel(),), strides=(1,)).read()
             if not torch.equal(same.view(torch.uint8), block.view(torch.uint8)):
-                raise ValueError(f"verify: {export.key!r} in {written.file} differs from the checkpoint's")
+                raise UserError(f"verify: {export.key!r} in {written.file} differs from the checkpoint's")
             written = written._replace(start=written.start + block.numel() * block.dtype.itemsize)
     _load_with_transformers(out, plan)
 
@@ -246,7 +247,7 @@ def _load_with_transformers(out: Path, plan: Plan) -> None:
     _, loading = cls.from_pretrained(out, dtype="auto", device_map=place, output_loading_info=True)
     for problem, keys in loading.items():
         if keys:
-            raise ValueError(f"verify: {cls.__name__} finds {problem.replace('_', ' ')}: {sorted(map(str, keys))[0]}")
+            raise UserError(f"verify: {cls.__name__} finds {problem.replace('_', ' ')}: {sorted(map(str, keys))[0]}")
 
 
 def parse_size(text: str) -> int:

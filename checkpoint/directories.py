@@ -13,6 +13,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from errors import UserError
+
 MANIFEST = "manifest.json"
 
 
@@ -22,12 +24,12 @@ def complete_checkpoints(folder: Path) -> list[Path]:
 
 
 def find_checkpoint(path: Path) -> Path:
-    """`path` itself if it is a checkpoint, else the newest of the run whose output_dir it is. Raises ValueError."""
+    """`path` itself if it is a checkpoint, else the newest of the run whose output_dir it is. Raises UserError."""
     if (path / ".metadata").exists() or (path / MANIFEST).exists():
         return path
     found = complete_checkpoints(path / "checkpoints")
     if not found:
-        raise ValueError(f"{path}: expected a checkpoint, or a run's output_dir with a complete one in checkpoints/")
+        raise UserError(f"{path}: expected a checkpoint, or a run's output_dir with a complete one in checkpoints/")
     return found[-1]
 
 
@@ -73,10 +75,10 @@ def _crc32(path: Path) -> int:
 def new_directory(out: Path) -> Iterator[Path]:
     """Yields a directory to fill, which takes the name `out` when the block ends well and vanishes when it does not.
 
-    Raises ValueError if `out` exists, unless it is an empty directory.
+    Raises UserError if `out` exists, unless it is an empty directory.
     """
     if is_taken(out):
-        raise ValueError(f"{out} exists: expected a new or an empty directory")
+        raise UserError(f"{out} exists: expected a new or an empty directory")
     out = out.resolve()
     unfinished = out.with_name(f".{out.name}.unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)  # left by a process that was killed

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from checkpoint.stored import Chunk, Shape, StoredArray, StoredTensor
 from checkpoint.torch_file import Stub, read_torch_file
+from errors import UserError
 
 _NAME = re.compile(r"model_world_size_(\d+)_rank_(\d+)\.pt")
 
@@ -23,19 +24,19 @@ def is_shard_directory(folder: Path) -> bool:
 
 
 def read_shards(folder: Path) -> dict[str, StoredTensor]:
-    """All tensors, by name. Raises ValueError naming a file or tensor that is missing or does not fit the others."""
+    """All tensors, by name. Raises UserError naming a file or tensor that is missing or does not fit the others."""
     found = [match for path in folder.iterdir() if (match := _NAME.fullmatch(path.name))]
     (world_size, *others) = {int(match[1]) for match in found}
     if others:
-        raise ValueError(f"{folder} has files of worlds of {sorted([world_size, *others])} ranks: expected one")
+        raise UserError(f"{folder} has files of worlds of {sorted([world_size, *others])} ranks: expected one")
     paths = [folder / f"model_world_size_{world_size}_rank_{rank}.pt" for rank in range(world_size)]
     for path in paths:
         if not path.exists():
-            raise ValueError(f"{path} is missing")
+            raise UserError(f"{path} is missing")
     ranks = [read_torch_file(path) for path in paths]
     for path, values in zip(paths, ranks):
         if not isinstance(values, dict) or values.keys() != ranks[0].keys():
-            raise ValueError(f"{path} does not hold the same tensors as {paths[0].name}")
+            raise UserError(f"{path} does not hold the same tensors as {paths[0].name}")
     return {name: _assemble(name, [values[name] for values in ranks], paths) for name in ranks[0]}
 
 
@@ -46,11 +47,11 @@ def _assemble(name: str, values: Sequence[StoredArray | Stub], paths: list[Path]
         try:
             shape, local, indices = _locate(value, rank)
         except (AttributeError, IndexError, TypeError) as error:
-            raise ValueError(f"{name!r} in {path} is neither a tensor nor a DTensor: {error}") from error
+            raise UserError(f"{name!r} in {path} is neither a tensor nor a DTensor: {error}") from error
         except ValueError as error:
-            raise ValueError(f"{name!r} in {path}: {error}") from error
+            raise UserError(f"{name!r} in {path}: {error}") from error
         if local.shape != tuple(map(len, indices)):
-            raise ValueError(
+            raise UserError(
                 f"{name!r} in {path} has a local shape of {list(local.shape)}: its placements make it "
                 f"{[len(dim) for dim in indices]}"
             )
@@ -64,7 +65,7 @@ def _assemble(name: str, values: Sequence[StoredArray | Stub], paths: list[Path]
             else:
                 chunks[box] = chunk
     if len(shapes) > 1 or len(dtypes) > 1:
-        raise ValueError(f"{name!r} differs between ranks in shape or dtype: {shapes}, {dtypes}")
+        raise UserError(f"{name!r} differs between ranks in shape or dtype: {shapes}, {dtypes}")
     tensor = StoredTensor(name, shapes.pop(), dtypes.pop(), list(chunks.values()))
     tensor.check_cover()
     return tensor
@@ -79,7 +80,7 @@ def _locate(value: StoredArray | Stub, rank: int) -> tuple[Shape, StoredArray, l
     indices: list[Sequence[int]] = [range(size) for size in shape]
     mesh = _mesh_position(spec.mesh, rank)
     if len(mesh) != len(spec.placements):
-        raise ValueError(f"{len(spec.placements)} placements on a mesh of {len(mesh)} axes")
+        raise UserError(f"{len(spec.placements)} placements on a mesh of {len(mesh)} axes")
     for (size, coordinate), placement in zip(mesh, spec.placements):
         kind = type(placement).name
         if kind in ("Shard", "_StridedShard"):
@@ -91,7 +92,7 @@ def _locate(value: StoredArray | Stub, rank: int) -> tuple[Shape, StoredArray, l
             parts = _chunk(indices[dim], placement.split_factor)
             indices[dim] = [index for part in parts for index in _chunk(part, size)[coordinate]]
         elif kind != "Replicate":
-            raise ValueError(f"its placement is {kind}: expected shards and replicas")
+            raise UserError(f"its placement is {kind}: expected shards and replicas")
     return shape, local, indices
 
 

@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from errors import UserError
 from models.qwen35_moe.config import ModelConfig
 
 _COPIED = (
@@ -48,7 +49,7 @@ def class_config(
     """The config.json of one of the two classes, from a config.json of either form.
 
     MTP layers are declared as many as there are. Ids of special tokens that `config` does not tell come from the
-    tokenizer's files in `tokenizer`. Raises ValueError if the image-text class is asked for without a vision_config.
+    tokenizer's files in `tokenizer`. Raises UserError if the image-text class is asked for without a vision_config.
     """
     text = config.get("text_config", config) | ModelConfig.from_dict(config).to_dict()
     if num_mtp_layers or "mtp_num_hidden_layers" in text:
@@ -58,7 +59,7 @@ def class_config(
     if architecture == "causal_lm":
         return text | {"dtype": dtype}
     if "vision_config" not in config:
-        raise ValueError("image_text_to_text: config.json has no vision_config: expected --base with a model that has")
+        raise UserError("image_text_to_text: config.json has no vision_config: expected --base with a model that has")
     del text["architectures"]
     return config | {
         "architectures": ["Qwen3_5MoeForConditionalGeneration"],

@@ -8,13 +8,14 @@ from torch import nn
 
 from checkpoint.safetensors_files import read_headers
 from checkpoint.stored import Chunk, Shape, StoredArray, StoredTensor, full_box
+from errors import UserError
 from models.qwen35_moe.config import ModelConfig
 from models.qwen35_moe.hf_weights import Piece, find_pieces, parameter_shapes
 from models.qwen35_moe.model import Qwen35Moe
 
 
 def text_tensors(config: ModelConfig, arrays: Mapping[str, StoredArray]) -> dict[str, StoredTensor]:
-    """Native parameters from a directory's tensors. Raises ValueError naming one that is missing, odd or unknown."""
+    """Native parameters from a directory's tensors. Raises UserError naming one that is missing, odd or unknown."""
     pieces = find_pieces(config, {key: array.shape for key, array in arrays.items()})
     return {name: assemble(name, shape, pieces[name], arrays) for name, shape in parameter_shapes(config).items()}
 
@@ -23,7 +24,7 @@ def assemble(name: str, shape: Shape, pieces: list[Piece], arrays: Mapping[str, 
     """One tensor from Hugging Face tensors."""
     dtypes = {arrays[piece.key].dtype for piece in pieces}
     if len(dtypes) > 1:
-        raise ValueError(f"weights: the experts of {name!r} differ in dtype: {sorted(map(str, dtypes))}")
+        raise UserError(f"weights: the experts of {name!r} differ in dtype: {sorted(map(str, dtypes))}")
     chunks = [Chunk(full_box(piece.region, shape), arrays[piece.key]) for piece in pieces]
     return StoredTensor(pieces[0].key if len(pieces) == 1 else name, shape, dtypes.pop(), chunks)
 
@@ -34,7 +35,7 @@ def load_hf_weights(
 ) -> None:
     """Fills every parameter's part that `region` says lies in this process, reading no more than that.
 
-    Raises ValueError naming a tensor that is missing, unexpected or of a wrong shape.
+    Raises UserError naming a tensor that is missing, unexpected or of a wrong shape.
     """
     tensors = text_tensors(model.config, read_headers(folder))
     for name, parameter in model.named_parameters():

@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 
 from checkpoint.stored import Box, Shape, StoredArray, StoredTensor
+from errors import UserError
 from models.qwen35_moe.hf_weights import shape_of_region
 
 _DTYPES = {
@@ -35,23 +36,23 @@ _BLOCK_BYTES = 64 * 2**20
 
 
 def read_headers(folder: Path) -> dict[str, StoredArray]:
-    """Every tensor of a Hugging Face directory, one file or several. Raises ValueError naming a file that is bad."""
+    """Every tensor of a Hugging Face directory, one file or several. Raises UserError naming a file that is bad."""
     index = folder / "model.safetensors.index.json"
     names = ["model.safetensors"]
     if index.exists():
         try:
             names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
         except (ValueError, KeyError, AttributeError) as error:
-            raise ValueError(f"{index} is no index of safetensors files: {error}") from error
+            raise UserError(f"{index} is no index of safetensors files: {error}") from error
     arrays: dict[str, StoredArray] = {}
     for name in names:
         path = folder / name
         if not path.is_file():
-            raise ValueError(f"{folder}: {name} is missing")
+            raise UserError(f"{folder}: {name} is missing")
         try:
             arrays |= _read_header(path)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"{path} is no complete safetensors file: {error}") from error
+            raise UserError(f"{path} is no complete safetensors file: {error}") from error
     return arrays
 
 
@@ -60,14 +61,14 @@ def _read_header(path: Path) -> dict[str, StoredArray]:
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         if length > size:
-            raise ValueError("its header does not end")
+            raise UserError("its header does not end")
         header = json.loads(file.read(length))
     header.pop("__metadata__", None)
     arrays = {}
     for key, entry in header.items():
         shape, dtype, (start, end) = tuple(entry["shape"]), _DTYPES[entry["dtype"]], entry["data_offsets"]
         if end - start != prod(shape) * dtype.itemsize or 8 + length + end > size:
-            raise ValueError(f"the data of {key!r} is cut off")
+            raise UserError(f"the data of {key!r} is cut off")
         strides = tuple(prod(shape[dim + 1 :]) for dim in range(len(shape)))
         arrays[key] = StoredArray(path, 8 + length + start, dtype, shape, strides)
     return arrays

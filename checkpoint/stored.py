@@ -14,6 +14,8 @@ from typing import NamedTuple
 
 import torch
 
+from errors import UserError
+
 Shape = tuple[int, ...]
 Box = tuple[tuple[int, int], ...]
 """(start, stop) of a tensor's first dimensions; those not named are whole."""
@@ -37,7 +39,7 @@ class StoredArray(NamedTuple):
         return self._replace(start=self.start + first * self.dtype.itemsize, shape=shape)
 
     def read(self) -> torch.Tensor:
-        """Its numbers, contiguous. Raises ValueError if the file ends too early, OSError if it cannot be read."""
+        """Its numbers, contiguous. Raises UserError if the file ends too early, OSError if it cannot be read."""
         with self.file.open("rb", buffering=0) as file:
             return self._read_from(file)
 
@@ -58,7 +60,7 @@ class StoredArray(NamedTuple):
         while done < len(view):
             count = file.readinto(view[done:])
             if not count:
-                raise ValueError(f"{self.file} ends too early: it is truncated")
+                raise UserError(f"{self.file} ends too early: it is truncated")
             done += count
         strided = buffer.as_strided(self.shape, self.strides)
         return buffer.view(self.shape) if strided.is_contiguous() else strided.contiguous()
@@ -98,7 +100,7 @@ class StoredTensor(NamedTuple):
     chunks: list[Chunk]
 
     def read(self, box: Box = ()) -> torch.Tensor:
-        """The part in `box`, on the CPU. Raises ValueError for bad bytes, and for copies that differ."""
+        """The part in `box`, on the CPU. Raises UserError for bad bytes, and for copies that differ."""
         box = full_box(box, self.shape)
         parts = ((chunk, _overlap(box, chunk.box)) for chunk in self.chunks)
         parts_here = [(chunk, part) for chunk, part in parts if part is not None]
@@ -116,10 +118,10 @@ class StoredTensor(NamedTuple):
             try:
                 values = copy.read(box)
             except (OSError, ValueError) as error:
-                raise ValueError(f"cannot read {self.name!r}: {error}") from error
+                raise UserError(f"cannot read {self.name!r}: {error}") from error
             first = values if first is None else first
             if not torch.equal(_as_bytes(values), _as_bytes(first)):
-                raise ValueError(f"copies of {self.name!r} in {chunk.array.file} and {copy.array.file} differ")
+                raise UserError(f"copies of {self.name!r} in {chunk.array.file} and {copy.array.file} differ")
         assert first is not None
         return first
 
@@ -133,20 +135,20 @@ class StoredTensor(NamedTuple):
             yield self.read(((start, min(start + rows, self.shape[0])),))
 
     def check_cover(self) -> None:
-        """Raises ValueError unless each element lies in one chunk."""
+        """Raises UserError unless each element lies in one chunk."""
         edges = [
             sorted({0, size, *(edge for chunk in self.chunks for edge in chunk.box[dim])})
             for dim, size in enumerate(self.shape)
         ]
         if any(edge[0] < 0 or edge[-1] > size for edge, size in zip(edges, self.shape)):
-            raise ValueError(f"a chunk of {self.name!r} lies outside of it")
+            raise UserError(f"a chunk of {self.name!r} lies outside of it")
         # Counts the chunks on each cell of the grid that all their edges draw.
         cells = [{position: cell for cell, position in enumerate(edge)} for edge in edges]
         count = torch.zeros([len(edge) - 1 for edge in edges], dtype=torch.int32)
         for chunk in self.chunks:
             count[tuple(slice(of[start], of[stop]) for of, (start, stop) in zip(cells, chunk.box))] += 1
         if (count != 1).any():
-            raise ValueError(f"the chunks of {self.name!r} overlap or leave a hole")
+            raise UserError(f"the chunks of {self.name!r} overlap or leave a hole")
 
 
 def whole(name: str, array: StoredArray) -> StoredTensor:

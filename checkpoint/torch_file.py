@@ -17,6 +17,7 @@ import torch
 from torch.storage import _storage_type_to_dtype_map
 
 from checkpoint.stored import StoredArray
+from errors import UserError
 
 
 class Stub:
@@ -42,7 +43,7 @@ class Stub:
         raise AttributeError(f"{type(self).name or 'a stub'} has no {name}")
 
 
-class Refused(ValueError):
+class Refused(UserError):
     """A pickle names something that is not allowed, or data that is not there."""
 
 
@@ -103,7 +104,7 @@ class _Unpickler(pickle.Unpickler):
 
 
 def load_pickle(file: IO[bytes], source: Path, storages: Mapping[str, tuple[int, int]] | None = None) -> Any:
-    """Unpickles. Raises ValueError naming `source`, which `file` is of, for what is not allowed or damaged.
+    """Unpickles. Raises UserError naming `source`, which `file` is of, for what is not allowed or damaged.
 
     storages: first byte in `source` and number of bytes of each storage that a tensor may name.
     """
@@ -112,7 +113,7 @@ def load_pickle(file: IO[bytes], source: Path, storages: Mapping[str, tuple[int,
     except Refused:
         raise
     except Exception as error:  # a damaged pickle can raise nearly anything
-        raise ValueError(f"{source} cannot be read: {error}") from error
+        raise UserError(f"{source} cannot be read: {error}") from error
 
 
 class _Window:
@@ -142,18 +143,18 @@ class _Window:
 def read_torch_file(path: Path, start: int = 0, length: int | None = None) -> Any:
     """What `torch.save` wrote to `path` (or to its bytes from `start` on), with each tensor a StoredArray.
 
-    Raises ValueError naming the file if it is truncated, of another format, or names what is not allowed.
+    Raises UserError naming the file if it is truncated, of another format, or names what is not allowed.
     """
     size = path.stat().st_size - start
     if length is not None and length > size:
-        raise ValueError(f"{path} ends too early: it is truncated")
+        raise UserError(f"{path} ends too early: it is truncated")
     with path.open("rb") as file:
         try:
             window = _Window(file, start, size if length is None else length)
             archive = zipfile.ZipFile(window)
             entries = {info.filename.partition("/")[2]: info for info in archive.infolist()}
             if "byteorder" in entries and archive.read(entries["byteorder"]) != b"little":
-                raise ValueError(f"{path} is big-endian")
+                raise UserError(f"{path} is big-endian")
             storages = {}
             for name, entry in entries.items():
                 if name.startswith("data/") and entry.compress_type == zipfile.ZIP_STORED:
@@ -165,4 +166,4 @@ def read_torch_file(path: Path, start: int = 0, length: int | None = None) -> An
             with archive.open(entries["data.pkl"]) as pickled:
                 return load_pickle(pickled, path, storages)
         except (zipfile.BadZipFile, KeyError, EOFError, struct.error) as error:
-            raise ValueError(f"{path} is no complete file of torch.save: {error}") from error
+            raise UserError(f"{path} is no complete file of torch.save: {error}") from error

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from data.packing import BadSample, Sample
+from errors import UserError
 
 if TYPE_CHECKING:  # seconds to import, and of no use to workers that read text
     from transformers import PreTrainedTokenizerFast
@@ -39,16 +40,16 @@ class ChatTemplate:
     """Renders conversations with a tokenizer's template, and knows what the template puts before an answer."""
 
     def __init__(self, tokenizer: "PreTrainedTokenizerFast", *, train_on: str, train_empty_thinking: bool) -> None:
-        """Raises ValueError for a tokenizer without a chat template."""
+        """Raises UserError for a tokenizer without a chat template."""
         if not tokenizer.chat_template:
-            raise ValueError(f"data.tokenizer = {tokenizer.name_or_path!r}: expected one with a chat template")
+            raise UserError(f"data.tokenizer = {tokenizer.name_or_path!r}: expected one with a chat template")
         self._tokenizer, self._train_on, self._train_empty_thinking = tokenizer, train_on, train_empty_thinking
         special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
         self._special = re.compile("|".join(map(re.escape, sorted(special | {_OPEN}, key=len, reverse=True))))
         try:
             self._learn_openings()
         except BadSample as error:
-            raise ValueError(f"data.tokenizer = {tokenizer.name_or_path!r}: its chat template fails: {error}") from None
+            raise UserError(f"data.tokenizer = {tokenizer.name_or_path!r}: its chat template fails: {error}") from None
 
     def sample(self, messages: list[Message], tools: Any) -> Sample:
         """The tokens of a conversation, of which the assistant's are trained on. Raises BadSample."""

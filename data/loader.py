@@ -30,6 +30,7 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 from config import Data, Training
 from data.packing import NO_SAMPLE, NUM_PENDING, ChatSlot, Cursor, Row, Share, TextSlot
 from data.samples import Samples, load_tokenizer, open_samples
+from errors import UserError
 
 
 class MicroBatch(NamedTuple):
@@ -56,7 +57,7 @@ class TokenLoader:
         one_epoch: bool = False,
         skipped_dir: Path | None = None,
     ) -> None:
-        """Opens the data and the tokenizer. Raises ValueError, one line, if they cannot be used.
+        """Opens the data and the tokenizer. Raises UserError, one line, if they cannot be used.
 
         `one_epoch`: the samples once; then fillers, without end. `skipped_dir`: where to list skipped samples.
         """
@@ -71,7 +72,7 @@ class TokenLoader:
         samples = open_samples(data, tokenizer, training.sequence_length, seed)
         self._packer = Packer(samples, data, tokenizer.eos_token_id or 0, self._num_slots, one_epoch)
         self._may_fill = one_epoch or data.format == "chat"
-        self._shares: Iterator[list[Row] | ValueError] | None = None  # of the workers in turn; None before `next`
+        self._shares: Iterator[list[Row] | UserError] | None = None  # of the workers in turn; None before `next`
         self._lifeline: Connection | None = None
         self._round: list[Row] = []  # a row of each own slot: what a step takes
         self._next = 0  # which row of the round comes next
@@ -89,15 +90,15 @@ class TokenLoader:
     def load_cursors(self, all_cursors: Tensor) -> None:
         """Continues where the `cursors` of all ranks, in rank order [G, width], were taken; before the first `next`.
 
-        They may come from any number of ranks and workers, but from the same G and between steps. Raises ValueError.
+        They may come from any number of ranks and workers, but from the same G and between steps. Raises UserError.
         """
         assert self._shares is None
         if len(all_cursors) != self._num_slots:
-            raise ValueError(
+            raise UserError(
                 f"training.global_batch_size = {self._num_slots}: expected {len(all_cursors)}, as in the checkpoint"
             )
         if all_cursors.shape[1] != self.cursors.shape[1]:
-            raise ValueError(f"data.format = {self._packer.data.format!r}: expected the other, as in the checkpoint")
+            raise UserError(f"data.format = {self._packer.data.format!r}: expected the other, as in the checkpoint")
         assert torch.equal(all_cursors[:, 0] % self._num_slots, torch.arange(self._num_slots))
         self.cursors = all_cursors[self._slots.start : self._slots.stop].clone()
 
@@ -105,7 +106,7 @@ class TokenLoader:
         return self
 
     def __next__(self) -> MicroBatch:
-        """Raises ValueError, one line, for a sample that cannot be used."""
+        """Raises UserError, one line, for a sample that cannot be used."""
         if not self._next:
             self._round = self._next_round()
             self._count(self._round)
@@ -145,13 +146,13 @@ class TokenLoader:
         shares = []
         for _ in range(max(1, self._num_workers)):
             share = next(self._shares)
-            if isinstance(share, ValueError):
+            if isinstance(share, UserError):
                 self.close()
                 raise share
             shares.append(share)
         return [shares[place % len(shares)][place // len(shares)] for place in range(len(self._slots))]
 
-    def _start(self) -> Iterator[list[Row] | ValueError]:
+    def _start(self) -> Iterator[list[Row] | UserError]:
         cursors = [tuple(cursor) for cursor in self.cursors.tolist()]
         shares = _Shares(self._packer, cursors, self._training.sequence_length)
         if not self._num_workers:
@@ -202,23 +203,23 @@ class Packer(NamedTuple):
         return kind(share, cursor, self.filler)
 
 
-class _Shares(IterableDataset[list[Row] | ValueError]):
+class _Shares(IterableDataset[list[Row] | UserError]):
     """A row of each of the rank's slots, again and again; in worker w of n, of its slots w, w + n, ...
 
-    A ValueError is the last item: one that is raised would arrive as the text of its traceback.
+    A UserError is the last item: one that is raised would arrive as the text of its traceback.
     """
 
     def __init__(self, packer: Packer, cursors: list[Cursor], sequence_length: int) -> None:
         self._packer, self._cursors, self._sequence_length = packer, cursors, sequence_length
 
-    def __iter__(self) -> Iterator[list[Row] | ValueError]:
+    def __iter__(self) -> Iterator[list[Row] | UserError]:
         info = get_worker_info()
         own = self._cursors[info.id :: info.num_workers] if info else self._cursors
         slots = [self._packer.slot(cursor) for cursor in own]
         try:
             while True:
                 yield [slot.next_row(self._sequence_length) for slot in slots]
-        except ValueError as error:
+        except UserError as error:
             yield error
 
 
@@ -249,5 +250,5 @@ def _init_worker(lifeline: Connection, worker: int) -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-def _unchanged(share: list[Row] | ValueError) -> list[Row] | ValueError:
+def _unchanged(share: list[Row] | UserError) -> list[Row] | UserError:
     return share

@@ -7,6 +7,8 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from errors import UserError
+
 IGNORED = -100  # the label of a token after which nothing is trained
 
 REASONS = (
@@ -23,7 +25,7 @@ REASONS = (
 )
 
 
-class BadSample(ValueError):
+class BadSample(UserError):
     """A sample that cannot be used: one of REASONS, and one line that says where and why."""
 
     def __init__(self, reason: str, message: str) -> None:
@@ -78,7 +80,7 @@ class Share:
     notes: list[tuple[str, str]] = field(default_factory=list)
 
     def first_from(self, number: int) -> tuple[int, Sample | None]:
-        """The first usable sample from `number` on, and its number; None: there is none any more. Raises ValueError."""
+        """The first usable sample from `number` on, and its number; None: there is none any more. Raises UserError."""
         num_bad = 0
         while self.end is None or number < self.end:
             try:
@@ -92,7 +94,7 @@ class Share:
                 self.notes.append((error.reason, str(error)))
                 num_bad += 1
                 if num_bad > self.max_bad:
-                    raise ValueError(f"data: {num_bad} samples in a row cannot be used, the last: {error}") from error
+                    raise UserError(f"data: {num_bad} samples in a row cannot be used, the last: {error}") from error
             number += self.stride
         return number, None
 
@@ -140,7 +142,7 @@ class TextSlot:
         self._document: Sample | None = None  # the sample at the cursor, read when it is needed
 
     def next_row(self, sequence_length: int) -> Row:
-        """Raises ValueError for a share without usable samples, and for a cursor of other data."""
+        """Raises UserError for a share without usable samples, and for a cursor of other data."""
         row = _OpenRow(sequence_length)
         while row.room:
             document = self._document or self._read()
@@ -157,7 +159,7 @@ class TextSlot:
         number, document = self._share.first_from(self._number)
         num_tokens = 0 if document is None or number != self._number else len(document.tokens)
         if self._offset and self._offset >= num_tokens:
-            raise ValueError(
+            raise UserError(
                 f"data: sample {self._number} has {num_tokens} tokens, but the checkpoint stands at its token "
                 f"{self._offset}: expected the data and the tokenizer that the run began with"
             )
@@ -185,7 +187,7 @@ class ChatSlot:
         self._pending: list[tuple[int, Sample]] = []
 
     def next_row(self, sequence_length: int) -> Row:
-        """Raises ValueError as TextSlot's does."""
+        """Raises UserError as TextSlot's does."""
         row = _OpenRow(sequence_length)
         self._refill()
         while self._pending:
@@ -205,7 +207,7 @@ class ChatSlot:
         for expected in self._to_read:
             number, sample = self._share.first_from(expected)
             if sample is None or number != expected:
-                raise ValueError(
+                raise UserError(
                     f"data: sample {expected}, for which the checkpoint waits, cannot be used: expected the data and "
                     "the tokenizer that the run began with"
                 )

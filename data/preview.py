@@ -17,7 +17,7 @@ from config import check_data, load_config
 from data.loader import Packer
 from data.packing import IGNORED, BadSample, Row
 from data.samples import load_tokenizer, open_samples
-from training.errors import exit_on_error
+from errors import UserError, exit_on_error
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -55,7 +55,7 @@ def histogram(lengths: list[int]) -> str:
 
 
 def main(argv: list[str]) -> None:
-    """The command line. Raises ValueError, one line."""
+    """The command line. Raises UserError, one line."""
     parser = argparse.ArgumentParser(prog="python -m data.preview", description="Shows what will be trained on.")
     parser.add_argument("--rows", type=int, default=2, help="rows to show")
     parser.add_argument("--samples", type=int, default=1000, help="samples to measure")
@@ -81,7 +81,7 @@ def main(argv: list[str]) -> None:
         lengths.append(len(sample.tokens))
         num_trained += int((sample.labels != IGNORED).sum())
     if not lengths:
-        raise ValueError(f"data.path: none of {num_measured} samples can be used: {dict(skipped)}")
+        raise UserError(f"data.path: none of {num_measured} samples can be used: {dict(skipped)}")
     slot = Packer(samples, config.data, 0, 1, False).slot(packer.first_cursor(0))
     rows = [slot.next_row(training.sequence_length) for _ in range(-(-sum(lengths) // training.sequence_length))]
     fill = 1 - sum(row.num_fillers for row in rows) / (len(rows) * training.sequence_length)

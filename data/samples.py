@@ -14,6 +14,7 @@ from data.chat import ChatTemplate
 from data.packing import BadSample, Sample
 from data.shuffle import permute
 from data.sources import Record, Source, open_sources
+from errors import UserError
 
 if TYPE_CHECKING:  # seconds to import, and of no use to workers that read text
     from transformers import PreTrainedTokenizerFast
@@ -69,7 +70,7 @@ class Samples:
         return self._read(*self.find(sample))
 
     def check(self) -> None:
-        """Raises ValueError for a source of which nothing can be used, judging from its first records."""
+        """Raises UserError for a source of which nothing can be used, judging from its first records."""
         for source in self._sources:
             errors: list[BadSample] = []
             for index in range(min(len(source), _NUM_CHECKED)):
@@ -79,7 +80,7 @@ class Samples:
                 except BadSample as error:
                     errors.append(error)
             else:
-                raise ValueError(f"{errors[0]} (and none of the first {len(errors)} samples can be used)")
+                raise UserError(f"{errors[0]} (and none of the first {len(errors)} samples can be used)")
 
     def _read(self, source: Source, index: int) -> Sample:
         try:
@@ -152,25 +153,25 @@ class EncodeChat:
 
 
 def load_tokenizer(folder: str) -> "PreTrainedTokenizerFast":
-    """A Hugging Face tokenizer. Raises ValueError for one that is not of the `tokenizers` library."""
+    """A Hugging Face tokenizer. Raises UserError for one that is not of the `tokenizers` library."""
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     tokenizer = AutoTokenizer.from_pretrained(folder)
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
-        raise ValueError(f"data.tokenizer = {folder!r}: expected a tokenizer with a tokenizer.json")
+        raise UserError(f"data.tokenizer = {folder!r}: expected a tokenizer with a tokenizer.json")
     tokenizer.backend_tokenizer.no_truncation()  # what a file may ask for is for inference
     tokenizer.backend_tokenizer.no_padding()
     return tokenizer
 
 
 def open_samples(data: Data, tokenizer: "PreTrainedTokenizerFast", max_tokens: int, seed: int) -> Samples:
-    """What [data] describes, in rows of `max_tokens`. Raises ValueError, one line, if it cannot be used."""
+    """What [data] describes, in rows of `max_tokens`. Raises UserError, one line, if it cannot be used."""
     encode: Encode
     if data.format == "chat":
         encode = EncodeChat(data, tokenizer, max_tokens)
     else:
         if data.end_of_document and tokenizer.eos_token_id is None:
-            raise ValueError(
+            raise UserError(
                 f"data.end_of_document = True: {data.tokenizer!r} has no eos_token: expected false, or one that has"
             )
         ending = tokenizer.eos_token_id if data.end_of_document else None

@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 
 from config import TOKENS_META, Data, find_files, is_dataset, suffix_of
 from data.packing import BadSample
+from errors import UserError
 
 datasets.disable_progress_bars()
 
@@ -44,7 +45,7 @@ class Source(Protocol):
 
 
 def open_sources(data: Data) -> list[Source]:
-    """One source for each entry of `data.path`. Raises ValueError, one line, for what is missing, empty or damaged."""
+    """One source for each entry of `data.path`. Raises UserError, one line, for what is missing, empty or damaged."""
     sources, seen = [], set[str]()
     for entry in data.path:
         if is_dataset(entry):
@@ -56,14 +57,14 @@ def open_sources(data: Data) -> list[Source]:
             sources.append(_open_files(files, data))
     empty = [entry for entry, source in zip(data.path, sources) if data.weights and not len(source)]
     if empty or not any(map(len, sources)):
-        raise ValueError(f"data.path: no document in {', '.join(map(repr, empty or data.path)) or '[]'}")
+        raise UserError(f"data.path: no document in {', '.join(map(repr, empty or data.path)) or '[]'}")
     return sources
 
 
 def _open_files(files: list[str], data: Data) -> Source:
     kinds = {suffix_of(file).removesuffix(".gz").removesuffix(".zst") for file in files}
     if len(kinds) > 1:
-        raise ValueError(f"data.path: {' and '.join(sorted(kinds))} files in one entry: expected one kind")
+        raise UserError(f"data.path: {' and '.join(sorted(kinds))} files in one entry: expected one kind")
     if kinds == {".jsonl"}:
         return JsonLines(files)
     if kinds == {".txt"}:
@@ -82,7 +83,7 @@ def _open_dataset(entry: str, data: Data) -> Source:
         try:
             return TokenisedCorpus(entry, data.tokenizer)
         except (OSError, KeyError, TypeError, json.JSONDecodeError) as error:
-            raise ValueError(f"data.path: {entry!r} is damaged: {error!r}") from None
+            raise UserError(f"data.path: {entry!r} is damaged: {error!r}") from None
     if os.path.isdir(entry):
         table = _readable(entry, datasets.load_from_disk)
     else:
@@ -90,7 +91,7 @@ def _open_dataset(entry: str, data: Data) -> Source:
         table = _readable(entry, lambda _: datasets.load_dataset(name, subset or None))
     if isinstance(table, dict):
         if data.split not in table:
-            raise ValueError(f"data.split = {data.split!r}: expected one of {', '.join(table)}, as in {entry!r}")
+            raise UserError(f"data.split = {data.split!r}: expected one of {', '.join(table)}, as in {entry!r}")
         table = table[data.split]
     return _Table(table, [entry], [len(table)], data)
 
@@ -103,7 +104,7 @@ def _readable(name: str, function: Callable[[str], Any]) -> Any:
         cause = error.__cause__ or error
         if isinstance(cause, OSError) and cause.errno is not None and not isinstance(cause, FileNotFoundError):
             raise  # such as a full disk: not the data's fault
-        raise ValueError(f"data.path: cannot read {name}: {' '.join(str(cause).split())}") from error
+        raise UserError(f"data.path: cannot read {name}: {' '.join(str(cause).split())}") from error
 
 
 @functools.cache
@@ -174,7 +175,7 @@ class _Table:
         key, others = ("text_key", []) if data.format == "text" else ("messages_key", [data.tools_key])
         name = getattr(data, key)
         if name not in table.features:
-            raise ValueError(f"data.{key} = {name!r}: expected one of {', '.join(table.features)}, as in {names[0]}")
+            raise UserError(f"data.{key} = {name!r}: expected one of {', '.join(table.features)}, as in {names[0]}")
         self._table = table.select_columns([name, *(other for other in others if other in table.features)])
         self._names, self._starts = names, list(itertools.accumulate(rows, initial=0))
 
@@ -196,10 +197,10 @@ class TokenisedCorpus:
     """What `python -m data.tokenize` wrote: the tokens of all documents end to end, and where each one ends."""
 
     def __init__(self, folder: str, tokenizer: str) -> None:
-        """Raises ValueError if another tokenizer wrote it, or something is missing."""
+        """Raises UserError if another tokenizer wrote it, or something is missing."""
         meta = json.loads(Path(folder, TOKENS_META).read_text(encoding="utf-8"))
         if meta["tokenizer_sha256"] != tokenizer_sha256(tokenizer):
-            raise ValueError(
+            raise UserError(
                 f"data.path: {folder!r} was made with another tokenizer than data.tokenizer = {tokenizer!r}"
             )
         self._folder, self._dtype = folder, meta["dtype"]
@@ -207,7 +208,7 @@ class TokenisedCorpus:
         for shard, (num_documents, num_tokens) in enumerate(zip(meta["documents"], meta["tokens"])):
             tokens, ends = self._shard(shard)
             if (len(ends), len(tokens)) != (num_documents, num_tokens):
-                raise ValueError(f"data.path: {folder!r} is damaged: shard {shard} has not the size in {TOKENS_META}")
+                raise UserError(f"data.path: {folder!r} is damaged: shard {shard} has not the size in {TOKENS_META}")
 
     def _shard(self, shard: int) -> tuple[NDArray[np.unsignedinteger], NDArray[np.int64]]:
         tokens, ends = Path(self._folder, f"{shard:05}.tokens"), Path(self._folder, f"{shard:05}.ends")

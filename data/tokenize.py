@@ -27,7 +27,7 @@ from config import TOKENS_META, check_data, load_config
 from data.packing import BadSample, Share
 from data.samples import EncodeText, Samples, load_tokenizer
 from data.sources import open_sources, tokenizer_sha256
-from training.errors import exit_on_error
+from errors import UserError, exit_on_error
 
 _SHARD = 100_000  # documents
 
@@ -50,7 +50,7 @@ def _write_shard(samples: Samples, shard: int, skip_bad: bool, dtype: str, folde
 
 
 def main(argv: list[str]) -> None:
-    """The command line. Raises ValueError, one line."""
+    """The command line. Raises UserError, one line."""
     parser = argparse.ArgumentParser(prog="python -m data.tokenize", description="Tokenises a corpus ahead of time.")
     parser.add_argument("--out", type=Path, required=True, help="folder to write, which must not exist")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes; default: one a core")
@@ -59,9 +59,9 @@ def main(argv: list[str]) -> None:
     check_data(config)
     data, out = config.data, options.out
     if data.format != "text" or data.weights:
-        raise ValueError(f"data.format = {data.format!r}, weights = {list(data.weights)}: expected 'text' and none")
+        raise UserError(f"data.format = {data.format!r}, weights = {list(data.weights)}: expected 'text' and none")
     if out.exists():
-        raise ValueError(f"--out = {str(out)!r} exists: expected a folder that does not")
+        raise UserError(f"--out = {str(out)!r} exists: expected a folder that does not")
     tokenizer = load_tokenizer(data.tokenizer)
     samples = Samples(open_sources(data), (), EncodeText(data.text_key, tokenizer.backend_tokenizer, None), None)
     samples.check()
@@ -80,7 +80,7 @@ def main(argv: list[str]) -> None:
             try:
                 num_documents, num_tokens, notes = future.result()
             except BadSample as error:  # not raised here, so taken for a bug otherwise
-                raise ValueError(str(error)) from None
+                raise UserError(str(error)) from None
             documents.append(num_documents)
             tokens.append(num_tokens)
             skipped.update(reason for reason, _ in notes)

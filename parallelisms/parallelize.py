@@ -30,7 +30,7 @@ def parallelize_fn(
     """Applies every parallelism to a model on the meta device, in place; give it memory (`to_empty`) afterwards.
 
     compute_dtype: of parameters and activations inside forward and backward. Gradients are reduced in float32 (float64
-    for a float64 model). Raises ValueError where FSDP cannot shard the experts evenly.
+    for a float64 model). Raises UserError where FSDP cannot shard the experts evenly.
     """
     in_parts = meshes.expert_parallel.size() > 1
     if compile_blocks:

@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import config as config_module
-from config import SECTIONS, Config, ConfigError, check_config, field_docs, load_config, model_config, resolved_toml
+from config import SECTIONS, Config, UserError, check_config, field_docs, load_config, model_config, resolved_toml
 
 ROOT = Path(config_module.__file__).parent
 
@@ -69,7 +69,7 @@ def error_of(*options: str, world_size: int = 2, toml: str | None = None) -> str
         options = ("--config", "mistake.toml", *options)
     elif "--config" not in options:
         options = ("--config", "base.toml", *options)
-    with pytest.raises(ConfigError) as caught:
+    with pytest.raises(UserError) as caught:
         check_config(load_config(list(options)), world_size)
     message = str(caught.value)
     assert len(message.splitlines()) == 1

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
-from training.errors import RunError
+from errors import RunError
 
 # What gloo says when a peer does not come, and when it has gone.
 _WAITED_IN_VAIN = re.compile("[Tt]imed out|timeout|Connection (closed|reset) by peer|Broken pipe")

@@ -18,7 +18,7 @@ class Validator:
     """Measures the mean loss over all trained tokens of `validation.path`, the same number whatever the mesh."""
 
     def __init__(self, config: Config, rank: int, world_size: int) -> None:
-        """Opens the data. Raises ValueError, one line, if it cannot be used."""
+        """Opens the data. Raises UserError, one line, if it cannot be used."""
         # In this process: the workers of the training data go on meanwhile.
         data = dataclasses.replace(config.data, path=config.validation.path, weights=(), shuffle=False, num_workers=0)
         training = config.training

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch.torch_version import TorchVersion
 
+from errors import UserError
 from models.ops.causal_conv1d import MAX_TRITON_WIDTH
 
 logger = logging.getLogger("train")
@@ -54,7 +55,7 @@ def select_kernels(
     """Resolves `[kernels]` for a device, a compute dtype, the delta rule's (K, Kv), the convolution's taps and
     attention's K; "auto": the fastest that works.
 
-    Raises ValueError for an unknown choice, and for one that cannot run here.
+    Raises UserError for an unknown choice, and for one that cannot run here.
     """
     hinders = {
         "varlen": _needs_half_precision(device_type, dtype),
@@ -73,9 +74,9 @@ def select_kernels(
             choice = next(c for c in reversed(choices) if not hinders.get(c) and c not in ON_REQUEST)
         if choice not in choices:
             accepted = ", ".join(map(repr, ("auto", *choices[:-1])))
-            raise ValueError(f"kernels.{operation} = {choice!r}: expected {accepted} or {choices[-1]!r}")
+            raise UserError(f"kernels.{operation} = {choice!r}: expected {accepted} or {choices[-1]!r}")
         if hinders.get(choice):
-            raise ValueError(f"kernels.{operation} = {choice!r} needs {hinders[choice]}")
+            raise UserError(f"kernels.{operation} = {choice!r} needs {hinders[choice]}")
         return choice
 
     chosen = Kernels(

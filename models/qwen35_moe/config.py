@@ -5,6 +5,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from errors import UserError
+
 FULL, LINEAR = "full_attention", "linear_attention"
 
 
@@ -42,7 +44,7 @@ class ModelConfig:
     def __post_init__(self) -> None:
         def require(condition: bool, message: str) -> None:
             if not condition:
-                raise ValueError(f"model config: {message}")
+                raise UserError(f"model config: {message}")
 
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
@@ -100,26 +102,26 @@ class ModelConfig:
     def from_dict(cls, config: dict[str, Any]) -> "ModelConfig":
         """Reads a parsed config.json: the image-text form (the text model under `text_config`) or the text-only form.
 
-        Raises ValueError for another model type, for an activation or bias that the model does not have, and for
+        Raises UserError for another model type, for an activation or bias that the model does not have, and for
         impossible numbers. Keys that do not shape the text model (dtype, token ids, vision) are left alone.
         """
         text = dict(config.get("text_config", config))
         model_type = text.get("model_type", "qwen3_5_moe_text")
         if model_type != "qwen3_5_moe_text":
-            raise ValueError(f"model config: model_type = {model_type!r} is not Qwen3.5-MoE ('qwen3_5_moe_text')")
+            raise UserError(f"model config: model_type = {model_type!r} is not Qwen3.5-MoE ('qwen3_5_moe_text')")
         for key, supported in (("hidden_act", "silu"), ("attention_bias", False), ("attention_dropout", 0.0)):
             if text.get(key, supported) != supported:
-                raise ValueError(f"model config: {key} = {text[key]!r} is not supported, only {supported!r}")
+                raise UserError(f"model config: {key} = {text[key]!r} is not supported, only {supported!r}")
         rope = text.get("rope_parameters") or {}
         if rope.get("rope_type", "default") != "default":
-            raise ValueError(f"model config: rope_type = {rope['rope_type']!r} is not supported, only 'default'")
+            raise UserError(f"model config: rope_type = {rope['rope_type']!r} is not supported, only 'default'")
         for key in ("rope_theta", "partial_rotary_factor", "mrope_section"):
             if key in rope:
                 text[key] = rope[key]
         if not text.get("layer_types"):
             interval = text.get("full_attention_interval", 4)
             if type(interval) is not int or interval < 1:
-                raise ValueError(f"model config: full_attention_interval = {interval!r} must be a positive integer")
+                raise UserError(f"model config: full_attention_interval = {interval!r} must be a positive integer")
             num_layers = text.get("num_hidden_layers", cls.num_hidden_layers)
             text["layer_types"] = [LINEAR if (i + 1) % interval else FULL for i in range(num_layers)]
         # In the image-text form `tie_word_embeddings` may stand beside `text_config`.
@@ -131,7 +133,7 @@ class ModelConfig:
 
     @classmethod
     def from_pretrained(cls, directory: str | Path) -> "ModelConfig":
-        """Reads `directory/config.json`. Raises FileNotFoundError, or ValueError as `from_dict` does."""
+        """Reads `directory/config.json`. Raises FileNotFoundError, or UserError as `from_dict` does."""
         return cls.from_dict(json.loads((Path(directory) / "config.json").read_text()))
 
     def to_dict(self) -> dict[str, Any]:

@@ -8,6 +8,7 @@ import dataclasses
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
+from errors import UserError
 from models.qwen35_moe.config import FULL, ModelConfig
 
 Shape = tuple[int, ...]
@@ -109,7 +110,7 @@ def is_published_in_float32(name: str) -> bool:
 def find_pieces(config: ModelConfig, available: Mapping[str, Shape]) -> dict[str, list[Piece]]:
     """Which tensors of a Hugging Face checkpoint make up each native parameter.
 
-    `available`: the checkpoint's tensors and their shapes. Raises ValueError naming what is missing, of a wrong shape,
+    `available`: the checkpoint's tensors and their shapes. Raises UserError naming what is missing, of a wrong shape,
     or unknown; vision and multi-token-prediction tensors are passed over, and so is a tied model's copy of the head.
     """
     architecture = find_architecture(available)
@@ -119,7 +120,7 @@ def find_pieces(config: ModelConfig, available: Mapping[str, Shape]) -> dict[str
     spare = {key for key in available if not key.startswith(NOT_TEXT)} - used
     spare -= {"lm_head.weight"} if config.tie_word_embeddings else set()
     if spare:
-        raise ValueError(f"weights: {min(spare)!r} (and {len(spare) - 1} more) belong to no parameter of this model")
+        raise UserError(f"weights: {min(spare)!r} (and {len(spare) - 1} more) belong to no parameter of this model")
     return {keys[key][0]: parts for key, parts in pieces.items()}
 
 
@@ -129,7 +130,7 @@ def find_mtp_pieces(config: ModelConfig, available: Mapping[str, Shape]) -> dict
     found = _find(mtp_shapes(config, num_layers), available) if num_layers else {}
     used = {piece.key for parts in found.values() for piece in parts}
     if spare := {key for key in available if key.startswith(MTP)} - used:
-        raise ValueError(f"weights: {min(spare)!r} (and {len(spare) - 1} more) belong to no layer of the MTP module")
+        raise UserError(f"weights: {min(spare)!r} (and {len(spare) - 1} more) belong to no layer of the MTP module")
     return found
 
 
@@ -153,10 +154,10 @@ def _find(shapes: Mapping[str, Shape], available: Mapping[str, Shape]) -> dict[s
             pieces = pieces_of_experts(key, shape)
         for piece in pieces:
             if piece.key not in available:
-                raise ValueError(f"weights: {piece.key!r} is missing")
+                raise UserError(f"weights: {piece.key!r} is missing")
             expected = shape_of_region(shape, piece.region)
             if available[piece.key] != expected:
-                raise ValueError(f"weights: {piece.key!r} has shape {list(available[piece.key])}, not {list(expected)}")
+                raise UserError(f"weights: {piece.key!r} has shape {list(available[piece.key])}, not {list(expected)}")
         found[key] = pieces
     return found
 

@@ -45,8 +45,8 @@ def _rank_main(rank: int, world_size: int, port: int, log: str, arguments: list[
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
     import torch
 
+    from errors import exit_on_error
     from train import main
-    from training.errors import exit_on_error
 
     torch.set_num_threads(1)
     sys.stdout = sys.stderr = open(log, "a", buffering=1)  # noqa: SIM115

@@ -13,6 +13,7 @@ import torch
 
 import train
 from config import Compile, load_config
+from errors import RunError
 from models.ops import linear_cross_entropy as loss_module
 from models.ops.documents import Documents
 from models.ops.gated_delta_rule import CHUNK
@@ -21,7 +22,6 @@ from models.qwen35_moe import self_test
 from models.qwen35_moe.config import ModelConfig
 from models.qwen35_moe.self_test import check_kernels
 from tests.models.qwen35_moe.shapes import tiny_config
-from training.errors import RunError
 
 ROOT = Path(__file__).resolve().parents[3]
 CPU = torch.device("cpu")

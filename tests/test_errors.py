@@ -5,15 +5,23 @@ import json
 import pytest
 
 from config import load_config
-from training.errors import exit_on_error
+from errors import exit_on_error, reading
 
 
-def test_our_own_value_error_is_one_line_and_exit_code_2(capsys: pytest.CaptureFixture) -> None:
+def test_a_users_mistake_is_one_line_and_exit_code_2(capsys: pytest.CaptureFixture) -> None:
     with pytest.raises(SystemExit, match="2"), exit_on_error():
         load_config(["--training.stepz", "3"])
     error = capsys.readouterr().err
     assert len(error.splitlines()) == 1
     assert "training.stepz" in error
+
+
+def test_what_a_parser_raises_while_a_file_is_read_is_one_line_too(capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit, match="2"), exit_on_error(), reading("some.json"):
+        json.loads("[" * 100_000)
+    error = capsys.readouterr().err
+    assert len(error.splitlines()) == 1
+    assert error.startswith("some.json cannot be read")
 
 
 def test_a_librarys_value_error_is_a_bug() -> None:

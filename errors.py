@@ -1,0 +1,75 @@
+"""A user's mistake, a run that cannot go on, and the one outermost place of every command that tells them.
+
+How they are told from a bug: what a user can cause is a UserError. Code that reads a file says so (`reading`), and
+there whatever a parser raises is the file's fault. All else is a bug of this repository and keeps its traceback.
+"""
+
+import os
+import pickle
+import signal
+import sys
+import time
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+
+class UserError(ValueError):
+    """A user's mistake, or a file that cannot be used: what is wrong and what would be accepted, in one line."""
+
+    exit_code = 2
+
+    def __str__(self) -> str:
+        return " ".join(super().__str__().splitlines())
+
+
+class RunError(RuntimeError):
+    """What stops a run that was started rightly, in one line."""
+
+    exit_code = 1
+
+    def __str__(self) -> str:
+        return " ".join(super().__str__().splitlines())
+
+
+@contextmanager
+def reading(path: object) -> Iterator[None]:
+    """Inside, bytes of `path` are parsed and nothing else is done: what they make a parser raise is a UserError that
+    names the file. Of several around each other the innermost names it."""
+    try:
+        yield
+    except (UserError, RunError, KeyboardInterrupt, SystemExit, GeneratorExit):
+        raise
+    except OSError as error:
+        if error.errno is None:  # raised by a library: of a format, not of the system
+            raise UserError(f"{path} cannot be read: {_reason(error)}") from error
+        raise UserError(f"{error.filename or path} cannot be read: {error.strerror}") from error
+    except RecursionError as error:
+        raise UserError(f"{path} cannot be read: it is nested too deeply") from error
+    except BaseException as error:  # a damaged file can raise nearly anything, Rust's panics included
+        raise UserError(f"{path} cannot be read: {_reason(error)}") from error
+
+
+def _reason(error: BaseException) -> str:
+    """What an exception says, in one line; its kind where the words alone would not tell."""
+    text = " ".join(str(error).split())[:500]
+    if isinstance(error, (ValueError, OSError, zlib.error, pickle.UnpicklingError)) and text:
+        return text
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
+@contextmanager
+def exit_on_error(prefix: str = "") -> Iterator[None]:
+    """Around a command: a UserError and a RunError become one line on stderr, begun with `prefix`; exit code 2 and 1.
+
+    Rank 0 prints first: torchrun ends all ranks when one has ended, so the others wait for it.
+    """
+    try:
+        yield
+    except (UserError, RunError) as error:
+        rank = int(os.environ.get("RANK", "0"))
+        if rank > 0:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)  # torchrun's, once rank 0 has ended: nothing is left to say
+            time.sleep(5)
+        print(f"{prefix}{error}" if rank == 0 else f"[rank {rank}] {error}", file=sys.stderr, flush=True)
+        sys.exit(error.exit_code)
