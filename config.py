@@ -200,11 +200,6 @@ class Parallelism:
     expert_parallel_degree: PositiveInt = 1
     """Processes over which the experts are spread; tokens travel to them. 1: experts are sharded like the rest."""
 
-    def shard_degree(self, world_size: int) -> int:
-        """`data_parallel_shard_degree` with -1 worked out."""
-        given = self.data_parallel_shard_degree
-        return world_size // self.data_parallel_replicate_degree if given == -1 else given
-
 
 @dataclass(frozen=True, kw_only=True)
 class ActivationCheckpoint:
@@ -374,42 +369,15 @@ def model_config(config: Config) -> ModelConfig:
 
 def check_config(config: Config, world_size: int) -> None:
     """Raises UserError for what `world_size` processes on this machine could not run."""
+    from parallelisms.degrees import work_out_degrees
+
     shape = model_config(config)
-    _check_parallelism(config, shape, world_size)
+    degrees = work_out_degrees(config.parallelism, shape, world_size)
+    degrees.num_micro_batches(config.training.global_batch_size, config.training.local_batch_size)
     _check_schedule(config.lr_scheduler, config.training.steps)
     _check_kernels(config, shape)
     check_data(config)
     _check_paths(config)
-
-
-def _check_parallelism(config: Config, shape: ModelConfig, world_size: int) -> None:
-    parallelism, training = config.parallelism, config.training
-    replicate, shard = parallelism.data_parallel_replicate_degree, parallelism.shard_degree(world_size)
-    expert = parallelism.expert_parallel_degree
-    if replicate * shard != world_size:
-        raise UserError(
-            f"parallelism.data_parallel_replicate_degree = {replicate}, data_parallel_shard_degree = "
-            f"{parallelism.data_parallel_shard_degree}: expected a product of {world_size}, the number of processes"
-        )
-    key = f"parallelism.expert_parallel_degree = {expert}"
-    if shard % expert:
-        raise UserError(f"{key}: expected a divisor of the shard degree {shard} ({world_size} processes)")
-    if shape.num_experts % expert:
-        raise UserError(f"{key}: expected a divisor of the model's num_experts = {shape.num_experts}")
-    if expert > 1:  # each expert's own dimensions are sharded over the rest of the shard degree, evenly or not at all
-        sizes = {"2 * moe_intermediate_size": 2 * shape.moe_intermediate_size, "hidden_size": shape.hidden_size}
-        for name, size in sizes.items():
-            if size % (shard // expert):
-                raise UserError(
-                    f"{key}: shard degree {shard} / {expert} = {shard // expert} does not divide the model's "
-                    f"{name} = {size}: expected degrees whose quotient does"
-                )
-    rows = world_size * training.local_batch_size
-    if training.global_batch_size % rows:
-        raise UserError(
-            f"training.global_batch_size = {training.global_batch_size}: expected a multiple of {rows} "
-            f"({world_size} processes * local_batch_size = {training.local_batch_size})"
-        )
 
 
 def _check_schedule(schedule: LRScheduler, steps: int) -> None:

@@ -125,13 +125,14 @@ def load(folder: Path) -> None:
 
     from checkpoint.hf_reader import load_hf_weights
     from models.ops.kernels import Kernels
+    from parallelisms.degrees import Degrees
     from parallelisms.mesh import build_meshes
     from parallelisms.parallelize import local_region, parallelize_fn
     from train import build_on_meta
 
     dist.init_process_group("gloo")
     model = build_on_meta(ModelConfig.from_pretrained(folder), Kernels(attention="sdpa"), torch.bfloat16)
-    parallelize_fn(model, build_meshes("cpu", 1, 2, 2), compute_dtype=torch.bfloat16)
+    parallelize_fn(model, build_meshes("cpu", Degrees(1, 2, 2)), compute_dtype=torch.bfloat16)
     before, started = peak_memory(), time.perf_counter()
     model.to_empty(device="cpu")
     load_hf_weights(model, folder, local_region)

@@ -46,6 +46,8 @@ from config import Config, resolved_toml
 from errors import UserError
 from models.qwen35_moe.config import ModelConfig
 from models.qwen35_moe.model import Qwen35Moe
+from parallelisms.mesh import Meshes
+from training.optimizer import NamedAdamW
 
 logger = logging.getLogger("train")
 
@@ -62,8 +64,10 @@ class Progress(NamedTuple):
 class Checkpointer:
     """Saves to and resumes from `job.output_dir`. All ranks call `resume`, `save` and `wait` together."""
 
-    def __init__(self, config: Config, shape: ModelConfig, model: Qwen35Moe, optimizer: torch.optim.Optimizer) -> None:
-        self._config, self._shape = config, shape
+    def __init__(
+        self, config: Config, shape: ModelConfig, model: Qwen35Moe, optimizer: NamedAdamW, meshes: Meshes
+    ) -> None:
+        self._config, self._shape, self._meshes = config, shape, meshes
         self._model, self._optimizer = model, optimizer
         self._folder = Path(config.job.output_dir) / "checkpoints"
         self._base = Path(config.model.path) if config.model.initial_load == "hf" else None
@@ -283,10 +287,10 @@ class Checkpointer:
         return outcome[0]
 
     def _gather_cursors(self, own: torch.Tensor) -> torch.Tensor:
-        """[slots of this rank, C] -> [global_batch_size, C]: ranks own consecutive slots, all as many."""
-        gathered = [torch.empty_like(own) for _ in range(dist.get_world_size())]
-        dist.all_gather(gathered, own, group=self._group)
-        return torch.cat(gathered)
+        """[slots of this rank, C] -> [global_batch_size, C]: data ranks own consecutive slots, all as many."""
+        gathered = [(self._meshes.data_rank, own)] * dist.get_world_size()
+        dist.all_gather_object(gathered, gathered[0], group=self._group)
+        return torch.cat([cursors for _, cursors in sorted(dict(gathered).items())])
 
     # What a checkpoint holds
 
@@ -294,15 +298,7 @@ class Checkpointer:
         return {f"model.{name}": parameter.detach() for name, parameter in self._model.named_parameters()}
 
     def _optimizer_state(self) -> dict[str, torch.Tensor]:
-        """AdamW's state by parameter name; of an optimizer that has made no step yet, zeros to be loaded into."""
-        state: dict[str, torch.Tensor] = {}
-        for name, parameter in self._model.named_parameters():
-            own = self._optimizer.state[parameter]
-            if not own:
-                own["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
-                own["exp_avg"], own["exp_avg_sq"] = torch.zeros_like(parameter), torch.zeros_like(parameter)
-            state |= {f"optimizer.{name}.{key}": tensor.detach() for key, tensor in own.items()}
-        return state
+        return {f"optimizer.{name}": tensor for name, tensor in self._optimizer.named_state().items()}
 
 
 def _train_state(step: int, tokens_seen: int, data_cursors: torch.Tensor) -> dict[str, torch.Tensor]:

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from data.packing import BadSample, Sample
+from data.batch import Sample
+from data.packing import BadSample
 from errors import UserError
 
 if TYPE_CHECKING:  # seconds to import, and of no use to workers that read text

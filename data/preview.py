@@ -14,10 +14,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from config import check_data, load_config
+from data.batch import Row
 from data.loader import Packer
-from data.packing import IGNORED, BadSample, Row
+from data.packing import BadSample
 from data.samples import load_tokenizer, open_samples
 from errors import UserError, exit_on_error
+from models.ops.labels import IGNORED
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast

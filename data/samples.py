@@ -10,8 +10,9 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from config import Data
+from data.batch import Sample
 from data.chat import ChatTemplate
-from data.packing import BadSample, Sample
+from data.packing import BadSample
 from data.shuffle import permute
 from data.sources import Record, Source, open_sources
 from errors import UserError

@@ -19,6 +19,7 @@ from models.ops.kernels import Kernels
 from models.qwen35_moe.config import ModelConfig
 from models.qwen35_moe.model import Qwen35Moe
 from tests.distributed import free_port
+from tests.models.qwen35_moe.shapes import run_model
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -110,7 +111,7 @@ def test_four_processes_train_and_transformers_loads_the_result(config_file: Pat
     tokens = tokenizer("The with statement is used to wrap a block.", return_tensors="pt").input_ids[0]
     native = native_model(tmp_path / "run/checkpoints/step-00000010")
     with torch.no_grad():
-        expected, _ = native(tokens, torch.arange(len(tokens)), Documents.from_lengths([len(tokens)]))
+        expected, _ = run_model(native, tokens, torch.arange(len(tokens)), Documents.from_lengths([len(tokens)]))
         logits = model(tokens[None]).logits[0]
     # Two implementations in float32 (see the parity tests).
     assert (logits - expected).abs().max() < 1e-5 * expected.abs().max()

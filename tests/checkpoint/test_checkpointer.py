@@ -16,6 +16,7 @@ from checkpoint.hf_assets import read_base
 from config import Checkpoint, Config, Data, Job, Model, Optimizer, Training
 from models.ops.kernels import Kernels
 from models.qwen35_moe.model import Qwen35Moe
+from parallelisms.degrees import Degrees
 from parallelisms.mesh import build_meshes
 from parallelisms.parallelize import parallelize_fn
 from tests.distributed import run_ranks
@@ -40,13 +41,13 @@ def run_config(folder: str | Path, **checkpoint) -> Config:
 
 def build(folder: str, replicate: int, ep: int, seed: int, **checkpoint):
     """(model, optimizer, checkpointer) on all ranks, random weights by `seed`."""
-    meshes = build_meshes("cpu", replicate, dist.get_world_size() // replicate, ep)
+    meshes = build_meshes("cpu", Degrees(replicate, dist.get_world_size() // replicate, ep))
     with torch.device("meta"):
         model = Qwen35Moe(CONFIG, Kernels(attention="sdpa"))
     parallelize_fn(model, meshes, compute_dtype=torch.float32)
     materialise(model, torch.device("cpu"), seed)
     optimizer = build_optimizer(model, Optimizer(lr=1e-3))
-    return model, optimizer, Checkpointer(run_config(folder, **checkpoint), CONFIG, model, optimizer)
+    return model, optimizer, Checkpointer(run_config(folder, **checkpoint), CONFIG, model, optimizer, meshes)
 
 
 def take_steps(model: Qwen35Moe, optimizer: torch.optim.Optimizer, num_steps: int) -> None:
