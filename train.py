@@ -19,10 +19,10 @@ from data.batch import MicroBatch
 from data.loader import TokenLoader
 from errors import RunError, exit_on_error
 from models.ops.kernels import Kernels, select_kernels
+from models.qwen35_moe.check_kernels import check_kernels
 from models.qwen35_moe.config import ModelConfig
 from models.qwen35_moe.init import init_weights
 from models.qwen35_moe.model import Qwen35Moe
-from models.qwen35_moe.self_test import check_kernels
 from parallelisms.degrees import work_out_degrees
 from parallelisms.mesh import Meshes, build_meshes
 from parallelisms.parallelize import local_region, parallelize_fn, reduce_replicas_after, reduce_replicated_gradients

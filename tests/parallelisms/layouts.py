@@ -1,7 +1,7 @@
 """Trains the same tiny model in any layout, for tests that compare layouts with one process on the whole batch."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -24,7 +24,7 @@ from parallelisms.mesh import Meshes, build_meshes
 from parallelisms.parallelize import local_region, parallelize_fn
 from tests.models.qwen35_moe.shapes import random_stream
 from train import StepResult, reduce_result, train_step
-from training.optimizer import build_optimizer
+from training.optimizer import NamedAdamW, build_optimizer
 
 TRAINING = Training(steps=5, sequence_length=64, global_batch_size=4)
 OFF = MoE()
@@ -120,15 +120,21 @@ def forced_routing(experts: tuple[int, ...], by_token: bool = False) -> Iterator
 
 
 def build(
-    config: ModelConfig, layout: Layout, compute_dtype: torch.dtype = torch.float32, device_type: str = "cpu"
-) -> tuple[Qwen35Moe, Meshes, torch.optim.Optimizer]:
-    """The parallelised model with its initial weights, as train.py builds it."""
+    config: ModelConfig,
+    layout: Layout,
+    compute_dtype: torch.dtype = torch.float32,
+    device_type: str = "cpu",
+    is_trained: Callable[[str], bool] = lambda name: True,
+) -> tuple[Qwen35Moe, Meshes, NamedAdamW]:
+    """The parallelised model with its initial weights, as train.py builds it; `is_trained`: by a parameter's name."""
     assert dist.get_world_size() == layout.world
     torch.compiler.reset()
     degrees = Degrees(layout.replicate, layout.world // layout.replicate, layout.ep)
     meshes = build_meshes(device_type, degrees)
     with torch.device("meta"):
         model = Qwen35Moe(config, Kernels(attention="sdpa"))
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(is_trained(name))
     parallelize_fn(
         model,
         meshes,
