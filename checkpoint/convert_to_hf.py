@@ -28,7 +28,7 @@ from checkpoint.fsdp_shards import is_shard_directory, read_shards
 from checkpoint.hf_assets import class_config, copy_assets, read_base
 from checkpoint.hf_reader import assemble
 from checkpoint.safetensors_files import Export, read_headers, write_file
-from checkpoint.stored import Shape, StoredArray, StoredTensor, whole
+from checkpoint.stored import StoredArray, StoredTensor, whole
 from errors import UserError
 from models.qwen35_moe.config import ModelConfig
 from models.qwen35_moe.hf_weights import (
@@ -41,9 +41,9 @@ from models.qwen35_moe.hf_weights import (
     hf_name,
     is_published_in_float32,
     mtp_shapes,
-    parameter_shapes,
     pieces_of_experts,
 )
+from models.qwen35_moe.parameters import Shape, parameters
 
 
 class Options(NamedTuple):
@@ -163,7 +163,7 @@ def _text_exports(
     dtype: torch.dtype | None,
     per_expert: bool,
 ) -> list[Export]:
-    expected = parameter_shapes(shape)
+    expected = {name: parameter.shape for name, parameter in parameters(shape).items()}
     text = {name: tensor for name, tensor in stored.items() if not name.startswith(NOT_TEXT)}
     if shape.tie_word_embeddings:
         text.pop("lm_head.weight", None)
@@ -197,7 +197,7 @@ def _experts(export: Export, per_expert: bool) -> list[Export]:
     if not per_expert or ".experts." not in export.key:
         return [export]
     pieces = pieces_of_experts(export.key, export.stored.shape)
-    return [export._replace(key=piece.key, box=piece.region) for piece in pieces]
+    return [export._replace(key=piece.key, box=piece.box) for piece in pieces]
 
 
 def _vision_shapes(config: dict[str, Any]) -> dict[str, Shape]:

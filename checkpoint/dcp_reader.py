@@ -10,9 +10,10 @@ from pathlib import Path
 
 import torch
 
-from checkpoint.stored import Chunk, Shape, StoredArray, StoredTensor
+from checkpoint.stored import Chunk, StoredArray, StoredTensor
 from checkpoint.torch_file import Stub, load_pickle, read_torch_file
 from errors import UserError
+from models.qwen35_moe.parameters import Shape
 
 
 def read_index(folder: Path) -> dict[str, StoredTensor]:

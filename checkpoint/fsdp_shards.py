@@ -11,9 +11,10 @@ from itertools import groupby, product
 from math import prod
 from pathlib import Path
 
-from checkpoint.stored import Chunk, Shape, StoredArray, StoredTensor
+from checkpoint.stored import Chunk, StoredArray, StoredTensor
 from checkpoint.torch_file import Stub, read_torch_file
 from errors import UserError
+from models.qwen35_moe.parameters import Shape
 
 _NAME = re.compile(r"model_world_size_(\d+)_rank_(\d+)\.pt")
 

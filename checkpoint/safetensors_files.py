@@ -13,9 +13,10 @@ from typing import NamedTuple
 
 import torch
 
-from checkpoint.stored import Box, Shape, StoredArray, StoredTensor
+from checkpoint.stored import StoredArray, StoredTensor
 from errors import UserError
-from models.qwen35_moe.hf_weights import shape_of_region
+from models.qwen35_moe.hf_weights import shape_of_box
+from models.qwen35_moe.parameters import Box, Shape
 
 _DTYPES = {
     "F64": torch.float64,
@@ -84,7 +85,7 @@ class Export(NamedTuple):
 
     @property
     def shape(self) -> Shape:
-        return shape_of_region(self.stored.shape, self.box)
+        return shape_of_box(self.stored.shape, self.box)
 
     @property
     def num_bytes(self) -> int:

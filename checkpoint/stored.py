@@ -1,7 +1,7 @@
 """Tensors that lie in files, in parts: what every reader here makes, and every converter and loader reads from.
 
 A StoredTensor is assembled from rectangular chunks, wherever they come from (chunks of a DCP checkpoint, local tensors
-of FSDP ranks, tensors of safetensors files), and read a region at a time, so that memory is bounded by the region.
+of FSDP ranks, tensors of safetensors files), and read a box at a time, so that memory is bounded by the box.
 """
 
 from collections.abc import Callable, Iterator
@@ -15,10 +15,7 @@ from typing import NamedTuple
 import torch
 
 from errors import UserError
-
-Shape = tuple[int, ...]
-Box = tuple[tuple[int, int], ...]
-"""(start, stop) of a tensor's first dimensions; those not named are whole."""
+from models.qwen35_moe.parameters import Box, Shape, full_box
 
 
 class StoredArray(NamedTuple):
@@ -66,11 +63,6 @@ class StoredArray(NamedTuple):
         return buffer.view(self.shape) if strided.is_contiguous() else strided.contiguous()
 
 
-def full_box(box: Box, shape: Shape) -> Box:
-    """`box` with all dimensions of a tensor of this shape."""
-    return (*box, *((0, size) for size in shape[len(box) :]))
-
-
 @dataclass
 class Chunk:
     """A rectangular part of a tensor, the array that holds it, and copies that must be equal to it."""
@@ -108,8 +100,8 @@ class StoredTensor(NamedTuple):
             return self._read_chunk(parts_here[0][0], box)
         result = torch.empty([stop - start for start, stop in box], dtype=self.dtype)
         for chunk, part in parts_here:
-            region = tuple(slice(lo - start, hi - start) for (lo, hi), (start, _) in zip(part, box))
-            result[region] = self._read_chunk(chunk, part)
+            index = tuple(slice(lo - start, hi - start) for (lo, hi), (start, _) in zip(part, box))
+            result[index] = self._read_chunk(chunk, part)
         return result
 
     def _read_chunk(self, chunk: Chunk, box: Box) -> torch.Tensor:

@@ -21,7 +21,8 @@ from checkpoint.convert_to_hf import _vision_shapes
 from checkpoint.dcp_reader import read_index
 from checkpoint.safetensors_files import read_headers
 from checkpoint.stored import Chunk, whole
-from models.qwen35_moe.hf_weights import hf_name, is_float32, is_published_in_float32, mtp_shapes, parameter_shapes
+from models.qwen35_moe.hf_weights import hf_name, is_published_in_float32, mtp_shapes
+from models.qwen35_moe.parameters import parameters
 from tests.distributed import run_ranks
 from tests.models.qwen35_moe.shapes import tiny_config
 
@@ -31,7 +32,7 @@ TOKENIZER = Path(__file__).resolve().parents[2] / "data/tiny/tokenizer"
 
 def random_weights(dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
-    return {n: torch.randn(shape, generator=generator).to(dtype) for n, shape in parameter_shapes(CONFIG).items()}
+    return {n: torch.randn(p.shape, generator=generator).to(dtype) for n, p in parameters(CONFIG).items()}
 
 
 def write_hf(folder: Path, weights: dict[str, torch.Tensor], num_files: int = 1) -> None:
@@ -129,7 +130,7 @@ def save_sharded(folder: str, replicate: int, efsdp: int, ep: int) -> None:
     for name, tensor in random_weights().items():
         if ".experts." in name:
             state[name] = distribute_tensor(tensor, mesh, [Replicate(), Shard(1), Shard(0)])
-        elif is_float32(name):
+        elif parameters(CONFIG)[name].is_float32:
             state[name] = tensor
         else:
             state[name] = distribute_tensor(tensor, flat, [Shard(0)])
@@ -273,7 +274,7 @@ def published(per_expert_text: bool, per_expert_mtp: bool, vision: bool) -> tupl
         return {k: torch.randn(shape, generator=generator).bfloat16() for k, shape in shapes.items()}
 
     architecture = "image_text_to_text" if vision else "causal_lm"
-    text = random({hf_name(n, architecture): shape for n, shape in parameter_shapes(CONFIG).items()})
+    text = random({hf_name(n, architecture): p.shape for n, p in parameters(CONFIG).items()})
     text |= {key: tensor.float() for key, tensor in text.items() if is_published_in_float32(key)}
     mtp = random(mtp_shapes(CONFIG, 1))
     tensors = (per_expert(text) if per_expert_text else text) | (per_expert(mtp) if per_expert_mtp else mtp)

@@ -20,8 +20,9 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from checkpoint import convert_to_hf as to_hf
 from checkpoint.fsdp_shards import _mesh_position, read_shards
 from checkpoint.torch_file import Stub, read_torch_file
-from models.qwen35_moe.hf_weights import hf_name, is_float32
-from tests.checkpoint.test_conversion import add_assets, random_weights
+from models.qwen35_moe.hf_weights import hf_name
+from models.qwen35_moe.parameters import parameters
+from tests.checkpoint.test_conversion import CONFIG, add_assets, random_weights
 
 FIXTURES = Path(__file__).parent / "fixtures"
 
@@ -117,7 +118,7 @@ def model_state(weights: dict[str, torch.Tensor], prefix: str = "") -> dict:
         elif ".mlp." in name:
             state[key] = as_dtensor(tensor, mesh["efsdp"], [Shard(0)])
         else:
-            state[key] = tensor.clone() if is_float32(name) else as_dtensor(tensor, flat, [Shard(0)])
+            state[key] = tensor.clone() if parameters(CONFIG)[name].is_float32 else as_dtensor(tensor, flat, [Shard(0)])
     return state
 
 
