@@ -30,8 +30,8 @@ from checkpoint.command_line import DTYPES, OneLineParser
 from checkpoint.directories import describe_files, is_taken, new_directory, write_manifest
 from checkpoint.hf_assets import write_checkpoint_assets
 from checkpoint.hf_reader import text_tensors
-from checkpoint.safetensors_files import read_headers
-from checkpoint.stored import StoredTensor
+from checkpoint.tensors.safetensors import read_safetensors
+from checkpoint.tensors.stored import StoredTensor
 from models.qwen35_moe.config import ModelConfig
 from models.qwen35_moe.hf_weights import NOT_TEXT
 from models.qwen35_moe.parameters import parameters
@@ -46,9 +46,9 @@ def convert_from_hf(source: Path, out: Path, dtype: torch.dtype | None) -> list[
     that were left out: vision tower and multi-token prediction, which an export takes from `source` again. `out` is new
     or empty; it appears when it is complete. Raises UserError naming a tensor that is missing, odd or unknown.
     """
-    arrays = read_headers(source)
+    stored = read_safetensors(source)
     shape = ModelConfig.from_pretrained(source)
-    tensors = text_tensors(shape, arrays)
+    tensors = text_tensors(shape, stored)
     float32 = {name for name, parameter in parameters(shape).items() if parameter.is_float32}
     dtypes = {n: t.dtype if dtype is None else torch.float32 if n in float32 else dtype for n, t in tensors.items()}
     config = json.loads((source / "config.json").read_text(encoding="utf-8"))
@@ -57,7 +57,7 @@ def convert_from_hf(source: Path, out: Path, dtype: torch.dtype | None) -> list[
         _write_dcp(folder, tensors, dtypes)
         write_checkpoint_assets(folder / "hf", config, source, source)
         write_manifest(folder, describe_files(folder, [path for path in folder.rglob("*") if path.is_file()]))
-    return [key for key in arrays if key.startswith(NOT_TEXT)]
+    return [key for key in stored if key.startswith(NOT_TEXT)]
 
 
 def _write_dcp(folder: Path, tensors: Mapping[str, StoredTensor], dtypes: Mapping[str, torch.dtype]) -> None:

@@ -1,5 +1,6 @@
 """DCP to Hugging Face and back: exact tensors, both expert layouts, sharded files, and what is refused."""
 
+import dataclasses
 import io
 import json
 import pickle
@@ -17,10 +18,11 @@ from transformers import AutoModelForCausalLM
 
 from checkpoint import convert_from_hf as from_hf
 from checkpoint import convert_to_hf as to_hf
-from checkpoint.convert_to_hf import _vision_shapes
-from checkpoint.dcp_reader import read_index
-from checkpoint.safetensors_files import read_headers
-from checkpoint.stored import Chunk, whole
+from checkpoint import export
+from checkpoint.export import _vision_shapes
+from checkpoint.tensors.dcp import read_dcp
+from checkpoint.tensors.safetensors import read_safetensors
+from checkpoint.tensors.stored import Chunk
 from models.qwen35_moe.hf_weights import hf_name, is_published_in_float32, mtp_shapes
 from models.qwen35_moe.parameters import parameters
 from tests.distributed import run_ranks
@@ -142,7 +144,7 @@ def save_sharded(folder: str, replicate: int, efsdp: int, ep: int) -> None:
 @pytest.mark.parametrize(("replicate", "efsdp", "ep"), [(1, 2, 2), (2, 1, 2), (1, 1, 4), (1, 4, 1)])
 def test_reads_chunks_of_several_mesh_axes(tmp_path: Path, replicate: int, efsdp: int, ep: int) -> None:
     run_ranks(save_sharded, 4, str(tmp_path / "dcp"), replicate, efsdp, ep)
-    index = read_index(tmp_path / "dcp")
+    index = read_dcp(tmp_path / "dcp")
     weights = random_weights()
     assert index.keys() == {f"model.{name}" for name in weights}
     grid = index["model.layers.0.mlp.experts.gate_up_proj"].chunks
@@ -246,7 +248,7 @@ def test_a_malicious_pickle_is_refused(tmp_path: Path, capsys: pytest.CaptureFix
 
 
 def test_a_checkpoint_of_torch_2_11_is_read() -> None:
-    index = read_index(Path(__file__).parent / "fixtures/torch-2.11.0/dcp")
+    index = read_dcp(Path(__file__).parent / "fixtures/torch-2.11.0/dcp")
     assert torch.equal(index["model.a"].read(), torch.arange(48.0).view(8, 6))
     assert index["model.b"].read() == 3
 
@@ -352,17 +354,17 @@ def test_the_other_class_and_the_other_layout_of_experts(tmp_path: Path) -> None
 def test_experts_of_mtp_in_pieces_stay_as_they_are_or_ask_for_it(tmp_path: Path) -> None:
     """As FSDP cuts a checkpoint that has them one by one."""
     write_published(tmp_path / "hf", True, True, False)
-    mtp = {key: whole(key, array) for key, array in read_headers(tmp_path / "hf").items() if key.startswith("mtp.")}
+    mtp = {key: tensor for key, tensor in read_safetensors(tmp_path / "hf").items() if key.startswith("mtp.")}
     key = min(key for key in mtp if ".experts." in key)
     rows, *others = mtp[key].shape
-    array = mtp[key].chunks[0].array
+    array = mtp[key].open(mtp[key].chunks[0])
     boxes = [((start, stop), *((0, size) for size in others)) for start, stop in [(0, 3), (3, rows)]]
-    mtp[key] = mtp[key]._replace(chunks=[Chunk(box, array.part(box)) for box in boxes])
-    exports = to_hf._mtp_exports(CONFIG, mtp, "keep")
-    (cut,) = [export.stored for export in exports if export.key == key]
+    mtp[key] = dataclasses.replace(mtp[key], chunks=[Chunk(box, array.part(box)) for box in boxes])
+    exports = export._mtp_exports(CONFIG, mtp, "keep")
+    (cut,) = [e.stored for e in exports if e.key == key]
     assert torch.equal(cut.read(), array.read())
     with pytest.raises(ValueError, match=f"'{re.escape(key)}' is in several pieces: expected --experts keep"):
-        to_hf._mtp_exports(CONFIG, mtp, "stacked")
+        export._mtp_exports(CONFIG, mtp, "stacked")
 
 
 def test_what_is_not_there_is_not_declared_and_what_is_needed_is_asked_for(
@@ -393,14 +395,14 @@ def test_verify_finds_a_changed_byte(tmp_path: Path, monkeypatch: pytest.MonkeyP
     state = {f"model.{name}": tensor for name, tensor in random_weights().items()}
     dcp.save(state, checkpoint_id=tmp_path / "dcp", no_dist=True)
     add_assets(tmp_path / "dcp")
-    plan = to_hf.convert_to_hf(tmp_path / "dcp", tmp_path / "out")
-    to_hf.verify(tmp_path / "dcp", tmp_path / "out", plan)
+    plan = export.export_to_hf(tmp_path / "dcp", tmp_path / "out")
+    export.verify(tmp_path / "dcp", tmp_path / "out", plan)
     path = tmp_path / "out/model.safetensors"
     data = bytearray(path.read_bytes())
     data[-100] ^= 1
     path.write_bytes(data)
     with pytest.raises(ValueError, match="differs from the checkpoint's"):
-        to_hf.verify(tmp_path / "dcp", tmp_path / "out", plan)
+        export.verify(tmp_path / "dcp", tmp_path / "out", plan)
 
 
 def test_an_interrupted_conversion_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -412,7 +414,7 @@ def test_an_interrupted_conversion_leaves_nothing(tmp_path: Path, monkeypatch: p
         yield 1
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(to_hf, "write_file", interrupted)
+    monkeypatch.setattr(export, "write_file", interrupted)
     assert to_hf.main([str(tmp_path / "dcp"), str(tmp_path / "out")]) == 130
     assert [path.name for path in tmp_path.iterdir()] == ["dcp"]
 

@@ -6,6 +6,7 @@ only keeps what the pickle says of it.
 """
 
 import collections
+import io
 import pickle
 import struct
 import zipfile
@@ -16,8 +17,8 @@ from typing import IO, Any
 import torch
 from torch.storage import _storage_type_to_dtype_map
 
-from checkpoint.stored import StoredArray
-from errors import UserError
+from checkpoint.tensors.stored import StoredArray, file_size
+from errors import UserError, reading
 
 
 class Stub:
@@ -43,16 +44,13 @@ class Stub:
         raise AttributeError(f"{type(self).name or 'a stub'} has no {name}")
 
 
-class Refused(UserError):
-    """A pickle names something that is not allowed, or data that is not there."""
-
-
 def _rebuild_tensor(storage: StoredArray, offset: int, shape: Any, strides: Any, *_: Any) -> StoredArray:
-    last = offset + sum((size - 1) * stride for size, stride in zip(shape, strides))
-    if 0 not in shape and last >= storage.shape[0]:
-        raise Refused(f"{storage.file} lacks the data of a tensor")
     start = storage.start + offset * storage.dtype.itemsize
-    return storage._replace(start=start, shape=tuple(shape), strides=tuple(strides))
+    array = storage._replace(start=start, shape=tuple(shape), strides=tuple(strides))
+    if offset < 0:
+        raise UserError(f"{storage.file}: a tensor begins before its data")
+    array.check()
+    return array
 
 
 def _rebuild_from_type(function: Any, kind: type[Stub], args: Any, state: Any) -> Stub:
@@ -91,16 +89,16 @@ class _Unpickler(pickle.Unpickler):
             return _ALLOWED[module, name]
         if module.startswith("torch.distributed."):
             return type("Stub", (Stub,), {"name": name})
-        raise Refused(f"{self._source} asks for {module}.{name}, which no checkpoint needs: refused")
+        raise UserError(f"{self._source} asks for {module}.{name}, which no checkpoint needs: refused")
 
     def persistent_load(self, identity: Any) -> StoredArray:
         kind, dtype, key, *_ = identity
         if kind != "storage" or not isinstance(dtype, torch.dtype):
-            raise Refused(f"{self._source} has an unknown kind of storage")
+            raise UserError(f"{self._source} has an unknown kind of storage")
         if key not in self._storages:
-            raise Refused(f"{self._source} lacks the data of a tensor")
+            raise UserError(f"{self._source} lacks the data of a tensor")
         start, num_bytes = self._storages[key]
-        return StoredArray(self._source, start, dtype, (num_bytes // dtype.itemsize,), (1,))
+        return StoredArray(self._source, start, start + num_bytes, dtype, (num_bytes // dtype.itemsize,), (1,))
 
 
 def load_pickle(file: IO[bytes], source: Path, storages: Mapping[str, tuple[int, int]] | None = None) -> Any:
@@ -108,12 +106,8 @@ def load_pickle(file: IO[bytes], source: Path, storages: Mapping[str, tuple[int,
 
     storages: first byte in `source` and number of bytes of each storage that a tensor may name.
     """
-    try:
+    with reading(source):
         return _Unpickler(file, source, storages or {}).load()
-    except Refused:
-        raise
-    except Exception as error:  # a damaged pickle can raise nearly anything
-        raise UserError(f"{source} cannot be read: {error}") from error
 
 
 class _Window:
@@ -145,25 +139,30 @@ def read_torch_file(path: Path, start: int = 0, length: int | None = None) -> An
 
     Raises UserError naming the file if it is truncated, of another format, or names what is not allowed.
     """
-    size = path.stat().st_size - start
+    size = file_size(path) - start
     if length is not None and length > size:
         raise UserError(f"{path} ends too early: it is truncated")
-    with path.open("rb") as file:
-        try:
-            window = _Window(file, start, size if length is None else length)
-            archive = zipfile.ZipFile(window)
-            entries = {info.filename.partition("/")[2]: info for info in archive.infolist()}
-            if "byteorder" in entries and archive.read(entries["byteorder"]) != b"little":
-                raise UserError(f"{path} is big-endian")
-            storages = {}
-            for name, entry in entries.items():
-                if name.startswith("data/") and entry.compress_type == zipfile.ZIP_STORED:
-                    # The local header is 30 bytes and two fields whose lengths it tells; then the data.
-                    window.seek(entry.header_offset)
-                    before_data = 30 + sum(struct.unpack("<26x2H", window.read(30)))
-                    position = start + entry.header_offset + before_data
-                    storages[name.removeprefix("data/")] = (position, entry.file_size)
-            with archive.open(entries["data.pkl"]) as pickled:
-                return load_pickle(pickled, path, storages)
-        except (zipfile.BadZipFile, KeyError, EOFError, struct.error) as error:
-            raise UserError(f"{path} is no complete file of torch.save: {error}") from error
+    with reading(path), path.open("rb") as file:
+        window = _Window(file, start, size if length is None else length)
+        archive = zipfile.ZipFile(window)
+        entries = {info.filename.partition("/")[2]: info for info in archive.infolist()}
+        if "byteorder" in entries and _read_small(archive, entries["byteorder"]) != b"little":
+            raise UserError(f"{path} is big-endian")
+        storages = {}
+        for name, entry in entries.items():
+            if name.startswith("data/") and entry.compress_type == zipfile.ZIP_STORED:
+                # The local header is 30 bytes and two fields whose lengths it tells; then the data.
+                window.seek(entry.header_offset)
+                before_data = 30 + sum(struct.unpack("<26x2H", window.read(30)))
+                position = start + entry.header_offset + before_data
+                storages[name.removeprefix("data/")] = (position, entry.file_size)
+        if "data.pkl" not in entries:
+            raise UserError(f"{path} is no file of torch.save: it has no data.pkl")
+        return load_pickle(io.BytesIO(_read_small(archive, entries["data.pkl"])), path, storages)
+
+
+def _read_small(archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> bytes:
+    """An entry as torch.save writes it: not compressed, so that it cannot become larger than its file."""
+    if entry.compress_type != zipfile.ZIP_STORED or entry.flag_bits & 1:
+        raise UserError(f"{entry.filename!r} is compressed or encrypted")
+    return archive.read(entry)
