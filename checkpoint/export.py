@@ -1,16 +1,17 @@
-"""What an export consists of: which tensors of a checkpoint and its base, under which names, in which dtypes.
+"""What an export consists of: which tensors of a checkpoint and of its base, under which names, in which dtypes.
 
-A checkpoint holds the text model, sometimes the vision tower and multi-token prediction (MTP); the base is the Hugging
-Face directory that its weights came from.
+The base is the Hugging Face directory that the checkpoint's weights came from, or that --base names.
 
-what is exported    from the checkpoint if it is there, else from the base       written as
------------------------------------------------------------------------------------------------------------------
-text                always the checkpoint: all of it, or the export is refused   --dtype, --experts
-vision tower        only for image_text_to_text, which is refused without        it is, bit for bit
-MTP                 where either has it; config.json declares as many layers     it is, bit for bit; --experts
+part            taken from                                            written
+---------------------------------------------------------------------------------------------------------------
+text            the checkpoint; all of it, or nothing is exported     in --dtype, experts as --experts says
+vision tower    the checkpoint, else the base; neither: refused.      bit for bit
+                Left out of causal_lm
+MTP             the checkpoint, else the base; neither: config.json   bit for bit, experts as --experts says
+                declares no layers of it
 
-Without --architecture it is image_text_to_text where a config.json has a vision_config and there is a vision tower's
-source: a base is named or known, or the checkpoint holds it; else causal_lm.
+class           what --architecture says; else image_text_to_text where a config.json has a vision_config and there is
+                a base or the checkpoint has a tower; else causal_lm
 """
 
 import json
@@ -114,34 +115,34 @@ def make_plan(checkpoint: Path, options: Options) -> Plan:
     shape = ModelConfig.from_dict(configs[0])
     if ModelConfig.from_dict(config) != shape:
         raise UserError(f"--base {base}: its text model has another shape than the checkpoint's")
-    has_vision = any(key.startswith(VISION) for key in stored)
-    from_image_text = "vision_config" in config and (base is not None or has_vision)
-    architecture = options.architecture or ("image_text_to_text" if from_image_text else "causal_lm")
+    has_tower = any(key.startswith(VISION) for key in stored)
+    came_with_vision = "vision_config" in config and (base is not None or has_tower)
+    architecture = options.architecture or ("image_text_to_text" if came_with_vision else "causal_lm")
 
     of_base: dict[str, StoredTensor] = {}
-    if base and base.is_dir() and (from_image_text or options.base or any(base.glob("*.safetensors"))):
+    if base and base.is_dir() and (came_with_vision or options.base or any(base.glob("*.safetensors"))):
         of_base = read_safetensors(base)
-    elif base and architecture == "image_text_to_text" and not has_vision:
+    elif base and architecture == "image_text_to_text" and not has_tower:
         raise UserError(
             f"the model came from {base}, which is not there: expected --base with it, or --architecture causal_lm"
         )
-    # What was trained comes from the checkpoint, the rest from the base.
-    others = {key: tensor for key, tensor in stored.items() if key.startswith(NOT_TEXT)}
-    for kind in NOT_TEXT:
-        if not any(key.startswith(kind) for key in others):
-            others |= {key: tensor for key, tensor in of_base.items() if key.startswith(kind)}
+    others = {part: _part(part, stored) or _part(part, of_base) for part in NOT_TEXT}
     per_expert = options.experts == "per_expert" or (
         options.experts == "keep" and any(".experts.0." in key and not key.startswith(MTP) for key in of_base)
     )
     exports = _text_exports(checkpoint, stored, shape, architecture, options.dtype, per_expert)
-    mtp = _mtp_exports(shape, {k: t for k, t in others.items() if k.startswith(MTP)}, options.experts)
+    mtp = _mtp_exports(shape, others[MTP], options.experts)
     dtype = str(options.dtype or exports[0].stored.dtype).removeprefix("torch.")
-    written = class_config(config, architecture, count_mtp_layers(others), dtype, assets[0])
+    written = class_config(config, architecture, count_mtp_layers(others[MTP]), dtype, assets[0])
     vision = []
     if architecture == "image_text_to_text":
-        vision = [Export(key, tensor, tensor.dtype) for key, tensor in others.items() if key.startswith(VISION)]
+        vision = [Export(key, tensor, tensor.dtype) for key, tensor in others[VISION].items()]
         _check("the vision tower", {e.key: e.shape for e in vision}, _vision_shapes(written))
     return Plan(written, [*vision, *exports, *mtp], assets)
+
+
+def _part(prefix: str, tensors: dict[str, StoredTensor]) -> dict[str, StoredTensor]:
+    return {key: tensor for key, tensor in tensors.items() if key.startswith(prefix)}
 
 
 def _open_checkpoint(path: Path) -> tuple[dict[str, StoredTensor], list[Path], Path | None]:

@@ -31,7 +31,7 @@ def read_safetensors(folder: Path) -> dict[str, StoredTensor]:
         file_size(index)
         with reading(index):
             names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-            if not all(Path(name).name == name for name in names):
+            if not all(name and Path(name).name == name for name in names):
                 raise UserError(f"{index}: expected names of files in its folder")
     arrays: dict[str, StoredArray] = {}
     for name in names:
@@ -56,7 +56,8 @@ def _read_header(path: Path) -> dict[str, StoredArray]:
         for start, stop, key, dtype, shape in sorted(entries, key=lambda entry: entry[:2]):
             if not isinstance(dtype, torch.dtype):
                 raise UserError(f"{path}: {key!r} has dtype {dtype!r}: expected one of {', '.join(DTYPES)}")
-            if start != end or stop - start != prod(shape) * dtype.itemsize or min(shape, default=0) < 0:
+            counts = all(type(number) is int and number >= 0 for number in (start, stop, *shape))
+            if not counts or start != end or stop - start != prod(shape) * dtype.itemsize:
                 raise UserError(f"{path}: the header's bytes {start} to {stop} of {key!r} do not fit")
             strides, end = tuple(prod(shape[dim + 1 :]) for dim in range(len(shape))), stop
             arrays[key] = StoredArray(path, 8 + length + start, 8 + length + stop, dtype, shape, strides)
