@@ -1,8 +1,8 @@
 """Reads what `torch.save` wrote without running it: an allow-list unpickler, tensors as StoredArray, inert stand-ins.
 
-A pickle can name any function and have it called. Here it gets a few plain types; of torch.distributed, whose private
-classes (DTensor, DeviceMesh, DCP's metadata) change from version to version, it gets a Stub for whatever it names: that
-only keeps what the pickle says of it.
+A pickle can name any function and have it called. Here it gets what stands in a list of pairs of module and name,
+compared as they are, and nothing else: a few plain types, and for classes of torch.distributed (DTensor, DeviceMesh,
+DCP's metadata) a Stub that only keeps what the pickle says of it. No name is ever looked up in a module.
 """
 
 import collections
@@ -11,7 +11,9 @@ import pickle
 import struct
 import zipfile
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
+from types import FunctionType
 from typing import IO, Any
 
 import torch
@@ -60,22 +62,37 @@ def _rebuild_from_type(function: Any, kind: type[Stub], args: Any, state: Any) -
 
 
 _DTYPES = {str(d).removeprefix("torch."): d for d in vars(torch).values() if isinstance(d, torch.dtype)}
+_STUBS = {
+    "torch": ("device",),
+    "torch.serialization": ("_get_layout",),
+    "torch._utils": ("_rebuild_wrapper_subclass",),
+    "pathlib": ("Path", "PosixPath", "PurePosixPath", "WindowsPath"),
+    "pathlib._local": ("Path", "PosixPath", "PurePosixPath", "WindowsPath"),
+    "torch.distributed._mesh_layout": ("_FlatLayout", "_MeshLayout"),
+    "torch.distributed.device_mesh": ("DeviceMesh",),
+    "torch.distributed.checkpoint.filesystem": ("_StorageInfo",),
+    "torch.distributed.checkpoint.metadata": (
+        *("BytesStorageMetadata", "ChunkStorageMetadata", "Metadata", "MetadataIndex", "StorageMeta"),
+        *("TensorProperties", "TensorStorageMetadata", "_MEM_FORMAT_ENCODING"),
+    ),
+    "torch.distributed.tensor": ("DTensor",),
+    "torch.distributed.tensor._api": ("DTensor",),
+    "torch.distributed.tensor._dtensor_spec": ("DTensorSpec", "ShardOrderEntry", "TensorMeta"),
+    "torch.distributed.tensor.placement_types": ("Partial", "Replicate", "Shard", "_StridedShard"),
+    # Before torch 2.5.
+    "torch.distributed._tensor.api": ("DTensor",),
+    "torch.distributed._tensor._dtensor_spec": ("DTensorSpec", "TensorMeta"),
+    "torch.distributed._tensor.placement_types": ("DTensorSpec", "Replicate", "Shard", "TensorMeta", "_Partial"),
+}
 _ALLOWED: dict[tuple[str, str], Any] = {
+    **{(module, name): Stub for module, names in _STUBS.items() for name in names},
     **{("torch", name): value for name, value in (_DTYPES | _storage_type_to_dtype_map()).items()},
     ("torch", "Size"): torch.Size,
-    ("torch", "device"): Stub,
-    ("torch.serialization", "_get_layout"): Stub,
     ("torch._utils", "_rebuild_tensor_v2"): _rebuild_tensor,
     ("torch._utils", "_rebuild_parameter"): lambda data, *_: data,
-    ("torch._utils", "_rebuild_wrapper_subclass"): Stub,
     ("torch._tensor", "_rebuild_from_type_v2"): _rebuild_from_type,
     ("collections", "OrderedDict"): collections.OrderedDict,
     ("builtins", "set"): set,
-    **{
-        (module, name): Stub
-        for module in ("pathlib", "pathlib._local")
-        for name in ("Path", "PosixPath", "PurePosixPath", "WindowsPath")
-    },
 }
 
 
@@ -85,11 +102,13 @@ class _Unpickler(pickle.Unpickler):
         self._source, self._storages = source, storages
 
     def find_class(self, module: str, name: str) -> Any:
-        if (module, name) in _ALLOWED:
-            return _ALLOWED[module, name]
-        if module.startswith("torch.distributed."):
+        if (module, name) not in _ALLOWED:
+            raise UserError(f"{self._source} asks for {module}.{name}, which no checkpoint needs: refused")
+        value = _ALLOWED[module, name]
+        # Classes and functions can be given attributes by a pickle: what it gets lives no longer than what it makes.
+        if value is Stub:
             return type("Stub", (Stub,), {"name": name})
-        raise UserError(f"{self._source} asks for {module}.{name}, which no checkpoint needs: refused")
+        return partial(value) if isinstance(value, FunctionType) else value
 
     def persistent_load(self, identity: Any) -> StoredArray:
         kind, dtype, key, *_ = identity
