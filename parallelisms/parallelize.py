@@ -139,8 +139,8 @@ def _prefetch_neighbours(model: Qwen35Moe) -> None:
         unit.set_modules_to_backward_prefetch(preceding)
 
 
-def local_region(parameter: nn.Parameter) -> LocalPart:
-    """This rank's part of a parameter, and where it lies in the whole."""
+def local_region(parameter: torch.Tensor) -> LocalPart:
+    """This rank's part of a parameter, or of a state like it, and where it lies in the whole."""
     if not isinstance(parameter, DTensor):
         return whole(parameter)
     shape, start = compute_local_shape_and_global_offset(parameter.shape, parameter.device_mesh, parameter.placements)

@@ -1,4 +1,4 @@
-"""No byte of a pickle runs code: gadgets in each kind of file, by every way in which a pickle names or changes things."""
+"""No byte of a pickle runs code: gadgets in each kind of file, by every way in which a pickle names things."""
 
 import contextlib
 import io
