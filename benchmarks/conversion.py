@@ -34,7 +34,7 @@ from torch.distributed.checkpoint.metadata import (
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from models.qwen35_moe.config import FULL, LINEAR, ModelConfig
-from models.qwen35_moe.hf_weights import parameter_shapes
+from models.qwen35_moe.parameters import parameters
 
 ROOT = Path(__file__).resolve().parents[1]
 EFSDP, EP = 2, 4
@@ -59,7 +59,7 @@ def write_checkpoint(folder: Path, config: ModelConfig) -> None:
     files = [(folder / name).open("wb") for name in names]
     entries: dict = {}
     places: dict = {}
-    for name, shape in parameter_shapes(config).items():
+    for name, (shape, *_) in parameters(config).items():
         cuts = (EP, EFSDP) if ".experts." in name else (min(len(files), shape[0]),)
         sizes = [-(-size // cut) for size, cut in zip(shape, cuts)]
         chunks = []

@@ -12,7 +12,7 @@ from torch.distributed.fsdp._fully_shard._fsdp_api import ReduceScatter
 from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-from models.qwen35_moe.init import Region, whole
+from models.qwen35_moe.init import LocalPart, whole
 from models.qwen35_moe.model import Qwen35Moe
 from parallelisms.activation_checkpoint import apply_activation_checkpointing
 from parallelisms.expert_parallel import ExpertParallelBlock
@@ -124,12 +124,12 @@ def _prefetch_neighbours(model: Qwen35Moe) -> None:
         unit.set_modules_to_backward_prefetch(preceding)
 
 
-def local_region(parameter: nn.Parameter) -> Region:
-    """This rank's part of a parameter, and where it lies in the whole."""
+def local_region(parameter: torch.Tensor) -> LocalPart:
+    """This rank's part of a parameter, or of a state like it, and where it lies in the whole."""
     if not isinstance(parameter, DTensor):
         return whole(parameter)
     shape, start = compute_local_shape_and_global_offset(parameter.shape, parameter.device_mesh, parameter.placements)
-    return parameter.to_local(), tuple(slice(first, first + size) for first, size in zip(start, shape))
+    return parameter.to_local(), tuple((first, first + size) for first, size in zip(start, shape))
 
 
 def reduce_replicas_after(model: nn.Module, *, this_micro_batch: bool) -> None:

@@ -12,8 +12,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from checkpoint.convert_to_hf import Options, convert_to_hf
-from checkpoint.dcp_reader import read_index
+from checkpoint.export import Options, export_to_hf
+from checkpoint.tensors.dcp import read_dcp
 from models.ops.documents import Documents
 from models.ops.kernels import Kernels
 from models.qwen35_moe.config import ModelConfig
@@ -79,7 +79,7 @@ def without_times(lines: list[dict]) -> list[dict]:
 
 
 def stored_tensors(checkpoint: Path) -> dict[str, torch.Tensor]:
-    return {name: tensor.read() for name, tensor in read_index(checkpoint).items()}
+    return {name: tensor.read() for name, tensor in read_dcp(checkpoint).items()}
 
 
 def native_model(checkpoint: Path) -> Qwen35Moe:
@@ -100,7 +100,7 @@ def test_four_processes_train_and_transformers_loads_the_result(config_file: Pat
     assert all(line["expert_load_max_over_mean"] >= 1 and line["grad_norm"] > 0 for line in lines)
     assert all("mfu" not in line for line in lines)
 
-    convert_to_hf(tmp_path / "run", tmp_path / "hf", Options(dtype=None, max_shard_bytes=400_000))
+    export_to_hf(tmp_path / "run", tmp_path / "hf", Options(dtype=None, max_shard_bytes=400_000))
     assert len(list((tmp_path / "hf").glob("model-*.safetensors"))) > 1
     model, loading = AutoModelForCausalLM.from_pretrained(tmp_path / "hf", output_loading_info=True, dtype="auto")
     assert not any(loading.values()), loading

@@ -65,7 +65,7 @@ class Block(nn.Module):
 
 
 class Qwen35Moe(nn.Module):
-    """The text model. Parameters are left uninitialised: see init.py, and hf_weights.py for names and layouts.
+    """The text model. Parameters are left uninitialised: see init.py; parameters.py makes a table of them.
 
     With `tie_word_embeddings` there is no `lm_head`: the head reads `embed_tokens.weight`, so nothing can come untied.
     """

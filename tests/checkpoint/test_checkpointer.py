@@ -1,9 +1,11 @@
 """Saving, retention, resuming on other layouts, and what a resume refuses."""
 
 import dataclasses
+import pickle
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from unittest.mock import ANY
 
 import pytest
 import torch
@@ -11,7 +13,7 @@ import torch.distributed as dist
 
 import checkpoint.checkpointer as checkpointer_module
 from checkpoint.checkpointer import Checkpointer, Progress
-from checkpoint.directories import complete_checkpoints, find_checkpoint
+from checkpoint.directories import complete_checkpoints, describe_files, find_checkpoint, write_manifest
 from checkpoint.hf_assets import read_base
 from config import Checkpoint, Config, Data, Job, Model, Optimizer, Training
 from models.ops.kernels import Kernels
@@ -235,6 +237,30 @@ def test_resume_never_wants_a_fresh_folder_and_a_path_is_taken_exactly(tmp_path:
     assert build(str(tmp_path / "new"), 1, 1, seed=0, resume=str(tmp_path))[2].resume().step == 4
     with pytest.raises(ValueError, match="expected a checkpoint"):
         build(str(tmp_path / "new"), 1, 1, seed=0, resume=str(tmp_path / "hf"))[2].resume()
+
+
+@pytest.mark.usefixtures("one_rank")
+@pytest.mark.parametrize("option", ["auto", "resume", "start_from"])
+def test_nothing_that_believes_a_pickle_reads_a_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, option: str
+) -> None:
+    path = checkpoint_in(tmp_path / "run", 2)
+    folder = tmp_path / ("run" if option == "auto" else "new")
+    _, _, checkpointer = build(str(folder), 1, 1, seed=1, **({} if option == "auto" else {option: str(path)}))
+
+    def believe(*_: object, **__: object) -> None:
+        raise AssertionError("a checkpoint is unpickled by a reader that runs what it names")
+
+    for module in (pickle, torch):
+        monkeypatch.setattr(module, "load", believe)
+    monkeypatch.setattr(pickle, "loads", believe)
+    assert checkpointer.resume() == (Progress() if option == "start_from" else Progress(2, 0, ANY))
+    marker = tmp_path / "marker"
+    (path / ".metadata").write_bytes(b"ctorch.distributed.run\nos.system\n(Vtouch " + bytes(marker) + b"\ntR.")
+    write_manifest(path, describe_files(path, [file for file in path.rglob("[!m]*") if file.is_file()]))
+    with pytest.raises(ValueError, match=r"metadata asks for torch\.distributed\.run\.os\.system"):
+        checkpointer.resume()
+    assert not marker.exists()
 
 
 @pytest.mark.usefixtures("one_rank")
