@@ -181,8 +181,6 @@ class MoE:
     aux_loss_scope: Literal["global", "hf"] = "global"
     """What is to be balanced. "global": the micro-batches of all processes together; "hf": each by itself, pooled over
     layers, as transformers does."""
-    aux_loss_pooled: bool = False
-    """Count an expert's tokens over all layers together, and not in each. With the scope "hf" this is always so."""
     z_loss_coef: NotNegative = 0.0
     """Weight of the router z-loss, which keeps the router's logits small. 0: off."""
     force_balanced_routing: bool = False
@@ -221,11 +219,10 @@ class Compile:
 class Kernels:
     """Which implementation computes what."""
 
-    attention: Literal["auto", "sdpa", "varlen", "cudnn", "fa3", "fa4"] = "auto"
+    attention: Literal["auto", "sdpa", "varlen", "cudnn", "fa4"] = "auto"
     """'sdpa': one call a document, runs everywhere; 'varlen': PyTorch's FlashAttention 2 over the stream, CUDA and
-    bfloat16; 'cudnn': cuDNN where all documents of a micro-batch have one length, else as 'varlen'; 'fa3', 'fa4':
-    FlashAttention 3 and 4 over the stream, packages flash-attn-3 (Hopper) and flash-attn-4 (Hopper, Blackwell), which
-    'auto' leaves out."""
+    bfloat16; 'cudnn': cuDNN where all documents of a micro-batch have one length, else as 'varlen'; 'fa4':
+    FlashAttention 4 over the stream, package flash-attn-4 (Hopper, Blackwell), which 'auto' leaves out."""
     gated_delta_rule: Literal["auto", "torch", "fla", "flash_qla"] = "auto"
     """'torch': runs everywhere; 'fla': flash-linear-attention, 'flash_qla': flash-qla, both CUDA and bfloat16."""
     causal_conv1d: Literal["auto", "torch", "triton"] = "auto"
@@ -406,8 +403,6 @@ def _check_kernels(config: Config, shape: ModelConfig) -> None:
     name = config.training.dtype
     if name == "auto":
         name = "bfloat16" if device_type == "cuda" else "float32"
-    if config.kernels.attention == "fa3" and config.job.deterministic:
-        raise UserError("kernels.attention = 'fa3' with job.deterministic = true: expected another, or false")
     try:
         head_dims = (shape.linear_key_head_dim, shape.linear_value_head_dim)
         requested, dtype = dataclasses.asdict(config.kernels), getattr(torch, name)

@@ -103,10 +103,10 @@ def plain_losses(logits: list[torch.Tensor], pooled: bool) -> tuple[float, float
     return (sum(losses) / len(losses)).item(), z
 
 
-@pytest.mark.parametrize("pooled", [False, True])
-def test_equals_the_definitions(pooled: bool) -> None:
+@pytest.mark.parametrize(("scope", "pooled"), [("global", False), ("hf", True)])
+def test_equals_the_definitions(scope: str, pooled: bool) -> None:
     layers, inputs = unlike_layers(3, 200, torch.float64)
-    moe = MoE(aux_loss_coef=0.1, z_loss_coef=0.1, aux_loss_pooled=pooled)
+    moe = MoE(aux_loss_coef=0.1, aux_loss_scope=scope, z_loss_coef=0.1)
     logits = [torch.nn.functional.linear(x, layer.gate.weight).detach() for x, layer in zip(inputs, layers)]
     losses = router_losses(measured(layers, inputs, measure_for(moe)), moe, TOP_K)
     assert (losses.aux.item(), losses.z.item()) == pytest.approx(plain_losses(logits, pooled), rel=1e-12)
