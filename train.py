@@ -54,7 +54,7 @@ class StepResult(NamedTuple):
     expert_counts: torch.Tensor
     """[L, E] int64: how many of this rank's tokens chose each expert."""
     grad_norm: torch.Tensor
-    """[] of the global gradient, before clipping; the same on all ranks."""
+    """[] float64, of the global gradient before clipping; the same on all ranks."""
     nonfinite: str
     """Where loss or gradients are not finite, so that the step was not applied; empty if all are."""
 
@@ -91,7 +91,7 @@ def train_step(
         losses["loss"] += share.detach()
         expert_counts += statistics.expert_counts
     loss_of_all = reduce_replicated_gradients(model.float32_parameters(), losses["loss"], meshes.data_parallel)
-    grad_norm = gradient_norm(list(model.parameters()))
+    grad_norm = gradient_norm(model.parameters(), meshes.dense.get_group("fsdp"))
     # The host has to know before it applies the step, and all ranks know the same. It waits for the device here, once a
     # step: what is left to launch after it are a few fused kernels. (Fused AdamW could skip on the device, by
     # `found_inf`; but the gradients would be gone before anyone can say where they were bad.)
