@@ -37,6 +37,7 @@ from training.distributed import (
 from training.flops import mfu_of_one_token_a_second
 from training.gradients import gradient_norm, last_nonfinite
 from training.load_balancing import measure_for, router_losses
+from training.lock import RunLock
 from training.metrics import MetricsWriter, data_quality, expert_load, peak_memory_gib, setup_logging
 from training.optimizer import build_optimizer, lr_factor, set_learning_rate, step_clipped
 from training.signals import StopRequest
@@ -174,6 +175,7 @@ def main(arguments: list[str]) -> None:
     training = config.training
     output_dir = Path(config.job.output_dir)
     setup_logging(rank)
+    lock = RunLock(output_dir) if rank == 0 else None
     stop = StopRequest()
 
     # 2. Processes, devices, meshes.
@@ -298,6 +300,8 @@ def main(arguments: list[str]) -> None:
     loader.close()
     if writer is not None:
         writer.close()
+    if lock is not None:
+        lock.release()
     dist.destroy_process_group()
     if not saved:
         sys.exit(1)  # the reason has been logged

@@ -9,6 +9,7 @@ there is to save: every row brings the cursor behind it, and what workers prepar
 import atexit
 import functools
 import json
+import logging
 import multiprocessing
 import os
 import signal
@@ -31,6 +32,8 @@ from data.batch import Cursor, MicroBatch, Row
 from data.packing import NO_SAMPLE, NUM_PENDING, ChatSlot, Share, TextSlot
 from data.samples import Samples, load_tokenizer, open_samples
 from errors import UserError
+
+logger = logging.getLogger("train")
 
 
 class TokenLoader:
@@ -117,9 +120,13 @@ class TokenLoader:
         self.counts["real_tokens"] += sum(len(row.tokens) - row.num_fillers for row in rows)
         self.counts.update(reason for reason, _ in notes)
         if notes and self._skipped_file is not None:
-            self._skipped_file.parent.mkdir(parents=True, exist_ok=True)
-            with open(self._skipped_file, "a", encoding="utf-8") as file:
-                file.writelines(json.dumps({"reason": reason, "sample": message}) + "\n" for reason, message in notes)
+            try:
+                self._skipped_file.parent.mkdir(parents=True, exist_ok=True)
+                with open(self._skipped_file, "a", encoding="utf-8") as file:
+                    file.writelines(json.dumps({"reason": reason, "sample": text}) + "\n" for reason, text in notes)
+            except OSError as error:  # a full disk, say: they are counted nevertheless
+                logger.warning(f"cannot list skipped samples in {self._skipped_file}: {error.strerror}")
+                self._skipped_file = None
 
     def close(self) -> None:
         """Ends the workers; there is no micro-batch afterwards."""
