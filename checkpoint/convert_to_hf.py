@@ -30,7 +30,7 @@ from checkpoint.hf_reader import assemble
 from checkpoint.safetensors_files import Export, read_headers, write_file
 from checkpoint.stored import Shape, StoredArray, StoredTensor, whole
 from errors import UserError
-from models.qwen35_moe.config import ModelConfig
+from models.qwen35_moe.config import ModelConfig, read_config
 from models.qwen35_moe.hf_weights import (
     MTP,
     NOT_TEXT,
@@ -105,7 +105,7 @@ def make_plan(checkpoint: Path, options: Options) -> Plan:
     base = options.base or recorded_base
     if base and (base / "config.json").is_file():
         assets = [*assets, base]
-    configs = [json.loads(path.read_text(encoding="utf-8")) for a in assets if (path := a / "config.json").is_file()]
+    configs = [read_config(path) for a in assets if (path := a / "config.json").is_file()]
     if not configs:
         raise UserError(f"{checkpoint} has no config.json: expected --base with the model that it came from")
     # The checkpoint's own config tells what was trained; the base's may have what the checkpoint's left out: vision.

@@ -1,0 +1,71 @@
+"""The config.json that an export carries, for either of the two classes that share the text model."""
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+from errors import UserError
+from models.qwen35_moe.config import FULL, IMAGE_TEXT, ModelConfig, regular_layer_types
+
+STORAGE_KEYS = frozenset(
+    "architectures auto_map dtype torch_dtype quantization_config quantization compression_config transformers_version "
+    "name_or_path _name_or_path _commit_hash attn_implementation _attn_implementation _attn_implementation_autoset "
+    "_attn_implementation_internal experts_implementation _experts_implementation "
+    "_experts_implementation_internal".split()
+)
+"""What tells how and where the source was stored, or by which code it is read: nothing about the model."""
+
+
+def class_config(
+    config: Mapping[str, Any],
+    architecture: str,
+    num_mtp_layers: int,
+    dtype: str,
+    special_token_ids: Mapping[str, int | list[int]],
+    sequence_length: int | None = None,
+) -> dict[str, Any]:
+    """The config.json of one of the two classes, from a config.json of either form, which is left as it is.
+
+    Every key comes out as it went in but for those of the storage; what shapes the model is written even where it was
+    left to a default, and so is what serving engines read without one. MTP layers are declared as many as there are.
+    `special_token_ids` and `sequence_length`, the longest that the model was trained on, are told where `config` does
+    not tell its own. Raises UserError if the image-text class is asked for without a vision_config.
+    """
+    shape = ModelConfig.from_dict(config)
+    config = copy.deepcopy(dict(config))
+    source = _without_storage(config.get("text_config", config))
+    written = shape.to_dict()
+    rope = source.pop("rope_scaling", None) or source.get("rope_parameters") or {}
+    text = source | written | {"rope_parameters": rope | written["rope_parameters"]}
+    if num_mtp_layers or "mtp_num_hidden_layers" in text:
+        text["mtp_num_hidden_layers"] = num_mtp_layers
+    # Served from layer_types by some, from the interval by others. A stale one would be another model there.
+    text.pop("full_attention_interval", None)
+    if interval := full_attention_interval(shape.layer_types):
+        text["full_attention_interval"] = interval
+    if text.get("max_position_embeddings") is None:
+        text["max_position_embeddings"] = sequence_length or 32768  # the default of transformers' class
+    text = dict(special_token_ids) | {key: value for key, value in text.items() if value is not None}
+    if architecture == "causal_lm":
+        return text | {"dtype": dtype}
+    if config.get("vision_config") is None:
+        raise UserError("image_text_to_text: config.json has no vision_config: expected --base with a model that has")
+    del text["architectures"]
+    return _without_storage(config) | {
+        "architectures": ["Qwen3_5MoeForConditionalGeneration"],
+        "model_type": IMAGE_TEXT,
+        "text_config": text | {"dtype": dtype},
+        "vision_config": _without_storage(config["vision_config"]),
+        "tie_word_embeddings": shape.tie_word_embeddings,
+        "dtype": dtype,
+    }
+
+
+def full_attention_interval(layer_types: tuple[str, ...]) -> int | None:
+    """n if every n-th layer is full attention and no other; None if they follow no such rule."""
+    interval = layer_types.index(FULL) + 1 if FULL in layer_types else len(layer_types) + 1
+    return interval if layer_types == regular_layer_types(len(layer_types), interval) else None
+
+
+def _without_storage(config: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in config.items() if key not in STORAGE_KEYS}
