@@ -361,6 +361,8 @@ def resolved_toml(config: Config) -> str:
 
 def model_config(config: Config) -> ModelConfig:
     """The model's shape, from `model.path` or `model.config`. Raises UserError."""
+    if config.model.path and not Path(config.model.path, "config.json").is_file():
+        raise UserError(f"model.path = {config.model.path!r}: expected a directory with a config.json")
     try:
         if config.model.path:
             return ModelConfig.from_pretrained(config.model.path)

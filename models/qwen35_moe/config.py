@@ -40,6 +40,7 @@ _ACCEPTED: dict[str, tuple[object, ...]] = {
     "attn_logit_softcapping": (None,),
     "final_logit_softcapping": (None,),
     "logit_scale": (1.0, None),
+    "layer_scale": (False, None),
     "swiglu_limit": (None,),
     "hc_count": (None,),
     "ple_layer_ids": (None,),

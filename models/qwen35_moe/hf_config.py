@@ -7,13 +7,19 @@ from typing import Any
 from errors import UserError
 from models.qwen35_moe.config import FULL, IMAGE_TEXT, ModelConfig, regular_layer_types
 
-STORAGE_KEYS = frozenset(
-    "architectures auto_map dtype torch_dtype quantization_config quantization compression_config transformers_version "
-    "name_or_path _name_or_path _commit_hash attn_implementation _attn_implementation _attn_implementation_autoset "
-    "_attn_implementation_internal experts_implementation _experts_implementation "
-    "_experts_implementation_internal".split()
-)
-"""What tells how and where the source was stored, or by which code it is read: nothing about the model."""
+STORAGE_KEYS = {
+    "architectures",
+    "auto_map",
+    "compression_config",
+    "dtype",
+    "name_or_path",
+    "quantization",
+    "quantization_config",
+    "torch_dtype",
+    "transformers_version",
+}
+"""What tells how and where the source was stored, or by which code it is read, and so does what begins with `_` or ends
+with `attn_implementation` or `experts_implementation`: nothing of it is about the model."""
 
 
 def class_config(
@@ -37,6 +43,8 @@ def class_config(
     written = shape.to_dict()
     rope = source.pop("rope_scaling", None) or source.get("rope_parameters") or {}
     text = source | written | {"rope_parameters": rope | written["rope_parameters"]}
+    # The old places too: some engines read them there, and have a default of their own.
+    text |= {key: text["rope_parameters"][key] for key in ("rope_theta", "partial_rotary_factor")}
     if num_mtp_layers or "mtp_num_hidden_layers" in text:
         text["mtp_num_hidden_layers"] = num_mtp_layers
     # Served from layer_types by some, from the interval by others. A stale one would be another model there.
@@ -68,4 +76,8 @@ def full_attention_interval(layer_types: tuple[str, ...]) -> int | None:
 
 
 def _without_storage(config: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in config.items() if key not in STORAGE_KEYS}
+    return {key: value for key, value in config.items() if not _is_storage(key)}
+
+
+def _is_storage(key: str) -> bool:
+    return key in STORAGE_KEYS or key.startswith("_") or key.endswith(("attn_implementation", "experts_implementation"))
