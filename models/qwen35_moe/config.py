@@ -41,6 +41,7 @@ _ACCEPTED: dict[str, tuple[object, ...]] = {
     "final_logit_softcapping": (None,),
     "logit_scale": (1.0, None),
     "layer_scale": (False, None),
+    "dual_chunk_attention_config": (None,),
     "swiglu_limit": (None,),
     "hc_count": (None,),
     "ple_layer_ids": (None,),

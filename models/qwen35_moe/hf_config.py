@@ -21,6 +21,16 @@ STORAGE_KEYS = {
 """What tells how and where the source was stored, or by which code it is read, and so does what begins with `_` or ends
 with `attn_implementation` or `experts_implementation`: nothing of it is about the model."""
 
+# transformers' defaults where an engine has others. docs/serving.md has the table of who reads what.
+_MAX_POSITION_EMBEDDINGS = 32768
+_IMAGE_TOKENS = {
+    "image_token_id": 248056,
+    "video_token_id": 248057,
+    "vision_start_token_id": 248053,
+    "vision_end_token_id": 248054,
+}
+_VISION: dict[str, Any] = {"deepstack_visual_indexes": []}
+
 
 def class_config(
     config: Mapping[str, Any],
@@ -28,14 +38,13 @@ def class_config(
     num_mtp_layers: int,
     dtype: str,
     special_token_ids: Mapping[str, int | list[int]],
-    sequence_length: int | None = None,
 ) -> dict[str, Any]:
     """The config.json of one of the two classes, from a config.json of either form, which is left as it is.
 
     Every key comes out as it went in but for those of the storage; what shapes the model is written even where it was
-    left to a default, and so is what serving engines read without one. MTP layers are declared as many as there are.
-    `special_token_ids` and `sequence_length`, the longest that the model was trained on, are told where `config` does
-    not tell its own. Raises UserError if the image-text class is asked for without a vision_config.
+    left to a default, and so is what engines read with a default of their own. MTP layers are declared as many as there
+    are. `special_token_ids` are told where `config` does not tell its own. Raises UserError if the image-text class is
+    asked for without a vision_config.
     """
     shape = ModelConfig.from_dict(config)
     config = copy.deepcopy(dict(config))
@@ -52,18 +61,20 @@ def class_config(
     if interval := full_attention_interval(shape.layer_types):
         text["full_attention_interval"] = interval
     if text.get("max_position_embeddings") is None:
-        text["max_position_embeddings"] = sequence_length or 32768  # the default of transformers' class
+        text["max_position_embeddings"] = _MAX_POSITION_EMBEDDINGS
     text = dict(special_token_ids) | {key: value for key, value in text.items() if value is not None}
     if architecture == "causal_lm":
         return text | {"dtype": dtype}
     if config.get("vision_config") is None:
         raise UserError("image_text_to_text: config.json has no vision_config: expected --base with a model that has")
     del text["architectures"]
-    return _without_storage(config) | {
+    return {
+        **_IMAGE_TOKENS,
+        **_without_storage(config),
         "architectures": ["Qwen3_5MoeForConditionalGeneration"],
         "model_type": IMAGE_TEXT,
         "text_config": text | {"dtype": dtype},
-        "vision_config": _without_storage(config["vision_config"]),
+        "vision_config": _VISION | _without_storage(config["vision_config"]),
         "tie_word_embeddings": shape.tie_word_embeddings,
         "dtype": dtype,
     }

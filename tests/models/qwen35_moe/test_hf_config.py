@@ -45,8 +45,8 @@ def source(**changes: object) -> dict[str, Any]:
     return {**nested(text), **STORAGE, "vision_config": vision, "image_token_id": 7, "odd_top": [1]}
 
 
-def written(config: dict[str, Any], architecture: str, **options: Any) -> dict[str, Any]:
-    return class_config(config, architecture, 0, "bfloat16", {}, **options)
+def written(config: dict[str, Any], architecture: str) -> dict[str, Any]:
+    return class_config(config, architecture, 0, "bfloat16", {})
 
 
 def keys_of(value: object) -> set[str]:
@@ -75,6 +75,8 @@ def test_what_tells_of_the_storage_stays_behind_and_all_else_comes_out(architect
         vision = {k: v for k, v in config["vision_config"].items() if k not in STORAGE}
         assert out["vision_config"] == vision
     assert ModelConfig.from_dict(out) == ModelConfig.from_dict(config)
+    text["odd"]["a"].append(2)  # whoever changes the export's does not change the source's
+    assert config == before
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -124,10 +126,10 @@ def test_the_interval_says_the_same_as_the_layer_types(layer_types: tuple[str, .
     assert out["layer_types"] == list(layer_types)
 
 
-def test_positions_are_the_sources_or_those_trained_on() -> None:
-    assert written(source(), "causal_lm", sequence_length=4096)["max_position_embeddings"] == 262144
-    assert written(dict(TEXT), "causal_lm", sequence_length=4096)["max_position_embeddings"] == 4096
-    assert written(dict(TEXT), "causal_lm")["max_position_embeddings"] == 32768
+def test_positions_are_the_sources_or_those_of_transformers() -> None:
+    assert written(source(), "causal_lm")["max_position_embeddings"] == 262144
+    default = transformers.Qwen3_5MoeTextConfig().max_position_embeddings
+    assert written(dict(TEXT), "causal_lm")["max_position_embeddings"] == default
 
 
 def test_old_rope_spellings_come_out_in_the_new_place_with_the_same_meaning() -> None:
