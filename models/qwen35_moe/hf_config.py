@@ -50,7 +50,7 @@ def class_config(
     config = copy.deepcopy(dict(config))
     source = _without_storage(config.get("text_config", config))
     written = shape.to_dict()
-    rope = source.pop("rope_scaling", None) or source.get("rope_parameters") or {}
+    rope = (source.pop("rope_scaling") if source.get("rope_scaling") else source.get("rope_parameters")) or {}
     text = source | written | {"rope_parameters": rope | written["rope_parameters"]}
     # The old places too: some engines read them there, and have a default of their own.
     text |= {key: text["rope_parameters"][key] for key in ("rope_theta", "partial_rotary_factor")}
@@ -62,7 +62,7 @@ def class_config(
         text["full_attention_interval"] = interval
     if text.get("max_position_embeddings") is None:
         text["max_position_embeddings"] = _MAX_POSITION_EMBEDDINGS
-    text = dict(special_token_ids) | {key: value for key, value in text.items() if value is not None}
+    text |= {key: value for key, value in special_token_ids.items() if text.get(key) is None}
     if architecture == "causal_lm":
         return text | {"dtype": dtype}
     if config.get("vision_config") is None:

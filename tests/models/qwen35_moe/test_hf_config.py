@@ -33,6 +33,8 @@ KEPT: dict[str, object] = {
     "router_aux_loss_coef": 0.002,
     "output_router_logits": False,
     "use_cache": True,
+    "pad_token_id": None,
+    "rope_scaling": None,
     "odd": {"a": [1, None]},
 }
 ARCHITECTURES = ("causal_lm", "image_text_to_text")
@@ -139,6 +141,12 @@ def test_old_rope_spellings_come_out_in_the_new_place_with_the_same_meaning() ->
     assert "rope_scaling" not in out
     assert out["rope_parameters"]["rope_theta"] == out["rope_theta"] == 3e4
     assert out["rope_parameters"]["partial_rotary_factor"] == out["partial_rotary_factor"] == 0.5
+
+
+def test_special_tokens_are_told_where_the_source_is_silent() -> None:
+    ids = {"eos_token_id": 9, "pad_token_id": 8, "bos_token_id": 7}
+    out = class_config(source(), "causal_lm", 0, "bfloat16", ids)
+    assert (out["eos_token_id"], out["pad_token_id"], out["bos_token_id"]) == ([3, 5], 8, 7)
 
 
 def test_both_levels_say_whether_the_head_is_tied() -> None:
