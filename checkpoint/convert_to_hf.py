@@ -6,6 +6,7 @@ python checkpoint/convert_to_hf.py CHECKPOINT OUT [--architecture causal_lm|imag
 """
 
 import argparse
+import copy
 import json
 import re
 import sys
@@ -205,7 +206,7 @@ def _vision_shapes(config: dict[str, Any]) -> dict[str, Shape]:
     from transformers import Qwen3_5MoeConfig, Qwen3_5MoeForConditionalGeneration  # slow to import
 
     with torch.device("meta"):
-        model = Qwen3_5MoeForConditionalGeneration(Qwen3_5MoeConfig(**config))
+        model = Qwen3_5MoeForConditionalGeneration(Qwen3_5MoeConfig(**copy.deepcopy(config)))  # it changes it
     return {name: tuple(value.shape) for name, value in model.state_dict().items() if name.startswith(VISION)}
 
 

@@ -32,6 +32,8 @@ def write_source(folder: Path, architecture: str) -> None:
     folder.mkdir()
     text = CONFIG.to_dict()
     config = text if architecture == "causal_lm" else nested(text)
+    if "vision_config" in config:
+        config["vision_config"]["model_type"] = "qwen3_5_moe"  # as published; transformers changes it in place
     (folder / "config.json").write_text(json.dumps(config))
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (folder / name).write_bytes((TOKENIZER / name).read_bytes())
@@ -94,6 +96,11 @@ def test_the_tensors_of_mtp_and_vision_are_those_that_the_page_tells(plan: Plan)
     }
     assert {key for key in listed if key.startswith("mtp.")} == fixed | block
     assert any(key.startswith("model.visual.") for key in listed) == ("text_config" in plan.config)
+
+
+def test_the_vision_config_comes_out_as_it_went_in(plan: Plan) -> None:
+    if "vision_config" in plan.config:
+        assert plan.config["vision_config"]["model_type"] == "qwen3_5_moe"
 
 
 def test_the_page_names_no_key_twice() -> None:
