@@ -353,13 +353,13 @@ def resolved_toml(config: Config) -> str:
 
 def model_config(config: Config) -> ModelConfig:
     """The model's shape, from `model.path` or `model.config`. Raises UserError."""
+    if config.model.path and not Path(config.model.path, "config.json").is_file():
+        raise UserError(f"model.path = {config.model.path!r}: expected a directory with a config.json")
     try:
         if config.model.path:
             return ModelConfig.from_pretrained(config.model.path)
-        return ModelConfig.from_dict(config.model.config)
-    except OSError:
-        raise UserError(f"model.path = {config.model.path!r}: expected a directory with a config.json") from None
-    except (ValueError, TypeError, AttributeError) as error:  # the last two: JSON of another structure
+        return ModelConfig.from_table(config.model.config)
+    except UserError as error:
         source = f"model.path = {config.model.path!r}" if config.model.path else "model.config"
         raise UserError(f"{source}: {str(error).removeprefix('model config: ')}") from error
 

@@ -6,7 +6,6 @@
 The checkpoint holds weights alone. A run can also read HF_DIR itself: `model.initial_load = "hf"`.
 """
 
-import json
 import pickle
 import sys
 from collections.abc import Mapping
@@ -32,7 +31,7 @@ from checkpoint.hf_assets import write_checkpoint_assets
 from checkpoint.hf_reader import text_tensors
 from checkpoint.tensors.safetensors import read_safetensors
 from checkpoint.tensors.stored import StoredTensor
-from models.qwen35_moe.config import ModelConfig
+from models.qwen35_moe.config import ModelConfig, read_config
 from models.qwen35_moe.hf_weights import NOT_TEXT
 from models.qwen35_moe.parameters import parameters
 
@@ -51,7 +50,7 @@ def convert_from_hf(source: Path, out: Path, dtype: torch.dtype | None) -> list[
     tensors = text_tensors(shape, stored)
     float32 = {name for name, parameter in parameters(shape).items() if parameter.is_float32}
     dtypes = {n: t.dtype if dtype is None else torch.float32 if n in float32 else dtype for n, t in tensors.items()}
-    config = json.loads((source / "config.json").read_text(encoding="utf-8"))
+    config = read_config(source / "config.json")
     with new_directory(out) as folder:
         (folder / "hf").mkdir()
         _write_dcp(folder, tensors, dtypes)

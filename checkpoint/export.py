@@ -14,6 +14,7 @@ class           what --architecture says; else image_text_to_text where a config
                 a base or the checkpoint has a tower; else causal_lm
 """
 
+import copy
 import json
 from collections.abc import Iterable
 from importlib.util import find_spec
@@ -32,7 +33,7 @@ from checkpoint.tensors.fsdp_shards import is_shard_directory, read_fsdp_shards
 from checkpoint.tensors.safetensors import Export, read_safetensors, write_file
 from checkpoint.tensors.stored import StoredTensor
 from errors import UserError
-from models.qwen35_moe.config import ModelConfig
+from models.qwen35_moe.config import ModelConfig, read_config
 from models.qwen35_moe.hf_weights import (
     MTP,
     NOT_TEXT,
@@ -107,7 +108,7 @@ def make_plan(checkpoint: Path, options: Options) -> Plan:
     base = options.base or recorded_base
     if base and (base / "config.json").is_file():
         assets = [*assets, base]
-    configs = [json.loads(path.read_text(encoding="utf-8")) for a in assets if (path := a / "config.json").is_file()]
+    configs = [read_config(path) for a in assets if (path := a / "config.json").is_file()]
     if not configs:
         raise UserError(f"{checkpoint} has no config.json: expected --base with the model that it came from")
     # The checkpoint's own config tells what was trained; the base's may have what the checkpoint's left out: vision.
@@ -204,7 +205,7 @@ def _vision_shapes(config: dict[str, Any]) -> dict[str, Shape]:
     from transformers import Qwen3_5MoeConfig, Qwen3_5MoeForConditionalGeneration  # slow to import
 
     with torch.device("meta"):
-        model = Qwen3_5MoeForConditionalGeneration(Qwen3_5MoeConfig(**config))
+        model = Qwen3_5MoeForConditionalGeneration(Qwen3_5MoeConfig(**copy.deepcopy(config)))  # it changes it
     return {name: tuple(value.shape) for name, value in model.state_dict().items() if name.startswith(VISION)}
 
 
