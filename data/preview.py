@@ -13,10 +13,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from config import check_data, load_config
+from config import load_config, model_config
+from data.check import check_data
 from data.loader import Packer
 from data.packing import IGNORED, BadSample, Row
-from data.samples import load_tokenizer, open_samples
+from data.samples import open_samples
+from data.tokenizer import load_tokenizer
 from errors import UserError, exit_on_error
 
 if TYPE_CHECKING:
@@ -61,7 +63,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--samples", type=int, default=1000, help="samples to measure")
     options, rest = parser.parse_known_args(argv)
     config = load_config(rest)
-    check_data(config)
+    check_data(config, model_config(config).vocab_size)
     training, tokenizer = config.training, load_tokenizer(config.data.tokenizer)
     samples = open_samples(config.data, tokenizer, training.sequence_length, config.job.seed)
 

@@ -21,9 +21,10 @@ from transformers import AutoTokenizer
 
 from config import Data, Training
 from data.loader import TokenLoader
-from data.samples import load_tokenizer, open_samples
+from data.samples import open_samples
 from data.shuffle import permute
 from data.tokenize import main
+from data.tokenizer import load_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
 TOKENIZER = str(ROOT / "data" / "tiny" / "tokenizer")
