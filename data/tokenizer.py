@@ -81,7 +81,8 @@ def chat_template(folder: str) -> str | dict[str, str] | None:
         return found["default"] if found.keys() == {"default"} else found
     template = _settings(folder).get("chat_template")
     if isinstance(template, list):
-        template = {each.get("name"): each.get("template") for each in template if isinstance(each, dict)}
+        named = [each if isinstance(each, dict) else {} for each in template]
+        template = {each.get("name"): each.get("template") for each in named}
     texts = [*template.keys(), *template.values()] if isinstance(template, dict) else [template or ""]
     if not all(isinstance(text, str) and _is_text(text) for text in texts):
         raise UserError(f"{Path(folder, 'tokenizer_config.json')}: chat_template: expected a text, or a list of them")

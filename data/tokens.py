@@ -66,7 +66,7 @@ class TokenisedCorpus(Whole):
 
         def make(path: Path) -> None:
             for shard in range(len(self._starts) - 1):
-                tokens, ends = self._shard(shard)
+                tokens, ends = map(_map, self._files(shard), (self._dtype, "<i8"))
                 largest = max((int(tokens[at : at + _BLOCK].max()) for at in range(0, len(tokens), _BLOCK)), default=0)
                 if largest >= size:
                     raise self._damaged(f"shard {shard} has token {largest}, the tokenizer only {size}")
@@ -98,7 +98,9 @@ def _sha256(folder: str) -> str:
         return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-@functools.cache
-def _mapped(path: Path, dtype: str) -> NDArray[Any]:
-    """A file of numbers, mapped once in each process."""
+def _map(path: Path, dtype: str) -> NDArray[Any]:
+    """A file of numbers, memory-mapped."""
     return np.memmap(path, dtype, "r") if path.stat().st_size else np.empty(0, dtype)  # nothing cannot be mapped
+
+
+_mapped = functools.cache(_map)  # once in each process

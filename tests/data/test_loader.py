@@ -391,7 +391,7 @@ def test_a_tokenizer_without_an_ending_is_refused(path, tmp_path):
     tokenizer = json.loads(Path(TOKENIZER, "tokenizer.json").read_text())
     tokenizer["truncation"] = {"direction": "Right", "max_length": 2, "strategy": "LongestFirst", "stride": 0}
     (tmp_path / "tokenizer.json").write_text(json.dumps(tokenizer))
-    with pytest.raises(ValueError, match=r"end_of_document = True: '.*' has no eos_token") as raised:
+    with pytest.raises(ValueError, match=r"end_of_document = True: expected an eos_token in '.*'") as raised:
         make_loader(path, tokenizer=str(tmp_path))
     assert "\n" not in str(raised.value)
     other, whole = (
