@@ -1,0 +1,118 @@
+"""Parquet files that differ in what nobody needs, nulls that tables add, and damaged tables."""
+
+import random
+
+import pyarrow as pa
+import pyarrow.parquet
+import pytest
+
+from config import Data
+from data.packing import BadSample
+from data.sources import open_sources
+from errors import UserError
+
+
+def open_source(*patterns, **data):
+    (source,) = open_sources(Data(path=tuple(map(str, patterns)), **data))
+    return source
+
+
+def rows(source):
+    """All rows, as they are read by their numbers and, the same, from the head."""
+    by_number = [source[index] for index in range(len(source))]
+    head = list(source.head())
+    assert [read() for _, read in head] == by_number
+    assert [where for where, _ in head] == [source.where(index) for index in range(len(source))]
+    return by_number
+
+
+def write(path, **columns):
+    pyarrow.parquet.write_table(pa.table(columns), path)
+    return path
+
+
+def test_files_that_differ_in_other_columns_and_in_types(tmp_path):
+    texts = ["a", "b", None] * 1000  # more than one batch, each with a dictionary of its own
+    write(tmp_path / "0.parquet", text=pa.array(texts).dictionary_encode(), x=[1] * 3000)
+    write(tmp_path / "1.parquet", y=pa.array([1.5]), text=pa.array(["c"], pa.large_string()))
+    write(tmp_path / "2.parquet", text=pa.array([None], pa.null()), x=["other"])
+    write(tmp_path / "3.parquet", text=pa.array(["d"], pa.string_view()))
+    found = rows(open_source(tmp_path / "*.parquet"))
+    assert [row["text"] for row in found] == [*texts, "c", None, "d"]
+
+
+def test_a_file_without_the_column_among_others(tmp_path):
+    write(tmp_path / "0.parquet", text=["a"])
+    write(tmp_path / "1.parquet", body=["b"])
+    with pytest.raises(UserError, match=r"data\.text_key = 'text': expected one of body, as in .*1\.parquet"):
+        open_source(tmp_path / "*.parquet")
+
+
+CALLS = pa.large_list(
+    pa.struct([("function", pa.struct([("name", pa.string()), ("arguments", pa.map_(pa.string(), pa.string()))]))])
+)
+MESSAGE = pa.struct([("role", pa.dictionary(pa.int8(), pa.string())), ("content", pa.large_string()), ("calls", CALLS)])
+
+
+def test_nested_types(tmp_path):
+    call = {"function": {"name": "f", "arguments": [("a", "1"), ("b", None)]}}
+    chats = [[{"role": "user", "content": "x"}], [{"role": "assistant", "calls": [call]}]] * 700
+    write(tmp_path / "a.parquet", messages=pa.array(chats, pa.list_(MESSAGE)))
+    found = rows(open_source(tmp_path / "a.parquet", format="chat"))
+    expected = [{"role": "assistant", "calls": [{"function": {"name": "f", "arguments": {"a": "1"}}}]}]
+    assert found == [{"messages": [{"role": "user", "content": "x"}]}, {"messages": expected}] * 700
+
+
+def test_nulls_that_a_table_adds_are_left_out_at_every_depth(tmp_path):
+    """One tool has parameters that another has not: in a table both have all of them."""
+    tools = [
+        {"function": {"name": "f", "parameters": {"properties": {"city": {"type": "string"}}}}},
+        {"function": {"name": "g", "parameters": {"properties": {"unit": {"enum": ["C", None]}}}}},
+    ]
+    call = [{"function": {"name": "f", "arguments": {"city": "Ulm", "deep": [{"a": 1}, {"b": 2}]}}}]
+    chat = [{"role": "assistant", "tool_calls": call}, {"role": "user", "content": ""}]
+    write(tmp_path / "a.parquet", messages=[chat], tools=[tools])
+    write(tmp_path / "b.parquet", messages=[chat])
+    whole, without = rows(open_source(tmp_path / "*.parquet", format="chat"))
+    assert whole == {"messages": chat, "tools": tools}
+    assert without == {"messages": chat}
+
+
+def test_a_folder_of_datasets_has_no_nulls_either(tmp_path):
+    import datasets
+
+    chats = [[{"role": "user", "content": {"a": 1}}], [{"role": "assistant", "content": {"b": [None, 2]}}]]
+    datasets.Dataset.from_dict({"messages": chats, "id": [1, 2]}).save_to_disk(tmp_path / "saved")
+    assert rows(open_source(tmp_path / "saved", format="chat")) == [{"messages": chat} for chat in chats]
+
+
+def test_text_that_is_no_utf8(tmp_path):
+    array = pa.Array.from_buffers(pa.string(), 2, [None, *pa.array([b"ab", b"\xff"]).buffers()[1:]])
+    write(tmp_path / "a.parquet", text=array)
+    source = open_source(tmp_path / "a.parquet")
+    assert source[0] == {"text": "ab"}
+    with pytest.raises(BadSample, match="is not UTF-8") as raised:
+        source[1]
+    assert raised.value.reason == "undecodable"
+
+
+def test_damaged_files_are_refused_in_one_line_or_read(tmp_path):
+    path = write(tmp_path / "a.parquet", text=[f"document {number}" for number in range(200)], x=[1] * 200)
+    whole, num_refused = path.read_bytes(), 0
+    for seed in range(120):
+        draw = random.Random(seed)
+        place = draw.randrange(len(whole))
+        cut = seed % 3 == 0
+        path.write_bytes(whole[:place] if cut else whole[:place] + draw.randbytes(4) + whole[place + 4 :])
+        try:
+            source = open_source(path)
+            for index in range(min(len(source), 300)):
+                try:
+                    source[index]
+                except BadSample as error:
+                    assert "\n" not in str(error)  # noqa: PT017
+        except UserError as error:
+            num_refused += 1
+            assert "\n" not in str(error)  # noqa: PT017
+            assert "a.parquet" in str(error) or "no document" in str(error)  # noqa: PT017
+    assert num_refused > 50
