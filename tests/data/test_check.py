@@ -15,6 +15,7 @@ from data import sources
 from data.check import check_data
 from data.loader import TokenLoader
 from data.packing import REASONS
+from data.tokenizer import read_tokenizer
 from errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -39,8 +40,6 @@ def texts_of(path, **data):
     one = Training(steps=1, sequence_length=4096, global_batch_size=1)
     loader = TokenLoader(config(path, shuffle=False, num_workers=0, **data).data, one, 0, 1, 0, one_epoch=True)
     batch = next(loader)
-    from data.tokenizer import read_tokenizer
-
     tokens = batch.tokens[: loader.counts["real_tokens"]].tolist()
     text = read_tokenizer(TOKENIZER).decode(tokens, skip_special_tokens=False)
     return text.split("<|endoftext|>")[:-1], {
@@ -115,19 +114,15 @@ def test_validation_data_are_looked_at_too(tmp_path):
     (tmp_path / "b.jsonl").write_text('{"texts": "x"}')
     with pytest.raises(UserError, match=r"b\.jsonl, line 1: data\.text_key = 'text' is missing among texts"):
         check_data(config(tmp_path / "a.jsonl", validation=[tmp_path / "b.jsonl"]), 4096)
-    with pytest.raises(
-        UserError, match=r"^validation\.path = '.*c\.jsonl' matches no file: .*; did you mean '.*b\.jsonl'"
-    ):
-        check_data(config(tmp_path / "a.jsonl", validation=[tmp_path / "b_.jsonl"]), 4096) if False else check_data(
-            config(tmp_path / "a.jsonl", validation=[tmp_path / "c.jsonl"]), 4096
-        )
+    with pytest.raises(UserError, match=r"^validation\.path = '.*/ab\.jsonl' matches no file: .* mean '.*b\.jsonl'"):
+        check_data(config(tmp_path / "a.jsonl", validation=[tmp_path / "ab.jsonl"]), 4096)
 
 
 @pytest.mark.parametrize(
     ("name", "hint"),
     [
         ("data/trian", "; did you mean 'data/train'?"),
-        ("data/other", ""),
+        ("data/zzz", ""),
         ("daat/train", "; did you mean 'data/train'?"),
     ],
 )
@@ -228,5 +223,5 @@ def test_random_lines_are_right_or_refused(tmp_path, marked, lines, ending, ende
         assert not expected
         assert "\n" not in str(error)  # noqa: PT017
         return
-    assert [text for text in texts] == [text for text in expected]
+    assert texts == expected
     assert sum(counts.values()) == len(raw) - len(expected)
