@@ -72,7 +72,7 @@ def main(argv: list[str]) -> None:
         row = packer.slot(packer.first_cursor(number)).next_row(training.sequence_length)
         print(f"Row {number}: {len(row.lengths)} documents\n{show_row(row, tokenizer, sys.stdout.isatty())}\n")
 
-    lengths, num_trained, skipped = [], 0, Counter[str]()
+    lengths, num_trained, skipped, noted = [], 0, Counter[str](), Counter[str]()
     num_measured = min(options.samples, samples.num_documents)
     for number in range(num_measured):
         try:
@@ -80,6 +80,8 @@ def main(argv: list[str]) -> None:
         except BadSample as error:
             skipped[error.reason] += 1
             continue
+        if sample.note is not None:
+            noted[sample.note[0]] += 1
         lengths.append(len(sample.tokens))
         num_trained += int((sample.labels != IGNORED).sum())
     if not lengths:
@@ -93,6 +95,8 @@ def main(argv: list[str]) -> None:
     print(histogram(lengths))
     for reason, count in sorted(skipped.items()):
         print(f"skipped ({reason}): {count:,}, {count / num_measured:.2%}")
+    for reason, count in sorted(noted.items()):
+        print(f"used, but {reason}: {count:,}")
     print(f"rows are {fill:.1%} full, and {num_trained / sum(lengths):.1%} of the tokens in them are trained on")
     steps = tokens / fill / training.sequence_length / training.global_batch_size
     print(f"an epoch has {about}{tokens:,.0f} tokens, {steps:,.1f} steps; training.steps = {training.steps:,} are")

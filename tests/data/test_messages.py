@@ -152,6 +152,14 @@ def test_reasoning_under_its_names():
     assert trained(QUESTION, twice) == "So.\n</think>\n\nHo.<|im_end|>"
 
 
+def test_a_null_that_is_meant_is_trained_on():
+    """Of JSON Lines; what tables add has gone when a message comes here."""
+    call = {"name": "f", "arguments": {"a": None, "b": {"c": None}}}
+    assert "<parameter=a>\nnull\n</parameter>\n<parameter=b>\n" + '{"c": null}' in trained(
+        QUESTION, answer("", tool_calls=[call])
+    )
+
+
 def test_unknown_fields():
     for value in ("sad", 3, False, ["x"]):
         assert refused(QUESTION, answer(mood=value)) == (

@@ -1,5 +1,6 @@
 """Parquet files that differ in what nobody needs, nulls that tables add, and damaged tables."""
 
+import json
 import random
 
 import pyarrow as pa
@@ -76,6 +77,15 @@ def test_nulls_that_a_table_adds_are_left_out_at_every_depth(tmp_path):
     whole, without = rows(open_source(tmp_path / "*.parquet", format="chat"))
     assert whole == {"messages": chat, "tools": tools}
     assert without == {"messages": chat}
+
+
+def test_a_null_in_json_lines_is_meant(tmp_path):
+    line = '{"messages": [{"role": "assistant", "tool_calls": [{"name": "f", "arguments": {"a": null}}]}]}'
+    (tmp_path / "a.jsonl").write_text(line)
+    assert open_source(tmp_path / "a.jsonl", format="chat")[0] == json.loads(line)
+    pyarrow.parquet.write_table(pa.Table.from_pylist([json.loads(line)]), tmp_path / "a.parquet")
+    calls = [{"name": "f", "arguments": {}}]
+    assert rows(open_source(tmp_path / "a.parquet", format="chat"))[0]["messages"][0]["tool_calls"] == calls
 
 
 def test_a_folder_of_datasets_has_no_nulls_either(tmp_path):
