@@ -67,12 +67,14 @@ def main(argv: list[str]) -> None:
     training, tokenizer = config.training, load_tokenizer(config.data.tokenizer)
     samples = open_samples(config.data, tokenizer, training.sequence_length, config.job.seed)
 
+    noted = Counter[str]()
     packer = Packer(samples, config.data, tokenizer.eos_token_id or 0, training.global_batch_size, False)
     for number in range(min(options.rows, training.global_batch_size)):
         row = packer.slot(packer.first_cursor(number)).next_row(training.sequence_length)
+        noted.update(reason for reason, _ in row.notes if reason == "ignored_field")  # told once, so it may be here
         print(f"Row {number}: {len(row.lengths)} documents\n{show_row(row, tokenizer, sys.stdout.isatty())}\n")
 
-    lengths, num_trained, skipped, noted = [], 0, Counter[str](), Counter[str]()
+    lengths, num_trained, skipped = [], 0, Counter[str]()
     num_measured = min(options.samples, samples.num_documents)
     for number in range(num_measured):
         try:
