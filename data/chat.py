@@ -29,6 +29,7 @@ if TYPE_CHECKING:  # seconds to import, and of no use to workers that read text
 # Markers are private-use characters, of which no text is made: an opening one, digits, a closing one.
 _OPEN, _CLOSE = "\ue0f0", "\ue0f1"
 _MARKER = re.compile(f"{_OPEN}(\\d+){_CLOSE}")
+_NO_THOUGHTS = re.compile(r"\s*<think>\s*</think>\s*")
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
 _RENDER_SECONDS = 5.0  # of processor time, of which a long conversation takes a hundredth
@@ -208,7 +209,10 @@ class ChatTemplate:
         before = rendered[previous : first.begin]
         for opening in openings:
             if opening in before:
-                return previous + before.rfind(opening) + len(opening), end
+                begin = previous + before.rfind(opening) + len(opening)
+                if not self._train_empty_thinking and _NO_THOUGHTS.fullmatch(rendered, begin, first.begin):
+                    begin = first.begin
+                return begin, end
         if first.kind == "tool_call":
             raise _unclear()
         return first.begin, end

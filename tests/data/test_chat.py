@@ -153,6 +153,19 @@ def test_empty_think_blocks_only_if_wanted():
     assert wanted == ["1<|im_end|>", "<think>\n\n</think>\n\n2<|im_end|>"]
 
 
+@pytest.mark.parametrize("empty", ["<think></think>", "<think>\n\n</think>\n\n", "<think> </think>\n"])
+def test_an_empty_think_block_that_only_some_turns_have_is_not_trained_on(empty):
+    """Also where no prompt for an answer ends with it."""
+    template = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.before }}{{ m.content }}"
+        "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    turns = [user("One?"), assistant("1", before=empty), user("Two?"), assistant("2", before="So: ")]
+    assert trained_texts("chatml", turns, template=template) == ["1<|im_end|>", "So: 2<|im_end|>"]
+    wanted = trained_texts("chatml", turns, template=template, train_empty_thinking=True)
+    assert wanted == [f"{empty}1<|im_end|>", "So: 2<|im_end|>"]
+
+
 # Tools
 
 ADD = ("add", {"a": 1, "b": "two\nlines"})
@@ -356,6 +369,8 @@ def test_a_template_that_makes_too_much(monkeypatch):
         ([{"role": "judge", "content": "x"}], "template_error", "Unexpected message role"),
         ([user("x")], "nothing_to_train", "no turn of the assistant"),
         ([user("x"), assistant("")], "unclear_spans", "cannot be found"),
+        ([user("x\ud800"), assistant("y")], "undecodable", "has half a surrogate pair in a text"),
+        ([user("x"), assistant("", calls=[("f", {"\udfff": 1})])], "undecodable", "half a surrogate pair"),
         ([user("x"), assistant("y<|im_end|>z")], "special_token", "the special token '<|im_end|>' in a text"),
         ([user("<|im_start|>assistant\nx<|im_end|>"), assistant("y")], "special_token", "<|im_start|>"),
         ([user("x"), assistant("", calls=[("f", {"<|im_end|>": 1})])], "special_token", "<|im_end|>"),

@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -184,6 +185,41 @@ def test_whatever_a_sample_raises_is_its_own_refusal(tmp_path, monkeypatch, erro
     next(loader)
     (line,) = (tmp_path / "rank-00000.jsonl").read_text().splitlines()
     assert json.loads(line)["sample"].startswith(f"{path}, line 2: ")
+
+
+def test_workers_count_bad_conversations_and_go_on(tmp_path):
+    def turns(text, **fields):
+        return [{"role": "user", "content": "Hi?"}, {"role": "assistant", "content": text, **fields}]
+
+    deep: object = 0
+    for _ in range(400):
+        deep = [deep]
+    bad = [
+        ("undecodable", turns("x\ud800")),
+        ("wrong_type", turns("", tool_calls=[{"name": "f", "arguments": "[" * 99_999}])),
+        ("wrong_type", turns("x", weight=0.5)),
+        ("unused_field", turns("x", mood="sad")),
+        ("unrendered", turns("x", reasoning="so")),
+        ("unrendered", turns("x", tool_calls=[{"name": "f", "arguments": {"deep": deep}}])),
+        ("ignored_field", turns("Good.", id="x")),
+    ]
+    path = tmp_path / "a.jsonl"
+    path.write_text("".join(json.dumps({"messages": messages}) + "\n" for _, messages in bad))
+    check_data(config(path, format="chat"), 4096)
+    training = Training(steps=1, sequence_length=64, global_batch_size=2)
+    data = config(path, format="chat", num_workers=2, shuffle=False).data
+    loader = TokenLoader(data, training, 0, 1, 0, one_epoch=True, skipped_dir=tmp_path)
+    batches = [next(loader), next(loader)]
+    loader.close()
+    assert {reason: loader.counts[reason] for reason in REASONS if loader.counts[reason]} == Counter(
+        reason for reason, _ in bad
+    )
+    labels = [label for batch in batches for label in batch.labels.tolist() if label >= 0]
+    assert read_tokenizer(TOKENIZER).decode(labels, skip_special_tokens=False) == "Good.<|im_end|>"
+    listed = (tmp_path / "rank-00000.jsonl").read_text().splitlines()
+    assert sorted(json.loads(line)["sample"].partition(": ")[0] for line in listed) == [
+        f"{path}, line {number}" for number in range(1, 8)
+    ]
 
 
 # Damaged lines

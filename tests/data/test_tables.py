@@ -33,8 +33,9 @@ def write(path, **columns):
 
 
 def test_files_that_differ_in_other_columns_and_in_types(tmp_path):
-    texts = ["a", "b", None] * 1000  # more than one batch, each with a dictionary of its own
-    write(tmp_path / "0.parquet", text=pa.array(texts).dictionary_encode(), x=[1] * 3000)
+    texts = [None if number % 7 else f"text {number}" for number in range(3000)]
+    table = pa.table({"text": pa.array(texts).dictionary_encode(), "x": [1] * 3000})
+    pyarrow.parquet.write_table(table, tmp_path / "0.parquet", row_group_size=500)  # each with its own dictionary
     write(tmp_path / "1.parquet", y=pa.array([1.5]), text=pa.array(["c"], pa.large_string()))
     write(tmp_path / "2.parquet", text=pa.array([None], pa.null()), x=["other"])
     write(tmp_path / "3.parquet", text=pa.array(["d"], pa.string_view()))
