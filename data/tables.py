@@ -120,7 +120,10 @@ def _parquet_batches(file: str, key: str, name: str, others: list[str], size: in
         columns = _select(key, name, others, present, file)
         with reading(file):
             schema = pa.schema([(column, _plain_type(parquet.schema_arrow.field(column).type)) for column in columns])
-        batches = parquet.iter_batches(size, columns=columns)
+        # Each group of rows by itself: its nested dictionaries cannot be read together with those of others.
+        batches = itertools.chain.from_iterable(
+            parquet.iter_batches(size, [group], columns) for group in range(parquet.num_row_groups)
+        )
         while True:
             with reading(file):
                 batch = next(batches, None)

@@ -53,16 +53,19 @@ def test_a_file_without_the_column_among_others(tmp_path):
 CALLS = pa.large_list(
     pa.struct([("function", pa.struct([("name", pa.string()), ("arguments", pa.map_(pa.string(), pa.string()))]))])
 )
-MESSAGE = pa.struct([("role", pa.dictionary(pa.int8(), pa.string())), ("content", pa.large_string()), ("calls", CALLS)])
+MESSAGE = pa.struct(
+    [("role", pa.dictionary(pa.int16(), pa.string())), ("content", pa.large_string()), ("calls", CALLS)]
+)
 
 
 def test_nested_types(tmp_path):
     call = {"function": {"name": "f", "arguments": [("a", "1"), ("b", None)]}}
-    chats = [[{"role": "user", "content": "x"}], [{"role": "assistant", "calls": [call]}]] * 700
-    write(tmp_path / "a.parquet", messages=pa.array(chats, pa.list_(MESSAGE)))
+    chats = [[{"role": f"user {n}", "content": "x"}, {"role": "assistant", "calls": [call]}] for n in range(1500)]
+    table = pa.table({"messages": pa.array(chats, pa.list_(MESSAGE))})
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet", row_group_size=400)  # each with its own dictionaries
     found = rows(open_source(tmp_path / "a.parquet", format="chat"))
-    expected = [{"role": "assistant", "calls": [{"function": {"name": "f", "arguments": {"a": "1"}}}]}]
-    assert found == [{"messages": [{"role": "user", "content": "x"}]}, {"messages": expected}] * 700
+    answer = {"role": "assistant", "calls": [{"function": {"name": "f", "arguments": {"a": "1"}}}]}
+    assert found == [{"messages": [{"role": f"user {n}", "content": "x"}, answer]} for n in range(1500)]
 
 
 def test_nulls_that_a_table_adds_are_left_out_at_every_depth(tmp_path):
