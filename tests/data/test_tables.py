@@ -32,10 +32,20 @@ def write(path, **columns):
     return path
 
 
+def write_groups(path, groups):
+    """Groups of rows whose columns have dictionaries of their own."""
+    tables = [pa.table(columns) for columns in groups]
+    with pyarrow.parquet.ParquetWriter(path, tables[0].schema) as writer:
+        for table in tables:
+            writer.write_table(table)
+
+
 def test_files_that_differ_in_other_columns_and_in_types(tmp_path):
     texts = [None if number % 7 else f"text {number}" for number in range(3000)]
-    table = pa.table({"text": pa.array(texts).dictionary_encode(), "x": [1] * 3000})
-    pyarrow.parquet.write_table(table, tmp_path / "0.parquet", row_group_size=500)  # each with its own dictionary
+    groups = [
+        {"text": pa.array(texts[at : at + 500]).dictionary_encode(), "x": [1] * 500} for at in range(0, 3000, 500)
+    ]
+    write_groups(tmp_path / "0.parquet", groups)
     write(tmp_path / "1.parquet", y=pa.array([1.5]), text=pa.array(["c"], pa.large_string()))
     write(tmp_path / "2.parquet", text=pa.array([None], pa.null()), x=["other"])
     write(tmp_path / "3.parquet", text=pa.array(["d"], pa.string_view()))
@@ -61,8 +71,8 @@ MESSAGE = pa.struct(
 def test_nested_types(tmp_path):
     call = {"function": {"name": "f", "arguments": [("a", "1"), ("b", None)]}}
     chats = [[{"role": f"user {n}", "content": "x"}, {"role": "assistant", "calls": [call]}] for n in range(1500)]
-    table = pa.table({"messages": pa.array(chats, pa.list_(MESSAGE))})
-    pyarrow.parquet.write_table(table, tmp_path / "a.parquet", row_group_size=400)  # each with its own dictionaries
+    groups = [{"messages": pa.array(chats[at : at + 500], pa.list_(MESSAGE))} for at in (0, 500, 1000)]
+    write_groups(tmp_path / "a.parquet", groups)
     found = rows(open_source(tmp_path / "a.parquet", format="chat"))
     answer = {"role": "assistant", "calls": [{"function": {"name": "f", "arguments": {"a": "1"}}}]}
     assert found == [{"messages": [{"role": f"user {n}", "content": "x"}, answer]} for n in range(1500)]
