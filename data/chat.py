@@ -64,7 +64,7 @@ class ChatTemplate:
             raise UserError(f"data.tokenizer = {tokenizer.name_or_path!r}: expected one with a chat template")
         self._tokenizer, self._train_on, self._train_empty_thinking = tokenizer, train_on, train_empty_thinking
         self._num_timeouts = 0
-        self._reasoning = ""  # the name by which the template takes reasoning; empty if it shows none
+        self._reasoning, self._shows_reasoning = "reasoning_content", False  # the name that the template knows, if any
         self.ignored = set[str]()
         """Names of fields of messages that were left out so far."""
         special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
@@ -76,7 +76,7 @@ class ChatTemplate:
 
     def sample(self, messages: list[Message], tools: Any) -> Sample:
         """The tokens of a conversation, of which the assistant's are trained on. Raises BadSample."""
-        messages, weights, unknown, ignored = read_messages(messages, self._reasoning or "reasoning_content")
+        messages, weights, unknown, ignored = read_messages(messages, self._reasoning)
         for text in _texts([messages, tools]):
             if found := self._special.search(text):
                 raise BadSample("special_token", f"has the special token {found[0]!r} in a text")
@@ -131,7 +131,7 @@ class ChatTemplate:
         for name in ("reasoning_content", "reasoning", "thinking"):
             try:
                 if _OPEN in self._render([user, {**answer, name: _OPEN}]):
-                    self._reasoning = name
+                    self._reasoning, self._shows_reasoning = name, True
                     break
             except BadSample:
                 continue
@@ -181,7 +181,7 @@ class ChatTemplate:
         left out: templates show it only where it led to the present answer."""
         last_user = max((number for number, message in enumerate(messages) if message["role"] == "user"), default=-1)
         for number, kind, text, _ in missing:
-            if not (kind == self._reasoning and number < last_user):
+            if not (kind == self._reasoning and self._shows_reasoning and number < last_user):
                 whose = f"message {number} whose {kind}" if number >= 0 else "tools of which"
                 raise BadSample("unrendered", f"has {whose} the chat template leaves out: {text!r:.60}")
 
@@ -222,7 +222,7 @@ class ChatTemplate:
         rendered, apart = self._render(messages, tools), list(messages)
         for number, message in enumerate(messages):
             content = message.get("content") or ""
-            if message["role"] == "assistant" and "</think>" in content and self._reasoning not in (*message, ""):
+            if message["role"] == "assistant" and "</think>" in content and self._reasoning not in message:
                 reasoning, _, answer = content.rpartition("</think>")
                 reasoning = reasoning.rpartition("<think>")[2]
                 apart[number] = {**message, self._reasoning: reasoning.strip("\n"), "content": answer.lstrip("\n")}
@@ -256,7 +256,7 @@ class ChatTemplate:
         marked, marked_tools = copy.deepcopy(messages), copy.deepcopy(tools)
         for number, message in enumerate(marked):
             mark = replace if message["role"] == "assistant" else insert
-            for kind in (self._reasoning or "reasoning_content", "content"):
+            for kind in (self._reasoning, "content"):
                 if message.get(kind, "").strip():
                     message[kind] = mark(number, kind, message[kind])
             for call in message.get("tool_calls", []):

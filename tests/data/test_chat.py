@@ -281,6 +281,16 @@ def test_reasoning_of_earlier_turns_may_be_left_out_but_none_after_the_question(
             encode(style, [user("1?"), answer, user("2?"), assistant("2")])
 
 
+def test_thoughts_inside_of_a_content_that_a_template_cuts_off():
+    """As DeepSeek's and Nemotron's do, in the last turn too: what led to the answer would not be trained on."""
+    cut = "m.content.split('</think>')[-1] if m.role == 'assistant' else m.content"
+    template = TOKENIZERS["chatml"].chat_template.replace("message.content", f"({cut.replace('m.', 'message.')})")
+    assert trained_texts("chatml", [user("1?"), assistant("1")], template=template) == ["1<|im_end|>"]
+    with pytest.raises(BadSample, match="whose reasoning_content the chat template leaves out: 'so'") as raised:
+        encode("chatml", [user("1?"), assistant("<think>so</think>1")], template=template)
+    assert raised.value.reason == "unrendered"
+
+
 def test_a_turn_of_the_user_that_is_a_tool_response():
     """To templates of this family it is no question, so the reasoning before it is shown."""
     response = "<tool_response>\n3\n</tool_response>"
