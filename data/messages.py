@@ -27,7 +27,6 @@ is null or empty says nothing. docs/data.md has the same table."""
 
 _FLAGS = {"true": 1, "yes": 1, "1": 1, "1.0": 1, "false": 0, "no": 0, "0": 0, "0.0": 0}
 _PART = ("type", "text", "cache_control", "annotations")
-_CALL = ("id", "type", "function", "index", "name", "arguments", "parameters")
 
 
 class Conversation(NamedTuple):
@@ -127,13 +126,16 @@ def _text(content: Any, number: int) -> str:
 
 def _read_call(call: Any, number: int) -> dict[str, Any]:
     """A tool call whose arguments are a table, as templates want it: many write them as a string of JSON."""
-    function = call.get("function", call) if isinstance(call, dict) else None
+    is_wrapped = isinstance(call, dict) and "function" in call
+    function = call["function"] if is_wrapped else call
     if not isinstance(function, dict) or not isinstance(function.get("name"), str):
         raise BadSample("wrong_type", f"has message {number} with a tool call without a name")
-    known = (*_CALL[:4], "name") if function is not call else _CALL
-    for fields in ((call, known),) if function is call else ((call, known), (function, _CALL[4:])):
-        for field, value in fields[0].items():
-            if field not in fields[1] and value not in (None, "", [], {}):
+    known = {"call": ("id", "type", "index", "function"), "function": ("name", "arguments", "parameters")}
+    if not is_wrapped:
+        known["call"] += known["function"]
+    for fields, names in ((call, known["call"]), (function if is_wrapped else {}, known["function"])):
+        for field, value in fields.items():
+            if field not in names and value not in (None, "", [], {}):
                 raise BadSample("unused_field", f"has message {number} with a tool call that has {field!r:.60}")
     given = [function[key] for key in ("arguments", "parameters") if function.get(key) is not None]
     if len(given) > 1:
@@ -144,6 +146,6 @@ def _read_call(call: Any, number: int) -> dict[str, Any]:
             arguments = json.loads(arguments) if arguments.strip() else {}
     except (ValueError, RecursionError):
         raise BadSample("wrong_type", f"has message {number} with a tool call whose arguments are not JSON") from None
-    outer = call if function is not call else {"type": "function"}
+    outer = call if is_wrapped else {"type": "function"}
     inner = {key: value for key, value in function.items() if key != "parameters"}
     return {**outer, "function": {**inner, "arguments": arguments}}

@@ -130,6 +130,7 @@ def test_calls_of_functions_in_other_forms():
         ({"tool_calls": [{"name": "f", "thought": "x"}]}, "unused_field"),
         ({"tool_calls": [{"function": {"name": "f", "thought": "x"}}]}, "unused_field"),
         ({"tool_calls": [{"function": {"name": "f"}, "arguments": {"a": 1}}]}, "unused_field"),
+        ({"tool_calls": [{"function": {"name": "f"}, "name": "g"}]}, "unused_field"),
         ({"tool_calls": [{"name": "f", "arguments": {}, "parameters": {"a": 1}}]}, "unused_field"),
         ({"tool_calls": [{"name": "f"}], "function_call": {"name": "g"}}, "unused_field"),
         ({"tool_calls": [{"name": "f", "arguments": "[" * 100_000}]}, "wrong_type"),
