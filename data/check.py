@@ -6,8 +6,8 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from config import Config
-from data.files import is_dataset
-from data.records import Record
+from data.files import check_cache, is_dataset
+from data.records import Record, Whole
 from data.samples import EncodeChat, check_source, text_of
 from data.sources import declared_sources
 from data.tokenizer import check_tokenizer, load_tokenizer
@@ -41,6 +41,8 @@ def check_data(config: Config, vocab_size: int) -> None:
     encode: Callable[[Record], object] = functools.partial(text_of, key=data.text_key)
     if data.format == "chat":
         encode = EncodeChat(data, load_tokenizer(data.tokenizer), config.training.sequence_length)
+    if not all(isinstance(source, Whole) for _, source in sources):
+        check_cache()
     found = False
     for entry, source in sources:
         is_on_hub = is_dataset(entry) and not os.path.isdir(

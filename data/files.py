@@ -6,7 +6,9 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -93,17 +95,31 @@ def cached(files: list[str], what: str, suffix: str, make: Callable[[Path], None
         with reading(file):
             stats.append((file, os.stat(file).st_size, os.stat(file).st_mtime_ns))
     key = json.dumps(stats + [what] * bool(what)).encode()
-    path = cache_folder() / "json_lines" / (hashlib.sha256(key).hexdigest()[:32] + suffix)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+    with _writing_the_cache() as folder:
+        path = folder / (hashlib.sha256(key).hexdigest()[:32] + suffix)
         with FileLock(f"{path}.lock"):
             if not path.exists():
                 unfinished = path.with_name(f"{path.name}.unfinished")
                 make(unfinished)
                 os.replace(unfinished, path)
+    return path
+
+
+@contextmanager
+def _writing_the_cache() -> Iterator[Path]:
+    """The folder for what is derived. What the system refuses inside is a UserError."""
+    folder = cache_folder() / "json_lines"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        yield folder
     except OSError as error:
         raise UserError(
             f"HF_DATASETS_CACHE = {str(cache_folder())!r}: {error.strerror or error}: expected a folder that can be "
             "written, with room for what is derived from the data"
         ) from error
-    return path
+
+
+def check_cache() -> None:
+    """Raises UserError for a cache that cannot be written."""
+    with _writing_the_cache() as folder, tempfile.TemporaryFile(dir=folder):
+        pass

@@ -1,5 +1,6 @@
 """The check before a run: what the readers would say, from the first records, in a process without torch."""
 
+import errno
 import json
 import subprocess
 import sys
@@ -12,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from config import Config, Data, Job, LRScheduler, Model, Optimizer, Training, Validation
-from data import sources
+from data import files, sources
 from data.check import check_data
 from data.loader import TokenLoader
 from data.packing import REASONS
@@ -145,8 +146,22 @@ def test_a_cache_that_cannot_be_written(tmp_path, monkeypatch):
     (tmp_path / "a.jsonl").write_text('{"text": "x"}')
     (tmp_path / "cache").write_text("a file")
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
-    with pytest.raises(UserError, match=r"^HF_DATASETS_CACHE = '.*cache': .*: expected a folder that can be written"):
+    message = r"^HF_DATASETS_CACHE = '.*cache': .*: expected a folder that can be written"
+    with pytest.raises(UserError, match=message):
         sources.open_sources(Data(path=(str(tmp_path / "a.jsonl"),)))
+    with pytest.raises(UserError, match=message):
+        check_data(config(tmp_path / "a.jsonl"), 4096)
+    (tmp_path / "a.txt").write_text("x")
+    check_data(config(tmp_path / "a.txt"), 4096)  # needs none
+
+
+def test_a_full_disk_is_no_fault_of_the_data(tmp_path, monkeypatch):
+    def full(path):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    with pytest.raises(UserError, match=r"^HF_DATASETS_CACHE = '.*': No space left on device: expected a folder"):
+        files.cached([], "x", ".index", full)
 
 
 def test_a_file_that_is_gone_ends_the_run_in_one_line(tmp_path):
