@@ -181,7 +181,8 @@ class ChatTemplate:
         left out: templates show it only where it led to the present answer."""
         last_user = max((number for number, message in enumerate(messages) if message["role"] == "user"), default=-1)
         for number, kind, text, _ in missing:
-            if not (kind == self._reasoning and self._shows_reasoning and number < last_user):
+            is_earlier = 0 <= number < last_user and messages[number]["role"] == "assistant"
+            if not (kind == self._reasoning and self._shows_reasoning and is_earlier):
                 whose = f"message {number} whose {kind}" if number >= 0 else "tools of which"
                 raise BadSample("unrendered", f"has {whose} the chat template leaves out: {text!r:.60}")
 

@@ -194,15 +194,17 @@ ANYTHING = st.one_of(
     st.none(), st.booleans(), st.integers(), st.floats(), st.text("ab <\n", max_size=4),
     st.lists(st.text("ab", max_size=2), max_size=2), st.dictionaries(st.text("ab", max_size=1), st.none(), max_size=2),
 )  # fmt: skip
-FLAG = st.sampled_from([None, True, False, 0, 1, 0.0, 1.0, "", 0.5, [0, 1]])
+FLAG = st.sampled_from([None, True, False, 0, 1, 0.0, 1.0, "", True, False, 0, 1, 0.5, [0, 1]])
 LIKELY = {"weight": FLAG, "weight, the other way round": FLAG, "reasoning": st.none() | st.text("ab \n", max_size=5)}
-MESSAGES = st.fixed_dictionaries(
-    {"role": st.sampled_from(["user", "assistant", "tool"]), "content": st.text("ab \n", min_size=1, max_size=5)},
-    optional={
-        field: LIKELY.get(FIELDS.get(field, ""), ANYTHING)
-        for field in (*FIELDS, "mood", "label")
-        if field not in ("role", "content", "tool_calls", "function_call")
-    },
+OTHERS = [field for field in FIELDS if field not in ("role", "content", "tool_calls", "function_call")]
+PLAIN = {
+    "role": st.sampled_from(["assistant", "assistant", "user", "tool"]),
+    "content": st.text("ab \n", min_size=1, max_size=5),
+}
+MESSAGES = st.lists(st.sampled_from([*OTHERS, "mood", "label"]), max_size=3, unique=True).flatmap(
+    lambda fields: st.fixed_dictionaries(
+        PLAIN | {field: LIKELY.get(FIELDS.get(field, ""), ANYTHING) for field in fields}
+    )
 )
 
 
@@ -212,7 +214,10 @@ def reading(message):
     if {"mood", "label"} & {field for field, value in given.items() if value != {}}:
         return None
     thoughts = {given[name] for name in ("reasoning_content", "reasoning", "thinking") if name in given}
-    flags = [given[name] if name != "masked" else given[name] != 1 for name in FLAGS if name in given]
+    opposite = {0: 1, 1: 0}
+    flags = [given[name] for name in FLAGS if name in given and name != "masked"]
+    if "masked" in given:
+        flags.append(opposite.get(given["masked"], 0.5) if not isinstance(given["masked"], list) else 0.5)
     if len(thoughts) > 1 or not all(flag in (0, 1) for flag in flags) or {0, 1} <= set(flags):
         return None
     if message["role"] != "assistant":
