@@ -180,8 +180,6 @@ class MoE:
     aux_loss_scope: Literal["global", "hf"] = "global"
     """What is to be balanced. "global": the micro-batches of all processes together; "hf": each by itself, pooled over
     layers, as transformers does."""
-    aux_loss_pooled: bool = False
-    """Count an expert's tokens over all layers together, and not in each. With the scope "hf" this is always so."""
     z_loss_coef: NotNegative = 0.0
     """Weight of the router z-loss, which keeps the router's logits small. 0: off."""
     force_balanced_routing: bool = False
@@ -198,11 +196,6 @@ class Parallelism:
     """Processes over which FSDP shards weights, gradients and optimizer state. -1: all that are left."""
     expert_parallel_degree: PositiveInt = 1
     """Processes over which the experts are spread; tokens travel to them. 1: experts are sharded like the rest."""
-
-    def shard_degree(self, world_size: int) -> int:
-        """`data_parallel_shard_degree` with -1 worked out."""
-        given = self.data_parallel_shard_degree
-        return world_size // self.data_parallel_replicate_degree if given == -1 else given
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -225,11 +218,10 @@ class Compile:
 class Kernels:
     """Which implementation computes what."""
 
-    attention: Literal["auto", "sdpa", "varlen", "cudnn", "fa3", "fa4"] = "auto"
+    attention: Literal["auto", "sdpa", "varlen", "cudnn", "fa4"] = "auto"
     """'sdpa': one call a document, runs everywhere; 'varlen': PyTorch's FlashAttention 2 over the stream, CUDA and
-    bfloat16; 'cudnn': cuDNN where all documents of a micro-batch have one length, else as 'varlen'; 'fa3', 'fa4':
-    FlashAttention 3 and 4 over the stream, packages flash-attn-3 (Hopper) and flash-attn-4 (Hopper, Blackwell), which
-    'auto' leaves out."""
+    bfloat16; 'cudnn': cuDNN where all documents of a micro-batch have one length, else as 'varlen'; 'fa4':
+    FlashAttention 4 over the stream, package flash-attn-4 (Hopper, Blackwell), which 'auto' leaves out."""
     gated_delta_rule: Literal["auto", "torch", "fla", "flash_qla"] = "auto"
     """'torch': runs everywhere; 'fla': flash-linear-attention, 'flash_qla': flash-qla, both CUDA and bfloat16."""
     causal_conv1d: Literal["auto", "torch", "triton"] = "auto"
@@ -373,44 +365,17 @@ def model_config(config: Config) -> ModelConfig:
 
 def check_config(config: Config, world_size: int) -> None:
     """Raises UserError for what `world_size` processes on this machine could not run."""
+    from parallelisms.degrees import work_out_degrees
+
     shape = model_config(config)
-    _check_parallelism(config, shape, world_size)
+    degrees = work_out_degrees(config.parallelism, shape, world_size)
+    degrees.num_micro_batches(config.training.global_batch_size, config.training.local_batch_size)
     _check_schedule(config.lr_scheduler, config.training.steps)
     _check_kernels(config, shape)
     from data.check import check_data  # which needs Config
 
     check_data(config, shape.vocab_size)
     _check_paths(config)
-
-
-def _check_parallelism(config: Config, shape: ModelConfig, world_size: int) -> None:
-    parallelism, training = config.parallelism, config.training
-    replicate, shard = parallelism.data_parallel_replicate_degree, parallelism.shard_degree(world_size)
-    expert = parallelism.expert_parallel_degree
-    if replicate * shard != world_size:
-        raise UserError(
-            f"parallelism.data_parallel_replicate_degree = {replicate}, data_parallel_shard_degree = "
-            f"{parallelism.data_parallel_shard_degree}: expected a product of {world_size}, the number of processes"
-        )
-    key = f"parallelism.expert_parallel_degree = {expert}"
-    if shard % expert:
-        raise UserError(f"{key}: expected a divisor of the shard degree {shard} ({world_size} processes)")
-    if shape.num_experts % expert:
-        raise UserError(f"{key}: expected a divisor of the model's num_experts = {shape.num_experts}")
-    if expert > 1:  # each expert's own dimensions are sharded over the rest of the shard degree, evenly or not at all
-        sizes = {"2 * moe_intermediate_size": 2 * shape.moe_intermediate_size, "hidden_size": shape.hidden_size}
-        for name, size in sizes.items():
-            if size % (shard // expert):
-                raise UserError(
-                    f"{key}: shard degree {shard} / {expert} = {shard // expert} does not divide the model's "
-                    f"{name} = {size}: expected degrees whose quotient does"
-                )
-    rows = world_size * training.local_batch_size
-    if training.global_batch_size % rows:
-        raise UserError(
-            f"training.global_batch_size = {training.global_batch_size}: expected a multiple of {rows} "
-            f"({world_size} processes * local_batch_size = {training.local_batch_size})"
-        )
 
 
 def _check_schedule(schedule: LRScheduler, steps: int) -> None:
@@ -439,8 +404,6 @@ def _check_kernels(config: Config, shape: ModelConfig) -> None:
     name = config.training.dtype
     if name == "auto":
         name = "bfloat16" if device_type == "cuda" else "float32"
-    if config.kernels.attention == "fa3" and config.job.deterministic:
-        raise UserError("kernels.attention = 'fa3' with job.deterministic = true: expected another, or false")
     try:
         head_dims = (shape.linear_key_head_dim, shape.linear_value_head_dim)
         requested, dtype = dataclasses.asdict(config.kernels), getattr(torch, name)

@@ -12,8 +12,8 @@
 #   LOG_RANK     whose log is shown: global ranks, comma-separated; default 0
 #   PYTHON       the interpreter; default: python
 #
-# Exit status: 2 and one line on stderr for a mistake, else torchrun's. SIGTERM and SIGINT (Ctrl-C) go to the ranks,
-# which finish their step, save, and exit 0, and so does this script; a second signal ends everything at once. With
+# Exit status: 2 and one line on stderr for a mistake, also for one that only the ranks find; 1 if a rank fails.
+# SIGTERM and SIGINT (Ctrl-C) go to the ranks, which finish their step, save, and exit 0, and so does this script; a second signal ends everything at once. With
 # several nodes it is enough to signal one of them: its ranks tell the others, and all stop after the same step.
 set -uo pipefail
 
@@ -24,6 +24,7 @@ fail() {
 
 folder=$(cd "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")" && pwd)
 python=${PYTHON:-python}
+export PYTHONPATH=$folder${PYTHONPATH:+:$PYTHONPATH}
 
 for argument in "$@"; do
   case $argument in --help | -h) exec "$python" "$folder/config.py" --world-size 1 --help ;; esac
@@ -84,7 +85,7 @@ torchrun="" pending=0
 trap 'on_signal TERM 15' TERM
 trap 'on_signal INT 2' INT
 set -m
-"$python" -m torch.distributed.run "${rendezvous[@]}" --nproc-per-node "$nproc_per_node" --max-restarts 0 \
+"$python" -m training.launch "${rendezvous[@]}" --nproc-per-node "$nproc_per_node" --max-restarts 0 \
   "$folder/train.py" "$@" &
 torchrun=$!
 set +m

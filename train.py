@@ -15,16 +15,15 @@ import torch.distributed as dist
 from checkpoint.checkpointer import Checkpointer, Progress
 from checkpoint.hf_reader import load_hf_weights
 from config import Config, MoE, Training, check_config, load_config, model_config, resolved_toml
-from data.loader import MicroBatch, TokenLoader
-from data.packing import IGNORED
+from data.batch import MicroBatch
+from data.loader import TokenLoader
 from errors import RunError, exit_on_error
-from models.ops.documents import Documents
 from models.ops.kernels import Kernels, select_kernels
+from models.qwen35_moe.check_kernels import check_kernels
 from models.qwen35_moe.config import ModelConfig
 from models.qwen35_moe.init import init_weights
 from models.qwen35_moe.model import Qwen35Moe
-from models.qwen35_moe.moe import Measure, RouterStatistics
-from models.qwen35_moe.self_test import check_kernels
+from parallelisms.degrees import work_out_degrees
 from parallelisms.mesh import Meshes, build_meshes
 from parallelisms.parallelize import local_region, parallelize_fn, reduce_replicas_after, reduce_replicated_gradients
 from training.distributed import (
@@ -38,6 +37,7 @@ from training.distributed import (
 from training.flops import mfu_of_one_token_a_second
 from training.gradients import gradient_norm, last_nonfinite
 from training.load_balancing import measure_for, router_losses
+from training.lock import RunLock
 from training.metrics import MetricsWriter, data_quality, expert_load, peak_memory_gib, setup_logging
 from training.optimizer import build_optimizer, lr_factor, set_learning_rate, step_clipped
 from training.signals import StopRequest
@@ -49,33 +49,15 @@ logger = logging.getLogger("train")
 class StepResult(NamedTuple):
     """What one optimizer step tells. Shapes: L layers, E experts."""
 
-    loss: torch.Tensor
-    """[] float32: this rank's share of the mean loss over the global batch's trained tokens; shares add up."""
-    aux_loss: torch.Tensor
-    """[] float32: this rank's share of the load-balancing loss, the mean over micro-steps; 0 if it is off."""
-    z_loss: torch.Tensor
-    """The same of the router z-loss."""
+    losses: dict[str, torch.Tensor]
+    """By name, each [] float32, this rank's share; shares add up. "loss": the mean over the global batch's trained
+    tokens; "aux_loss", "z_loss": the routers', means over micro-steps; 0 if they are off."""
     expert_counts: torch.Tensor
     """[L, E] int64: how many of this rank's tokens chose each expert."""
     grad_norm: torch.Tensor
-    """[] of the global gradient, before clipping; the same on all ranks."""
+    """[] float64, of the global gradient before clipping; the same on all ranks."""
     nonfinite: str
     """Where loss or gradients are not finite, so that the step was not applied; empty if all are."""
-
-
-def run_model(
-    model: Qwen35Moe, batch: MicroBatch, device: torch.device, training: Training, moe: MoE
-) -> tuple[torch.Tensor, RouterStatistics, Measure]:
-    """The sum of a micro-batch's token losses, and what the routers did and had to measure."""
-
-    def to_device(tensor: torch.Tensor) -> torch.Tensor:
-        # From pinned memory: a copy of more than 64 KiB from elsewhere waits until the GPU has done what it has to do.
-        return (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True)
-
-    tokens, positions, labels = map(to_device, (batch.tokens, batch.positions, batch.labels))
-    documents = Documents.from_lengths(batch.lengths, device, max_seqlen=training.sequence_length)
-    measure = measure_for(moe, None if batch.is_real is None else to_device(batch.is_real))
-    return *model(tokens, positions, documents, labels, measure), measure
 
 
 def train_step(
@@ -90,26 +72,27 @@ def train_step(
 ) -> StepResult:
     """One optimizer step over this rank's micro-batches; `num_trained` counts the GLOBAL batch's trained tokens."""
     shape = model.config
-    num_ranks = meshes.data_parallel.size()
-    loss, aux_loss, z_loss = (torch.zeros((), device=device) for _ in range(3))
+    losses = {name: torch.zeros((), device=device) for name in ("loss", "aux_loss", "z_loss")}
     expert_counts = torch.zeros(shape.num_hidden_layers, shape.num_experts, dtype=torch.int64, device=device)
     for index, batch in enumerate(micro_batches, start=1):
-        loss_sum, statistics, measure = run_model(model, batch, device, training, moe)
+        batch = batch.to(device)
+        measure = measure_for(moe, batch.is_real)
+        loss_sum, statistics = model(batch, measure)
         # Divided by what all ranks and micro-batches train together, so that losses and gradients simply add up.
         share = loss_sum / max(num_trained, 1)
         total = share
         if measure.probabilities or measure.logsumexp:
-            aux, z = router_losses(statistics, moe, shape.num_experts_per_tok, num_ranks, sum_over_ranks)
+            top_k = shape.num_experts_per_tok
+            aux, z = router_losses(statistics, moe, top_k, meshes.num_data_ranks, sum_over_ranks)
             total = share + (moe.aux_loss_coef * aux + moe.z_loss_coef * z) / len(micro_batches)
-            aux_loss += aux.detach() / len(micro_batches)
-            z_loss += z.detach() / len(micro_batches)
+            losses["aux_loss"] += aux.detach() / len(micro_batches)
+            losses["z_loss"] += z.detach() / len(micro_batches)
         reduce_replicas_after(model, this_micro_batch=index == len(micro_batches))
         total.backward()
-        loss += share.detach()
+        losses["loss"] += share.detach()
         expert_counts += statistics.expert_counts
-    parameters = list(model.parameters())
-    loss_of_all = reduce_replicated_gradients(model.float32_parameters(), loss, meshes.data_parallel)
-    grad_norm = gradient_norm(parameters)
+    loss_of_all = reduce_replicated_gradients(model.float32_parameters(), losses["loss"], meshes.data_parallel)
+    grad_norm = gradient_norm(model.parameters(), meshes.dense.get_group("fsdp"))
     # The host has to know before it applies the step, and all ranks know the same. It waits for the device here, once a
     # step: what is left to launch after it are a few fused kernels. (Fused AdamW could skip on the device, by
     # `found_inf`; but the gradients would be gone before anyone can say where they were bad.)
@@ -118,9 +101,9 @@ def train_step(
     if math.isfinite(loss_on_host + norm_on_host):
         step_clipped(optimizer, grad_norm, training.max_grad_norm, clips=norm_on_host > training.max_grad_norm)
     else:
-        nonfinite = describe_nonfinite(model, loss, grad_norm)
+        nonfinite = describe_nonfinite(model, losses["loss"], grad_norm)
     optimizer.zero_grad()
-    return StepResult(loss, aux_loss, z_loss, expert_counts, grad_norm, nonfinite)
+    return StepResult(losses, expert_counts, grad_norm, nonfinite)
 
 
 def describe_nonfinite(model: Qwen35Moe, loss: torch.Tensor, grad_norm: torch.Tensor) -> str:
@@ -132,11 +115,10 @@ def describe_nonfinite(model: Qwen35Moe, loss: torch.Tensor, grad_norm: torch.Te
 
 def reduce_result(result: StepResult) -> StepResult:
     """The losses and expert counts of all ranks together, in one all-reduce."""
-    losses = torch.stack([result.loss, result.aux_loss, result.z_loss]).double()
+    losses = torch.stack(list(result.losses.values())).double()
     reduced = sum_over_ranks(torch.cat([losses, result.expert_counts.flatten()]))
-    loss, aux_loss, z_loss = reduced[:3]
-    expert_counts = reduced[3:].long().view_as(result.expert_counts)
-    return result._replace(loss=loss, aux_loss=aux_loss, z_loss=z_loss, expert_counts=expert_counts)
+    expert_counts = reduced[len(losses) :].long().view_as(result.expert_counts)
+    return result._replace(losses=dict(zip(result.losses, reduced)), expert_counts=expert_counts)
 
 
 def select_dtype(name: str, device: torch.device) -> torch.dtype:
@@ -168,8 +150,8 @@ def build_model(config: Config, shape: ModelConfig, meshes: Meshes, device: torc
     for block in model.blocks:
         block.mlp.gate.force_balanced = config.moe.force_balanced_routing
     num_parameters = sum(parameter.numel() for parameter in model.parameters())
-    world_size = meshes.data_parallel.size()
-    logger.info(f"{num_parameters / 1e6:,.1f} M parameters, {world_size} x {device.type}, {compute_dtype}, {kernels}")
+    num_devices = meshes.data_parallel.size()
+    logger.info(f"{num_parameters / 1e6:,.1f} M parameters, {num_devices} x {device.type}, {compute_dtype}, {kernels}")
     if config.kernels.self_test and device.type == "cuda":
         wrong = check_kernels(kernels, shape, device, compute_dtype)
         if wrong:
@@ -193,6 +175,7 @@ def main(arguments: list[str]) -> None:
     training = config.training
     output_dir = Path(config.job.output_dir)
     setup_logging(rank)
+    lock = RunLock(output_dir) if rank == 0 else None
     stop = StopRequest()
 
     # 2. Processes, devices, meshes.
@@ -200,24 +183,25 @@ def main(arguments: list[str]) -> None:
         set_deterministic()
     device = init_distributed(config.job.collective_timeout_seconds)
     torch.manual_seed(config.job.seed)
-    replicate_degree = config.parallelism.data_parallel_replicate_degree
-    shard_degree = config.parallelism.shard_degree(world_size)
-    meshes = build_meshes(device.type, replicate_degree, shard_degree, config.parallelism.expert_parallel_degree)
-    set_timeout(meshes, config.job.collective_timeout_seconds)
+    shape = model_config(config)
+    meshes = build_meshes(device.type, work_out_degrees(config.parallelism, shape, world_size))
+    set_timeout(meshes.all, config.job.collective_timeout_seconds)
 
-    # 3. Data: every rank reads its own rows.
-    loader = TokenLoader(config.data, training, rank, world_size, config.job.seed, skipped_dir=output_dir / "skipped")
-    validator = Validator(config, rank, world_size) if config.validation.enable else None
+    # 3. Data: every data rank reads its own rows.
+    skipped_dir = output_dir / "skipped"
+    loader = TokenLoader(
+        config.data, training, meshes.data_rank, meshes.num_data_ranks, config.job.seed, skipped_dir=skipped_dir
+    )
+    validator = Validator(config, meshes) if config.validation.enable else None
 
     # 4. Model: built without memory, parallelised, then given its memory.
-    shape = model_config(config)
     model = build_model(config, shape, meshes, device)
 
     # 5. Optimizer.
     optimizer = build_optimizer(model, config.optimizer)
 
     # 6. Weights: those of an earlier run, which then goes on; of a Hugging Face directory; or random ones.
-    checkpointer = Checkpointer(config, shape, model, optimizer)
+    checkpointer = Checkpointer(config, shape, model, optimizer, meshes)
     progress = checkpointer.resume()
     if progress is None:
         progress = Progress()
@@ -231,14 +215,13 @@ def main(arguments: list[str]) -> None:
 
     # 7. What the run writes.
     tokens_per_step = training.global_batch_size * training.sequence_length
-    num_micro_batches = training.global_batch_size // (world_size * training.local_batch_size)
     writer = None
     if rank == 0:
         output_dir.mkdir(parents=True, exist_ok=True)
         (output_dir / "config.toml").write_text(resolved_toml(config), encoding="utf-8")
         writer = MetricsWriter(output_dir, config.metrics.tensorboard, step, training.steps)
     mfu_per_token = mfu_of_one_token_a_second(shape, training.sequence_length, world_size, device)
-    logger.info(f"from step {step} to {training.steps}, {num_micro_batches} micro-batches a rank and step")
+    logger.info(f"from step {step} to {training.steps}, {loader.num_micro_batches} micro-batches a rank and step")
 
     # 8. The loop.
     clock, clock_step, data_seconds = time.perf_counter(), step, 0.0
@@ -247,9 +230,9 @@ def main(arguments: list[str]) -> None:
     while step < training.steps and not stopping:
         step += 1
         data_clock = time.perf_counter()
-        micro_batches = [next(loader) for _ in range(num_micro_batches)]
+        micro_batches = [next(loader) for _ in range(loader.num_micro_batches)]
         data_seconds += time.perf_counter() - data_clock
-        num_trained = sum(int((batch.labels != IGNORED).sum()) for batch in micro_batches)
+        num_trained = sum(batch.num_trained for batch in micro_batches)
         # The one place where ranks agree: how many tokens the global batch trains, and whether anyone was told to stop.
         # On the host, so that no rank waits here for its GPU to finish the step before.
         num_trained, num_stops = sum_over_ranks(torch.tensor([num_trained, int(stop.requested)])).tolist()
@@ -277,7 +260,7 @@ def main(arguments: list[str]) -> None:
             step_seconds = (time.perf_counter() - clock) / (step - clock_step)
             metrics = {
                 "step": step,
-                "loss": result.loss.item(),
+                "loss": result.losses["loss"].item(),
                 "grad_norm": result.grad_norm.item(),
                 "lr": lr,
                 "tokens_seen": tokens_seen,
@@ -291,17 +274,15 @@ def main(arguments: list[str]) -> None:
             if training.nonfinite == "skip":
                 metrics["skipped_steps"] = num_skipped
             if config.moe.aux_loss_coef > 0:
-                metrics["aux_loss"] = result.aux_loss.item()
+                metrics["aux_loss"] = result.losses["aux_loss"].item()
             if config.moe.z_loss_coef > 0:
-                metrics["z_loss"] = result.z_loss.item()
+                metrics["z_loss"] = result.losses["z_loss"].item()
             if mfu_per_token is not None:
                 metrics["mfu"] = mfu_per_token * metrics["tokens_per_second"]
             if config.checkpoint.enable:  # how long saves kept the training waiting since the last line
                 metrics["checkpoint_seconds"], checkpointer.blocked_seconds = checkpointer.blocked_seconds, 0.0
             if validator is not None and validates:
-                metrics["validation_loss"] = validator.loss(
-                    model, lambda batch: run_model(model, batch, device, training, config.moe)[0], device
-                )
+                metrics["validation_loss"] = validator.loss(model, device)
             if writer is not None:
                 writer.write(metrics)
             clock, clock_step, data_seconds = time.perf_counter(), step, 0.0
@@ -319,6 +300,8 @@ def main(arguments: list[str]) -> None:
     loader.close()
     if writer is not None:
         writer.close()
+    if lock is not None:
+        lock.release()
     dist.destroy_process_group()
     if not saved:
         sys.exit(1)  # the reason has been logged

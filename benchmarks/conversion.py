@@ -34,7 +34,7 @@ from torch.distributed.checkpoint.metadata import (
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from models.qwen35_moe.config import FULL, LINEAR, ModelConfig
-from models.qwen35_moe.hf_weights import parameter_shapes
+from models.qwen35_moe.parameters import parameters
 
 ROOT = Path(__file__).resolve().parents[1]
 EFSDP, EP = 2, 4
@@ -59,7 +59,7 @@ def write_checkpoint(folder: Path, config: ModelConfig) -> None:
     files = [(folder / name).open("wb") for name in names]
     entries: dict = {}
     places: dict = {}
-    for name, shape in parameter_shapes(config).items():
+    for name, (shape, *_) in parameters(config).items():
         cuts = (EP, EFSDP) if ".experts." in name else (min(len(files), shape[0]),)
         sizes = [-(-size // cut) for size, cut in zip(shape, cuts)]
         chunks = []
@@ -125,13 +125,14 @@ def load(folder: Path) -> None:
 
     from checkpoint.hf_reader import load_hf_weights
     from models.ops.kernels import Kernels
+    from parallelisms.degrees import Degrees
     from parallelisms.mesh import build_meshes
     from parallelisms.parallelize import local_region, parallelize_fn
     from train import build_on_meta
 
     dist.init_process_group("gloo")
     model = build_on_meta(ModelConfig.from_pretrained(folder), Kernels(attention="sdpa"), torch.bfloat16)
-    parallelize_fn(model, build_meshes("cpu", 1, 2, 2), compute_dtype=torch.bfloat16)
+    parallelize_fn(model, build_meshes("cpu", Degrees(1, 2, 2)), compute_dtype=torch.bfloat16)
     before, started = peak_memory(), time.perf_counter()
     model.to_empty(device="cpu")
     load_hf_weights(model, folder, local_region)

@@ -31,8 +31,10 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a file from anywhere
 
 from config import Config, check_config, load_config, model_config
-from data.loader import MicroBatch
+from data.batch import MicroBatch
+from models.ops.documents import Documents
 from models.qwen35_moe.init import init_weights
+from parallelisms.degrees import work_out_degrees
 from parallelisms.mesh import build_meshes
 from parallelisms.parallelize import local_region
 from train import build_model, reduce_result, train_step
@@ -72,8 +74,12 @@ def random_micro_batch(config: Config, lengths: list[int], vocab_size: int, seed
                 break
     num_tokens = training.local_batch_size * training.sequence_length
     stream = torch.randint(vocab_size, (num_tokens + 1,), generator=torch.Generator().manual_seed(seed))
-    positions = torch.cat([torch.arange(length) for length in documents])
-    return MicroBatch(tokens=stream[:-1], labels=stream[1:].clone(), positions=positions, lengths=documents)
+    return MicroBatch(
+        tokens=stream[:-1],
+        labels=stream[1:].clone(),
+        positions=torch.cat([torch.arange(length) for length in documents]),
+        documents=Documents.from_lengths(documents, max_seqlen=training.sequence_length),
+    )
 
 
 @functools.cache
@@ -110,24 +116,20 @@ def measure(config: Config, lengths: list[int], num_steps: int, profile_steps: i
     """Runs and times optimizer steps on this rank's device; all ranks together."""
     rank, world_size = world_from_environment()
     device = init_distributed(config.job.collective_timeout_seconds)
-    parallelism, training = config.parallelism, config.training
-    shard_degree = parallelism.shard_degree(world_size)
-    meshes = build_meshes(
-        device.type, parallelism.data_parallel_replicate_degree, shard_degree, parallelism.expert_parallel_degree
-    )
-    shape = model_config(config)
+    training, shape = config.training, model_config(config)
+    degrees = work_out_degrees(config.parallelism, shape, world_size)
+    meshes = build_meshes(device.type, degrees)
     torch.manual_seed(config.job.seed)
     model = build_model(config, shape, meshes, device)
     init_weights(model, config.job.seed, local_region)
     optimizer = build_optimizer(model, config.optimizer)
-    num_micro_batches = training.global_batch_size // (world_size * training.local_batch_size)
+    num_micro_batches = degrees.num_micro_batches(training.global_batch_size, training.local_batch_size)
     tokens_per_step = training.global_batch_size * training.sequence_length
 
     def step(number: int) -> Any:
         # What the training loop gets from its loader, and on fresh data as there: routing differs from step to step.
-        seeds = range(
-            (number * world_size + rank) * num_micro_batches, (number * world_size + rank + 1) * num_micro_batches
-        )
+        first = (number * meshes.num_data_ranks + meshes.data_rank) * num_micro_batches
+        seeds = range(first, first + num_micro_batches)
         batches = [random_micro_batch(config, lengths, shape.vocab_size, seed) for seed in seeds]
         return train_step(model, optimizer, batches, tokens_per_step, meshes, device, training, config.moe)
 
@@ -155,7 +157,7 @@ def measure(config: Config, lengths: list[int], num_steps: int, profile_steps: i
         "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
         "torch": torch.__version__,
         "world_size": world_size,
-        "expert_parallel_degree": parallelism.expert_parallel_degree,
+        "expert_parallel_degree": degrees.expert,
         "layers": shape.num_hidden_layers,
         "experts": shape.num_experts,
         "tokens_per_step": tokens_per_step,
@@ -168,7 +170,7 @@ def measure(config: Config, lengths: list[int], num_steps: int, profile_steps: i
         "tokens_per_second_per_device": round(rate / world_size),
         "gflop_per_token": round(flops / 1e9, 3),
         "tflops_per_device": round(flops * rate / world_size / 1e12, 1),
-        "loss": round(result.loss.item(), 4),
+        "loss": round(result.losses["loss"].item(), 4),
         "expert_load_max_over_mean": round(float(expert_load(result.expert_counts)["expert_load_max_over_mean"]), 2),
     }
     if device.type == "cuda":

@@ -17,7 +17,7 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
@@ -29,8 +29,6 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.staging import BlockingAsyncStager
 
-from checkpoint.convert_to_hf import convert_to_hf
-from checkpoint.dcp_reader import read_index
 from checkpoint.directories import (
     complete_checkpoints,
     describe_files,
@@ -41,11 +39,17 @@ from checkpoint.directories import (
     tidy,
     write_manifest,
 )
+from checkpoint.export import export_to_hf
 from checkpoint.hf_assets import read_base, write_checkpoint_assets
+from checkpoint.tensors.dcp import read_dcp
+from checkpoint.tensors.stored import StoredTensor
 from config import Config, resolved_toml
 from errors import UserError
 from models.qwen35_moe.config import ModelConfig
 from models.qwen35_moe.model import Qwen35Moe
+from parallelisms.mesh import Meshes
+from parallelisms.parallelize import local_region
+from training.optimizer import NamedAdamW
 
 logger = logging.getLogger("train")
 
@@ -62,8 +66,10 @@ class Progress(NamedTuple):
 class Checkpointer:
     """Saves to and resumes from `job.output_dir`. All ranks call `resume`, `save` and `wait` together."""
 
-    def __init__(self, config: Config, shape: ModelConfig, model: Qwen35Moe, optimizer: torch.optim.Optimizer) -> None:
-        self._config, self._shape = config, shape
+    def __init__(
+        self, config: Config, shape: ModelConfig, model: Qwen35Moe, optimizer: NamedAdamW, meshes: Meshes
+    ) -> None:
+        self._config, self._shape, self._meshes = config, shape, meshes
         self._model, self._optimizer = model, optimizer
         self._folder = Path(config.job.output_dir) / "checkpoints"
         self._base = Path(config.model.path) if config.model.initial_load == "hf" else None
@@ -136,7 +142,7 @@ class Checkpointer:
         return next((damage for damage in found if damage), None)
 
     def _load(self, path: Path, weights_only: bool = False) -> Progress:
-        stored = read_index(path)
+        stored = read_dcp(path)
         weights_only |= not any(name.startswith("train.") for name in stored)
         state = self._model_state()
         if weights_only:
@@ -154,7 +160,8 @@ class Checkpointer:
                     f"checkpoint {path}: {name!r} has shape {list(stored[name].shape)}, the model's has "
                     f"{list(state[name].shape)}"
                 )
-        dcp.load(state, checkpoint_id=path, process_group=self._group)
+        if error := self._agree(lambda: _fill(state, stored)):
+            raise UserError(error)
         self._base = read_base(path)
         if weights_only:
             logger.info(f"starts with the weights of {path}")
@@ -177,8 +184,8 @@ class Checkpointer:
         self.wait()
         final = self._folder / f"step-{step:08}"
         unfinished = self._folder / f".{final.name}"
-        write: Callable[[], object] = list  # nothing
         error = self._agree(lambda: _make_folder(unfinished) if dist.get_rank() == 0 else None)
+        write: Callable[[], object] = _write_nothing
         if error is None:
             state = self._model_state() | self._optimizer_state()
             state |= _train_state(step, tokens_seen, self._gather_cursors(own_cursors))
@@ -219,7 +226,7 @@ class Checkpointer:
             if dist.get_rank() == 0 and (export == "all" or (export == "last" and last)):
                 out = self._folder.parent / "hf" / final.name
                 shutil.rmtree(out, ignore_errors=True)
-                convert_to_hf(final, out)
+                export_to_hf(final, out)
                 logger.info(f"exported {out}")
 
         for action in (write, describe_own_files, publish_all, export_hf):
@@ -283,10 +290,10 @@ class Checkpointer:
         return outcome[0]
 
     def _gather_cursors(self, own: torch.Tensor) -> torch.Tensor:
-        """[slots of this rank, C] -> [global_batch_size, C]: ranks own consecutive slots, all as many."""
-        gathered = [torch.empty_like(own) for _ in range(dist.get_world_size())]
-        dist.all_gather(gathered, own, group=self._group)
-        return torch.cat(gathered)
+        """[slots of this rank, C] -> [global_batch_size, C]: data ranks own consecutive slots, all as many."""
+        gathered = [(self._meshes.data_rank, own)] * dist.get_world_size()
+        dist.all_gather_object(gathered, gathered[0], group=self._group)
+        return torch.cat([cursors for _, cursors in sorted(dict(gathered).items())])
 
     # What a checkpoint holds
 
@@ -294,15 +301,7 @@ class Checkpointer:
         return {f"model.{name}": parameter.detach() for name, parameter in self._model.named_parameters()}
 
     def _optimizer_state(self) -> dict[str, torch.Tensor]:
-        """AdamW's state by parameter name; of an optimizer that has made no step yet, zeros to be loaded into."""
-        state: dict[str, torch.Tensor] = {}
-        for name, parameter in self._model.named_parameters():
-            own = self._optimizer.state[parameter]
-            if not own:
-                own["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
-                own["exp_avg"], own["exp_avg_sq"] = torch.zeros_like(parameter), torch.zeros_like(parameter)
-            state |= {f"optimizer.{name}.{key}": tensor.detach() for key, tensor in own.items()}
-        return state
+        return {f"optimizer.{name}": tensor for name, tensor in self._optimizer.named_state().items()}
 
 
 def _train_state(step: int, tokens_seen: int, data_cursors: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -312,6 +311,19 @@ def _train_state(step: int, tokens_seen: int, data_cursors: torch.Tensor) -> dic
         "train.data_cursors": data_cursors,
         "train.rng_state": torch.get_rng_state(),
     }
+
+
+@torch.no_grad()
+def _fill(state: Mapping[str, torch.Tensor], stored: Mapping[str, StoredTensor]) -> None:
+    """Reads this rank's part of every tensor. (DCP would unpickle the checkpoint's index itself, and trust it.)"""
+    for name, tensor in state.items():
+        local, box = local_region(tensor)
+        if local.numel():
+            local.copy_(stored[name].read(box))
+
+
+def _write_nothing() -> None:
+    """What a save writes whose folder could not be made."""
 
 
 def _make_folder(unfinished: Path) -> None:

@@ -30,10 +30,11 @@ from checkpoint.command_line import DTYPES, OneLineParser
 from checkpoint.directories import describe_files, is_taken, new_directory, write_manifest
 from checkpoint.hf_assets import write_checkpoint_assets
 from checkpoint.hf_reader import text_tensors
-from checkpoint.safetensors_files import read_headers
-from checkpoint.stored import StoredTensor
+from checkpoint.tensors.safetensors import read_safetensors
+from checkpoint.tensors.stored import StoredTensor
 from models.qwen35_moe.config import ModelConfig
-from models.qwen35_moe.hf_weights import NOT_TEXT, is_float32
+from models.qwen35_moe.hf_weights import NOT_TEXT
+from models.qwen35_moe.parameters import parameters
 
 _BLOCK_BYTES = 256 * 2**20
 
@@ -45,18 +46,21 @@ def convert_from_hf(source: Path, out: Path, dtype: torch.dtype | None) -> list[
     that were left out: vision tower and multi-token prediction, which an export takes from `source` again. `out` is new
     or empty; it appears when it is complete. Raises UserError naming a tensor that is missing, odd or unknown.
     """
-    arrays = read_headers(source)
-    tensors = text_tensors(ModelConfig.from_pretrained(source), arrays)
+    stored = read_safetensors(source)
+    shape = ModelConfig.from_pretrained(source)
+    tensors = text_tensors(shape, stored)
+    float32 = {name for name, parameter in parameters(shape).items() if parameter.is_float32}
+    dtypes = {n: t.dtype if dtype is None else torch.float32 if n in float32 else dtype for n, t in tensors.items()}
     config = json.loads((source / "config.json").read_text(encoding="utf-8"))
     with new_directory(out) as folder:
         (folder / "hf").mkdir()
-        _write_dcp(folder, tensors, dtype)
+        _write_dcp(folder, tensors, dtypes)
         write_checkpoint_assets(folder / "hf", config, source, source)
         write_manifest(folder, describe_files(folder, [path for path in folder.rglob("*") if path.is_file()]))
-    return [key for key in arrays if key.startswith(NOT_TEXT)]
+    return [key for key in stored if key.startswith(NOT_TEXT)]
 
 
-def _write_dcp(folder: Path, tensors: Mapping[str, StoredTensor], dtype: torch.dtype | None) -> None:
+def _write_dcp(folder: Path, tensors: Mapping[str, StoredTensor], dtypes: Mapping[str, torch.dtype]) -> None:
     """One `.distcp` file, each tensor in chunks of its rows, and its index: what `dcp.save` writes, block by block."""
     entries: dict[str, TensorStorageMetadata | BytesStorageMetadata] = {}
     places: dict[MetadataIndex, _StorageInfo] = {}
@@ -65,15 +69,14 @@ def _write_dcp(folder: Path, tensors: Mapping[str, StoredTensor], dtype: torch.d
         for name, tensor in tensors.items():
             key, row = f"model.{name}", 0
             chunks: list[ChunkStorageMetadata] = []
-            stored_dtype = tensor.dtype if dtype is None else torch.float32 if is_float32(name) else dtype
             for block in tensor.blocks(_BLOCK_BYTES):
                 offsets = torch.Size([row] + [0] * (block.dim() - 1)) if block.dim() else torch.Size()
                 start = file.tell()
-                torch.save(block.to(stored_dtype), file)
+                torch.save(block.to(dtypes[name]), file)
                 places[MetadataIndex(key, offsets, len(chunks))] = _StorageInfo(path.name, start, file.tell() - start)
                 chunks.append(ChunkStorageMetadata(offsets, block.shape))
                 row += block.shape[0] if block.dim() else 0
-            properties = TensorProperties(dtype=stored_dtype)
+            properties = TensorProperties(dtype=dtypes[name])
             entries[key] = TensorStorageMetadata(properties, torch.Size(tensor.shape), chunks)
     plain = {key: (key,) for key in entries}
     metadata = Metadata(entries, planner_data=plain, storage_data=places, storage_meta=StorageMeta())

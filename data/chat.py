@@ -19,8 +19,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from data.batch import Sample
 from data.messages import Message, read_messages
-from data.packing import BadSample, Sample
+from data.packing import BadSample
 from errors import UserError
 
 if TYPE_CHECKING:  # seconds to import, and of no use to workers that read text

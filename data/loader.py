@@ -9,6 +9,7 @@ there is to save: every row brings the cursor behind it, and what workers prepar
 import atexit
 import functools
 import json
+import logging
 import multiprocessing
 import os
 import signal
@@ -21,27 +22,19 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 from config import Data, Training
-from data.packing import NO_SAMPLE, NUM_PENDING, ChatSlot, Cursor, Row, Share, TextSlot
+from data.batch import Cursor, MicroBatch, Row
+from data.packing import NO_SAMPLE, NUM_PENDING, ChatSlot, Share, TextSlot
 from data.samples import Samples, open_samples
 from data.tokenizer import load_tokenizer
 from errors import UserError
 
-
-class MicroBatch(NamedTuple):
-    """`local_batch_size` rows laid end to end, on the host. T = local_batch_size * sequence_length."""
-
-    tokens: Tensor  # int64 [T]
-    labels: Tensor  # int64 [T], shifted: what is to be predicted at each token, or -100
-    positions: Tensor  # int64 [T], from 0 in each document
-    lengths: list[int]  # of the documents, fillers included; their sum is T
-    is_real: Tensor | None = None  # bool [T], False for fillers; None where there are none ever
+logger = logging.getLogger("train")
 
 
 class TokenLoader:
@@ -51,8 +44,8 @@ class TokenLoader:
         self,
         data: Data,
         training: Training,
-        dp_rank: int,
-        dp_world_size: int,
+        data_rank: int,
+        num_data_ranks: int,
         seed: int,
         *,
         one_epoch: bool = False,
@@ -62,10 +55,10 @@ class TokenLoader:
 
         `one_epoch`: the samples once; then fillers, without end. `skipped_dir`: where to list skipped samples.
         """
-        assert training.global_batch_size % (dp_world_size * training.local_batch_size) == 0
+        assert training.global_batch_size % (num_data_ranks * training.local_batch_size) == 0
         self._training, self._num_slots = training, training.global_batch_size
-        num_local = self._num_slots // dp_world_size
-        self._slots = range(dp_rank * num_local, (dp_rank + 1) * num_local)
+        num_local = self._num_slots // num_data_ranks
+        self._slots = range(data_rank * num_local, (data_rank + 1) * num_local)
         self._num_workers = min(data.num_workers, num_local)
         if self._num_workers:
             _start_forkserver(data.format)  # imports while the rest is set up
@@ -77,11 +70,16 @@ class TokenLoader:
         self._lifeline: Connection | None = None
         self._round: list[Row] = []  # a row of each own slot: what a step takes
         self._next = 0  # which row of the round comes next
-        self._skipped_file = skipped_dir and skipped_dir / f"rank-{dp_rank:05}.jsonl"
+        self._skipped_file = skipped_dir and skipped_dir / f"rank-{data_rank:05}.jsonl"
         self.counts = Counter[str]()
         """Since the beginning: "real_tokens" and "tokens" of the rows returned; of REASONS, samples met on the way."""
         self.cursors = self._first_cursors = torch.tensor([self._packer.first_cursor(slot) for slot in self._slots])
         """int64 [own slots, width]: where each own slot stands after the last micro-batch that was returned."""
+
+    @property
+    def num_micro_batches(self) -> int:
+        """Of this rank in a step."""
+        return len(self._slots) // self._training.local_batch_size
 
     def rewind(self) -> None:
         """Starts again from the beginning; without workers only."""
@@ -115,15 +113,7 @@ class TokenLoader:
         self.cursors = self.cursors.clone()  # the old ones may be on their way into a checkpoint
         self.cursors[self._next : self._next + len(rows)] = torch.tensor([row.cursor for row in rows])
         self._next = (self._next + len(rows)) % len(self._slots)
-        lengths = [length for row in rows for length in row.lengths]
-        place = torch.arange(self._training.sequence_length)
-        return MicroBatch(
-            tokens=torch.from_numpy(np.concatenate([row.tokens for row in rows])).long(),
-            labels=torch.from_numpy(np.concatenate([row.labels for row in rows])).long(),
-            positions=torch.cat([torch.arange(length) for length in lengths]),
-            lengths=lengths,
-            is_real=torch.cat([place < len(place) - row.num_fillers for row in rows]) if self._may_fill else None,
-        )
+        return MicroBatch.of(rows, self._may_fill)
 
     def _count(self, rows: list[Row]) -> None:
         notes = [note for row in rows for note in row.notes]
@@ -131,9 +121,13 @@ class TokenLoader:
         self.counts["real_tokens"] += sum(len(row.tokens) - row.num_fillers for row in rows)
         self.counts.update(reason for reason, _ in notes)
         if notes and self._skipped_file is not None:
-            self._skipped_file.parent.mkdir(parents=True, exist_ok=True)
-            with open(self._skipped_file, "a", encoding="utf-8") as file:
-                file.writelines(json.dumps({"reason": reason, "sample": message}) + "\n" for reason, message in notes)
+            try:
+                self._skipped_file.parent.mkdir(parents=True, exist_ok=True)
+                with open(self._skipped_file, "a", encoding="utf-8") as file:
+                    file.writelines(json.dumps({"reason": reason, "sample": text}) + "\n" for reason, text in notes)
+            except OSError as error:  # a full disk, say: they are counted nevertheless
+                logger.warning(f"cannot list skipped samples in {self._skipped_file}: {error.strerror}")
+                self._skipped_file = None
 
     def close(self) -> None:
         """Ends the workers; there is no micro-batch afterwards."""

@@ -2,14 +2,13 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from data.batch import Cursor, Row, Sample
 from errors import UserError
-
-IGNORED = -100  # the label of a token after which nothing is trained
+from models.ops.labels import IGNORED
 
 REASONS = (
     "not_json",
@@ -39,37 +38,6 @@ class BadSample(UserError):
 
     def __str__(self) -> str:
         return " ".join(str(self.args[1]).encode(errors="backslashreplace").decode().split())
-
-
-class Sample(NamedTuple):
-    """n tokens, n > 0."""
-
-    tokens: NDArray[np.int32]  # [n]
-    labels: NDArray[np.int32]  # [n], the token that follows, or IGNORED; of the last IGNORED, if it was not cut
-    note: tuple[str, str] | None = None  # a reason and a message to be counted although it is used
-
-    @classmethod
-    def of(cls, tokens: NDArray[np.int32], is_trained: NDArray[np.bool_] | bool = True) -> "Sample":
-        """The sample whose tokens are to be predicted where `is_trained` [n] says so."""
-        labels = np.full(len(tokens), IGNORED, np.int32)
-        labels[:-1] = np.where(is_trained, tokens, IGNORED)[1:]
-        return cls(tokens, labels)
-
-
-Cursor = tuple[int, ...]
-"""Where a slot stands. Samples go by their numbers in the endless stream of epochs. The first element is the sample to
-be read next (for text: the one to be read on), and the second to be read after it is `stride` further."""
-
-
-class Row(NamedTuple):
-    """`sequence_length` tokens of one slot, S below."""
-
-    tokens: NDArray[np.int32]  # [S]
-    labels: NDArray[np.int32]  # [S]
-    lengths: list[int]  # of the documents, those of the filler at the end included; their sum is S
-    num_fillers: int  # how many of the tokens, the last ones, only fill the row
-    cursor: Cursor  # after this row
-    notes: list[tuple[str, str]]  # reason and message of each sample that was skipped or truncated on the way
 
 
 @dataclass
@@ -113,23 +81,23 @@ class _OpenRow:
 
     def __init__(self, sequence_length: int) -> None:
         self._tokens = np.empty(sequence_length, np.int32)
-        self._labels = np.full(sequence_length, IGNORED, np.int32)
+        self._labels = np.empty(sequence_length, np.int32)
+        self._positions = np.empty(sequence_length, np.int32)
         self._lengths: list[int] = []
         self.room = sequence_length
 
-    def add(self, tokens: NDArray[np.int32], labels: NDArray[np.int32]) -> None:
-        start = len(self._tokens) - self.room
-        self._tokens[start : start + len(tokens)] = tokens
-        self._labels[start : start + len(tokens)] = labels
-        self._lengths.append(len(tokens))
-        self.room -= len(tokens)
+    def add(self, tokens: NDArray[np.int32], labels: NDArray[np.int32] | int) -> None:
+        length = len(tokens)
+        place = slice(len(self._tokens) - self.room, len(self._tokens) - self.room + length)
+        self._tokens[place], self._labels[place], self._positions[place] = tokens, labels, np.arange(length)
+        self._lengths.append(length)
+        self.room -= length
 
     def close(self, filler: int, cursor: Cursor, notes: list[tuple[str, str]]) -> Row:
         num_fillers = self.room
         if num_fillers:
-            self._tokens[-num_fillers:] = filler
-            self._lengths.append(num_fillers)
-        return Row(self._tokens, self._labels, self._lengths, num_fillers, cursor, notes)
+            self.add(np.full(num_fillers, filler, np.int32), IGNORED)
+        return Row(self._tokens, self._labels, self._positions, self._lengths, num_fillers, cursor, notes)
 
 
 class TextSlot:

@@ -14,12 +14,14 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from config import load_config, model_config
+from data.batch import Row
 from data.check import check_data
 from data.loader import Packer
-from data.packing import IGNORED, BadSample, Row
+from data.packing import BadSample
 from data.samples import open_samples
 from data.tokenizer import load_tokenizer
 from errors import UserError, exit_on_error
+from models.ops.labels import IGNORED
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast

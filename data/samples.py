@@ -12,8 +12,9 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from config import Data
+from data.batch import Sample
 from data.chat import ChatTemplate
-from data.packing import BadSample, Sample
+from data.packing import BadSample
 from data.records import Record, Source
 from data.shuffle import permute
 from data.sources import open_sources

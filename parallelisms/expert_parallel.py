@@ -12,8 +12,12 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.utils._pytree import tree_leaves
 
-from models.ops.permute import ExpertOrder, combine, permute, sort_by_expert
-from models.qwen35_moe.moe import Experts, routed_experts
+from models.ops.documents import Documents
+from models.ops.permute import ExpertOrder, permute, sort_by_expert
+from models.ops.permute import combine as add_up_copies
+from models.qwen35_moe.model import Block
+from models.qwen35_moe.moe import COUNTS_OF_ALL, Measure, RouterStatistics, routed_experts
+from models.qwen35_moe.rotary import Rotary
 
 # Shapes: T tokens of this rank, k experts a token, C copies of tokens to send, D copies received, E experts, P ranks of
 # the ep axis, m = min(k, P), the most copies of a token, H hidden.
@@ -51,53 +55,86 @@ class Travelling(NamedTuple):
     copies: Copies
 
 
-class ExpertParallel:
-    """What a block's experts do, in the parts that activation checkpointing and compilation need."""
+class ExpertParallelBlock:
+    """`Block.forward` and `MixtureOfExperts.forward` where the experts lie on several ranks: the same composition, but
+    tokens are dispatched to their experts and what comes back is combined.
 
-    def __init__(self, experts: Experts, mesh: DeviceMesh) -> None:
-        """Spreads the stacked experts over `mesh` (one axis), contiguous runs of E / P each."""
+    In parts, as no graph can hold the exchanges: how many rows travel is known to the host alone. One break inside
+    would leave all of a checkpointed block uncompiled, so what stands before, between, beside and after them is
+    compiled and checkpointed by itself.
+    """
+
+    def __init__(self, block: Block, mesh: DeviceMesh) -> None:
+        """Spreads the block's stacked experts over `mesh` (one axis), contiguous runs of E / P each, and takes over."""
+        self.block, self.mlp = block, block.mlp
+        experts = self.mlp.experts
         for name, parameter in list(experts.named_parameters()):
             sharded = distribute_tensor(parameter.data, mesh, [Shard(0)], src_data_rank=None)
-            experts.register_parameter(name, torch.nn.Parameter(sharded))
-        self.experts, self.group = experts, mesh.get_group()
+            requires_grad = parameter.requires_grad
+            experts.register_parameter(name, torch.nn.Parameter(sharded, requires_grad=requires_grad))
+        self.group = mesh.get_group()
         self.num_ranks, self.rank = mesh.size(), mesh.get_local_rank()
         self.num_local, rest = divmod(len(experts.gate_up_proj), self.num_ranks)
         assert rest == 0, (self.num_local, self.num_ranks)
         self.make_copies, self.sort_received, self.compute = make_copies, sort_received, compute
 
     def install(self) -> None:
-        """Reroutes the experts: `forward` returns while the results travel, `arrived` waits for them."""
-        for name in ("plan", "forward", "arrived", "add_up"):
-            setattr(self.experts, name, getattr(self, name))
+        """Puts this in the place of the block's forward, once its parts are what they are to be."""
+        # `dispatch` stands inside the module Experts, since FSDP gathers the experts' weights around its forward.
+        setattr(self.mlp.experts, "forward", self.dispatch)  # noqa: B010  (another signature than its own)
+        setattr(self.block, "forward", self.forward)  # noqa: B010
+
+    def parts(self, activation_checkpoint: str) -> list[tuple[object, str]]:
+        """What is checkpointed, each by itself."""
+        # "full" sends the copies again, "selective" keeps those received.
+        of_experts = "send_and_compute" if activation_checkpoint == "full" else "compute"
+        return [(self, part) for part in ("attend_and_route", of_experts, "run_shared_expert")]
 
     def compile(self) -> None:
-        """Compiles all but what waits; `plan` and `add_up` become part of the graphs that call them."""
+        """Compiles each part."""
+        setattr(self, "attend_and_route", torch.compile(self.attend_and_route))  # noqa: B010
         self.make_copies = compile_for_any_number_of_rows(self.make_copies)
         self.sort_received = compile_for_any_number_of_rows(self.sort_received)
         self.compute = compile_for_any_number_of_rows(self.compute, num_others=3)
+        setattr(self, "run_shared_expert", torch.compile(self.run_shared_expert))  # noqa: B010
+        setattr(self, "combine", compile_for_any_number_of_rows(self.combine))  # noqa: B010
 
-    def plan(self, chosen: torch.Tensor) -> Plan:
-        """As `Experts.plan`."""
-        return plan_copies(chosen, self.num_ranks, self.num_local)
-
-    def forward(self, x: torch.Tensor, weights: torch.Tensor, plan: Plan) -> Travelling:
-        """As `Experts.forward`. Every rank of the axis takes part, also one that receives nothing.
+    def forward(
+        self, hidden: torch.Tensor, rotary: Rotary, documents: Documents, measure: Measure = COUNTS_OF_ALL
+    ) -> tuple[torch.Tensor, RouterStatistics]:
+        """As `Block.forward`. Every rank of the axis takes part, also one that receives nothing.
 
         One small all-to-all tells how many copies come, one brings their experts and weights, one the copies, and one
         takes the results back; one host synchronisation.
         """
+        hidden, x, weights, plan, statistics = self.attend_and_route(hidden, rotary, documents, measure)
+        results: Travelling = self.mlp.experts(x, weights, plan)
+        shared = self.run_shared_expert(x)  # while the results are on their way back
+        rows = results.exchange.finish(results.rows)
+        return self.combine(hidden, shared, rows, results.copies), statistics
+
+    def attend_and_route(
+        self, hidden: torch.Tensor, rotary: Rotary, documents: Documents, measure: Measure
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, Plan, RouterStatistics]:
+        """hidden [T, H] -> hidden after attention and what the experts read, both [T, H]; weights [T, k], plan."""
+        hidden = hidden + self.block.mix(self.block.input_layernorm(hidden), rotary, documents)
+        x = self.block.post_attention_layernorm(hidden)
+        weights, chosen, statistics = self.mlp.route(x, measure)
+        return hidden, x, weights, plan_copies(chosen, self.num_ranks, self.num_local), statistics
+
+    def dispatch(self, x: torch.Tensor, weights: torch.Tensor, plan: Plan) -> Travelling:
+        """Sends the copies, applies this rank's experts to those that come, and starts their results' way back."""
         results, copies, sent, received = self.send_and_compute(x, weights, plan)
         exchange = Exchange(received, sent, self.group)
         return Travelling(exchange.start(results), exchange, copies)
 
-    def arrived(self, results: Travelling) -> tuple[torch.Tensor, Copies]:
-        """As `Experts.arrived`: [C, H], and which tokens they belong to."""
-        return results.exchange.finish(results.rows), results.copies
+    def run_shared_expert(self, x: torch.Tensor) -> torch.Tensor:
+        """x [T, H] -> [T, H]."""
+        return self.mlp.run_shared_expert(x)
 
-    def add_up(self, results: tuple[torch.Tensor, Copies]) -> torch.Tensor:
-        """As `Experts.add_up`: the copies' results [C, H] -> [T, H]."""
-        rows, copies = results
-        return combine(rows, copies.sources, copies.places)
+    def combine(self, hidden: torch.Tensor, shared: torch.Tensor, rows: torch.Tensor, copies: Copies) -> torch.Tensor:
+        """The second residual: hidden and the shared expert's result [T, H], the copies' results [C, H] -> [T, H]."""
+        return hidden + (add_up_copies(rows, copies.sources, copies.places) + shared)
 
     def send_and_compute(
         self, x: torch.Tensor, weights: torch.Tensor, plan: Plan
@@ -117,7 +154,7 @@ class ExpertParallel:
         # While the copies travel:
         own_weights, order = self.sort_received(of_packed.finish(packed), self.rank, self.num_local)
         rows = order.order[:num_rows], order.places
-        projections = _local(self.experts.gate_up_proj), _local(self.experts.down_proj)
+        projections = _local(self.mlp.experts.gate_up_proj), _local(self.mlp.experts.down_proj)
         results = self.compute(of_copies.finish(copies), own_weights, *rows, order.offsets, *projections)
         return results, Copies(sources, plan.places), sent, received
 

@@ -12,10 +12,10 @@ from torch.distributed.fsdp._fully_shard._fsdp_api import ReduceScatter
 from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-from models.qwen35_moe.init import Region, whole
-from models.qwen35_moe.model import Block, Qwen35Moe
+from models.qwen35_moe.init import LocalPart, whole
+from models.qwen35_moe.model import Qwen35Moe
 from parallelisms.activation_checkpoint import apply_activation_checkpointing
-from parallelisms.expert_parallel import ExpertParallel, compile_for_any_number_of_rows
+from parallelisms.expert_parallel import ExpertParallelBlock
 from parallelisms.mesh import Meshes
 
 
@@ -32,37 +32,22 @@ def parallelize_fn(
     compute_dtype: of parameters and activations inside forward and backward. Gradients are reduced in float32 (float64
     for a float64 model). Raises UserError where FSDP cannot shard the experts evenly.
     """
-    in_parts = meshes.expert_parallel.size() > 1
     if compile_blocks:
         # All checkpointed parts count as one function: two kinds of blocks, and what is beside the experts, in training
         # and in validation, with fillers and without. Beyond the default of 8 they would run uncompiled.
         torch._dynamo.config.recompile_limit = 32
     for block in model.blocks:
-        if in_parts:
-            # No graph can hold the exchanges: how many rows travel is known to the host alone. One break inside would
-            # leave all of a checkpointed block uncompiled, so what stands before, between and after them are parts.
-            experts = ExpertParallel(block.mlp.experts, meshes.expert_parallel)
-            # "full" sends the copies again, "selective" keeps those received.
-            of_experts = "send_and_compute" if activation_checkpoint == "full" else "compute"
-            parts = [(block, "attend_and_route"), (experts, of_experts), (block.mlp, "run_shared_expert")]
-            apply_activation_checkpointing(parts, activation_checkpoint)
+        if meshes.expert_parallel.size() > 1:
+            in_parts = ExpertParallelBlock(block, meshes.expert_parallel)
+            apply_activation_checkpointing(in_parts.parts(activation_checkpoint), activation_checkpoint)
             if compile_blocks:
-                compile_around_experts(block)
-                experts.compile()
-            experts.install()
+                in_parts.compile()
+            in_parts.install()
         else:
             apply_activation_checkpointing([(block, "forward")], activation_checkpoint)
             if compile_blocks:
                 block.compile()
-
     apply_fsdp(model, meshes, compute_dtype)
-
-
-def compile_around_experts(block: Block) -> None:
-    """One graph before a block's experts, one beside and one after them."""
-    block.attend_and_route = torch.compile(block.attend_and_route)  # type: ignore[method-assign]
-    block.mlp.run_shared_expert = torch.compile(block.mlp.run_shared_expert)  # type: ignore[method-assign]
-    block.join = compile_for_any_number_of_rows(block.join)  # type: ignore[method-assign]
 
 
 def apply_fsdp(model: Qwen35Moe, meshes: Meshes, compute_dtype: torch.dtype) -> None:
@@ -139,12 +124,12 @@ def _prefetch_neighbours(model: Qwen35Moe) -> None:
         unit.set_modules_to_backward_prefetch(preceding)
 
 
-def local_region(parameter: nn.Parameter) -> Region:
-    """This rank's part of a parameter, and where it lies in the whole."""
+def local_region(parameter: torch.Tensor) -> LocalPart:
+    """This rank's part of a parameter, or of a state like it, and where it lies in the whole."""
     if not isinstance(parameter, DTensor):
         return whole(parameter)
     shape, start = compute_local_shape_and_global_offset(parameter.shape, parameter.device_mesh, parameter.placements)
-    return parameter.to_local(), tuple(slice(first, first + size) for first, size in zip(start, shape))
+    return parameter.to_local(), tuple((first, first + size) for first, size in zip(start, shape))
 
 
 def reduce_replicas_after(model: nn.Module, *, this_micro_batch: bool) -> None:
@@ -157,13 +142,14 @@ def reduce_replicas_after(model: nn.Module, *, this_micro_batch: bool) -> None:
 def reduce_replicated_gradients(parameters: list[nn.Parameter], loss: torch.Tensor, mesh: DeviceMesh) -> torch.Tensor:
     """Sums the gradients of the parameters outside FSDP over all data-parallel ranks, in one flat all-reduce.
 
-    Call once a step, after the last micro-batch. Each rank's share of the loss, a scalar, travels along: returns the
-    sum, so that every rank knows whether all are finite.
+    Those that are not trained are passed over. Call once a step, after the last micro-batch. Each rank's share of the
+    loss, a scalar, travels along: returns the sum, so that every rank knows whether all are finite.
     """
     if mesh.size() == 1:
         return loss
-    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    assert len(gradients) == len(parameters), "every block's router and decay parameters take part in every step"
+    trained = [parameter for parameter in parameters if parameter.requires_grad]
+    gradients = [parameter.grad for parameter in trained if parameter.grad is not None]
+    assert len(gradients) == len(trained), "every block's router and decay parameters take part in every step"
     flat = torch.cat([gradient.flatten() for gradient in gradients] + [loss.view(1)])
     dist.all_reduce(flat, group=mesh.get_group())
     for gradient, reduced in zip(gradients, flat[:-1].split([g.numel() for g in gradients])):

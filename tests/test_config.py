@@ -435,11 +435,9 @@ def test_a_tokenizer_without_a_vocabulary(folder: Path) -> None:
 
 def test_kernels_that_this_machine_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    for choice in ("varlen", "fa3", "fa4"):
+    for choice in ("varlen", "fa4"):
         assert f"kernels.attention = '{choice}' needs a CUDA GPU" in error_of(f"--kernels.attention={choice}")
     check_config(load("--kernels.attention=sdpa"), 2)
-    # Its gradients are not the same bit for bit.
-    assert "'fa3' with job.deterministic = true" in error_of("--kernels.attention=fa3", "--job.deterministic")
 
 
 def test_model_path_and_options_of_model_config_contradict(folder: Path) -> None:

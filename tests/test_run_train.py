@@ -60,6 +60,8 @@ class Launch:
     def __init__(self, folder: Path, **variables: object) -> None:
         self.folder = folder
         shutil.copy(SCRIPT, folder)
+        (folder / "training").mkdir()
+        shutil.copy(SCRIPT.parent / "training" / "launch.py", folder / "training")
         (folder / "config.py").write_text("")
         (folder / "train.py").write_text(TRAIN)
         self.process = subprocess.Popen(
@@ -146,8 +148,60 @@ def test_two_runs_at_once(tmp_path: Path) -> None:
         assert launch.log(1) == [f"1 2 {threads} 0", "done"]
 
 
-def test_a_failure_is_passed_on(tmp_path: Path) -> None:
-    assert Launch(tmp_path, EXIT_CODE=3).end() == 1  # torchrun's status, whatever its rank's was
+@pytest.mark.parametrize(("of_rank", "status", "said"), [(3, 1, "ended with status 3"), (2, 2, None)])
+def test_a_failure_is_passed_on_in_one_line(tmp_path: Path, of_rank: int, status: int, said: str | None) -> None:
+    launch = Launch(tmp_path, EXIT_CODE=of_rank)
+    output, _ = launch.process.communicate(timeout=60)
+    assert launch.process.returncode == status
+    lines = output.splitlines()
+    # A rank that found a mistake has told it itself.
+    assert lines == [] if said is None else (len(lines) == 1 and said in lines[0]), output
+
+
+def test_a_rank_that_is_killed_is_named(tmp_path: Path) -> None:
+    launch = Launch(tmp_path, RUN_SECONDS=60)
+    launch.wait_for_ranks()
+    ranks = [
+        line.split()[0] for line in launch.descendants_alive().splitlines() if line.endswith(f"train.py {tmp_path}")
+    ]
+    os.kill(int(ranks[-1]), signal.SIGKILL)
+    output, _ = launch.process.communicate(timeout=60)
+    assert launch.process.returncode == 1
+    assert output.splitlines()[-1].endswith("was ended by SIGKILL; the others were stopped")
+
+
+def test_what_only_a_rank_finds_is_one_line_and_status_2(tmp_path: Path) -> None:
+    """Two runs on one folder: the second is refused by its first rank, not by the check before the run."""
+    options = ["--config", "qwen35moe_tiny.toml", f"--job.output_dir={tmp_path}/run", "--metrics.tensorboard=false"]
+    first = subprocess.Popen([SCRIPT, *options], env=environment(CUDA_VISIBLE_DEVICES=""), stdout=subprocess.DEVNULL)
+    try:
+        deadline = time.monotonic() + 100
+        while not (tmp_path / "run/run.lock").exists():
+            assert time.monotonic() < deadline
+            assert first.poll() is None
+            time.sleep(0.1)
+        second = run_script(*options, CUDA_VISIBLE_DEVICES="")
+    finally:
+        first.send_signal(signal.SIGTERM)
+        first.wait(timeout=100)
+    assert second.returncode == 2
+    assert len(second.stderr.splitlines()) == 1, second.stderr
+    assert "a run has it (process" in second.stderr
+
+
+def test_a_scheduler_that_starts_several_runs_of_one_process(tmp_path: Path) -> None:
+    options = ["--config=qwen35moe_tiny.toml", "--parallelism.expert_parallel_degree=1", f"--job.output_dir={tmp_path}"]
+    result = subprocess.run(
+        [sys.executable, SCRIPT.parent / "train.py", *options],
+        env=environment(CUDA_VISIBLE_DEVICES="", SLURM_NTASKS=2),
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert result.returncode == 2
+    assert len(result.stderr.splitlines()) == 1, result.stderr
+    assert "SLURM_NTASKS = '2'" in result.stderr
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

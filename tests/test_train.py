@@ -12,13 +12,14 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from checkpoint.convert_to_hf import Options, convert_to_hf
-from checkpoint.dcp_reader import read_index
+from checkpoint.export import Options, export_to_hf
+from checkpoint.tensors.dcp import read_dcp
 from models.ops.documents import Documents
 from models.ops.kernels import Kernels
 from models.qwen35_moe.config import ModelConfig
 from models.qwen35_moe.model import Qwen35Moe
 from tests.distributed import free_port
+from tests.models.qwen35_moe.shapes import run_model
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -78,7 +79,7 @@ def without_times(lines: list[dict]) -> list[dict]:
 
 
 def stored_tensors(checkpoint: Path) -> dict[str, torch.Tensor]:
-    return {name: tensor.read() for name, tensor in read_index(checkpoint).items()}
+    return {name: tensor.read() for name, tensor in read_dcp(checkpoint).items()}
 
 
 def native_model(checkpoint: Path) -> Qwen35Moe:
@@ -99,7 +100,7 @@ def test_four_processes_train_and_transformers_loads_the_result(config_file: Pat
     assert all(line["expert_load_max_over_mean"] >= 1 and line["grad_norm"] > 0 for line in lines)
     assert all("mfu" not in line for line in lines)
 
-    convert_to_hf(tmp_path / "run", tmp_path / "hf", Options(dtype=None, max_shard_bytes=400_000))
+    export_to_hf(tmp_path / "run", tmp_path / "hf", Options(dtype=None, max_shard_bytes=400_000))
     assert len(list((tmp_path / "hf").glob("model-*.safetensors"))) > 1
     model, loading = AutoModelForCausalLM.from_pretrained(tmp_path / "hf", output_loading_info=True, dtype="auto")
     assert not any(loading.values()), loading
@@ -110,7 +111,7 @@ def test_four_processes_train_and_transformers_loads_the_result(config_file: Pat
     tokens = tokenizer("The with statement is used to wrap a block.", return_tensors="pt").input_ids[0]
     native = native_model(tmp_path / "run/checkpoints/step-00000010")
     with torch.no_grad():
-        expected, _ = native(tokens, torch.arange(len(tokens)), Documents.from_lengths([len(tokens)]))
+        expected, _ = run_model(native, tokens, torch.arange(len(tokens)), Documents.from_lengths([len(tokens)]))
         logits = model(tokens[None]).logits[0]
     # Two implementations in float32 (see the parity tests).
     assert (logits - expected).abs().max() < 1e-5 * expected.abs().max()

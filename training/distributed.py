@@ -11,15 +11,29 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
-from errors import RunError
+from errors import RunError, UserError
 
 # What gloo says when a peer does not come, and when it has gone.
 _WAITED_IN_VAIN = re.compile("[Tt]imed out|timeout|Connection (closed|reset) by peer|Broken pipe")
 
 
+_TASKS = ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
+"""By which schedulers tell how many processes they start."""
+
+
 def world_from_environment() -> tuple[int, int]:
-    """(rank, world size) as torchrun sets them; (0, 1) for a plain `python train.py`."""
-    return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    """(rank, world size) as torchrun sets them; (0, 1) for a plain `python train.py`.
+
+    Raises UserError for a world of one process where a scheduler starts several: each would be a run of its own.
+    """
+    rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    for name in _TASKS if world_size == 1 else ():
+        if os.environ.get(name, "1") not in ("", "0", "1"):
+            raise UserError(
+                f"{name} = {os.environ[name]!r}: that many runs of one process each would start: expected run_train.sh "
+                f"or torchrun in one task a node, or {name} unset"
+            )
+    return rank, world_size
 
 
 def init_distributed(timeout_seconds: int) -> torch.device:

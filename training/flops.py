@@ -3,6 +3,7 @@
 import torch
 
 from models.qwen35_moe.config import FULL, ModelConfig
+from models.qwen35_moe.parameters import matmul_parameters_per_token
 
 # Dense bf16 peak of one device in FLOP/s, from the vendor's datasheets.
 _PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "H800": 989e12, "B200": 2250e12, "A100": 312e12}
@@ -15,17 +16,11 @@ def flops_per_token(config: ModelConfig, sequence_length: int) -> float:
     head; not the embedding look-up), 6 * S * heads * head_dim for each full-attention layer (causal: half of S on
     average, forward and backward), and 18 * value_heads * K * Kv for each gated-delta-rule layer.
     """
-    hidden, num_layers = config.hidden_size, config.num_hidden_layers
     num_full = config.layer_types.count(FULL)
-    num_linear = num_layers - num_full
-    query_dim, kv_dim = (n * config.head_dim for n in (config.num_attention_heads, config.num_key_value_heads))
-    linear = hidden * (2 * config.key_dim + 3 * config.value_dim + 2 * config.linear_num_value_heads)
-    full = hidden * (3 * query_dim + 2 * kv_dim)
-    routed = config.num_experts_per_tok * config.moe_intermediate_size
-    moe = hidden * (3 * (routed + config.shared_expert_intermediate_size) + config.num_experts + 1)
-    parameters = num_linear * linear + num_full * full + num_layers * moe + hidden * config.vocab_size
+    attention = num_full * 6 * sequence_length * config.num_attention_heads * config.head_dim
     state = config.linear_num_value_heads * config.linear_key_head_dim * config.linear_value_head_dim
-    return 6 * parameters + num_full * 6 * sequence_length * query_dim + num_linear * 18 * state
+    delta_rule = (config.num_hidden_layers - num_full) * 18 * state
+    return 6 * matmul_parameters_per_token(config) + attention + delta_rule
 
 
 def peak_flops(device_name: str) -> float | None:

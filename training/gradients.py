@@ -1,29 +1,42 @@
 """One gradient norm over all meshes, and where values that are not finite lie."""
 
+from collections.abc import Iterable
+
 import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.tensor import DTensor
 
+# On a CPU a norm's running sum is one long chain of additions, and loses 5e-3 of 64 M numbers; of so many 2e-8. The
+# kernels of GPUs add up in short chains themselves.
+_CHUNK = 1 << 14
+
 
 @torch.no_grad()
-def gradient_norm(parameters: list[nn.Parameter]) -> torch.Tensor:
-    """The global 2-norm of all gradients, a scalar, the same on all ranks.
+def gradient_norm(parameters: Iterable[nn.Parameter], shards: dist.ProcessGroup | None = None) -> torch.Tensor:
+    """The global 2-norm of all gradients, a float64 scalar, the same on all ranks; off by 1e-6 of it at most.
 
-    Parameters may be sharded over different meshes (dense, experts) or plain and replicated: a norm is taken for each
-    mesh, as foreach operations take no mixture, reduced there over the axes that shard it, and the norms are combined.
+    `shards`: the ranks over which the sharded gradients, which are DTensors, are spread, whatever their meshes: dense
+    ones over `fsdp`, experts over `efsdp` and `ep`, which are the same ranks. Plain gradients are the same on all.
     """
-    by_mesh: dict[object, list[torch.Tensor]] = {}
-    for parameter in parameters:
-        gradient = parameter.grad
-        if gradient is not None:
-            mesh = gradient.device_mesh if isinstance(gradient, DTensor) else None
-            by_mesh.setdefault(mesh, []).append(gradient)
-    norms = []
-    for gradients in by_mesh.values():
-        norm = torch.nn.utils.get_total_norm(gradients)
-        norms.append(norm.full_tensor() if isinstance(norm, DTensor) else norm)
-    return torch.linalg.vector_norm(torch.stack(norms))
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    square = _sum_of_squares([gradient.to_local() for gradient in gradients if isinstance(gradient, DTensor)])
+    if shards is not None and shards.size() > 1:
+        dist.all_reduce(square, group=shards)
+    return (square + _sum_of_squares([gradient for gradient in gradients if not isinstance(gradient, DTensor)])).sqrt()
+
+
+def _sum_of_squares(tensors: list[torch.Tensor]) -> torch.Tensor:
+    """Of this rank's numbers, a float64 scalar."""
+    pieces = [tensor.detach().flatten() for tensor in tensors]
+    if not pieces:
+        return torch.zeros((), dtype=torch.float64)
+    wide = torch.promote_types(pieces[0].dtype, torch.float32)
+    if not pieces[0].is_cuda:
+        pieces = [chunk for piece in pieces for chunk in piece.split(_CHUNK)]
+        if pieces[0].dtype != wide:
+            wide = torch.float64  # what is converted on the way is added up one by one
+    return torch.stack(torch._foreach_norm(pieces, 2, dtype=wide)).double().square().sum()
 
 
 def last_nonfinite(tensors: dict[str, torch.Tensor | None]) -> str | None:

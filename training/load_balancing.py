@@ -44,7 +44,7 @@ def router_losses(
         if config.aux_loss_scope == "hf":
             aux = aux_loss(counts, probability_sums, top_k, pooled=True) / num_ranks
         else:
-            aux = aux_loss(of_all_ranks, probability_sums, top_k, config.aux_loss_pooled)
+            aux = aux_loss(of_all_ranks, probability_sums, top_k, pooled=False)
     if squared_logsumexp_sums is not None:
         z = z_loss(of_all_ranks, squared_logsumexp_sums, top_k)
     return RouterLosses(aux, z)

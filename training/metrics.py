@@ -6,7 +6,8 @@ import math
 import os
 import resource
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -65,35 +66,63 @@ def data_quality(counts: Mapping[str, int], device: torch.device) -> dict[str, f
 
 
 class MetricsWriter:
-    """Writes `metrics.jsonl` and, if asked, TensorBoard events under `folder`; on rank 0 alone."""
+    """Writes `metrics.jsonl` and, if asked, TensorBoard events under `folder`; on rank 0 alone.
+
+    Neither ends a run: what cannot be written, on a full disk say, is told once in the log, and left out.
+    """
 
     def __init__(self, folder: Path, tensorboard: bool, start_step: int, total_steps: int) -> None:
         """Starts after `start_step`: lines of later steps, left by a run that was cut off, are dropped."""
-        path = folder / "metrics.jsonl"
-        kept = []
-        if path.exists() and start_step > 0:
-            # The last line may be half written, if the run was killed.
-            complete = path.read_text().split("\n")[:-1]
-            kept = [line for line in complete if json.loads(line)["step"] <= start_step]
-        path.write_text("".join(line + "\n" for line in kept))
-        self._file = path.open("a")
-        self._total_steps = total_steps
+        self._path, self._total_steps = folder / "metrics.jsonl", total_steps
+        self._has_failed = False
         self._tensorboard = None
+        with self._going_on():
+            self._keep_lines_up_to(start_step)
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter  # slow to import, so only where it is used
 
-            self._tensorboard = SummaryWriter(str(folder / "tensorboard"), purge_step=start_step + 1)
+            with self._going_on():
+                self._tensorboard = SummaryWriter(str(folder / "tensorboard"), purge_step=start_step + 1)
+
+    def _keep_lines_up_to(self, step: int) -> None:
+        """Damaged lines are set aside, and it is said; the last may be half written, if the run was killed."""
+        kept, damaged = [], []
+        if self._path.exists() and step > 0:
+            for line in self._path.read_bytes().split(b"\n"):
+                try:
+                    of_step = json.loads(line)["step"] if line else math.inf
+                    if of_step <= step:
+                        kept.append(line)
+                except (ValueError, KeyError, TypeError, RecursionError):
+                    damaged.append(line)
+        if damaged:
+            aside = self._path.with_name("metrics.damaged.jsonl")
+            with aside.open("ab") as file:
+                file.writelines(line + b"\n" for line in damaged)
+            logger.warning(f"{self._path}: {len(damaged)} damaged lines are set aside in {aside.name}")
+        self._path.write_bytes(b"".join(line + b"\n" for line in kept))
+
+    @contextmanager
+    def _going_on(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            if not self._has_failed:
+                logger.warning(f"cannot write metrics ({error.strerror or error}): the run goes on without them")
+            self._has_failed = True
 
     def write(self, metrics: dict[str, Any]) -> None:
         """Records one step. `metrics` has "step", "loss", "grad_norm", "tokens_per_second" and more numbers."""
         # JSON has no NaN and no infinity.
         finite = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
-        self._file.write(json.dumps(finite, allow_nan=False) + "\n")
-        self._file.flush()
+        with self._going_on(), self._path.open("ab") as file:
+            # A line that a full disk cut off is damaged; the one after it need not be.
+            file.write((b"\n" if self._has_failed else b"") + json.dumps(finite, allow_nan=False).encode() + b"\n")
         if self._tensorboard is not None:
-            for name, value in metrics.items():
-                if name != "step":
-                    self._tensorboard.add_scalar(name, value, metrics["step"])
+            with self._going_on():
+                for name, value in metrics.items():
+                    if name != "step":
+                        self._tensorboard.add_scalar(name, value, metrics["step"])
         seconds_left = (self._total_steps - metrics["step"]) * metrics["step_seconds"]
         mfu = f"  mfu {metrics['mfu']:.1%}" if "mfu" in metrics else ""
         fill = f"  rows {metrics['fill_rate']:.1%} full" if "fill_rate" in metrics else ""
@@ -107,10 +136,10 @@ class MetricsWriter:
         )
 
     def close(self) -> None:
-        """Flushes and closes both files."""
-        self._file.close()
+        """Flushes and closes TensorBoard's file."""
         if self._tensorboard is not None:
-            self._tensorboard.close()
+            with self._going_on():
+                self._tensorboard.close()
 
 
 def format_seconds(seconds: float) -> str:

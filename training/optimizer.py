@@ -10,11 +10,24 @@ from torch.distributed.tensor import DTensor
 from config import LRScheduler, Optimizer
 
 
-class _LocalAdamW(torch.optim.AdamW):
-    """AdamW whose fused kernels take each rank's shards as plain tensors; the states remain DTensors for checkpoints.
+class NamedAdamW(torch.optim.AdamW):
+    """AdamW that names its state, and whose fused kernels take each rank's shards as plain tensors.
 
-    The update is elementwise, and finding that out anew for each of hundreds of DTensors keeps a GPU waiting.
+    The states remain DTensors for checkpoints. But the update is elementwise, and finding that out anew for each of
+    hundreds of DTensors keeps a GPU waiting.
     """
+
+    def named_state(self) -> dict[str, torch.Tensor]:
+        """`<parameter>.<exp_avg | exp_avg_sq | step>`; zeros, to be loaded into, where no step has been made yet."""
+        named: dict[str, torch.Tensor] = {}
+        for group in self.param_groups:
+            for name, parameter in zip(group["param_names"], group["params"]):
+                own = self.state[parameter]
+                if not own:
+                    own["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
+                    own["exp_avg"], own["exp_avg_sq"] = torch.zeros_like(parameter), torch.zeros_like(parameter)
+                named |= {f"{name}.{key}": tensor.detach() for key, tensor in own.items()}
+        return named
 
     def _init_group(self, group: dict[str, Any], *lists: list[Any]) -> bool:
         has_complex = super()._init_group(group, *lists)
@@ -23,15 +36,15 @@ class _LocalAdamW(torch.optim.AdamW):
         return has_complex
 
 
-def build_optimizer(model: nn.Module, config: Optimizer) -> torch.optim.Optimizer:
-    """Fused AdamW (Loshchilov & Hutter 2019, arXiv 1711.05101). Matrices decay, vectors (norms, decays) do not."""
+def build_optimizer(model: nn.Module, config: Optimizer) -> NamedAdamW:
+    """Fused AdamW (Loshchilov & Hutter 2019, arXiv 1711.05101) of what requires a gradient. Matrices decay, vectors
+    (norms, decays) do not."""
     assert config.name == "adamw"  # the one there is
-    matrices = [parameter for parameter in model.parameters() if parameter.dim() > 1]
-    vectors = [parameter for parameter in model.parameters() if parameter.dim() <= 1]
-    return _LocalAdamW(
+    trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+    return NamedAdamW(
         [
-            {"params": matrices, "weight_decay": config.weight_decay},
-            {"params": vectors, "weight_decay": 0.0},
+            {"params": [(n, p) for n, p in trained if p.dim() > 1], "weight_decay": config.weight_decay},
+            {"params": [(n, p) for n, p in trained if p.dim() <= 1], "weight_decay": 0.0},
         ],
         lr=config.lr,
         betas=config.betas,

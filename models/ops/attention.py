@@ -17,8 +17,8 @@ def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, documents: Docu
 
     q [T, N, K]; k, v [T, Nkv, K] -> [T, N, K]. backend "sdpa": one call a document, any device and dtype, the
     reference; "varlen": one kernel over the stream, the FlashAttention 2 that PyTorch contains; "cudnn": cuDNN's kernel
-    where all documents have one length, faster there, else as "varlen"; "fa3" and "fa4": one kernel over the stream, of
-    the packages flash-attn-3 and flash-attn-4. All but the first need CUDA with bfloat16 or float16.
+    where all documents have one length, faster there, else as "varlen"; "fa4": one kernel over the stream, of the
+    package flash-attn-4. All but the first need CUDA with bfloat16 or float16.
     """
     if backend == "sdpa":
         return _sdpa(q, k, v, documents)
@@ -40,7 +40,7 @@ def _sdpa(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, documents: Document
 
 # One operation of torch for all kernels, so that a compiled block does not see which of them a batch takes.
 #
-# torch.nn.attention.activate_flash_attention_impl could put FlashAttention 3 or 4 in the place of PyTorch's own kernel.
+# torch.nn.attention.activate_flash_attention_impl could put FlashAttention 4 in the place of PyTorch's own kernel.
 # It is not used: it does so for the whole process, whatever a call asks for, and up to PyTorch 2.13 it does not
 # understand what flash-attn-4 returns (PyTorch's issue 190212).
 
@@ -61,11 +61,7 @@ def _forward(
         out, normaliser, *_ = _aten._scaled_dot_product_cudnn_attention(*heads_first, None, True, 0.0, True)
         return _as_stream(out), normaliser.reshape(-1)
     bounds = _bounds(cu_seqlens, max_seqlen)
-    if backend == "fa3":
-        import flash_attn_interface  # noqa: F401  (registers flash_attn_3's operations)
-
-        out, normaliser, *_ = torch.ops.flash_attn_3.fwd(q, k, v, **bounds, is_causal=True, num_splits=1)
-    elif backend == "fa4":
+    if backend == "fa4":
         from flash_attn.cute.interface import _flash_attn_fwd
 
         out, normaliser, *_ = _flash_attn_fwd(q, k, v, **bounds, causal=True, return_lse=True)
@@ -106,11 +102,7 @@ def _backward(
         return dq, dk, dv
     bounds, deterministic = _bounds(cu_seqlens, max_seqlen), torch.are_deterministic_algorithms_enabled()
     gradient, normaliser = gradient.contiguous(), normaliser.view(q.shape[1], q.shape[0])
-    if backend == "fa3":
-        dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
-        tensors = [gradient, q, k, v, out, normaliser, dq, dk, dv]
-        torch.ops.flash_attn_3.bwd(*tensors, **bounds, is_causal=True, deterministic=deterministic)
-    elif backend == "fa4":
+    if backend == "fa4":
         from flash_attn.cute.interface import _flash_attn_bwd
 
         tensors = [q, k, v, out, gradient, normaliser]

@@ -6,6 +6,12 @@ from dataclasses import dataclass
 import torch
 
 
+def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A host tensor on `device`, without waiting for it."""
+    # From pinned memory: a copy of more than 64 KiB from elsewhere waits until the GPU has done what it has to do.
+    return (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True)
+
+
 @dataclass(frozen=True, eq=False)
 class Documents:
     """D documents laid end to end in a stream of T tokens.
@@ -26,17 +32,24 @@ class Documents:
     def from_lengths(
         cls, lengths: Sequence[int], device: torch.device | None = None, max_seqlen: int | None = None
     ) -> "Documents":
-        """Documents of these lengths (each at least 1); `max_seqlen` defaults to the longest."""
-        boundaries = torch.tensor([0, *lengths], dtype=torch.int64).cumsum(0).to(torch.int32)
+        """Documents of these lengths (each at least 1), on the host or on `device`; `max_seqlen` defaults to the
+        longest."""
+        of_each = torch.tensor(lengths, dtype=torch.int64)
         longest = max(lengths)
         assert min(lengths) > 0, lengths
         assert max_seqlen is None or longest <= max_seqlen, (longest, max_seqlen)
-        on_device = boundaries.to(device, non_blocking=True)
-        torch._dynamo.maybe_mark_dynamic(on_device, 0)  # D changes with every batch: one graph for all
-        torch._dynamo.maybe_mark_dynamic(boundaries, 0)
-        index = torch.arange(sum(lengths), dtype=torch.int32, device=device)
-        starts = on_device[torch.searchsorted(on_device, index, right=True, out_int32=True) - 1]
-        return cls(on_device, boundaries, index - starts, max_seqlen or longest)
+        boundaries = torch.cat([torch.zeros(1, dtype=torch.int64), of_each.cumsum(0)])
+        offsets = torch.arange(sum(lengths)) - boundaries[:-1].repeat_interleave(of_each)
+        on_host = boundaries.int()
+        torch._dynamo.maybe_mark_dynamic(on_host, 0)  # D changes with every batch: one graph for all
+        documents = cls(on_host, on_host, offsets.int(), max_seqlen or longest)
+        return documents if device is None else documents.to(device)
+
+    def to(self, device: torch.device) -> "Documents":
+        """The same with `device` as the compute device, without waiting for it."""
+        on_device = to_device(self.cu_seqlens_cpu, device)
+        torch._dynamo.maybe_mark_dynamic(on_device, 0)
+        return Documents(on_device, self.cu_seqlens_cpu, to_device(self.token_offsets, device), self.max_seqlen)
 
     def lengths(self) -> list[int]:
         """Each document's number of tokens."""

@@ -19,7 +19,7 @@ class Kernels(NamedTuple):
     """The chosen implementation of each operation that has more than one; the defaults run anywhere."""
 
     attention: str = "sdpa"
-    """"sdpa", "varlen", "cudnn", "fa3" or "fa4": see attention.py."""
+    """"sdpa", "varlen", "cudnn" or "fa4": see attention.py."""
     gated_delta_rule: str = "torch"
     """"torch", "fla" or "flash_qla": see gated_delta_rule.py."""
     causal_conv1d: str = "torch"
@@ -29,14 +29,14 @@ class Kernels(NamedTuple):
 
 
 CHOICES = {
-    "attention": ("sdpa", "varlen", "cudnn", "fa3", "fa4"),
+    "attention": ("sdpa", "varlen", "cudnn", "fa4"),
     "gated_delta_rule": ("torch", "fla", "flash_qla"),
     "causal_conv1d": ("torch", "triton"),
     "cross_entropy": ("torch", "compiled"),
 }
 """The reference first; then, as far as measured, each faster than the one before."""
 
-ON_REQUEST = ("fa3", "fa4")
+ON_REQUEST = ("fa4",)
 """What "auto" leaves out: not measured against the others yet."""
 
 # Of the earlier ones, 4.0.0b11 gives wrong gradients with these very heads on Blackwell: for real activations, not for
@@ -60,7 +60,6 @@ def select_kernels(
     hinders = {
         "varlen": _needs_half_precision(device_type, dtype),
         "cudnn": _needs_half_precision(device_type, dtype),
-        "fa3": _needs_half_precision(device_type, dtype) or _fa3_hindrance(attention_head_dim),
         "fa4": _needs_half_precision(device_type, dtype) or _fa4_hindrance(attention_head_dim),
         "fla": _needs_half_precision(device_type, dtype) or _fla_hindrance(),
         "flash_qla": _needs_half_precision(device_type, dtype) or _flash_qla_hindrance(delta_rule_head_dims),
@@ -96,14 +95,6 @@ def select_kernels(
 def _needs_half_precision(device_type: str, dtype: torch.dtype) -> str:
     works = device_type == "cuda" and dtype in (torch.bfloat16, torch.float16)
     return "" if works else f"a CUDA GPU and bfloat16, not {device_type} and {dtype}"
-
-
-def _fa3_hindrance(head_dim: int) -> str:
-    if importlib.util.find_spec("flash_attn_interface") is None:
-        return "the package flash-attn-3"
-    if torch.cuda.get_device_capability() != (9, 0):
-        return "a GPU with compute capability 9.0"
-    return "" if head_dim % 8 == 0 and head_dim <= 256 else f"a head dim of 8, 16, ... or 256, not {head_dim}"
 
 
 def _fa4_hindrance(head_dim: int) -> str:

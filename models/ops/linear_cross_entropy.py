@@ -4,13 +4,12 @@ from typing import Any
 
 import torch
 
+from models.ops.labels import IGNORED
 from models.ops.precision import at_least_float32
 
 # A chunk's logits take at most this much memory: with 248,320 tokens in the vocabulary 4,324 rows a chunk in bfloat16,
 # enough for the matrix products to run at full speed; all logits of a stream of 16,384 would take 8 GB.
 _CHUNK_BYTES = 2**31
-
-IGNORED = -100
 
 
 def _loss(logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

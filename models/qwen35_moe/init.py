@@ -18,14 +18,15 @@ import torch
 from torch import nn
 
 from models.qwen35_moe.model import Qwen35Moe
+from models.qwen35_moe.parameters import Box, full_box
 
-Region = tuple[torch.Tensor, tuple[slice, ...]]
-"""A tensor and the part of the full parameter that it holds, one slice a dimension."""
+LocalPart = tuple[torch.Tensor, Box]
+"""A tensor, and the box of the full parameter that it holds."""
 
 
-def whole(parameter: torch.Tensor) -> Region:
-    """The region of a parameter that is not sharded."""
-    return parameter, tuple(slice(0, size) for size in parameter.shape)
+def whole(parameter: torch.Tensor) -> LocalPart:
+    """A parameter that is not sharded."""
+    return parameter, full_box((), tuple(parameter.shape))
 
 
 def _generator(seed: int, name: str, expert: int | None) -> torch.Generator:
@@ -48,16 +49,17 @@ def initial_value(
 
 
 @torch.no_grad()
-def init_weights(model: Qwen35Moe, seed: int, region: Callable[[nn.Parameter], Region] = whole) -> None:
-    """Fills every parameter of the model, or the region of it that `region` says lies in this process.
+def init_weights(model: Qwen35Moe, seed: int, local_part: Callable[[nn.Parameter], LocalPart] = whole) -> None:
+    """Fills every parameter of the model, or the part of it that `local_part` says lies in this process.
 
     Matrices are drawn whole, one at a time, then cut: no more than one full matrix (of one expert) is ever in memory.
     """
     std = model.config.initializer_range
     for name, parameter in model.named_parameters():
-        local, index = region(parameter)
+        local, box = local_part(parameter)
+        index = tuple(slice(*edges) for edges in box)
         if ".experts." in name:
-            for position, expert in enumerate(range(parameter.shape[0])[index[0]]):
+            for position, expert in enumerate(range(*box[0])):
                 value = initial_value(name, parameter.shape[1:], std, seed, expert)
                 local[position].copy_(value[index[1:]])
         else:

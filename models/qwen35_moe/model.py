@@ -1,6 +1,6 @@
 """Qwen3.5-MoE, the text model: embedding -> blocks -> norm -> head. Plain PyTorch; knows nothing of parallelism."""
 
-from typing import Any, cast
+from typing import Protocol, cast
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +17,22 @@ from models.qwen35_moe.norms import RMSNorm
 from models.qwen35_moe.rotary import Rotary, rotary_embedding
 
 # Shapes: T tokens (of all documents, end to end), H hidden, V vocabulary, E experts, L layers.
+
+
+class Batch(Protocol):
+    """What the model reads of a micro-batch. Not a tuple: see Documents."""
+
+    @property
+    def tokens(self) -> torch.Tensor: ...  # int64 [T]
+
+    @property
+    def positions(self) -> torch.Tensor: ...  # int64 [T], or [3, T] for time, height and width
+
+    @property
+    def documents(self) -> Documents: ...
+
+    @property
+    def labels(self) -> torch.Tensor | None: ...  # int64 [T], already shifted, IGNORED where nothing is trained
 
 
 class Block(nn.Module):
@@ -37,30 +53,19 @@ class Block(nn.Module):
         self, hidden: torch.Tensor, rotary: Rotary, documents: Documents, measure: Measure = COUNTS_OF_ALL
     ) -> tuple[torch.Tensor, RouterStatistics]:
         """hidden [T, H] -> hidden [T, H], and what the router did."""
-        hidden, x, weights, plan, statistics = self.attend_and_route(hidden, rotary, documents, measure)
-        routed = self.mlp.experts(x, weights, plan)
-        shared = self.mlp.run_shared_expert(x)  # while the experts' results are on their way back
-        return self.join(hidden, self.mlp.experts.arrived(routed), shared), statistics
+        hidden = hidden + self.mix(self.input_layernorm(hidden), rotary, documents)
+        out, statistics = self.mlp(self.post_attention_layernorm(hidden), measure)
+        return hidden + out, statistics
 
-    def attend_and_route(
-        self, hidden: torch.Tensor, rotary: Rotary, documents: Documents, measure: Measure
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, Any, RouterStatistics]:
-        """hidden [T, H] -> hidden after attention, what the experts read, both [T, H]; and as `route`."""
-        x = self.input_layernorm(hidden)
+    def mix(self, x: torch.Tensor, rotary: Rotary, documents: Documents) -> torch.Tensor:
+        """The one place in a block where a token reads others: x [T, H] -> [T, H]."""
         if self.layer_type == FULL:
-            hidden = hidden + self.self_attn(x, rotary, documents)
-        else:
-            hidden = hidden + self.linear_attn(x, documents)
-        x = self.post_attention_layernorm(hidden)
-        return hidden, x, *self.mlp.route(x, measure)
-
-    def join(self, hidden: torch.Tensor, routed: Any, shared: torch.Tensor) -> torch.Tensor:
-        """The second residual: hidden and the shared expert's result [T, H], and the routed experts' once arrived."""
-        return hidden + (self.mlp.experts.add_up(routed) + shared)
+            return self.self_attn(x, rotary, documents)
+        return self.linear_attn(x, documents)
 
 
 class Qwen35Moe(nn.Module):
-    """The text model. Parameters are left uninitialised: see init.py, and hf_weights.py for names and layouts.
+    """The text model. Parameters are left uninitialised: see init.py; parameters.py makes a table of them.
 
     With `tie_word_embeddings` there is no `lm_head`: the head reads `embed_tokens.weight`, so nothing can come untied.
     """
@@ -88,30 +93,22 @@ class Qwen35Moe(nn.Module):
                 parameters += [block.linear_attn.A_log, block.linear_attn.dt_bias]
         return parameters
 
-    def forward(
-        self,
-        tokens: torch.Tensor,
-        positions: torch.Tensor,
-        documents: Documents,
-        labels: torch.Tensor | None = None,
-        measure: Measure = COUNTS_OF_ALL,
-    ) -> tuple[torch.Tensor, RouterStatistics]:
+    def forward(self, batch: Batch, measure: Measure = COUNTS_OF_ALL) -> tuple[torch.Tensor, RouterStatistics]:
         """Runs one packed stream of documents.
 
-        tokens int64 [T]; positions int64 [T], or [3, T] for time, height and width; labels int64 [T], already shifted,
-        -100 where nothing is trained. Returns (sum of the token losses in nats, a float32 scalar; statistics) with
-        labels, else (logits [T, V]; statistics). The statistics are the routers', as `measure` asks for them, with the
-        layers as first dimension: counts [L, E], probability sums [L, E], logsumexp sums [L].
+        Returns (sum of the token losses in nats, a float32 scalar; statistics) with labels, else (logits [T, V];
+        statistics). The statistics are the routers', as `measure` asks for them, with the layers as first dimension:
+        counts [L, E], probability sums [L, E], logsumexp sums [L].
         """
-        rotary = rotary_embedding(self.config, positions)
-        hidden = self.embed_tokens(tokens)
+        rotary = rotary_embedding(self.config, batch.positions)
+        hidden = self.embed_tokens(batch.tokens)
         of_layers = []
         for layer in self.layers:
-            hidden, of_layer = layer(hidden, rotary, documents, measure)
+            hidden, of_layer = layer(hidden, rotary, batch.documents, measure)
             of_layers.append(of_layer)
         statistics = RouterStatistics.stack(of_layers)
         hidden = self.norm(hidden)
         head = self.embed_tokens if self.config.tie_word_embeddings else self.lm_head
-        if labels is None:
+        if batch.labels is None:
             return F.linear(hidden, head.weight), statistics
-        return linear_cross_entropy(hidden, head.weight, labels, backend=self.cross_entropy), statistics
+        return linear_cross_entropy(hidden, head.weight, batch.labels, backend=self.cross_entropy), statistics

@@ -1,7 +1,7 @@
 """Mixture of experts: router, stacked experts, shared expert."""
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -84,21 +84,10 @@ class Experts(nn.Module):
         self.gate_up_proj = nn.Parameter(torch.empty(num_experts, 2 * inner, hidden))
         self.down_proj = nn.Parameter(torch.empty(num_experts, hidden, inner))
 
-    def plan(self, chosen: torch.Tensor) -> Any:
-        """The experts chosen, integers [T, k] -> what `forward` needs to know of them."""
-        return sort_by_expert(chosen, len(self.gate_up_proj))
-
-    def forward(self, x: torch.Tensor, weights: torch.Tensor, plan: Any) -> Any:
-        """x [T, H], weights float32 [T, k], a plan -> what becomes each token's weighted sum by `arrived`, `add_up`."""
-        return routed_experts(x, weights, plan, self.gate_up_proj, self.down_proj)
-
-    def arrived(self, results: Any) -> Any:
-        """What `forward` handed back, once it can be read: experts elsewhere may have sent it and not waited."""
-        return results
-
-    def add_up(self, results: Any) -> torch.Tensor:
-        """What `arrived` handed back -> [T, H]: experts elsewhere send each token's sum in parts."""
-        return results
+    def forward(self, x: torch.Tensor, weights: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
+        """x [T, H], weights float32 [T, k], experts chosen, integers [T, k] -> each token's weighted sum [T, H]."""
+        order = sort_by_expert(chosen, len(self.gate_up_proj))
+        return routed_experts(x, weights, order, self.gate_up_proj, self.down_proj)
 
 
 class SharedExpert(nn.Module):
@@ -116,10 +105,7 @@ class SharedExpert(nn.Module):
 
 
 class MixtureOfExperts(nn.Module):
-    """Weighted sum of each token's k experts, plus sigmoid(shared_expert_gate(x)) * shared_expert(x).
-
-    In parts, as expert parallelism stands between them: a block calls them in turn.
-    """
+    """Weighted sum of each token's k experts, plus sigmoid(shared_expert_gate(x)) * shared_expert(x)."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -129,8 +115,17 @@ class MixtureOfExperts(nn.Module):
         self.shared_expert = SharedExpert(config)
         self.shared_expert_gate = nn.Linear(config.hidden_size, 1, bias=False)
 
-    def route(self, x: torch.Tensor, measure: Measure) -> tuple[torch.Tensor, Any, RouterStatistics]:
-        """x [T, H] -> weights float32 [T, k], the experts' plan, and what the router did."""
+    def forward(self, x: torch.Tensor, measure: Measure) -> tuple[torch.Tensor, RouterStatistics]:
+        """x [T, H] -> [T, H], and what the router did.
+
+        Expert parallelism runs these three with the tokens' travel in between: parallelisms/expert_parallel.py.
+        """
+        weights, chosen, statistics = self.route(x, measure)
+        routed = self.experts(x, weights, chosen)
+        return routed + self.run_shared_expert(x), statistics
+
+    def route(self, x: torch.Tensor, measure: Measure) -> tuple[torch.Tensor, torch.Tensor, RouterStatistics]:
+        """x [T, H] -> weights float32 [T, k], the experts chosen, int64 [T, k], and what the router did."""
         weights, chosen, logits, probabilities = self.gate(x)
         ones = torch.ones_like(chosen, dtype=torch.int32)
         if measure.is_real is not None:
@@ -141,7 +136,7 @@ class MixtureOfExperts(nn.Module):
             _sum_of_real(probabilities, measure) if measure.probabilities else None,
             _sum_of_real(logits.logsumexp(dim=-1).square(), measure) if measure.logsumexp else None,
         )
-        return weights, self.experts.plan(chosen), statistics
+        return weights, chosen, statistics
 
     def run_shared_expert(self, x: torch.Tensor) -> torch.Tensor:
         """x [T, H] -> [T, H]."""

@@ -1,9 +1,11 @@
 """Saving, retention, resuming on other layouts, and what a resume refuses."""
 
 import dataclasses
+import pickle
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from unittest.mock import ANY
 
 import pytest
 import torch
@@ -11,11 +13,12 @@ import torch.distributed as dist
 
 import checkpoint.checkpointer as checkpointer_module
 from checkpoint.checkpointer import Checkpointer, Progress
-from checkpoint.directories import complete_checkpoints, find_checkpoint
+from checkpoint.directories import complete_checkpoints, describe_files, find_checkpoint, write_manifest
 from checkpoint.hf_assets import read_base
 from config import Checkpoint, Config, Data, Job, Model, Optimizer, Training
 from models.ops.kernels import Kernels
 from models.qwen35_moe.model import Qwen35Moe
+from parallelisms.degrees import Degrees
 from parallelisms.mesh import build_meshes
 from parallelisms.parallelize import parallelize_fn
 from tests.distributed import run_ranks
@@ -40,13 +43,13 @@ def run_config(folder: str | Path, **checkpoint) -> Config:
 
 def build(folder: str, replicate: int, ep: int, seed: int, **checkpoint):
     """(model, optimizer, checkpointer) on all ranks, random weights by `seed`."""
-    meshes = build_meshes("cpu", replicate, dist.get_world_size() // replicate, ep)
+    meshes = build_meshes("cpu", Degrees(replicate, dist.get_world_size() // replicate, ep))
     with torch.device("meta"):
         model = Qwen35Moe(CONFIG, Kernels(attention="sdpa"))
     parallelize_fn(model, meshes, compute_dtype=torch.float32)
     materialise(model, torch.device("cpu"), seed)
     optimizer = build_optimizer(model, Optimizer(lr=1e-3))
-    return model, optimizer, Checkpointer(run_config(folder, **checkpoint), CONFIG, model, optimizer)
+    return model, optimizer, Checkpointer(run_config(folder, **checkpoint), CONFIG, model, optimizer, meshes)
 
 
 def take_steps(model: Qwen35Moe, optimizer: torch.optim.Optimizer, num_steps: int) -> None:
@@ -234,6 +237,30 @@ def test_resume_never_wants_a_fresh_folder_and_a_path_is_taken_exactly(tmp_path:
     assert build(str(tmp_path / "new"), 1, 1, seed=0, resume=str(tmp_path))[2].resume().step == 4
     with pytest.raises(ValueError, match="expected a checkpoint"):
         build(str(tmp_path / "new"), 1, 1, seed=0, resume=str(tmp_path / "hf"))[2].resume()
+
+
+@pytest.mark.usefixtures("one_rank")
+@pytest.mark.parametrize("option", ["auto", "resume", "start_from"])
+def test_nothing_that_believes_a_pickle_reads_a_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, option: str
+) -> None:
+    path = checkpoint_in(tmp_path / "run", 2)
+    folder = tmp_path / ("run" if option == "auto" else "new")
+    _, _, checkpointer = build(str(folder), 1, 1, seed=1, **({} if option == "auto" else {option: str(path)}))
+
+    def believe(*_: object, **__: object) -> None:
+        raise AssertionError("a checkpoint is unpickled by a reader that runs what it names")
+
+    for module in (pickle, torch):
+        monkeypatch.setattr(module, "load", believe)
+    monkeypatch.setattr(pickle, "loads", believe)
+    assert checkpointer.resume() == (Progress() if option == "start_from" else Progress(2, 0, ANY))
+    marker = tmp_path / "marker"
+    (path / ".metadata").write_bytes(b"ctorch.distributed.run\nos.system\n(Vtouch " + bytes(marker) + b"\ntR.")
+    write_manifest(path, describe_files(path, [file for file in path.rglob("[!m]*") if file.is_file()]))
+    with pytest.raises(ValueError, match=r"metadata asks for torch\.distributed\.run\.os\.system"):
+        checkpointer.resume()
+    assert not marker.exists()
 
 
 @pytest.mark.usefixtures("one_rank")

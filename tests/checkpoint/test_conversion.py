@@ -1,28 +1,24 @@
 """DCP to Hugging Face and back: exact tensors, both expert layouts, sharded files, and what is refused."""
 
-import io
+import dataclasses
 import json
-import pickle
 import re
 from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file, save_file
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from transformers import AutoModelForCausalLM
 
 from checkpoint import convert_from_hf as from_hf
 from checkpoint import convert_to_hf as to_hf
-from checkpoint.convert_to_hf import _vision_shapes
-from checkpoint.dcp_reader import read_index
-from checkpoint.safetensors_files import read_headers
-from checkpoint.stored import Chunk, whole
-from models.qwen35_moe.hf_weights import hf_name, is_float32, is_published_in_float32, mtp_shapes, parameter_shapes
-from tests.distributed import run_ranks
+from checkpoint import export
+from checkpoint.export import _vision_shapes
+from checkpoint.tensors.safetensors import read_safetensors
+from checkpoint.tensors.stored import Chunk
+from models.qwen35_moe.hf_weights import hf_name, is_published_in_float32, mtp_shapes
+from models.qwen35_moe.parameters import parameters
 from tests.models.qwen35_moe.shapes import tiny_config
 
 CONFIG = tiny_config(vocab_size=4096)
@@ -31,7 +27,7 @@ TOKENIZER = Path(__file__).resolve().parents[2] / "data/tiny/tokenizer"
 
 def random_weights(dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
-    return {n: torch.randn(shape, generator=generator).to(dtype) for n, shape in parameter_shapes(CONFIG).items()}
+    return {n: torch.randn(p.shape, generator=generator).to(dtype) for n, p in parameters(CONFIG).items()}
 
 
 def write_hf(folder: Path, weights: dict[str, torch.Tensor], num_files: int = 1) -> None:
@@ -121,39 +117,6 @@ def add_assets(checkpoint: Path) -> None:
     (checkpoint / "hf/config.json").write_text(json.dumps(CONFIG.to_dict()))
 
 
-def save_sharded(folder: str, replicate: int, efsdp: int, ep: int) -> None:
-    """Every layout a run has: experts on (efsdp, ep), the rest uneven on fsdp, some plain, all maybe replicated."""
-    mesh = init_device_mesh("cpu", (replicate, efsdp, ep), mesh_dim_names=("replicate", "efsdp", "ep"))
-    flat = mesh["efsdp", "ep"]._flatten("fsdp")
-    state = {}
-    for name, tensor in random_weights().items():
-        if ".experts." in name:
-            state[name] = distribute_tensor(tensor, mesh, [Replicate(), Shard(1), Shard(0)])
-        elif is_float32(name):
-            state[name] = tensor
-        else:
-            state[name] = distribute_tensor(tensor, flat, [Shard(0)])
-    dcp.save({f"model.{name}": tensor for name, tensor in state.items()}, checkpoint_id=folder)
-    assert any(isinstance(tensor, DTensor) for tensor in state.values())
-    dist.barrier()
-
-
-@pytest.mark.parametrize(("replicate", "efsdp", "ep"), [(1, 2, 2), (2, 1, 2), (1, 1, 4), (1, 4, 1)])
-def test_reads_chunks_of_several_mesh_axes(tmp_path: Path, replicate: int, efsdp: int, ep: int) -> None:
-    run_ranks(save_sharded, 4, str(tmp_path / "dcp"), replicate, efsdp, ep)
-    index = read_index(tmp_path / "dcp")
-    weights = random_weights()
-    assert index.keys() == {f"model.{name}" for name in weights}
-    grid = index["model.layers.0.mlp.experts.gate_up_proj"].chunks
-    assert {tuple(stop - start for start, stop in chunk.box) for chunk in grid} == {(8 // ep, 48 // efsdp, 48)}
-    for name, tensor in weights.items():
-        assert torch.equal(index[f"model.{name}"].read(), tensor), name
-    add_assets(tmp_path / "dcp")
-    assert to_hf.main([str(tmp_path / "dcp"), str(tmp_path / "out"), "--dtype=keep"]) == 0
-    out = load_file(tmp_path / "out/model.safetensors")
-    assert all(torch.equal(out[hf_name(name)], tensor) for name, tensor in weights.items())
-
-
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -201,55 +164,6 @@ def test_mistakes_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixt
     assert "expected a checkpoint" in capsys.readouterr().err
 
 
-class Touch:
-    """Unpickled, it makes a file."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __reduce__(self):
-        return (eval, (f"open({str(self.path)!r}, 'w')",))
-
-
-@pytest.mark.parametrize("where", ["index", "chunk", "per-rank file"])
-def test_a_malicious_pickle_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture, where: str) -> None:
-    state = {f"model.{name}": tensor for name, tensor in random_weights().items()}
-    marker, folder = tmp_path / "marker", tmp_path / "dcp"
-    dcp.save(state, checkpoint_id=folder, no_dist=True)
-    add_assets(folder)
-    if where == "index":
-        file = folder / ".metadata"
-        file.write_bytes(pickle.dumps(Touch(marker)))
-    elif where == "chunk":
-        file = folder / "__0_0.distcp"
-        # In the place of the first chunk, padded to its length.
-        buffer = io.BytesIO()
-        torch.save([Touch(marker)], buffer)
-        metadata = pickle.loads((folder / ".metadata").read_bytes())
-        (place,) = (p for i, p in metadata.storage_data.items() if i.fqn == "model.norm.weight")
-        place.offset, place.length = file.stat().st_size, buffer.tell()
-        (folder / ".metadata").write_bytes(pickle.dumps(metadata))
-        file.write_bytes(file.read_bytes() + buffer.getvalue())
-    else:
-        folder = tmp_path / "ranks"
-        folder.mkdir()
-        file = folder / "model_world_size_1_rank_0.pt"
-        torch.save({**state, "model.norm.weight": Touch(marker)}, file)
-        add_assets(folder)
-    assert to_hf.main([str(folder), str(tmp_path / "out")]) == 1
-    error = capsys.readouterr().err
-    assert f"{file} asks for " in error
-    assert "eval, which no checkpoint needs: refused" in error
-    assert not marker.exists()
-    assert not (tmp_path / "out").exists()
-
-
-def test_a_checkpoint_of_torch_2_11_is_read() -> None:
-    index = read_index(Path(__file__).parent / "fixtures/torch-2.11.0/dcp")
-    assert torch.equal(index["model.a"].read(), torch.arange(48.0).view(8, 6))
-    assert index["model.b"].read() == 3
-
-
 # Both classes, vision and MTP
 
 
@@ -273,7 +187,7 @@ def published(per_expert_text: bool, per_expert_mtp: bool, vision: bool) -> tupl
         return {k: torch.randn(shape, generator=generator).bfloat16() for k, shape in shapes.items()}
 
     architecture = "image_text_to_text" if vision else "causal_lm"
-    text = random({hf_name(n, architecture): shape for n, shape in parameter_shapes(CONFIG).items()})
+    text = random({hf_name(n, architecture): p.shape for n, p in parameters(CONFIG).items()})
     text |= {key: tensor.float() for key, tensor in text.items() if is_published_in_float32(key)}
     mtp = random(mtp_shapes(CONFIG, 1))
     tensors = (per_expert(text) if per_expert_text else text) | (per_expert(mtp) if per_expert_mtp else mtp)
@@ -351,17 +265,17 @@ def test_the_other_class_and_the_other_layout_of_experts(tmp_path: Path) -> None
 def test_experts_of_mtp_in_pieces_stay_as_they_are_or_ask_for_it(tmp_path: Path) -> None:
     """As FSDP cuts a checkpoint that has them one by one."""
     write_published(tmp_path / "hf", True, True, False)
-    mtp = {key: whole(key, array) for key, array in read_headers(tmp_path / "hf").items() if key.startswith("mtp.")}
+    mtp = {key: tensor for key, tensor in read_safetensors(tmp_path / "hf").items() if key.startswith("mtp.")}
     key = min(key for key in mtp if ".experts." in key)
     rows, *others = mtp[key].shape
-    array = mtp[key].chunks[0].array
+    array = mtp[key].open(mtp[key].chunks[0])
     boxes = [((start, stop), *((0, size) for size in others)) for start, stop in [(0, 3), (3, rows)]]
-    mtp[key] = mtp[key]._replace(chunks=[Chunk(box, array.part(box)) for box in boxes])
-    exports = to_hf._mtp_exports(CONFIG, mtp, "keep")
-    (cut,) = [export.stored for export in exports if export.key == key]
+    mtp[key] = dataclasses.replace(mtp[key], chunks=[Chunk(box, array.part(box)) for box in boxes])
+    exports = export._mtp_exports(CONFIG, mtp, "keep")
+    (cut,) = [e.stored for e in exports if e.key == key]
     assert torch.equal(cut.read(), array.read())
     with pytest.raises(ValueError, match=f"'{re.escape(key)}' is in several pieces: expected --experts keep"):
-        to_hf._mtp_exports(CONFIG, mtp, "stacked")
+        export._mtp_exports(CONFIG, mtp, "stacked")
 
 
 def test_what_is_not_there_is_not_declared_and_what_is_needed_is_asked_for(
@@ -392,14 +306,14 @@ def test_verify_finds_a_changed_byte(tmp_path: Path, monkeypatch: pytest.MonkeyP
     state = {f"model.{name}": tensor for name, tensor in random_weights().items()}
     dcp.save(state, checkpoint_id=tmp_path / "dcp", no_dist=True)
     add_assets(tmp_path / "dcp")
-    plan = to_hf.convert_to_hf(tmp_path / "dcp", tmp_path / "out")
-    to_hf.verify(tmp_path / "dcp", tmp_path / "out", plan)
+    plan = export.export_to_hf(tmp_path / "dcp", tmp_path / "out")
+    export.verify(tmp_path / "dcp", tmp_path / "out", plan)
     path = tmp_path / "out/model.safetensors"
     data = bytearray(path.read_bytes())
     data[-100] ^= 1
     path.write_bytes(data)
     with pytest.raises(ValueError, match="differs from the checkpoint's"):
-        to_hf.verify(tmp_path / "dcp", tmp_path / "out", plan)
+        export.verify(tmp_path / "dcp", tmp_path / "out", plan)
 
 
 def test_an_interrupted_conversion_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -411,7 +325,7 @@ def test_an_interrupted_conversion_leaves_nothing(tmp_path: Path, monkeypatch: p
         yield 1
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(to_hf, "write_file", interrupted)
+    monkeypatch.setattr(export, "write_file", interrupted)
     assert to_hf.main([str(tmp_path / "dcp"), str(tmp_path / "out")]) == 130
     assert [path.name for path in tmp_path.iterdir()] == ["dcp"]
 

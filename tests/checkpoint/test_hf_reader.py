@@ -9,6 +9,7 @@ from checkpoint.hf_reader import load_hf_weights
 from models.ops.kernels import Kernels
 from models.qwen35_moe.hf_weights import hf_name
 from models.qwen35_moe.model import Qwen35Moe
+from parallelisms.degrees import Degrees
 from parallelisms.mesh import build_meshes
 from parallelisms.parallelize import local_region, parallelize_fn
 from tests.checkpoint.test_conversion import CONFIG, per_expert, random_weights, write_hf
@@ -18,7 +19,7 @@ from tests.parallelisms.layouts import full
 
 def load(folder: str, world_size: int, replicate: int, ep: int) -> tuple[dict[str, torch.Tensor], int, int]:
     """Every parameter whole, how many bytes this rank read, and how many numbers it holds."""
-    meshes = build_meshes("cpu", replicate, world_size // replicate, ep)
+    meshes = build_meshes("cpu", Degrees(replicate, world_size // replicate, ep))
     with torch.device("meta"):
         model = Qwen35Moe(CONFIG, Kernels(attention="sdpa"))
     parallelize_fn(model, meshes, compute_dtype=torch.float32)
@@ -75,7 +76,7 @@ def test_damaged_files_are_named(tmp_path: Path) -> None:
     write_hf(tmp_path / "hf", {hf_name(name): tensor for name, tensor in random_weights().items()}, num_files=2)
     path = tmp_path / "hf/model-00001.safetensors"
     path.write_bytes(path.read_bytes()[:-1])
-    with pytest.raises(ValueError, match=r"model-00001.safetensors is no complete safetensors file: the data of"):
+    with pytest.raises(ValueError, match=r"model-00001.safetensors is no complete safetensors file: it has"):
         load_hf_weights(model, tmp_path / "hf", lambda _: None)
     path.unlink()
     with pytest.raises(ValueError, match=r"model-00001.safetensors is missing"):

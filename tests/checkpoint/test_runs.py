@@ -14,7 +14,8 @@ from safetensors.torch import load_file, save_file
 
 from checkpoint.directories import complete_checkpoints, find_damage
 from config import load_config, model_config
-from models.qwen35_moe.hf_weights import hf_name, is_published_in_float32, mtp_shapes, parameter_shapes
+from models.qwen35_moe.hf_weights import hf_name, is_published_in_float32, mtp_shapes
+from models.qwen35_moe.parameters import parameters
 from tests.checkpoint.runs import OPTIONS, ROOT, Run
 from tests.distributed import needs_gpus
 
@@ -106,7 +107,7 @@ def test_from_hugging_face_weights_and_out_again(tmp_path: Path) -> None:
 def write_hf(folder: Path) -> None:
     """A causal-LM directory with MTP, its shape that of OPTIONS, bfloat16 as published."""
     shape = model_config(load_config([*OPTIONS, "--job.output_dir=/tmp/none"]))
-    shapes = {hf_name(name): size for name, size in parameter_shapes(shape).items()} | mtp_shapes(shape, 1)
+    shapes = {hf_name(name): parameter.shape for name, parameter in parameters(shape).items()} | mtp_shapes(shape, 1)
     generator = torch.Generator().manual_seed(0)
     tensors = {key: 0.02 * torch.randn(size, generator=generator) for key, size in shapes.items()}
     folder.mkdir()

@@ -11,9 +11,10 @@ from transformers import AutoTokenizer
 
 from config import Data
 from data.chat import ChatTemplate
-from data.packing import IGNORED, BadSample
+from data.packing import BadSample
 from data.samples import EncodeChat
 from errors import UserError
+from models.ops.labels import IGNORED
 
 ROOT = Path(__file__).resolve().parents[2]
 TEMPLATES = Path(__file__).parent / "templates"

@@ -228,11 +228,12 @@ def run(path, num_steps, ranks=1, workers=0, micro=1, cursors=None, **options):
 
 def rows_of(batch, micro):
     """A micro-batch's rows. Checks what is true of each."""
-    assert {tensor.dtype for tensor in batch[:3]} == {torch.int64}
+    tensors = (batch.tokens, batch.labels, batch.positions)
+    assert {tensor.dtype for tensor in tensors} == {torch.int64}
     size = len(batch.tokens) // micro
-    assert {tensor.shape for tensor in batch[:3]} == {(micro * size,)}
-    lengths, rows = list(batch.lengths), []
-    for columns in zip(*(tensor.view(micro, size).tolist() for tensor in batch[:3])):
+    assert {tensor.shape for tensor in tensors} == {(micro * size,)}
+    lengths, rows = batch.documents.lengths(), []
+    for columns in zip(*(tensor.view(micro, size).tolist() for tensor in tensors)):
         own = []
         while sum(own) < size:
             own.append(lengths.pop(0))

@@ -10,9 +10,10 @@ from hypothesis import strategies as st
 
 from config import Data
 from data.messages import FIELDS
-from data.packing import IGNORED, REASONS, BadSample
+from data.packing import REASONS, BadSample
 from data.samples import EncodeChat
 from data.tokenizer import load_tokenizer
+from models.ops.labels import IGNORED
 
 ROOT = Path(__file__).resolve().parents[2]
 TOKENIZER = load_tokenizer(str(ROOT / "data" / "tiny" / "tokenizer"))

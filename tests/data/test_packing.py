@@ -5,7 +5,9 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from data.packing import IGNORED, NO_SAMPLE, NUM_PENDING, BadSample, ChatSlot, Sample, Share, TextSlot, best_fill
+from data.batch import Sample
+from data.packing import NO_SAMPLE, NUM_PENDING, BadSample, ChatSlot, Share, TextSlot, best_fill
+from models.ops.labels import IGNORED
 
 
 def make_documents(lengths):

@@ -23,7 +23,7 @@ def _axes(meshes: Meshes) -> dict[str, str]:
     """Names of process groups -> names of mesh axes; "world" for the default group."""
     assert dist.group.WORLD is not None
     names = {dist.group.WORLD.group_name: "world"}
-    for mesh in reversed(meshes):  # where axes coincide: the name in Meshes that stands first
+    for mesh in reversed(meshes.all):  # where axes coincide: the name in Meshes that stands first
         for axis in mesh.mesh_dim_names or ():
             names[mesh.get_group(axis).group_name] = axis
     return names

@@ -1,7 +1,7 @@
 """Trains the same tiny model in any layout, for tests that compare layouts with one process on the whole batch."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -11,18 +11,20 @@ import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
 from config import MoE, Optimizer, Training
-from data.loader import MicroBatch
+from data.batch import MicroBatch
+from models.ops.documents import Documents
 from models.ops.kernels import Kernels
 from models.ops.precision import at_least_float32
 from models.qwen35_moe.config import ModelConfig
 from models.qwen35_moe.init import init_weights
 from models.qwen35_moe.model import Qwen35Moe
 from models.qwen35_moe.moe import Router
+from parallelisms.degrees import Degrees
 from parallelisms.mesh import Meshes, build_meshes
 from parallelisms.parallelize import local_region, parallelize_fn
 from tests.models.qwen35_moe.shapes import random_stream
 from train import StepResult, reduce_result, train_step
-from training.optimizer import build_optimizer
+from training.optimizer import NamedAdamW, build_optimizer
 
 TRAINING = Training(steps=5, sequence_length=64, global_batch_size=4)
 OFF = MoE()
@@ -80,7 +82,9 @@ def rows_as_micro_batch(config: ModelConfig, rows: list[list[int]], seed: int) -
         tokens=torch.cat(tokens),
         labels=torch.cat(labels),
         positions=torch.cat(positions),
-        lengths=[length for lengths in rows for length in lengths],
+        documents=Documents.from_lengths(
+            [length for lengths in rows for length in lengths], max_seqlen=TRAINING.sequence_length
+        ),
     )
 
 
@@ -93,9 +97,9 @@ def forced_routing(experts: tuple[int, ...], by_token: bool = False) -> Iterator
     """
     tokens_of_batch: list[torch.Tensor] = []
 
-    def keep_tokens(self: Qwen35Moe, tokens: torch.Tensor, *others: Any) -> Any:
-        tokens_of_batch[:] = [tokens]
-        return original_model(self, tokens, *others)
+    def keep_tokens(self: Qwen35Moe, batch: MicroBatch, *others: Any) -> Any:
+        tokens_of_batch[:] = [batch.tokens]
+        return original_model(self, batch, *others)
 
     def forward(self: Router, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
         chosen = torch.tensor(experts, device=x.device).expand(len(x), -1)
@@ -116,14 +120,21 @@ def forced_routing(experts: tuple[int, ...], by_token: bool = False) -> Iterator
 
 
 def build(
-    config: ModelConfig, layout: Layout, compute_dtype: torch.dtype = torch.float32, device_type: str = "cpu"
-) -> tuple[Qwen35Moe, Meshes, torch.optim.Optimizer]:
-    """The parallelised model with its initial weights, as train.py builds it."""
+    config: ModelConfig,
+    layout: Layout,
+    compute_dtype: torch.dtype = torch.float32,
+    device_type: str = "cpu",
+    is_trained: Callable[[str], bool] = lambda name: True,
+) -> tuple[Qwen35Moe, Meshes, NamedAdamW]:
+    """The parallelised model with its initial weights, as train.py builds it; `is_trained`: by a parameter's name."""
     assert dist.get_world_size() == layout.world
     torch.compiler.reset()
-    meshes = build_meshes(device_type, layout.replicate, layout.world // layout.replicate, layout.ep)
+    degrees = Degrees(layout.replicate, layout.world // layout.replicate, layout.ep)
+    meshes = build_meshes(device_type, degrees)
     with torch.device("meta"):
         model = Qwen35Moe(config, Kernels(attention="sdpa"))
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(is_trained(name))
     parallelize_fn(
         model,
         meshes,
@@ -153,7 +164,7 @@ def step(
     moe: MoE = OFF,
 ) -> StepResult:
     """One optimizer step, as train.py makes it; the result is this rank's."""
-    trained = torch.tensor(sum(int((batch.labels != -100).sum()) for batch in batches))
+    trained = torch.tensor(sum(batch.num_trained for batch in batches))
     dist.all_reduce(trained)
     device = torch.device(meshes.data_parallel.device_type)
     return train_step(model, optimizer, batches, int(trained), meshes, device, TRAINING, moe)
@@ -193,10 +204,10 @@ def train(
     for number in range(num_steps):
         batches = own_batches(config, layout, rows, 1000 * number)
         result = reduce_result(step(model, meshes, optimizer, batches, moe))
-        run.losses.append(result.loss.item())
+        run.losses.append(result.losses["loss"].item())
         run.grad_norms.append(result.grad_norm.item())
-        run.aux_losses.append(result.aux_loss.item())
-        run.z_losses.append(result.z_loss.item())
+        run.aux_losses.append(result.losses["aux_loss"].item())
+        run.z_losses.append(result.losses["z_loss"].item())
         if number == 0:
             run.expert_counts = result.expert_counts.cpu()
     run.weights = {n: full(p) for n, p in model.named_parameters()}

@@ -17,10 +17,11 @@ from models.qwen35_moe.init import init_weights
 from models.qwen35_moe.model import Qwen35Moe
 from models.qwen35_moe.moe import Measure
 from parallelisms.activation_checkpoint import apply_activation_checkpointing
+from parallelisms.degrees import Degrees
 from parallelisms.mesh import build_meshes
 from parallelisms.parallelize import parallelize_fn
 from tests.distributed import run_ranks
-from tests.models.qwen35_moe.shapes import random_stream, tiny_config
+from tests.models.qwen35_moe.shapes import random_stream, run_model, tiny_config
 from tests.parallelisms.layouts import materialise
 
 
@@ -57,7 +58,7 @@ def test_a_checkpointed_block_is_one_graph_however_many_documents(mode: str) -> 
     with stand_ins():
         for lengths in [40, 24], [64], [1, 20, 43], [1] * 64:
             tokens, positions, _, labels = random_stream(config, lengths)
-            loss, _ = model(tokens, positions, Documents.from_lengths(lengths, max_seqlen=64), labels)
+            loss, _ = run_model(model, tokens, positions, Documents.from_lengths(lengths, max_seqlen=64), labels)
             loss.backward()
     assert counter.frame_count == len(set(config.layer_types)) == 2
 
@@ -93,7 +94,7 @@ def train_at_ep_2(modes: list[str]) -> list[AtEp2]:
         for mode in modes:
             with torch.device("meta"):
                 model = Qwen35Moe(config, Kernels())
-            meshes = build_meshes("cpu", 1, 2, 2)
+            meshes = build_meshes("cpu", Degrees(1, 2, 2))
             parallelize_fn(model, meshes, compute_dtype=torch.bfloat16, activation_checkpoint=mode, compile_blocks=True)
             materialise(model, torch.device("cpu"), seed=0)
             torch.compiler.reset()
@@ -101,13 +102,13 @@ def train_at_ep_2(modes: list[str]) -> list[AtEp2]:
 
             def train(lengths: list[int], model: Qwen35Moe = model) -> int:
                 tokens, positions, documents, labels = random_stream(config, lengths)
-                model(tokens, positions, documents, labels)[0].backward()
+                run_model(model, tokens, positions, documents, labels)[0].backward()
                 return counters["stats"]["unique_graphs"]
 
             def validate(model: Qwen35Moe = model) -> None:
                 tokens, positions, documents, labels = random_stream(config, [60, 4])
                 with torch.no_grad():
-                    model(tokens, positions, documents, labels, Measure(is_real=torch.arange(64) < 50))
+                    run_model(model, tokens, positions, documents, labels, Measure(is_real=torch.arange(64) < 50))
 
             first = train([40, 24])
             train([64])

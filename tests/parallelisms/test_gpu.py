@@ -12,12 +12,12 @@ import torch
 import torch.distributed as dist
 from torch._dynamo.utils import counters
 
-from config import MoE, Training
-from data.loader import MicroBatch
-from data.packing import IGNORED
+from config import Training
+from data.batch import MicroBatch
 from models.ops.kernels import select_kernels
 from models.qwen35_moe.config import FULL, LINEAR, ModelConfig
 from models.qwen35_moe.model import Qwen35Moe
+from parallelisms.degrees import Degrees
 from parallelisms.mesh import Meshes, build_meshes
 from parallelisms.parallelize import parallelize_fn, reduce_replicated_gradients
 from tests.distributed import run_ranks
@@ -31,7 +31,7 @@ from tests.models.qwen35_moe.test_gpu import (
     root_mean_square,
 )
 from tests.parallelisms.layouts import full, materialise, rows_as_micro_batch
-from train import build_on_meta, run_model
+from train import build_on_meta
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
 
@@ -61,7 +61,7 @@ def build(
     head_dims = (config.linear_key_head_dim, config.linear_value_head_dim)
     width = config.linear_conv_kernel_dim
     kernels = select_kernels({}, device.type, dtype, head_dims, width, config.head_dim)
-    meshes = build_meshes(device.type, 1, dist.get_world_size(), ep)
+    meshes = build_meshes(device.type, Degrees(1, dist.get_world_size(), ep))
     model = build_on_meta(config, kernels, torch.float32)
     is_compiled = device.type == "cuda" and dtype == torch.bfloat16
     parallelize_fn(model, meshes, compute_dtype=dtype, activation_checkpoint=mode, compile_blocks=is_compiled)
@@ -75,7 +75,7 @@ def this_device() -> torch.device:
 
 def forward_backward(model: Qwen35Moe, batch: MicroBatch, device: torch.device, num_trained: int) -> torch.Tensor:
     """What `train_step` does with a micro-batch; this rank's share of the mean loss."""
-    loss_sum, *_ = run_model(model, batch, device, TRAINING, MoE())
+    loss_sum, _ = model(batch.to(device))
     loss = loss_sum / num_trained
     loss.backward()
     return loss.detach()
@@ -185,7 +185,7 @@ def observe_expert_parallel(config: ModelConfig, rows: list[list[int]], modes: l
     device, rank = this_device(), dist.get_rank()
     batch = rows_as_micro_batch(config, [rows[rank]], seed=rank)
     num_tokens = len(batch.tokens)
-    num_trained = torch.tensor(int((batch.labels != IGNORED).sum()))
+    num_trained = torch.tensor(batch.num_trained)
     dist.all_reduce(num_trained)
     generator = torch.Generator().manual_seed(rank)
     popularity = torch.rand(config.num_hidden_layers, 1, config.num_experts, generator=generator)

@@ -19,14 +19,12 @@ NUM_STEPS = 2
 
 # Coefficients far above a real run's, so that the gradients of these losses are not lost beside the cross-entropy's.
 GLOBAL = MoE(aux_loss_coef=0.3, z_loss_coef=0.1)
-POOLED = MoE(aux_loss_coef=0.3, aux_loss_pooled=True)
 HF = MoE(aux_loss_coef=0.3, aux_loss_scope="hf")
 
 # What one process computes, and the layouts that must compute the same.
 ONE_PROCESS = [
     (GLOBAL, Layout()),
     (GLOBAL, Layout(accumulation=2)),
-    (POOLED, Layout()),
     (HF, Layout(accumulation=2)),
     (HF, Layout(accumulation=4)),
     (OFF, Layout()),
@@ -40,7 +38,7 @@ SAME = {
         (GLOBAL, Layout(), Layout(world=2, compile=True)),
         (GLOBAL, Layout(), Layout(world=2, ep=2, activation_checkpoint="selective")),
         (GLOBAL, Layout(accumulation=2), Layout(world=2, ep=2, accumulation=2, activation_checkpoint="full")),
-        (POOLED, Layout(), Layout(world=2, replicate=2)),
+        (GLOBAL, Layout(), Layout(world=2, replicate=2)),
         # Each process by itself is as each micro-step by itself.
         (HF, Layout(accumulation=2), Layout(world=2, ep=2)),
         (OFF, Layout(), Layout(world=2)),
@@ -106,7 +104,7 @@ def test_equals_one_process(one_process: dict[tuple[MoE, Layout], Run], world: i
         for (moe, expected_layout, layout), (run, num_reductions) in zip(SAME[world], results[rank]):
             where = f"{moe}, {layout}, rank {rank}"
             check(run, one_process[moe, expected_layout], where)
-            reduces = world > 1 and moe in (GLOBAL, POOLED)
+            reduces = world > 1 and moe == GLOBAL
             assert num_reductions == (NUM_STEPS * layout.accumulation if reduces else 0), where
 
 

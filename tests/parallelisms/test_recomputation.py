@@ -70,7 +70,7 @@ def perturbed_training(layout: Layout) -> dict[str, object]:
             e.tolist() for s in range(NUM_STEPS) for e in ends[2 * s * num_layers :][num_layers : 2 * num_layers][::-1]
         ],
         "nonfinite": [result.nonfinite for result in results],
-        "losses": [result.loss.item() for result in results],
+        "losses": [result.losses["loss"].item() for result in results],
         "used": (counts > 0).tolist(),
         "trained": [
             gradients[0][f"layers.{layer}.mlp.experts.down_proj"].flatten(1).abs().sum(dim=1).gt(0).tolist()

@@ -15,7 +15,7 @@ from models.ops.documents import Documents
 from models.qwen35_moe.config import ModelConfig
 from models.qwen35_moe.model import Qwen35Moe
 from models.qwen35_moe.moe import Measure, MixtureOfExperts, RouterStatistics
-from tests.models.qwen35_moe.shapes import random_model, random_stream, tiny_config
+from tests.models.qwen35_moe.shapes import random_model, random_stream, run_model, tiny_config
 from tests.models.qwen35_moe.test_parity import reference_model
 from training.load_balancing import RouterLosses, measure_for, router_losses
 from training.metrics import expert_load
@@ -76,7 +76,7 @@ def test_scope_hf_equals_transformers_in_the_whole_model(monkeypatch: pytest.Mon
     theirs.loss.backward()
 
     moe = MoE(aux_loss_coef=0.1, aux_loss_scope="hf")
-    loss_sum, statistics = model(tokens, positions, documents, labels, measure_for(moe))
+    loss_sum, statistics = run_model(model, tokens, positions, documents, labels, measure_for(moe))
     aux, _ = router_losses(statistics, moe, TOP_K)
     (loss_sum / 59 + 0.1 * aux).backward()
     assert aux.item() == pytest.approx(theirs.aux_loss.item(), rel=1e-6)
@@ -103,10 +103,10 @@ def plain_losses(logits: list[torch.Tensor], pooled: bool) -> tuple[float, float
     return (sum(losses) / len(losses)).item(), z
 
 
-@pytest.mark.parametrize("pooled", [False, True])
-def test_equals_the_definitions(pooled: bool) -> None:
+@pytest.mark.parametrize(("scope", "pooled"), [("global", False), ("hf", True)])
+def test_equals_the_definitions(scope: str, pooled: bool) -> None:
     layers, inputs = unlike_layers(3, 200, torch.float64)
-    moe = MoE(aux_loss_coef=0.1, z_loss_coef=0.1, aux_loss_pooled=pooled)
+    moe = MoE(aux_loss_coef=0.1, aux_loss_scope=scope, z_loss_coef=0.1)
     logits = [torch.nn.functional.linear(x, layer.gate.weight).detach() for x, layer in zip(inputs, layers)]
     losses = router_losses(measured(layers, inputs, measure_for(moe)), moe, TOP_K)
     assert (losses.aux.item(), losses.z.item()) == pytest.approx(plain_losses(logits, pooled), rel=1e-12)
@@ -139,7 +139,7 @@ def losses_and_gradients(
 ) -> tuple[torch.Tensor, RouterLosses, dict[str, torch.Tensor]]:
     """Expert counts, losses, and the gradients of all losses together."""
     model.zero_grad()
-    loss, statistics = model(*stream, measure_for(BOTH, is_real))
+    loss, statistics = run_model(model, *stream, measure_for(BOTH, is_real))
     losses = router_losses(statistics, BOTH, TOP_K)
     (loss / 50 + losses.aux + losses.z).backward()
     return statistics.expert_counts, losses, {name: p.grad.clone() for name, p in model.named_parameters()}
@@ -176,12 +176,12 @@ def test_fillers_alone_cost_nothing() -> None:
 @pytest.mark.parametrize("moe", [MoE(), MoE(aux_loss_coef=0.1), MoE(z_loss_coef=0.1), BOTH])
 def test_nothing_is_measured_that_no_loss_needs(moe: MoE) -> None:
     model, stream = random_model(CONFIG), random_stream(CONFIG, [20, 30])
-    loss, statistics = model(*stream, measure_for(moe))
+    loss, statistics = run_model(model, *stream, measure_for(moe))
     assert (statistics.probability_sums is not None) == (moe.aux_loss_coef > 0)
     assert (statistics.squared_logsumexp_sum is not None) == (moe.z_loss_coef > 0)
     # What is measured leaves the cross-entropy's gradients alone, bit for bit.
     gradients = torch.autograd.grad(loss, list(model.parameters()))
-    plain = torch.autograd.grad(model(*stream)[0], list(model.parameters()))
+    plain = torch.autograd.grad(run_model(model, *stream)[0], list(model.parameters()))
     assert all(map(torch.equal, gradients, plain))
 
 
@@ -264,7 +264,7 @@ def test_the_losses_balance_and_shrink() -> None:
     optimizer = torch.optim.SGD([block.mlp.gate.weight for block in model.blocks], lr=0.1)
     history = []
     for _ in range(20):
-        _, statistics = model(*stream, measure_for(BOTH))
+        _, statistics = run_model(model, *stream, measure_for(BOTH))
         aux, z = router_losses(statistics, BOTH, TOP_K)
         history.append((expert_load(statistics.expert_counts)["expert_load_max_over_mean"], z.item()))
         optimizer.zero_grad()

@@ -57,3 +57,46 @@ def test_log_rank_chooses_whose_log_is_shown(log_rank: str, shown: bool, monkeyp
     monkeypatch.setenv("LOG_RANK", log_rank)
     setup_logging(0)
     assert logging.getLogger("train").isEnabledFor(logging.INFO) == shown
+
+
+def test_damaged_lines_are_set_aside_and_the_run_goes_on(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    damaged = ["{", "[1]", '{"loss": 1}', '{"step": "three"}', "\udcff", "[" * 100_000]
+    good = [json.dumps(line(step)) for step in (1, 2, 7)]
+    text = "\n".join([good[0], *damaged, good[1], "", good[2]]) + "\n"
+    (tmp_path / "metrics.jsonl").write_text(text, errors="surrogateescape")
+    with caplog.at_level("WARNING"):
+        writer = MetricsWriter(tmp_path, tensorboard=False, start_step=4, total_steps=9)
+    writer.write(line(5))
+    assert [json.loads(each)["step"] for each in (tmp_path / "metrics.jsonl").read_text().splitlines()] == [1, 2, 5]
+    assert len((tmp_path / "metrics.damaged.jsonl").read_bytes().splitlines()) == len(damaged)
+    assert "6 damaged lines" in caplog.text
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="a full disk is /dev/full")
+def test_a_full_disk_is_told_once_and_ends_no_run(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    writer = MetricsWriter(tmp_path, tensorboard=False, start_step=0, total_steps=9)
+    (tmp_path / "metrics.jsonl").unlink()
+    (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
+    with caplog.at_level("WARNING"):
+        writer.write(line(1))
+        writer.write(line(2))
+    assert caplog.text.count("No space left on device") == 1
+    (tmp_path / "metrics.jsonl").unlink()
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "lo')  # what fitted
+    writer.write(line(3))
+    writer.close()
+    kept = [json.loads(each) for each in (tmp_path / "metrics.jsonl").read_text().splitlines()[1:]]
+    assert kept == [line(3)]
+
+
+def test_tensorboard_that_fails_ends_no_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch.utils.tensorboard import SummaryWriter
+
+    def fail(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(SummaryWriter, "add_scalar", fail)
+    writer = MetricsWriter(tmp_path, tensorboard=True, start_step=0, total_steps=9)
+    writer.write(line(1))
+    writer.close()
+    assert json.loads((tmp_path / "metrics.jsonl").read_text())["step"] == 1

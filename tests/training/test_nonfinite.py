@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from checkpoint.dcp_reader import read_index
+from checkpoint.tensors.dcp import read_dcp
 from models.qwen35_moe.model import Qwen35Moe
 from tests.distributed import run_ranks
 from tests.models.qwen35_moe.shapes import tiny_config
@@ -95,7 +95,7 @@ def metrics(output_dir: Path) -> list[dict]:
 
 
 def weights_are_finite(checkpoint: Path) -> bool:
-    return all(tensor.read().isfinite().all() for tensor in read_index(checkpoint).values())
+    return all(tensor.read().isfinite().all() for tensor in read_dcp(checkpoint).values())
 
 
 def test_a_run_stops_in_one_line_with_its_last_checkpoint_good(small: Path, tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import torch
 from transformers import AutoTokenizer
 
 from models.ops.documents import Documents
+from tests.models.qwen35_moe.shapes import run_model
 from tests.test_train import SMALL, native_model, run, stored_tensors, without_times
 from tests.test_train import metrics as read_metrics
 
@@ -46,7 +47,8 @@ def expected_loss(checkpoint):
                 tokens = torch.tensor(document[start:end])
                 labels = torch.tensor([*document[start + 1 : end + 1], *[-100] * (end == len(document))])
                 with torch.no_grad():
-                    loss, _ = model(tokens, torch.arange(end - start), Documents.from_lengths([end - start]), labels)
+                    piece = Documents.from_lengths([end - start])
+                    loss, _ = run_model(model, tokens, torch.arange(end - start), piece, labels)
                 total, count = total + loss.double().item(), count + int((labels != -100).sum())
                 place, start = place + end - start, end
     assert count == sum(map(len, documents)) - len(documents)

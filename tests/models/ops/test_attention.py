@@ -1,8 +1,6 @@
 """Attention inside documents against a plain masked softmax."""
 
-import importlib.util
 import sys
-from collections.abc import Iterator
 from types import ModuleType
 from typing import Any
 
@@ -78,8 +76,8 @@ def test_derivative_by_another_document_is_exactly_zero(document: int) -> None:
     assert gradients[2].split(LENGTHS)[document].any()
 
 
-# FlashAttention 3 and 4 for the CPU: their parameters' names, order and defaults, the shapes that they take and return.
-# What they compute is written out here, gradients as the kernels do it: from the output and the normalisers.
+# FlashAttention 4 for the CPU: its parameters' names, order and defaults, the shapes that it takes and returns.
+# What it computes is written out here, gradients as the kernels do it: from the output and the normalisers.
 
 
 def weights_of(q: torch.Tensor, k: torch.Tensor, cu_seqlens: torch.Tensor, normaliser: Any = None) -> torch.Tensor:
@@ -109,27 +107,9 @@ def library_backward(dout: Any, q: Any, k: Any, v: Any, out: Any, normaliser: An
 
 
 @pytest.fixture
-def calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[bool]]:
-    """Both libraries on the CPU; lists, for each backward pass, whether it was to be deterministic."""
-    if importlib.util.find_spec("flash_attn_interface"):
-        pytest.skip("its operations cannot be defined twice")
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """The library on the CPU; lists, for each backward pass, whether it was to be deterministic."""
     asked: list[bool] = []
-    bounds = "Tensor cu_seqlens_q, Tensor cu_seqlens_k, int max_seqlen_q, int max_seqlen_k"
-
-    def fwd_3(q: Any, k: Any, v: Any, cu: Any, cu_k: Any, longest: int, _: int, causal: bool, splits: int) -> Any:
-        assert causal
-        assert splits == 1
-        assert torch.equal(cu, cu_k)
-        assert cu.diff().max() <= longest
-        return *library_forward(q, k, v, cu), q.new_empty(0), q.new_empty(0)
-
-    def bwd_3(*arguments: Any) -> torch.Tensor:
-        *tensors, dq, dk, dv, cu, _, _, _, causal, deterministic = arguments
-        assert causal
-        asked.append(deterministic)
-        for gradient, result in zip((dq, dk, dv), library_backward(*tensors, cu)):
-            gradient.copy_(result)
-        return dq.new_empty(0)
 
     def fwd_4(
         q: Any, k: Any, v: Any, qv: None = None, cu_seqlens_q: Any = None, cu_seqlens_k: Any = None,
@@ -153,29 +133,18 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[bool]]:
 
     modules = {name: ModuleType(name) for name in ("flash_attn", "flash_attn.cute", "flash_attn.cute.interface")}
     vars(modules["flash_attn.cute.interface"]).update(_flash_attn_fwd=fwd_4, _flash_attn_bwd=bwd_4)
-    for name, module in {**modules, "flash_attn_interface": ModuleType("flash_attn_interface")}.items():
+    for name, module in modules.items():
         monkeypatch.setitem(sys.modules, name, module)
-    with torch.library._scoped_library("flash_attn_3", "DEF") as library:
-        returned = "(Tensor, Tensor, Tensor, Tensor)"
-        library.define(f"fwd(Tensor q, Tensor k, Tensor v, {bounds}, bool is_causal, int num_splits) -> {returned}")
-        tensors = "Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor softmax_lse"
-        gradients = "Tensor(a!) dq, Tensor(b!) dk, Tensor(c!) dv"
-        library.define(f"bwd({tensors}, {gradients}, {bounds}, bool is_causal, bool deterministic) -> Tensor")
-        library.impl("fwd", fwd_3, "CPU")
-        library.impl("bwd", bwd_3, "CPU")
-        yield asked
+    return asked
 
 
 @pytest.mark.parametrize("deterministic", [False, True])
 @pytest.mark.parametrize("heads", [(4, 4), (6, 2), (8, 1)])
-@pytest.mark.parametrize("backend", ["fa3", "fa4"])
-def test_flash_attention_3_and_4_are_called_rightly(
-    backend: str, heads: tuple[int, int], deterministic: bool, calls: list[bool]
-) -> None:
+def test_flash_attention_4_is_called_rightly(heads: tuple[int, int], deterministic: bool, calls: list[bool]) -> None:
     inputs, documents = make_inputs(sum(LENGTHS), heads), Documents.from_lengths(LENGTHS, max_seqlen=64)
     torch.use_deterministic_algorithms(deterministic)
     try:
-        actual = run(lambda q, k, v: attention(q, k, v, documents, backend=backend), inputs)
+        actual = run(lambda q, k, v: attention(q, k, v, documents, backend="fa4"), inputs)
     finally:
         torch.use_deterministic_algorithms(False)
     assert calls == [deterministic]
@@ -201,7 +170,6 @@ def skip_unless_it_runs(backend: str, dtype: torch.dtype, dim: int) -> None:
         ("cudnn", [201, 311]),
         ("cudnn", [256, 256]),
         ("cudnn", [1] * 512),
-        ("fa3", [1, 200, 63, 64, 184]),
         ("fa4", [1, 200, 63, 64, 184]),
         ("fa4", [1] * 300 + [212]),  # from 257 documents on it finds a tile's document in another way
     ],

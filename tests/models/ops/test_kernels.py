@@ -60,9 +60,8 @@ def test_delta_rule(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFi
 
 @pytest.fixture
 def install(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., None]:
-    """install(fa4, capability): flash-attn-3 and that version of flash-attn-4 on such a GPU, as far as is looked at."""
+    """install(fa4, capability): that version of flash-attn-4 on such a GPU, as far as is looked at."""
     monkeypatch.syspath_prepend(tmp_path)
-    (tmp_path / "flash_attn_interface.py").touch()
     monkeypatch.setattr(kernels, "_fla_hindrance", lambda: "nothing")
 
     def put(fa4: str = "4.0.0b36", capability: tuple[int, int] = (9, 0)) -> None:
@@ -78,9 +77,9 @@ def choose_attention(choice: str, head_dim: int = 256) -> str:
     return select_kernels({"attention": choice}, "cuda", torch.bfloat16, HEAD_DIMS, 4, head_dim).attention
 
 
-def test_flash_attention_3_and_4_are_chosen_on_request_alone(install: Callable[..., None]) -> None:
+def test_flash_attention_4_is_chosen_on_request_alone(install: Callable[..., None]) -> None:
     install()
-    assert [choose_attention(choice) for choice in ("fa3", "fa4", "auto")] == ["fa3", "fa4", "cudnn"]
+    assert [choose_attention(choice) for choice in ("fa4", "auto")] == ["fa4", "cudnn"]
 
 
 @pytest.mark.parametrize("version", ["4.0.0b36", "4.0.0b100", "4.0.0", "4.1.0b1"])
@@ -91,26 +90,22 @@ def test_where_flash_attention_4_runs(version: str, capability: tuple[int, int],
 
 
 @pytest.mark.parametrize(
-    ("choice", "version", "capability", "head_dim", "needs"),
+    ("version", "capability", "head_dim", "needs"),
     [
-        ("fa3", "4.0.0b36", (10, 0), 256, "a GPU with compute capability 9.0"),
-        ("fa3", "4.0.0b36", (8, 0), 256, "a GPU with compute capability 9.0"),
-        ("fa3", "4.0.0b36", (9, 0), 100, "a head dim of 8, 16, ... or 256, not 100"),
-        ("fa3", "4.0.0b36", (9, 0), 264, "a head dim of 8, 16, ... or 256, not 264"),
-        ("fa4", "4.0.0b35", (9, 0), 256, "flash-attn-4 from 4.0.0b36 on, not 4.0.0b35"),
-        ("fa4", "4.0.0b4", (9, 0), 256, "flash-attn-4 from 4.0.0b36 on, not 4.0.0b4"),
-        ("fa4", "4.0.0b36", (8, 0), 256, "a GPU with compute capability 9.0, 10.0 or 10.3"),
-        ("fa4", "4.0.0b36", (12, 0), 256, "a GPU with compute capability 9.0, 10.0 or 10.3"),
-        ("fa4", "4.0.0b36", (9, 0), 72, "a head dim of 32, 64, 96, 128 or 256, not 72"),
-        ("fa4", "4.0.0b36", (10, 0), 192, "a head dim of 32, 64, 96, 128 or 256, not 192"),
+        ("4.0.0b35", (9, 0), 256, "flash-attn-4 from 4.0.0b36 on, not 4.0.0b35"),
+        ("4.0.0b4", (9, 0), 256, "flash-attn-4 from 4.0.0b36 on, not 4.0.0b4"),
+        ("4.0.0b36", (8, 0), 256, "a GPU with compute capability 9.0, 10.0 or 10.3"),
+        ("4.0.0b36", (12, 0), 256, "a GPU with compute capability 9.0, 10.0 or 10.3"),
+        ("4.0.0b36", (9, 0), 72, "a head dim of 32, 64, 96, 128 or 256, not 72"),
+        ("4.0.0b36", (10, 0), 192, "a head dim of 32, 64, 96, 128 or 256, not 192"),
     ],
 )
-def test_what_hinders_flash_attention_3_and_4(
-    choice: str, version: str, capability: tuple[int, int], head_dim: int, needs: str, install: Callable[..., None]
+def test_what_hinders_flash_attention_4(
+    version: str, capability: tuple[int, int], head_dim: int, needs: str, install: Callable[..., None]
 ) -> None:
     install(version, capability)
-    with pytest.raises(ValueError, match=f"^kernels.attention = '{choice}' needs {needs}$"):
-        choose_attention(choice, head_dim)
+    with pytest.raises(ValueError, match=f"^kernels.attention = 'fa4' needs {needs}$"):
+        choose_attention("fa4", head_dim)
 
 
 @pytest.mark.usefixtures("without_libraries")
@@ -118,7 +113,6 @@ def test_missing_packages_are_named() -> None:
     for operation, choice, package in (
         ("gated_delta_rule", "fla", "flash-linear-attention"),
         ("gated_delta_rule", "flash_qla", "flash-qla"),
-        ("attention", "fa3", "flash-attn-3"),
         ("attention", "fa4", "flash-attn-4"),
     ):
         with pytest.raises(ValueError, match=f"'{choice}' needs the package {package}$"):
@@ -128,7 +122,7 @@ def test_missing_packages_are_named() -> None:
 @pytest.mark.parametrize(("device_type", "dtype"), [("cpu", torch.bfloat16), ("cuda", torch.float32)])
 @pytest.mark.parametrize(
     ("operation", "choice"),
-    [("attention", "varlen"), ("attention", "fa3"), ("attention", "fa4"), ("gated_delta_rule", "flash_qla")],
+    [("attention", "varlen"), ("attention", "fa4"), ("gated_delta_rule", "flash_qla")],
 )
 def test_where_it_cannot_run(operation: str, choice: str, device_type: str, dtype: torch.dtype) -> None:
     with pytest.raises(ValueError, match=rf"kernels\.{operation} = '{choice}' needs a CUDA GPU and bfloat16"):

@@ -1,5 +1,8 @@
 """Small random models for tests: configurations, weights that exercise every parameter, packed streams."""
 
+from types import SimpleNamespace
+from typing import NamedTuple
+
 import torch
 
 from models.ops.documents import Documents
@@ -7,6 +10,7 @@ from models.ops.kernels import Kernels
 from models.qwen35_moe.config import FULL, LINEAR, ModelConfig
 from models.qwen35_moe.init import init_weights
 from models.qwen35_moe.model import Qwen35Moe
+from models.qwen35_moe.moe import COUNTS_OF_ALL, Measure, RouterStatistics
 
 TINY = {
     "vocab_size": 97,
@@ -45,8 +49,29 @@ def random_model(config: ModelConfig, seed: int = 0, dtype: torch.dtype = torch.
     return model.to(dtype)
 
 
-def random_stream(config: ModelConfig, lengths: list[int], seed: int = 0):
-    """(tokens, positions, documents, labels) of a packed stream whose documents have these lengths."""
+class Stream(NamedTuple):
+    """A packed stream; see `run_model`."""
+
+    tokens: torch.Tensor
+    positions: torch.Tensor
+    documents: Documents
+    labels: torch.Tensor
+
+
+def run_model(
+    model: Qwen35Moe,
+    tokens: torch.Tensor,
+    positions: torch.Tensor,
+    documents: Documents,
+    labels: torch.Tensor | None = None,
+    measure: Measure = COUNTS_OF_ALL,
+) -> tuple[torch.Tensor, RouterStatistics]:
+    """The model on a packed stream: with labels the loss, else logits; and what the routers did."""
+    return model(SimpleNamespace(tokens=tokens, positions=positions, documents=documents, labels=labels), measure)
+
+
+def random_stream(config: ModelConfig, lengths: list[int], seed: int = 0) -> Stream:
+    """A packed stream whose documents have these lengths."""
     generator = torch.Generator().manual_seed(seed)
     tokens = torch.randint(config.vocab_size, (sum(lengths),), generator=generator)
     positions = torch.cat([torch.arange(length) for length in lengths])
@@ -55,4 +80,4 @@ def random_stream(config: ModelConfig, lengths: list[int], seed: int = 0):
     for length in lengths:
         labels[start : start + length - 1] = tokens[start + 1 : start + length]
         start += length
-    return tokens, positions, Documents.from_lengths(lengths), labels
+    return Stream(tokens, positions, Documents.from_lengths(lengths), labels)

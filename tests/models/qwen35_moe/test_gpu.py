@@ -9,13 +9,13 @@ import torch
 import torch.nn.functional as F
 from transformers.models.qwen3_5_moe import modeling_qwen3_5_moe
 
-from data.packing import IGNORED
 from models.ops.documents import Documents
 from models.ops.kernels import Kernels, select_kernels
+from models.ops.labels import IGNORED
 from models.qwen35_moe.config import FULL, LINEAR, ModelConfig
 from models.qwen35_moe.model import Qwen35Moe
 from models.qwen35_moe.moe import Router
-from tests.models.qwen35_moe.shapes import random_model, random_stream
+from tests.models.qwen35_moe.shapes import Stream, random_model, random_stream, run_model
 from tests.models.qwen35_moe.test_parity import reference_model
 from train import build_on_meta
 
@@ -46,15 +46,6 @@ class Run(NamedTuple):
     logits: torch.Tensor  # [T, V]
     loss: torch.Tensor  # [], the mean over the trained tokens
     gradients: dict[str, torch.Tensor]  # of the loss, by every parameter
-
-
-class Stream(NamedTuple):
-    """Documents end to end, on the device: what the model takes."""
-
-    tokens: torch.Tensor
-    positions: torch.Tensor
-    documents: Documents
-    labels: torch.Tensor
 
 
 def stream_on(device: torch.device, config: ModelConfig, lengths: list[int]) -> Stream:
@@ -112,8 +103,8 @@ def take_gradients(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 def run(model: Qwen35Moe, stream: Stream) -> Run:
     tokens, positions, documents, labels = stream
-    logits = model(tokens, positions, documents)[0].detach().float()
-    loss = model(tokens, positions, documents, labels)[0] / (labels != IGNORED).sum()
+    logits = run_model(model, tokens, positions, documents)[0].detach().float()
+    loss = run_model(model, tokens, positions, documents, labels)[0] / (labels != IGNORED).sum()
     loss.backward()
     return Run(logits, loss.detach(), take_gradients(model))
 
@@ -143,8 +134,8 @@ def run_separately(model: Qwen35Moe, stream: Stream, lengths: list[int], experts
             continue
         pin_routing(model, pinned)
         documents = Documents.from_lengths([len(tokens)], tokens.device)
-        logits.append(model(tokens, positions, documents)[0].detach().float())
-        loss = model(tokens, positions, documents, labels)[0] / num_trained
+        logits.append(run_model(model, tokens, positions, documents)[0].detach().float())
+        loss = run_model(model, tokens, positions, documents, labels)[0] / num_trained
         loss.backward()
         losses.append(loss.detach())
         for name, gradient in take_gradients(model).items():
@@ -345,7 +336,7 @@ def test_the_loss_of_131_072_tokens_is_that_of_plain_pytorch(gpu: torch.device) 
             pin_routing(model, chosen)
         for router in routers(model):
             router.register_forward_hook(lambda _, __, output: chosen.append(output[1]))
-        losses.append(model(tokens, positions, documents, labels)[0].item() / int((labels != IGNORED).sum()))
+        losses.append(run_model(model, tokens, positions, documents, labels)[0].item() / int((labels != IGNORED).sum()))
     plain, fast = losses
     print(f"\nloss {fast:.6f}, plain PyTorch {plain:.6f}")
     assert fast == pytest.approx(plain, rel=1e-4)

@@ -12,7 +12,7 @@ from models.qwen35_moe.config import FULL, LINEAR, ModelConfig
 from models.qwen35_moe.init import init_weights
 from models.qwen35_moe.model import Qwen35Moe
 from models.qwen35_moe.rotary import rotary_embedding
-from tests.models.qwen35_moe.shapes import random_model, random_stream, tiny_config
+from tests.models.qwen35_moe.shapes import random_model, random_stream, run_model, tiny_config
 
 
 @pytest.mark.parametrize(
@@ -32,8 +32,8 @@ def test_rotary_axes_are_interleaved_as_in_transformers(head_dim: int, section: 
 def test_equal_axes_are_text_positions() -> None:
     model = random_model(tiny_config())
     tokens, positions, documents, _ = random_stream(model.config, [5, 9])
-    text, _ = model(tokens, positions, documents)
-    three, _ = model(tokens, positions.expand(3, -1), documents)
+    text, _ = run_model(model, tokens, positions, documents)
+    three, _ = run_model(model, tokens, positions.expand(3, -1), documents)
     assert torch.equal(text, three)
 
 
@@ -93,7 +93,7 @@ def test_decays_and_router_stay_float32_in_a_bfloat16_model() -> None:
     assert {id(p) for p in model.float32_parameters()} == {id(p) for n, p in model.named_parameters() if n in float32}
     init_weights(model, 0)
     tokens, positions, documents, labels = random_stream(model.config, [7, 70])
-    loss, _ = model(tokens, positions, documents, labels)
+    loss, _ = run_model(model, tokens, positions, documents, labels)
     loss.backward()
     assert loss.dtype == torch.float32
     assert all(p.grad.dtype == p.dtype and p.grad.isfinite().all() for p in model.parameters())

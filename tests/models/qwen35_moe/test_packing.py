@@ -7,7 +7,7 @@ from models.ops.documents import Documents
 from models.qwen35_moe.model import Block
 from models.qwen35_moe.moe import Router
 from models.qwen35_moe.rotary import rotary_embedding
-from tests.models.qwen35_moe.shapes import random_model, random_stream, tiny_config
+from tests.models.qwen35_moe.shapes import random_model, random_stream, run_model, tiny_config
 
 # One token, one chunk (64), one more, odd lengths.
 LENGTHS = [1, 64, 65, 3, 1, 31]
@@ -23,17 +23,17 @@ def test_packed_equals_alone(lengths: list[int]) -> None:
     # 1e-6: groups of rows of another size may differ in the last bit of grouped_mm.
     model = random_model(CONFIG)
     tokens, positions, documents, labels = random_stream(CONFIG, lengths)
-    logits, _ = model(tokens, positions, documents)
+    logits, _ = run_model(model, tokens, positions, documents)
     if any(length > 1 for length in lengths):
-        model(tokens, positions, documents, labels)[0].backward()
+        run_model(model, tokens, positions, documents, labels)[0].backward()
     packed = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     model.zero_grad()
     alone = []
     for tokens_d, positions_d, labels_d in zip(*(x.split(lengths) for x in (tokens, positions, labels))):
         document = Documents.from_lengths([len(tokens_d)])
-        alone.append(model(tokens_d, positions_d, document)[0])
+        alone.append(run_model(model, tokens_d, positions_d, document)[0])
         if len(tokens_d) > 1:
-            model(tokens_d, positions_d, document, labels_d)[0].backward()
+            run_model(model, tokens_d, positions_d, document, labels_d)[0].backward()
     assert error(logits, torch.cat(alone)) < 1e-6
     for name, gradient in packed.items():
         assert error(gradient, dict(model.named_parameters())[name].grad) < 1e-5, name
@@ -55,8 +55,8 @@ def test_changing_a_document_changes_no_other(which: int) -> None:
     tokens, positions, documents, _ = random_stream(CONFIG, LENGTHS)
     changed, others = changed_document(tokens, LENGTHS, which)
     with torch.no_grad():
-        before, _ = model(tokens, positions, documents)
-        after, _ = model(changed, positions, documents)
+        before, _ = run_model(model, tokens, positions, documents)
+        after, _ = run_model(model, changed, positions, documents)
     assert error(after[others], before[others]) < 1e-6
     assert not torch.equal(after[~others], before[~others])
 
@@ -89,7 +89,7 @@ def test_derivative_by_another_document_is_exactly_zero() -> None:
     tokens, positions, documents, _ = random_stream(CONFIG, LENGTHS)
     embedded = model.embed_tokens(tokens).detach().requires_grad_()
     model.embed_tokens.forward = lambda _: embedded
-    logits, _ = model(tokens, positions, documents)
+    logits, _ = run_model(model, tokens, positions, documents)
     for document, rows in zip(range(len(LENGTHS)), logits.split(LENGTHS)):
         (gradient,) = torch.autograd.grad(rows.square().sum(), embedded, retain_graph=True)
         for other, part in enumerate(gradient.split(LENGTHS)):

@@ -6,7 +6,7 @@ import transformers
 from transformers.models.qwen3_5_moe import modeling_qwen3_5_moe
 
 from models.qwen35_moe.config import FULL, LINEAR, ModelConfig
-from tests.models.qwen35_moe.shapes import random_model, random_stream, tiny_config
+from tests.models.qwen35_moe.shapes import random_model, random_stream, run_model, tiny_config
 
 CONFIGS = {
     "tiny": tiny_config(),
@@ -71,8 +71,8 @@ def native_run(model: torch.nn.Module, stream):
     tokens, positions, documents, labels = stream
     model.zero_grad()
     with torch.no_grad():
-        logits, _ = model(tokens, positions, documents)
-    loss, _ = model(tokens, positions, documents, labels)
+        logits, _ = run_model(model, tokens, positions, documents)
+    loss, _ = run_model(model, tokens, positions, documents, labels)
     loss.backward()
     return logits, loss.detach(), {name: p.grad.clone() for name, p in model.named_parameters()}
 

@@ -11,11 +11,12 @@ from itertools import groupby, product
 from math import prod
 from pathlib import Path
 
-from checkpoint.stored import Chunk, Shape, StoredArray, StoredTensor
-from checkpoint.torch_file import Stub, read_torch_file
-from errors import UserError
+from checkpoint.tensors.stored import Chunk, StoredArray, StoredTensor
+from checkpoint.tensors.torch_file import Stub, read_torch_file
+from errors import UserError, reading
+from models.qwen35_moe.parameters import Shape
 
-_NAME = re.compile(r"model_world_size_(\d+)_rank_(\d+)\.pt")
+_NAME = re.compile(r"model_world_size_([1-9]\d*)_rank_(0|[1-9]\d*)\.pt")
 
 
 def is_shard_directory(folder: Path) -> bool:
@@ -23,16 +24,18 @@ def is_shard_directory(folder: Path) -> bool:
     return any(_NAME.fullmatch(path.name) for path in folder.glob("model_world_size_*.pt"))
 
 
-def read_shards(folder: Path) -> dict[str, StoredTensor]:
+def read_fsdp_shards(folder: Path) -> dict[str, StoredTensor]:
     """All tensors, by name. Raises UserError naming a file or tensor that is missing or does not fit the others."""
     found = [match for path in folder.iterdir() if (match := _NAME.fullmatch(path.name))]
     (world_size, *others) = {int(match[1]) for match in found}
     if others:
         raise UserError(f"{folder} has files of worlds of {sorted([world_size, *others])} ranks: expected one")
+    there = {int(match[2]) for match in found}
+    # One more than there are is enough to find one that is missing, whatever number a name tells.
+    for rank in range(min(world_size, len(there) + 1)):
+        if rank not in there:
+            raise UserError(f"{folder / f'model_world_size_{world_size}_rank_{rank}.pt'} is missing")
     paths = [folder / f"model_world_size_{world_size}_rank_{rank}.pt" for rank in range(world_size)]
-    for path in paths:
-        if not path.exists():
-            raise UserError(f"{path} is missing")
     ranks = [read_torch_file(path) for path in paths]
     for path, values in zip(paths, ranks):
         if not isinstance(values, dict) or values.keys() != ranks[0].keys():
@@ -44,12 +47,8 @@ def _assemble(name: str, values: Sequence[StoredArray | Stub], paths: list[Path]
     chunks: dict[object, Chunk] = {}
     shapes, dtypes = set(), set()
     for rank, (value, path) in enumerate(zip(values, paths)):
-        try:
+        with reading(f"{name!r} in {path}"):
             shape, local, indices = _locate(value, rank)
-        except (AttributeError, IndexError, TypeError) as error:
-            raise UserError(f"{name!r} in {path} is neither a tensor nor a DTensor: {error}") from error
-        except ValueError as error:
-            raise UserError(f"{name!r} in {path}: {error}") from error
         if local.shape != tuple(map(len, indices)):
             raise UserError(
                 f"{name!r} in {path} has a local shape of {list(local.shape)}: its placements make it "
@@ -66,9 +65,7 @@ def _assemble(name: str, values: Sequence[StoredArray | Stub], paths: list[Path]
                 chunks[box] = chunk
     if len(shapes) > 1 or len(dtypes) > 1:
         raise UserError(f"{name!r} differs between ranks in shape or dtype: {shapes}, {dtypes}")
-    tensor = StoredTensor(name, shapes.pop(), dtypes.pop(), list(chunks.values()))
-    tensor.check_cover()
-    return tensor
+    return StoredTensor(name, shapes.pop(), dtypes.pop(), list(chunks.values()))
 
 
 def _locate(value: StoredArray | Stub, rank: int) -> tuple[Shape, StoredArray, list[Sequence[int]]]:

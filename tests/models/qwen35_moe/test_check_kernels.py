@@ -18,9 +18,9 @@ from models.ops import linear_cross_entropy as loss_module
 from models.ops.documents import Documents
 from models.ops.gated_delta_rule import CHUNK
 from models.ops.kernels import CHOICES, ON_REQUEST, Kernels, select_kernels
-from models.qwen35_moe import self_test
+from models.qwen35_moe import check_kernels as module
+from models.qwen35_moe.check_kernels import check_kernels
 from models.qwen35_moe.config import ModelConfig
-from models.qwen35_moe.self_test import check_kernels
 from tests.models.qwen35_moe.shapes import tiny_config
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -52,7 +52,7 @@ def replace(monkeypatch: pytest.MonkeyPatch) -> Callable[[str, Callable[..., Any
 
     def put(operation: str) -> None:
         name = "linear_cross_entropy" if operation == "cross_entropy" else operation
-        original = getattr(self_test, name)
+        original = getattr(module, name)
         reference = (lambda *x: original(*x, backend=CHOICES[operation][0])) if operation in CHOICES else original
 
         def function(*arguments: Any, backend: str = "") -> torch.Tensor:
@@ -62,7 +62,7 @@ def replace(monkeypatch: pytest.MonkeyPatch) -> Callable[[str, Callable[..., Any
                 return reference(*arguments)
             return kernels[operation](reference, *arguments)
 
-        monkeypatch.setattr(self_test, name, function)
+        monkeypatch.setattr(module, name, function)
 
     for operation in INPUTS:
         put(operation)
@@ -129,7 +129,7 @@ def test_one_output_that_is_not_a_number(replace: Callable, operation: str) -> N
     assert ": output off by nan, relative to" in line
 
 
-@pytest.mark.parametrize("boundary", range(len(self_test._LENGTHS) - 1))
+@pytest.mark.parametrize("boundary", range(len(module._LENGTHS) - 1))
 @pytest.mark.parametrize("operation", ALONG_THE_SEQUENCE)
 def test_a_leak_over_one_boundary(replace: Callable, operation: str, boundary: int) -> None:
     def kernel(reference: Callable, *arguments: Any) -> torch.Tensor:
@@ -196,20 +196,20 @@ def test_all_wrong_operations_are_told(replace: Callable) -> None:
 def test_fla_is_tuned_on_a_long_stream_first(monkeypatch: pytest.MonkeyPatch) -> None:
     """And the reference runs without the demand for determinism, the kernels with it."""
     calls: list[tuple[str, int, bool]] = []
-    rule = self_test.gated_delta_rule
+    rule = module.gated_delta_rule
 
     def record(*arguments: Any, backend: str) -> torch.Tensor:
         calls.append((backend, arguments[0].shape[0], torch.are_deterministic_algorithms_enabled()))
         return rule(*arguments, backend="flash_qla" if backend == "fla" else backend)
 
-    monkeypatch.setattr(self_test, "gated_delta_rule", record)
+    monkeypatch.setattr(module, "gated_delta_rule", record)
     torch.use_deterministic_algorithms(True)
     try:
         assert check_kernels(Kernels(gated_delta_rule="fla"), tiny_config(), CPU, torch.bfloat16) == []
         assert torch.are_deterministic_algorithms_enabled()
     finally:
         torch.use_deterministic_algorithms(False)
-    num_tokens = sum(self_test._LENGTHS)
+    num_tokens = sum(module._LENGTHS)
     assert calls == [("fla", 8192, True), ("torch", num_tokens, False), ("fla", num_tokens, True)]
 
 

@@ -19,7 +19,8 @@ from models.ops.documents import Documents
 from models.ops.gated_delta_rule import gated_delta_rule
 from models.ops.grouped_experts import grouped_experts
 from models.ops.kernels import CHOICES, ON_REQUEST, Kernels
-from models.ops.linear_cross_entropy import IGNORED, linear_cross_entropy
+from models.ops.labels import IGNORED
+from models.ops.linear_cross_entropy import linear_cross_entropy
 from models.qwen35_moe.config import ModelConfig
 
 logger = logging.getLogger("train")

@@ -1,0 +1,249 @@
+"""What an export consists of: which tensors of a checkpoint and of its base, under which names, in which dtypes.
+
+The base is the Hugging Face directory that the checkpoint's weights came from, or that --base names.
+
+part            taken from                                            written
+---------------------------------------------------------------------------------------------------------------
+text            the checkpoint; all of it, or nothing is exported     in --dtype, experts as --experts says
+vision tower    the checkpoint, else the base; neither: refused.      bit for bit
+                Left out of causal_lm
+MTP             the checkpoint, else the base; neither: config.json   bit for bit, experts as --experts says
+                declares no layers of it
+
+class           what --architecture says; else image_text_to_text where a config.json has a vision_config and there is
+                a base or the checkpoint has a tower; else causal_lm
+"""
+
+import json
+from collections.abc import Iterable
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from huggingface_hub import split_state_dict_into_shards_factory
+from tqdm import tqdm
+
+from checkpoint.directories import MANIFEST, find_checkpoint, find_damage, new_directory
+from checkpoint.hf_assets import class_config, copy_assets, read_base
+from checkpoint.hf_reader import assemble
+from checkpoint.tensors.dcp import read_dcp
+from checkpoint.tensors.fsdp_shards import is_shard_directory, read_fsdp_shards
+from checkpoint.tensors.safetensors import Export, read_safetensors, write_file
+from checkpoint.tensors.stored import StoredTensor
+from errors import UserError
+from models.qwen35_moe.config import ModelConfig
+from models.qwen35_moe.hf_weights import (
+    MTP,
+    NOT_TEXT,
+    PREFIXES,
+    VISION,
+    count_mtp_layers,
+    find_mtp_pieces,
+    hf_name,
+    is_published_in_float32,
+    mtp_shapes,
+    pieces_of_experts,
+)
+from models.qwen35_moe.parameters import Shape, parameters
+
+
+class Options(NamedTuple):
+    """How to export."""
+
+    architecture: str | None = None
+    """One of PREFIXES; None: the class that the model came from, causal_lm if it was trained from random weights."""
+    dtype: torch.dtype | None = torch.bfloat16
+    """Of all trained tensors but the few that published checkpoints have in float32; None keeps what is stored."""
+    experts: str = "keep"
+    """'stacked', 'per_expert', or 'keep': as the model that it came from has them, stacked if it came from none."""
+    max_shard_bytes: int = 5 * 10**9
+    base: Path | None = None
+    """Hugging Face directory that gives what was not trained; None: the one that the run was loaded from."""
+
+
+class Plan(NamedTuple):
+    """Everything that will be written, checked against what the class needs."""
+
+    config: dict[str, Any]
+    tensors: list[Export]
+    assets: list[Path]
+
+
+def export_to_hf(checkpoint: Path, out: Path, options: Options | None = None, progress: bool = False) -> Plan:
+    """Writes `checkpoint` (a step-* directory, a run's output_dir, per-rank FSDP2 files) as a Hugging Face directory.
+
+    `out` is new or empty; it appears when it is complete. Raises UserError, naming what does not fit, before anything
+    is written.
+    """
+    options = options or Options()
+    plan = make_plan(checkpoint, options)
+    tensors = {tensor.key: tensor for tensor in plan.tensors}
+    files = split_state_dict_into_shards_factory(
+        tensors,
+        get_storage_size=lambda tensor: tensor.num_bytes,
+        filename_pattern="model{suffix}.safetensors",
+        max_shard_size=options.max_shard_bytes,
+    )
+    total = files.metadata["total_size"]
+    with (
+        new_directory(out) as folder,
+        tqdm(total=total, unit="B", unit_scale=True, desc=out.name, disable=None if progress else True) as bar,
+    ):
+        copy_assets(folder, *plan.assets, vision="vision_config" in plan.config)
+        (folder / "config.json").write_text(json.dumps(plan.config, indent=2) + "\n", encoding="utf-8")
+        for name, keys in files.filename_to_tensors.items():
+            for num_bytes in write_file(folder / name, [tensors[key] for key in keys]):
+                bar.update(num_bytes)
+        if files.is_sharded:
+            index = {"metadata": files.metadata, "weight_map": files.tensor_to_filename}
+            (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+    return plan
+
+
+def make_plan(checkpoint: Path, options: Options) -> Plan:
+    """Decides what is written. Raises UserError naming what is missing, unknown, or of a wrong shape."""
+    stored, assets, recorded_base = _open_checkpoint(checkpoint)
+    base = options.base or recorded_base
+    if base and (base / "config.json").is_file():
+        assets = [*assets, base]
+    configs = [json.loads(path.read_text(encoding="utf-8")) for a in assets if (path := a / "config.json").is_file()]
+    if not configs:
+        raise UserError(f"{checkpoint} has no config.json: expected --base with the model that it came from")
+    # The checkpoint's own config tells what was trained; the base's may have what the checkpoint's left out: vision.
+    config = configs[0] if "vision_config" in configs[0] else configs[-1]
+    shape = ModelConfig.from_dict(configs[0])
+    if ModelConfig.from_dict(config) != shape:
+        raise UserError(f"--base {base}: its text model has another shape than the checkpoint's")
+    has_tower = any(key.startswith(VISION) for key in stored)
+    came_with_vision = "vision_config" in config and (base is not None or has_tower)
+    architecture = options.architecture or ("image_text_to_text" if came_with_vision else "causal_lm")
+
+    of_base: dict[str, StoredTensor] = {}
+    if base and base.is_dir() and (came_with_vision or options.base or any(base.glob("*.safetensors"))):
+        of_base = read_safetensors(base)
+    elif base and architecture == "image_text_to_text" and not has_tower:
+        raise UserError(
+            f"the model came from {base}, which is not there: expected --base with it, or --architecture causal_lm"
+        )
+    others = {part: _part(part, stored) or _part(part, of_base) for part in NOT_TEXT}
+    per_expert = options.experts == "per_expert" or (
+        options.experts == "keep" and any(".experts.0." in key and not key.startswith(MTP) for key in of_base)
+    )
+    exports = _text_exports(checkpoint, stored, shape, architecture, options.dtype, per_expert)
+    mtp = _mtp_exports(shape, others[MTP], options.experts)
+    dtype = str(options.dtype or exports[0].stored.dtype).removeprefix("torch.")
+    written = class_config(config, architecture, count_mtp_layers(others[MTP]), dtype, assets[0])
+    vision = []
+    if architecture == "image_text_to_text":
+        vision = [Export(key, tensor, tensor.dtype) for key, tensor in others[VISION].items()]
+        _check("the vision tower", {e.key: e.shape for e in vision}, _vision_shapes(written))
+    return Plan(written, [*vision, *exports, *mtp], assets)
+
+
+def _part(prefix: str, tensors: dict[str, StoredTensor]) -> dict[str, StoredTensor]:
+    return {key: tensor for key, tensor in tensors.items() if key.startswith(prefix)}
+
+
+def _open_checkpoint(path: Path) -> tuple[dict[str, StoredTensor], list[Path], Path | None]:
+    """Its tensors (text ones by native name, others by Hugging Face's), where its config.json may be, its base."""
+    if is_shard_directory(path):
+        tensors = read_fsdp_shards(path)
+        prefix = next((p for p in (*PREFIXES.values(), "") if p + "embed_tokens.weight" in tensors), "")
+        stored = {k if k.startswith(NOT_TEXT) else k.removeprefix(prefix): t for k, t in tensors.items()}
+        return stored, [folder for folder in (path, path / "huggingface", path / "hf") if folder.is_dir()], None
+    path = find_checkpoint(path)
+    stored = {n.removeprefix("model."): t for n, t in read_dcp(path).items() if n.startswith("model.")}
+    return stored, [path / "hf"], read_base(path)
+
+
+def _text_exports(
+    checkpoint: Path,
+    stored: dict[str, StoredTensor],
+    shape: ModelConfig,
+    architecture: str,
+    dtype: torch.dtype | None,
+    per_expert: bool,
+) -> list[Export]:
+    expected = {name: parameter.shape for name, parameter in parameters(shape).items()}
+    text = {name: tensor for name, tensor in stored.items() if not name.startswith(NOT_TEXT)}
+    if shape.tie_word_embeddings:
+        text.pop("lm_head.weight", None)
+    _check(str(checkpoint), {name: tensor.shape for name, tensor in text.items()}, expected)
+    exports = []
+    for name in expected:
+        tensor = text[name]
+        wanted = tensor.dtype if dtype is None else torch.float32 if is_published_in_float32(name) else dtype
+        exports += _experts(Export(hf_name(name, architecture), tensor, wanted), per_expert)
+    return exports
+
+
+def _mtp_exports(shape: ModelConfig, tensors: dict[str, StoredTensor], experts: str) -> list[Export]:
+    """Multi-token prediction as it is, bit for bit; its experts stacked or one by one as asked."""
+    pieces = find_mtp_pieces(shape, {key: tensor.shape for key, tensor in tensors.items()})
+    if experts == "keep":
+        return [Export(key, tensor, tensor.dtype) for key, tensor in tensors.items()]
+    shapes = mtp_shapes(shape, count_mtp_layers(tensors))
+    exports = []
+    for key, parts in pieces.items():
+        tensor = assemble(key, shapes[key], parts, tensors)
+        exports += _experts(Export(key, tensor, tensor.dtype), experts == "per_expert")
+    return exports
+
+
+def _experts(export: Export, per_expert: bool) -> list[Export]:
+    """The stacked tensor itself, or its experts one by one."""
+    if not per_expert or ".experts." not in export.key:
+        return [export]
+    pieces = pieces_of_experts(export.key, export.stored.shape)
+    return [export._replace(key=piece.key, box=piece.box) for piece in pieces]
+
+
+def _vision_shapes(config: dict[str, Any]) -> dict[str, Shape]:
+    """What transformers' image-text class has under `model.visual.`."""
+    from transformers import Qwen3_5MoeConfig, Qwen3_5MoeForConditionalGeneration  # slow to import
+
+    with torch.device("meta"):
+        model = Qwen3_5MoeForConditionalGeneration(Qwen3_5MoeConfig(**config))
+    return {name: tuple(value.shape) for name, value in model.state_dict().items() if name.startswith(VISION)}
+
+
+def _check(where: str, available: dict[str, Shape], expected: dict[str, Shape]) -> None:
+    for name in sorted(available.keys() ^ expected.keys()):
+        raise UserError(f"{where}: {name!r} is {'missing' if name in expected else 'unknown to this model'}")
+    for name, shape in expected.items():
+        if available[name] != shape:
+            raise UserError(f"{where}: {name!r} has shape {list(available[name])}, not {list(shape)}")
+
+
+def verify(checkpoint: Path, out: Path, plan: Plan, progress: bool = False) -> None:
+    """Reads `out` again: every tensor bit for bit against the source, then with transformers. Raises UserError."""
+    if not is_shard_directory(checkpoint):
+        step = find_checkpoint(checkpoint)
+        if (step / MANIFEST).exists() and (damage := find_damage(step)):
+            raise UserError(f"verify: {damage}")
+    arrays = read_safetensors(out)
+    _check(f"verify: {out}", {k: a.shape for k, a in arrays.items()}, {e.key: e.shape for e in plan.tensors})
+    bar: Iterable[Export] = tqdm(plan.tensors, desc="verify", unit="tensor", disable=None if progress else True)
+    for export in bar:
+        written = arrays[export.key].open(arrays[export.key].chunks[0])
+        if written.dtype != export.dtype:
+            raise UserError(f"verify: {export.key!r} is {written.dtype}, not {export.dtype}")
+        for block in export.blocks():
+            same = written._replace(shape=(block.numel(),), strides=(1,)).read()
+            if not torch.equal(same.view(torch.uint8), block.view(torch.uint8)):
+                raise UserError(f"verify: {export.key!r} in {written.file} differs from the checkpoint's")
+            written = written._replace(start=written.start + block.numel() * block.dtype.itemsize)
+    _load_with_transformers(out, plan)
+
+
+def _load_with_transformers(out: Path, plan: Plan) -> None:
+    """Loads `out`; no key may be missing, unexpected or mismatched. Takes no memory where accelerate is installed."""
+    import transformers  # slow to import
+
+    cls = getattr(transformers, plan.config["architectures"][0])
+    place = "meta" if find_spec("accelerate") else None
+    _, loading = cls.from_pretrained(out, dtype="auto", device_map=place, output_loading_info=True)
+    for problem, keys in loading.items():
+        if keys:
+            raise UserError(f"verify: {cls.__name__} finds {problem.replace('_', ' ')}: {sorted(map(str, keys))[0]}")

@@ -1,0 +1,74 @@
+"""The table of parameters (names, shapes, dtypes, experts, FLOPs), read off the model itself, built without memory."""
+
+from collections.abc import Mapping
+from functools import lru_cache
+from math import prod
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from models.ops.kernels import Kernels
+from models.qwen35_moe.config import FULL, ModelConfig
+from models.qwen35_moe.model import Block, Qwen35Moe
+from models.qwen35_moe.moe import Experts
+
+Shape = tuple[int, ...]
+Box = tuple[tuple[int, int], ...]
+"""(start, stop) of a tensor's first dimensions: a part of it. Dimensions that are not named are whole."""
+
+
+class Parameter(NamedTuple):
+    """What the model says of one of its parameters."""
+
+    shape: Shape
+    is_float32: bool
+    """Whether it stays float32, stored and computed, whatever the dtype of the others."""
+    expert_dim: int | None
+    """The dimension that counts the experts, of which a token passes a few; None: it passes the whole parameter."""
+
+
+def full_box(box: Box, shape: Shape) -> Box:
+    """`box` with all dimensions of a tensor of this shape."""
+    return (*box, *((0, size) for size in shape[len(box) :]))
+
+
+@lru_cache(maxsize=8)
+def parameters(config: ModelConfig) -> Mapping[str, Parameter]:
+    """Every parameter of the text model by its name, in the model's order."""
+    with torch.device("meta"):
+        model = Qwen35Moe(config, Kernels())
+    return _table(model, model.float32_parameters())
+
+
+@lru_cache(maxsize=8)
+def mtp_parameters(config: ModelConfig, num_layers: int) -> Mapping[str, Parameter]:
+    """The parameters of multi-token prediction by their names after `mtp.`: a projection, norms, and plain blocks."""
+    with torch.device("meta"):
+        block = Block(config, FULL, Kernels())
+    of_block, norm = _table(block, [block.mlp.gate.weight]), Parameter((config.hidden_size,), False, None)
+    return {
+        "fc.weight": Parameter((config.hidden_size, 2 * config.hidden_size), False, None),
+        **dict.fromkeys(("pre_fc_norm_embedding.weight", "pre_fc_norm_hidden.weight", "norm.weight"), norm),
+        **{f"layers.{layer}.{name}": entry for layer in range(num_layers) for name, entry in of_block.items()},
+    }
+
+
+def matmul_parameters_per_token(config: ModelConfig) -> int:
+    """How many parameters of matrix products a token passes: of all experts its k; the head, not the look-up."""
+    count = config.vocab_size * config.hidden_size if config.tie_word_embeddings else 0
+    for name, parameter in parameters(config).items():
+        if parameter.expert_dim is not None:
+            count += prod(parameter.shape) // config.num_experts * config.num_experts_per_tok
+        elif len(parameter.shape) == 2 and name != "embed_tokens.weight":
+            count += prod(parameter.shape)
+    return count
+
+
+def _table(module: nn.Module, float32: list[nn.Parameter]) -> Mapping[str, Parameter]:
+    experts = [parameter for part in module.modules() if isinstance(part, Experts) for parameter in part.parameters()]
+    is_float32, is_stacked = {id(parameter) for parameter in float32}, {id(parameter) for parameter in experts}
+    return {
+        name: Parameter(tuple(p.shape), id(p) in is_float32, 0 if id(p) in is_stacked else None)
+        for name, p in module.named_parameters()
+    }

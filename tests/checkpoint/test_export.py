@@ -1,0 +1,109 @@
+"""What an export consists of: a table of checkpoint, base and --architecture against class, vision tower and MTP."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from checkpoint import export
+from checkpoint.export import Options, _vision_shapes, make_plan
+from errors import UserError
+from models.qwen35_moe.hf_weights import MTP, VISION, hf_name, mtp_shapes
+from models.qwen35_moe.parameters import parameters
+from tests.checkpoint.test_conversion import CONFIG, VISION_CONFIG
+
+TEXT = CONFIG.to_dict() | {"mtp_num_hidden_layers": 1}
+IMAGE_TEXT = {
+    "architectures": ["Qwen3_5MoeForConditionalGeneration"],
+    "model_type": "qwen3_5_moe",
+    "text_config": TEXT,
+    "vision_config": VISION_CONFIG,
+    "tie_word_embeddings": False,
+}
+CAUSAL, IMAGE = "causal_lm", "image_text_to_text"
+
+# Parts beside the text: v a vision_config, T the tower itself, m MTP. The base: named by --base ("given"), recorded in
+# the checkpoint, recorded but not there any more, or none.
+TABLE = [
+    # checkpoint  base               asked for  class   tower         MTP
+    ("", "none", "", None, CAUSAL, None, None),
+    ("", "none", "", CAUSAL, CAUSAL, None, None),
+    ("", "none", "", IMAGE, "no vision_config", None, None),
+    ("m", "none", "", None, CAUSAL, None, "checkpoint"),
+    ("vT", "none", "", None, IMAGE, "checkpoint", None),
+    ("vTm", "none", "", None, IMAGE, "checkpoint", "checkpoint"),
+    ("vTm", "none", "", CAUSAL, CAUSAL, None, "checkpoint"),
+    ("v", "none", "", None, CAUSAL, None, None),
+    ("v", "none", "", IMAGE, "tower: 'model.visual.", None, None),
+    ("", "given", "", None, CAUSAL, None, None),
+    ("", "given", "m", None, CAUSAL, None, "base"),
+    ("m", "given", "m", None, CAUSAL, None, "checkpoint"),
+    ("", "given", "vTm", None, IMAGE, "base", "base"),
+    ("", "given", "vTm", CAUSAL, CAUSAL, None, "base"),
+    ("", "given", "vT", IMAGE, IMAGE, "base", None),
+    ("", "given", "v", None, "tower: 'model.visual.", None, None),
+    ("", "given", "m", IMAGE, "no vision_config", None, None),
+    ("vT", "given", "vTm", None, IMAGE, "checkpoint", "base"),
+    ("vTm", "given", "vTm", None, IMAGE, "checkpoint", "checkpoint"),
+    ("v", "recorded", "vTm", None, IMAGE, "base", "base"),
+    ("v", "recorded", "vTm", CAUSAL, CAUSAL, None, "base"),
+    ("", "recorded", "m", None, CAUSAL, None, "base"),
+    ("v", "gone", "vTm", None, "which is not there", None, None),
+    ("v", "gone", "vTm", CAUSAL, CAUSAL, None, None),
+    ("", "gone", "m", None, CAUSAL, None, None),
+    ("vT", "gone", "vTm", None, IMAGE, "checkpoint", None),
+]
+
+
+def tensors(parts: str, value: float) -> dict[str, torch.Tensor]:
+    """By their Hugging Face names, each filled with `value`."""
+    shapes = {hf_name(n, IMAGE if "v" in parts else CAUSAL): p.shape for n, p in parameters(CONFIG).items()}
+    shapes |= _vision_shapes(IMAGE_TEXT) if "T" in parts else {}
+    shapes |= mtp_shapes(CONFIG, 1) if "m" in parts else {}
+    return {key: torch.full(shape, value) for key, shape in shapes.items()}
+
+
+def write(folder: Path, parts: str) -> Path:
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps(IMAGE_TEXT if "v" in parts else TEXT))
+    return folder
+
+
+@pytest.mark.parametrize(("checkpoint", "kind", "base", "asked", "expected", "tower", "mtp"), TABLE)
+def test_class_tower_and_mtp(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    checkpoint: str,
+    kind: str,
+    base: str,
+    asked: str | None,
+    expected: str,
+    tower: str | None,
+    mtp: str | None,
+) -> None:
+    ranks = write(tmp_path / "ranks", checkpoint)
+    torch.save(tensors(checkpoint, 1.0), ranks / "model_world_size_1_rank_0.pt")
+    if kind in ("given", "recorded"):
+        save_file(tensors(base, 2.0), write(tmp_path / "base", base) / "model.safetensors")
+    if kind in ("recorded", "gone"):  # as a run's checkpoint does in hf/base.json
+        opened = export._open_checkpoint
+        monkeypatch.setattr(export, "_open_checkpoint", lambda path: (*opened(path)[:2], tmp_path / "base"))
+    options = Options(asked, base=tmp_path / "base" if kind == "given" else None)
+    if expected not in (CAUSAL, IMAGE):
+        with pytest.raises(UserError, match=expected):
+            make_plan(ranks, options)
+        return
+    plan = make_plan(ranks, options)
+    is_image = expected == IMAGE
+    assert plan.config["architectures"] == [f"Qwen3_5MoeFor{'ConditionalGeneration' if is_image else 'CausalLM'}"]
+    assert ("vision_config" in plan.config) == is_image
+    assert plan.config.get("text_config", plan.config).get("mtp_num_hidden_layers") == (1 if mtp else 0)
+    sources = {1.0: "checkpoint", 2.0: "base"}
+    for prefix, source in ((VISION, tower), (MTP, mtp)):
+        of_part = [e for e in plan.tensors if e.key.startswith(prefix)]
+        assert {sources[e.stored.read().flatten()[0].item()] for e in of_part} == ({source} if source else set())
+    text = {e.key for e in plan.tensors if not e.key.startswith((VISION, MTP))}
+    assert text == {hf_name(name, expected) for name in parameters(CONFIG)}
+    assert all(e.stored.read().flatten()[0] == 1 for e in plan.tensors if e.key in text)
