@@ -66,7 +66,10 @@ class ParquetFiles:
         rows = []
         for file in self._files:
             with reading(file), _parquet(file) as table:
+                groups = [table.metadata.row_group(number).num_rows for number in range(table.num_row_groups)]
                 rows.append(table.metadata.num_rows)
+            if sum(groups) != rows[-1] or min(groups, default=0) < 0:
+                raise UserError(f"{file} is damaged: its footer counts {rows[-1]} rows, its groups {sum(groups)}")
         return list(itertools.accumulate(rows, initial=0))
 
     @functools.cached_property
@@ -121,6 +124,7 @@ def _parquet_batches(file: str, key: str, name: str, others: list[str], size: in
         with reading(file):
             schema = pa.schema([(column, _plain_type(parquet.schema_arrow.field(column).type)) for column in columns])
         # Each group of rows by itself: its nested dictionaries cannot be read together with those of others.
+        num_rows = 0
         batches = itertools.chain.from_iterable(
             parquet.iter_batches(size, [group], columns) for group in range(parquet.num_row_groups)
         )
@@ -129,8 +133,11 @@ def _parquet_batches(file: str, key: str, name: str, others: list[str], size: in
                 batch = next(batches, None)
                 batch = batch and batch.cast(schema)
             if batch is None:
-                return
+                break
+            num_rows += len(batch)
             yield batch
+    if num_rows != parquet.metadata.num_rows:
+        raise UserError(f"{file} is damaged: it has {num_rows} rows, not the {parquet.metadata.num_rows} of its footer")
 
 
 def _plain_type(kind: "pa.DataType") -> "pa.DataType":

@@ -8,6 +8,7 @@ import pyarrow.parquet
 import pytest
 
 from config import Data
+from data import tables
 from data.packing import BadSample
 from data.sources import open_sources
 from errors import UserError
@@ -118,6 +119,33 @@ def test_text_that_is_no_utf8(tmp_path):
     with pytest.raises(BadSample, match="is not UTF-8") as raised:
         source[1]
     assert raised.value.reason == "undecodable"
+
+
+@pytest.mark.parametrize("claimed", [0, 1, 3, 2**40])
+def test_a_footer_that_counts_other_rows(tmp_path, monkeypatch, claimed):
+    path = write(tmp_path / "a.parquet", text=["a", "b"])
+
+    class Lying:
+        def __init__(self, file):
+            self._file = pyarrow.parquet.ParquetFile(file)
+            self.metadata = self
+
+        def __getattr__(self, name):
+            return (
+                claimed if name == "num_rows" else getattr(self._file, name, None) or getattr(self._file.metadata, name)
+            )
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            self._file.close()
+
+    monkeypatch.setattr("data.tables._parquet", Lying)
+    with pytest.raises(UserError, match=r"a\.parquet is damaged: its footer counts \d+ rows, its groups 2"):
+        open_source(path)
+    with pytest.raises(UserError, match=rf"a\.parquet is damaged: it has 2 rows, not the {claimed} of its footer"):
+        list(tables.ParquetFiles([str(path)], "data.text_key", "text", []).head())
 
 
 def test_damaged_files_are_refused_in_one_line_or_read(tmp_path):
