@@ -368,8 +368,7 @@ def check_config(config: Config, world_size: int) -> None:
     from parallelisms.degrees import work_out_degrees
 
     shape = model_config(config)
-    degrees = work_out_degrees(config.parallelism, shape, world_size)
-    degrees.num_micro_batches(config.training.global_batch_size, config.training.local_batch_size)
+    work_out_degrees(config.parallelism, shape, world_size)
     _check_schedule(config.lr_scheduler, config.training.steps)
     _check_kernels(config, shape)
     from data.check import check_data  # which needs Config

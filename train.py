@@ -222,6 +222,12 @@ def main(arguments: list[str]) -> None:
         writer = MetricsWriter(output_dir, config.metrics.tensorboard, step, training.steps)
     mfu_per_token = mfu_of_one_token_a_second(shape, training.sequence_length, world_size, device)
     logger.info(f"from step {step} to {training.steps}, {loader.num_micro_batches} micro-batches a rank and step")
+    if loader.num_filler_rows:
+        rows = f"{meshes.num_data_ranks} processes in rows of {training.local_batch_size}"
+        logger.info(
+            f"training.global_batch_size = {training.global_batch_size} cannot be dealt evenly to {rows}: "
+            f"{loader.num_filler_rows} more rows a step are computed for nothing"
+        )
 
     # 8. The loop.
     clock, clock_step, data_seconds = time.perf_counter(), step, 0.0

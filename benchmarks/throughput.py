@@ -123,7 +123,7 @@ def measure(config: Config, lengths: list[int], num_steps: int, profile_steps: i
     model = build_model(config, shape, meshes, device)
     init_weights(model, config.job.seed, local_region)
     optimizer = build_optimizer(model, config.optimizer)
-    num_micro_batches = degrees.num_micro_batches(training.global_batch_size, training.local_batch_size)
+    num_micro_batches = training.global_batch_size // (meshes.num_data_ranks * training.local_batch_size)
     tokens_per_step = training.global_batch_size * training.sequence_length
 
     def step(number: int) -> Any:

@@ -29,7 +29,7 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 
 from config import Data, Training
 from data.batch import Cursor, MicroBatch, Row
-from data.packing import NO_SAMPLE, NUM_PENDING, ChatSlot, Share, TextSlot
+from data.packing import NO_SAMPLE, NUM_PENDING, ChatSlot, Share, TextSlot, filler_row
 from data.samples import Samples, open_samples
 from data.tokenizer import load_tokenizer
 from errors import UserError
@@ -38,7 +38,11 @@ logger = logging.getLogger("train")
 
 
 class TokenLoader:
-    """Iterates over one data-parallel rank's micro-batches, without end; G / (ranks * local_batch_size) make a step."""
+    """Iterates over one data rank's micro-batches, without end; `num_micro_batches` make a step.
+
+    Where ranks * local_batch_size does not divide G, some ranks have rows of fillers beside their slots' own, so that
+    all have as many micro-batches, and what is trained is the same.
+    """
 
     def __init__(
         self,
@@ -55,31 +59,32 @@ class TokenLoader:
 
         `one_epoch`: the samples once; then fillers, without end. `skipped_dir`: where to list skipped samples.
         """
-        assert training.global_batch_size % (num_data_ranks * training.local_batch_size) == 0
         self._training, self._num_slots = training, training.global_batch_size
-        num_local = self._num_slots // num_data_ranks
-        self._slots = range(data_rank * num_local, (data_rank + 1) * num_local)
-        self._num_workers = min(data.num_workers, num_local)
+        first, end = (rank * self._num_slots // num_data_ranks for rank in (data_rank, data_rank + 1))
+        self._slots = range(first, end)
+        most_slots = -(-self._num_slots // num_data_ranks)
+        self.num_micro_batches = -(-most_slots // training.local_batch_size)
+        """Of this rank, and of every other, in a step."""
+        rows_of_a_step = num_data_ranks * self.num_micro_batches * training.local_batch_size
+        self.num_filler_rows = rows_of_a_step - self._num_slots
+        """Of all ranks in a step: these are computed for nothing."""
+        self._num_workers = min(data.num_workers, len(self._slots))
         if self._num_workers:
             _start_forkserver(data.format)  # imports while the rest is set up
         tokenizer = load_tokenizer(data.tokenizer)
         samples = open_samples(data, tokenizer, training.sequence_length, seed)
         self._packer = Packer(samples, data, tokenizer.eos_token_id or 0, self._num_slots, one_epoch)
-        self._may_fill = one_epoch or data.format == "chat"
+        self._may_fill = one_epoch or data.format == "chat" or self.num_filler_rows > 0
         self._shares: Iterator[list[Row] | UserError] | None = None  # of the workers in turn; None before `next`
         self._lifeline: Connection | None = None
         self._round: list[Row] = []  # a row of each own slot: what a step takes
-        self._next = 0  # which row of the round comes next
+        self._next = 0  # which micro-batch of the round comes next
         self._skipped_file = skipped_dir and skipped_dir / f"rank-{data_rank:05}.jsonl"
         self.counts = Counter[str]()
         """Since the beginning: "real_tokens" and "tokens" of the rows returned; of REASONS, samples met on the way."""
-        self.cursors = self._first_cursors = torch.tensor([self._packer.first_cursor(slot) for slot in self._slots])
+        cursors = torch.tensor([self._packer.first_cursor(slot) for slot in range(self._num_slots)])
+        self.cursors = self._first_cursors = cursors[first:end]
         """int64 [own slots, width]: where each own slot stands after the last micro-batch that was returned."""
-
-    @property
-    def num_micro_batches(self) -> int:
-        """Of this rank in a step."""
-        return len(self._slots) // self._training.local_batch_size
 
     def rewind(self) -> None:
         """Starts again from the beginning; without workers only."""
@@ -109,11 +114,15 @@ class TokenLoader:
         if not self._next:
             self._round = self._next_round()
             self._count(self._round)
-        rows = self._round[self._next : self._next + self._training.local_batch_size]
-        self.cursors = self.cursors.clone()  # the old ones may be on their way into a checkpoint
-        self.cursors[self._next : self._next + len(rows)] = torch.tensor([row.cursor for row in rows])
-        self._next = (self._next + len(rows)) % len(self._slots)
-        return MicroBatch.of(rows, self._may_fill)
+        size = self._training.local_batch_size
+        place = slice(self._next * size, (self._next + 1) * size)
+        rows = self._round[place]
+        if rows:
+            self.cursors = self.cursors.clone()  # the old ones may be on their way into a checkpoint
+            self.cursors[place] = torch.tensor([row.cursor for row in rows])
+        self._next = (self._next + 1) % self.num_micro_batches
+        fillers = [filler_row(self._training.sequence_length, self._packer.filler)] * (size - len(rows))
+        return MicroBatch.of([*rows, *fillers], self._may_fill)
 
     def _count(self, rows: list[Row]) -> None:
         notes = [note for row in rows for note in row.notes]

@@ -100,6 +100,11 @@ class _OpenRow:
         return Row(self._tokens, self._labels, self._positions, self._lengths, num_fillers, cursor, notes)
 
 
+def filler_row(sequence_length: int, filler: int) -> Row:
+    """A row of nothing but fillers, for a rank that has fewer slots than another."""
+    return _OpenRow(sequence_length).close(filler, (), [])
+
+
 class TextSlot:
     """Documents end to end, cut where the row ends. Cursor: (sample, token offset in it).
 

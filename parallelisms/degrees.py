@@ -25,16 +25,6 @@ class Degrees(NamedTuple):
         """How many ranks read data of their own: all of them."""
         return self.replicate * self.shard
 
-    def num_micro_batches(self, global_batch_size: int, local_batch_size: int) -> int:
-        """Of each rank in a step. Raises UserError where the rows cannot be dealt out evenly."""
-        rows = self.num_data_ranks * local_batch_size
-        if global_batch_size % rows:
-            raise UserError(
-                f"training.global_batch_size = {global_batch_size}: expected a multiple of {rows} "
-                f"({self.num_data_ranks} processes * local_batch_size = {local_batch_size})"
-            )
-        return global_batch_size // rows
-
 
 def work_out_degrees(parallelism: Parallelism, shape: ModelConfig, world_size: int) -> Degrees:
     """The degrees for `world_size` processes. Raises UserError for those that do not fit them or the model."""
@@ -47,6 +37,8 @@ def work_out_degrees(parallelism: Parallelism, shape: ModelConfig, world_size: i
             f"{parallelism.data_parallel_shard_degree}: expected a product of {world_size}, the number of processes"
         )
     expert = parallelism.expert_parallel_degree
+    if expert == -1:  # the largest that fits; 1 always does
+        expert = next(e for e in range(shard, 0, -1) if not _hindrance(e, shard, shape, world_size))
     if hindrance := _hindrance(expert, shard, shape, world_size):
         raise UserError(f"parallelism.expert_parallel_degree = {expert}: {hindrance}")
     return Degrees(replicate, shard, expert)
