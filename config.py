@@ -13,13 +13,11 @@ A loaded Config holds absolute paths only, so a stored `config.toml` means the s
 import ast
 import dataclasses
 import difflib
-import glob
 import inspect
 import itertools
 import json
 import math
 import os
-import re
 import sys
 import textwrap
 from collections.abc import Callable, Mapping
@@ -30,6 +28,7 @@ from typing import Annotated, Any, Literal, NamedTuple, get_args, get_origin, ge
 import tomli
 import tomli_w
 
+from data.files import is_dataset, matches
 from errors import UserError
 from models.qwen35_moe.config import ModelConfig
 
@@ -372,7 +371,9 @@ def check_config(config: Config, world_size: int) -> None:
     work_out_degrees(config.parallelism, shape, world_size)
     _check_schedule(config.lr_scheduler, config.training.steps)
     _check_kernels(config, shape)
-    check_data(config)
+    from data.check import check_data  # which needs Config
+
+    check_data(config, shape.vocab_size)
     _check_paths(config)
 
 
@@ -410,19 +411,6 @@ def _check_kernels(config: Config, shape: ModelConfig) -> None:
         raise UserError(str(error)) from error
 
 
-def check_data(config: Config) -> None:
-    """Raises UserError for data and a tokenizer that could not be used."""
-    weights = list(config.data.weights)
-    if weights and len(weights) != len(config.data.path):
-        raise UserError(f"data.weights = {weights}: expected {len(config.data.path)}, one for each of data.path")
-    if weights and min(weights) < 1e-3 * sum(weights):
-        raise UserError(f"data.weights = {weights}: expected none below a thousandth of their sum")
-    _check_source(config.data, config.data.path, "data.path")
-    if config.validation.enable:
-        _check_source(config.data, config.validation.path, "validation.path")
-    _check_tokenizer(config.data, model_config(config).vocab_size)
-
-
 def _check_paths(config: Config) -> None:
     resume, start = config.checkpoint.resume, config.checkpoint.start_from
     if resume not in ("auto", "never") and not os.path.isdir(resume):
@@ -446,89 +434,6 @@ def _check_paths(config: Config) -> None:
         raise UserError(f"job.output_dir = {output_dir!r}: expected a folder that can be written in {str(parent)!r}")
 
 
-def _check_source(data: Data, entries: tuple[str, ...], key: str) -> None:
-    """Everything exists, and the first sample of the first file has the field; the loader looks at the others."""
-    if not entries:
-        raise UserError(f"{key} = []: expected at least one file or glob")
-    files = [file for entry in entries if not is_dataset(entry) for file in find_files(entry, key)]
-    names: Any = []
-    for file in files[:1]:
-        if suffix_of(file) == ".parquet":
-            import pyarrow.parquet
-
-            try:
-                names = pyarrow.parquet.read_schema(file).names
-            except (OSError, pyarrow.ArrowException) as error:
-                raise UserError(f"{key}: {file!r} cannot be read as Parquet: {str(error).splitlines()[0]}") from None
-        elif suffix_of(file) == ".jsonl":
-            try:
-                with open(file, encoding="utf-8") as lines:
-                    names = json.loads(next(filter(str.strip, lines), "{}")).keys()
-            except (ValueError, AttributeError):
-                raise UserError(f"{key}: {file!r}, line 1 is not JSON: expected an object on every line") from None
-        elif suffix_of(file) == ".txt" and data.format == "chat":
-            raise UserError(f"{key}: {file!r} with data.format = 'chat': expected conversations, not text files")
-        field_key, name = ("text_key", data.text_key) if data.format == "text" else ("messages_key", data.messages_key)
-        if names and name not in names:
-            raise UserError(f"data.{field_key} = {name!r}: expected one of {', '.join(names)}, as in {file!r}")
-
-
-def _check_tokenizer(data: Data, vocab_size: int) -> None:
-    key = f"data.tokenizer = {data.tokenizer!r}"
-    if not data.tokenizer:
-        raise UserError(f"{key}: expected a directory with tokenizer.json, as there is no model.path to take it from")
-    try:
-        tokenizer = json.loads(Path(data.tokenizer, "tokenizer.json").read_text(encoding="utf-8"))
-        ids = [token["id"] for token in tokenizer["added_tokens"]] + list(tokenizer["model"]["vocab"].values())
-        settings = json.loads(Path(data.tokenizer, "tokenizer_config.json").read_text(encoding="utf-8"))
-        end = settings.get("eos_token")
-    except OSError as error:
-        raise UserError(f"{key}: expected a directory with {os.path.basename(error.filename)}") from None
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise UserError(f"{key}: expected the files of a byte-pair tokenizer: {error!r}") from error
-    if not ids:
-        raise UserError(f"{key}: expected a tokenizer with a vocabulary")
-    if max(ids) >= vocab_size:
-        raise UserError(f"{key}: has token {max(ids)}, expected all below the model's vocab_size = {vocab_size}")
-    if data.format == "text" and data.end_of_document and not end:
-        raise UserError(f"data.end_of_document = True: expected an eos_token in {data.tokenizer!r}, or false")
-
-
-SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet", ".txt")
-TOKENS_META = "tokens.json"
-"""The file by which a folder is known as one that data.tokenize wrote."""
-
-
-def suffix_of(file: str) -> str:
-    """The one of SUFFIXES that a name ends in, or else whatever it ends in."""
-    return next((suffix for suffix in SUFFIXES if file.endswith(suffix)), Path(file).suffix)
-
-
-def is_dataset(entry: str) -> bool:
-    """Whether an entry of `data.path` is a folder that `datasets` or data.tokenize wrote, or a name on the Hub."""
-    if os.path.isdir(entry):
-        markers = (TOKENS_META, "dataset_info.json", "dataset_dict.json")
-        return any(os.path.exists(os.path.join(entry, marker)) for marker in markers)
-    is_name = re.fullmatch(r"[\w.-]+/[\w.-]+(:[\w.-]+)?", entry) and suffix_of(entry) not in SUFFIXES
-    return bool(is_name) and not os.path.exists(entry)
-
-
-def find_files(pattern: str, key: str = "data.path") -> list[str]:
-    """The files that a path or glob stands for, by name. Raises UserError for none, or one not in SUFFIXES."""
-    files = [os.path.abspath(path) for path in sorted(set(_matches(pattern))) if os.path.isfile(path)]
-    if not files:
-        raise UserError(f"{key} = {pattern!r} matches no file: expected a file or a glob that matches some")
-    for file in files:
-        if suffix_of(file) not in SUFFIXES:
-            raise UserError(f"{key}: {file!r} ends in {suffix_of(file)!r}: expected {', '.join(SUFFIXES)}")
-    return files
-
-
-def _matches(pattern: str) -> list[str]:
-    """What a path or glob stands for; a path that exists is never taken for a glob."""
-    return [pattern] if os.path.exists(pattern) else glob.glob(pattern, recursive=True)
-
-
 def _with_absolute_paths(config: Config) -> Config:
     def absolute(path: str) -> str:
         return os.path.abspath(os.path.expanduser(path))
@@ -537,10 +442,10 @@ def _with_absolute_paths(config: Config) -> Config:
         if not path:
             return ""
         here, shipped = absolute(path), os.path.abspath(ROOT / path)
-        return shipped if not _matches(here) and _matches(shipped) else here
+        return shipped if not matches(here) and matches(shipped) else here
 
     def entries(paths: tuple[str, ...]) -> tuple[str, ...]:
-        return tuple(path if is_dataset(path) and not _matches(readable(path)) else readable(path) for path in paths)
+        return tuple(path if is_dataset(path) and not matches(readable(path)) else readable(path) for path in paths)
 
     job, data, checkpoint = config.job, config.data, config.checkpoint
     model = replace(config.model, path=readable(config.model.path))

@@ -10,14 +10,13 @@ then with the index of before.
 import argparse
 import itertools
 import json
+import os
 import resource
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
-
-import datasets
 
 from config import Data, Training
 from data import tokenize
@@ -66,7 +65,7 @@ def main() -> None:
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(options.cache or name)
-        datasets.config.HF_DATASETS_CACHE = folder / "cache"
+        os.environ["HF_DATASETS_CACHE"] = str(folder / "cache")
         if options.start_of:
             start_of(options.start_of)
             return

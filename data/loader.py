@@ -30,7 +30,8 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 from config import Data, Training
 from data.batch import Cursor, MicroBatch, Row
 from data.packing import NO_SAMPLE, NUM_PENDING, ChatSlot, Share, TextSlot, filler_row
-from data.samples import Samples, load_tokenizer, open_samples
+from data.samples import Samples, open_samples
+from data.tokenizer import load_tokenizer
 from errors import UserError
 
 logger = logging.getLogger("train")

@@ -14,6 +14,7 @@ import pytest
 import tomli
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers import Tokenizer, models
 
 import config as config_module
 from config import SECTIONS, Config, UserError, check_config, field_docs, load_config, model_config, resolved_toml
@@ -53,8 +54,9 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def write_tokenizer(folder: Path, vocabulary: dict[str, int], added: int) -> None:
     folder.mkdir(exist_ok=True)
-    contents = {"model": {"vocab": vocabulary}, "added_tokens": [{"id": added, "content": "<|im_end|>"}]}
-    (folder / "tokenizer.json").write_text(json.dumps(contents))
+    tokenizer = Tokenizer(models.BPE({**vocabulary, "<|im_end|>": added}, []))
+    tokenizer.add_special_tokens(["<|im_end|>"])
+    tokenizer.save(str(folder / "tokenizer.json"))
     (folder / "tokenizer_config.json").write_text('{"eos_token": "<|im_end|>"}')
 
 
@@ -179,7 +181,7 @@ def test_paths_are_absolute_and_fall_back_to_the_repository(folder: Path) -> Non
 
 
 def test_a_path_that_exists_is_no_glob(folder: Path) -> None:
-    (folder / "text" / "[1].jsonl").write_text("")
+    (folder / "text" / "[1].jsonl").write_text('{"text": "a"}')
     check_config(load("--data.path", "text/[1].jsonl"), 2)
 
 
@@ -360,15 +362,15 @@ def test_files_that_are_no_text(folder: Path) -> None:
     assert "binary.toml is not TOML" in error_of("--config", "binary.toml")
     assert "'text' does not exist: expected a file's path, or one of" in error_of("--config", "text")
     (folder / "tokenizer" / "tokenizer.json").write_text("[]")
-    assert "expected the files of a byte-pair tokenizer" in error_of()
+    assert "tokenizer.json cannot be read: " in error_of()
 
 
 def test_text_that_cannot_be_read(folder: Path) -> None:
-    assert "data.text_key = 'txt': expected one of text, id, as in" in error_of("--data.text_key=txt")
+    assert "data.text_key = 'txt' is missing among text, id: expected a string" in error_of("--data.text_key=txt")
     (folder / "a.md").write_text("a")
     assert "a.md' ends in '.md': expected .jsonl, .jsonl.gz," in error_of("--data.path=text/a.jsonl,a.md")
     (folder / "text" / "a.jsonl").write_text("[3]")
-    assert "line 1 is not JSON: expected an object on every line" in error_of()
+    assert "a.jsonl, line 1: is [3], expected a JSON object (and none of the first 1 samples" in error_of()
     (folder / "a.txt").write_text("a")
     check_config(load("--data.path=a.txt"), 2)
     pyarrow.parquet.write_table(pyarrow.table({"text": ["a"]}), folder / "a.parquet")
@@ -377,17 +379,20 @@ def test_text_that_cannot_be_read(folder: Path) -> None:
         "--data.path=a.parquet", "--data.text_key=id"
     )
     (folder / "a.parquet").write_bytes(b"PAR1 and no more")
-    assert "a.parquet' cannot be read as Parquet: " in error_of("--data.path=a.parquet")
+    assert "a.parquet cannot be read: " in error_of("--data.path=a.parquet")
 
 
 def test_conversations_that_cannot_be_read(folder: Path) -> None:
     chat = "--data.format=chat"
-    assert "data.messages_key = 'messages': expected one of text, id, as in" in error_of(chat)
+    assert "expected one with a chat template" in error_of(chat)
+    tiny = f"--data.tokenizer={ROOT}/data/tiny/tokenizer"
+    assert "data.messages_key = 'messages': expected one of text, id" in error_of(chat, tiny)
     (folder / "a.txt").write_text("a")
     assert "'chat': expected conversations, not text files" in error_of(chat, "--data.path=a.txt")
-    (folder / "text" / "a.jsonl").write_text('{"messages": []}')
-    (folder / "tokenizer" / "tokenizer_config.json").write_text("{}")
-    check_config(load(chat), 2)  # the end-of-document token is for text
+    (folder / "text" / "a.jsonl").write_text(
+        '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}'
+    )
+    check_config(load(chat, tiny), 2)
 
 
 def test_weights_of_sources(folder: Path) -> None:
@@ -410,7 +415,8 @@ def test_folders_and_names_of_datasets(folder: Path, marker: str) -> None:
     (folder / "saved" / marker).write_text("{}")
     config = load("--data.path=saved,owner/name:part,text/a.jsonl")
     assert config.data.path == (f"{folder}/saved", "owner/name:part", f"{folder}/text/a.jsonl")
-    check_config(config, 2)
+    assert "saved" in error_of("--data.path=saved,text/a.jsonl")  # it is a folder of theirs, but an empty one
+    check_config(load("--data.path=owner/name:part,text/a.jsonl"), 2)  # the Hub is not asked
 
 
 def test_a_tokenizer_without_an_end_token(folder: Path) -> None:
@@ -422,7 +428,7 @@ def test_a_tokenizer_without_an_end_token(folder: Path) -> None:
 
 
 def test_a_tokenizer_without_a_vocabulary(folder: Path) -> None:
-    (folder / "tokenizer" / "tokenizer.json").write_text('{"added_tokens": [], "model": {"vocab": {}}}')
+    Tokenizer(models.BPE({}, [])).save(str(folder / "tokenizer" / "tokenizer.json"))
     assert "expected a tokenizer with a vocabulary" in error_of()
 
 
