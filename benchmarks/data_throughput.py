@@ -18,7 +18,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from config import Data, Training
+from config.options import Data, Training
 from data import tokenize
 from data.loader import TokenLoader
 

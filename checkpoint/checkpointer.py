@@ -42,7 +42,8 @@ from checkpoint.export import export_to_hf
 from checkpoint.hf_assets import read_base, write_checkpoint_assets
 from checkpoint.tensors.dcp import read_dcp
 from checkpoint.tensors.stored import StoredTensor
-from config import Config, resolved_toml
+from config.options import Config
+from config.reading import resolved_toml
 from errors import UserError
 from models.qwen35_moe.config import ModelConfig, read_config
 from models.qwen35_moe.model import Qwen35Moe

@@ -5,7 +5,7 @@ import os
 from collections.abc import Callable
 from dataclasses import replace
 
-from config import Config
+from config.options import Config
 from data.files import check_cache, is_dataset
 from data.records import Record, Whole
 from data.samples import EncodeChat, check_source, text_of

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from config import load_config, model_config
+from config.reading import load_config, model_config
 from data.batch import Row
 from data.check import check_data
 from data.loader import Packer

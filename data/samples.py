@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 from tokenizers import Tokenizer
 
-from config import Data
+from config.options import Data
 from data.batch import Sample
 from data.chat import ChatTemplate
 from data.packing import BadSample

@@ -16,7 +16,7 @@ from typing import BinaryIO
 
 import numpy as np
 
-from config import Data
+from config.options import Data
 from data.files import TOKENS_META, cached, find_files, is_dataset, refuse_misspelt, suffix_of
 from data.packing import BadSample
 from data.records import Record, Source, Whole

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from config import Data
+from config.options import Data
 from data.files import cached
 from data.packing import BadSample
 from data.records import Record, Whole

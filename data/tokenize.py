@@ -23,7 +23,7 @@ from pathlib import Path
 
 import numpy as np
 
-from config import load_config, model_config
+from config.reading import load_config, model_config
 from data.check import check_data
 from data.files import TOKENS_META
 from data.packing import BadSample, Share

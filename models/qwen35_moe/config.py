@@ -152,6 +152,12 @@ class ModelConfig:
         """Width of linear attention's v."""
         return self.linear_num_value_heads * self.linear_value_head_dim
 
+    @property
+    def kernel_sizes(self) -> tuple[tuple[int, int], int, int]:
+        """What decides which kernels can run: the delta rule's (K, Kv), the convolution's taps, attention's K."""
+        head_dims = (self.linear_key_head_dim, self.linear_value_head_dim)
+        return head_dims, self.linear_conv_kernel_dim, self.head_dim
+
     @classmethod
     def from_table(cls, table: Mapping[str, Any]) -> "ModelConfig":
         """Reads the inline table `[model.config]`: what is left out is as in 35B-A3B, the defaults above."""

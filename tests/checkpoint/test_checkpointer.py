@@ -16,7 +16,7 @@ import checkpoint.checkpointer as checkpointer_module
 from checkpoint.checkpointer import Checkpointer, Progress
 from checkpoint.directories import complete_checkpoints, describe_files, find_checkpoint, write_manifest
 from checkpoint.hf_assets import read_base
-from config import Checkpoint, Config, Data, Job, Model, Optimizer, Training
+from config.options import Checkpoint, Config, Data, Job, Model, Optimizer, Training
 from models.ops.kernels import Kernels
 from models.qwen35_moe.model import Qwen35Moe
 from parallelisms.degrees import Degrees

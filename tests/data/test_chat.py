@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-from config import Data
+from config.options import Data
 from data.chat import ChatTemplate
 from data.packing import BadSample
 from data.samples import EncodeChat

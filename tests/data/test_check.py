@@ -12,7 +12,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from config import Config, Data, Job, LRScheduler, Model, Optimizer, Training, Validation
+from config.options import Config, Data, Job, LRScheduler, Model, Optimizer, Training, Validation
 from data import files, sources
 from data.check import check_data
 from data.loader import TokenLoader

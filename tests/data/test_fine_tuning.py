@@ -7,7 +7,7 @@ import pytest
 import tomli
 import torch
 
-from config import Data, MoE, Training
+from config.options import Data, MoE, Training
 from data.loader import TokenLoader
 from data.packing import BadSample
 from data.samples import open_samples

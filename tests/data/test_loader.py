@@ -19,7 +19,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-from config import Data, Training
+from config.options import Data, Training
 from data.loader import TokenLoader
 from data.samples import open_samples
 from data.shuffle import permute
@@ -410,7 +410,7 @@ def test_a_tokenizer_without_an_ending_is_refused(path, tmp_path):
 
 SCRIPT = """
 import multiprocessing, os, signal, sys
-from config import Data, Training
+from config.options import Data, Training
 from data.loader import TokenLoader
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from config import Data
+from config.options import Data
 from data.messages import FIELDS
 from data.packing import REASONS, BadSample
 from data.samples import EncodeChat

@@ -17,7 +17,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from config import Data
+from config.options import Data
 from data import sources
 from data.files import find_files, suffix_of
 from data.packing import BadSample

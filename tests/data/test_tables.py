@@ -7,7 +7,7 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 
-from config import Data
+from config.options import Data
 from data import tables
 from data.packing import BadSample
 from data.sources import open_sources

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer
 
-from config import Data
+from config.options import Data
 from data import tokenize
 from data.sources import open_sources
 

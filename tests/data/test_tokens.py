@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from config import Data
+from config.options import Data
 from data.sources import open_sources
 from data.tokenizer import tokenizer_identity
 from errors import UserError
