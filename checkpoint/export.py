@@ -48,6 +48,9 @@ from models.qwen35_moe.hf_weights import (
 )
 from models.qwen35_moe.parameters import Shape, parameters
 
+DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "keep": None}
+"""The values of the converters' --dtype; None: of each tensor, what is stored."""
+
 
 class Options(NamedTuple):
     """How to export."""
