@@ -14,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a file fr
 
 from checkpoint.command_line import DTYPES, OneLineParser
 from checkpoint.directories import is_taken
-from checkpoint.export import Options, export_to_hf, verify
+from checkpoint.export import Options, export_to_hf
 from models.qwen35_moe.hf_weights import MTP, NOT_TEXT, PREFIXES, VISION
 
 
@@ -58,11 +58,10 @@ def main(arguments: list[str]) -> int:
         parser.error(f"{given.checkpoint} is no directory: expected a step-* directory, or a run's output_dir")
     if given.base and not (given.base / "config.json").is_file():
         parser.error(f"--base {given.base} has no config.json: expected a Hugging Face directory")
-    options = Options(given.architecture, DTYPES[given.dtype], given.experts, given.max_shard_size, given.base)
+    dtype = DTYPES[given.dtype]
+    options = Options(given.architecture, dtype, given.experts, given.max_shard_size, given.base, given.verify)
     try:
         plan = export_to_hf(given.checkpoint, given.out, options, progress=True)
-        if given.verify:
-            verify(given.checkpoint, given.out, plan, progress=True)
     except (ValueError, OSError) as error:
         print(f"convert_to_hf: {error}", file=sys.stderr)
         return 1

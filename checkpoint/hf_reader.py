@@ -1,6 +1,7 @@
 """Reads the text model out of a Hugging Face directory: all of it for conversion, a rank's shards for training."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -8,7 +9,7 @@ from torch import nn
 
 from checkpoint.tensors.safetensors import read_safetensors
 from checkpoint.tensors.stored import Chunk, StoredArray, StoredTensor
-from errors import UserError
+from errors import UserError, WrongTensors
 from models.qwen35_moe.config import ModelConfig
 from models.qwen35_moe.hf_weights import Piece, find_pieces
 from models.qwen35_moe.init import LocalPart
@@ -20,6 +21,15 @@ def text_tensors(config: ModelConfig, stored: Mapping[str, StoredTensor]) -> dic
     """Native parameters from a directory's tensors. Raises UserError naming one that is missing, odd or unknown."""
     pieces = find_pieces(config, {key: tensor.shape for key, tensor in stored.items()})
     return {name: assemble(name, p.shape, pieces[name], stored) for name, p in parameters(config).items()}
+
+
+@contextmanager
+def naming_tensors() -> Iterator[None]:
+    """Inside, what is refused is refused for the set of tensors: a conversion tells that by its exit code."""
+    try:
+        yield
+    except UserError as error:
+        raise WrongTensors(str(error)) from error
 
 
 def assemble(name: str, shape: Shape, pieces: list[Piece], stored: Mapping[str, StoredTensor]) -> StoredTensor:

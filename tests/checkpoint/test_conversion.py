@@ -299,6 +299,10 @@ def test_what_is_not_there_is_not_declared_and_what_is_needed_is_asked_for(
     weights = load_file(tmp_path / "moved/model-00000.safetensors")
     weights = {key: tensor for key, tensor in weights.items() if not key.startswith("model.visual.blocks")}
     save_file(weights, tmp_path / "moved/model-00000.safetensors")
+    assert "model-00000.safetensors lacks 'model.visual.blocks" in error(f"--base={tmp_path / 'moved'}")
+    index = tmp_path / "moved/model.safetensors.index.json"
+    weight_map = json.loads(index.read_text())["weight_map"]
+    index.write_text(json.dumps({"weight_map": {k: f for k, f in weight_map.items() if "visual.blocks" not in k}}))
     assert "the vision tower: 'model.visual.blocks" in error(f"--base={tmp_path / 'moved'}")
 
 
@@ -307,13 +311,13 @@ def test_verify_finds_a_changed_byte(tmp_path: Path, monkeypatch: pytest.MonkeyP
     dcp.save(state, checkpoint_id=tmp_path / "dcp", no_dist=True)
     add_assets(tmp_path / "dcp")
     plan = export.export_to_hf(tmp_path / "dcp", tmp_path / "out")
-    export.verify(tmp_path / "dcp", tmp_path / "out", plan)
+    export.verify(tmp_path / "out", plan)
     path = tmp_path / "out/model.safetensors"
     data = bytearray(path.read_bytes())
     data[-100] ^= 1
     path.write_bytes(data)
     with pytest.raises(ValueError, match="differs from the checkpoint's"):
-        export.verify(tmp_path / "dcp", tmp_path / "out", plan)
+        export.verify(tmp_path / "out", plan)
 
 
 def test_an_interrupted_conversion_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
