@@ -27,7 +27,7 @@ python=${PYTHON:-python}
 export PYTHONPATH=$folder${PYTHONPATH:+:$PYTHONPATH}
 
 for argument in "$@"; do
-  case $argument in --help | -h) exec "$python" "$folder/config.py" --world-size 1 --help ;; esac
+  case $argument in --help | -h) exec "$python" -m config.checks --world-size 1 --help ;; esac
 done
 
 # Only torch knows how many GPUs it can use; importing it takes seconds, so not where there can be none.
@@ -53,7 +53,7 @@ for rank in ${LOG_RANK//,/ }; do
   ((rank < world_size)) || fail "LOG_RANK = '$LOG_RANK': expected ranks below $world_size, the number of processes"
 done
 
-"$python" "$folder/config.py" --world-size "$world_size" "$@" || exit
+"$python" -m config.checks --world-size "$world_size" "$@" || exit
 
 # On CPUs the processes share the cores: torchrun's default of one thread each would leave some idle.
 if ((gpus == 0)) && [[ -z ${OMP_NUM_THREADS:-} ]]; then

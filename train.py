@@ -14,11 +14,14 @@ import torch.distributed as dist
 
 from checkpoint.checkpointer import Checkpointer, Progress
 from checkpoint.hf_reader import load_hf_weights
-from config import Config, MoE, Training, check_config, load_config, model_config, resolved_toml
+from config.checks import check_config
+from config.options import Config, MoE, Training
+from config.reading import load_config, model_config, resolved_toml
 from data.batch import MicroBatch
 from data.loader import TokenLoader
 from errors import RunError, exit_on_error
 from models.ops.kernels import Kernels, select_kernels
+from models.ops.precision import compute_dtype
 from models.qwen35_moe.check_kernels import check_kernels
 from models.qwen35_moe.config import ModelConfig
 from models.qwen35_moe.init import init_weights
@@ -121,13 +124,6 @@ def reduce_result(result: StepResult) -> StepResult:
     return result._replace(losses=dict(zip(result.losses, reduced)), expert_counts=expert_counts)
 
 
-def select_dtype(name: str, device: torch.device) -> torch.dtype:
-    """`training.dtype`: "auto" is bfloat16 on a GPU, float32 on a CPU."""
-    if name == "auto":
-        return torch.bfloat16 if device.type == "cuda" else torch.float32
-    return getattr(torch, name)
-
-
 def build_on_meta(shape: ModelConfig, kernels: Kernels, master_dtype: torch.dtype) -> Qwen35Moe:
     """The model without memory, its parameters in the master dtype."""
     before = torch.get_default_dtype()
@@ -141,25 +137,22 @@ def build_on_meta(shape: ModelConfig, kernels: Kernels, master_dtype: torch.dtyp
 
 def build_model(config: Config, shape: ModelConfig, meshes: Meshes, device: torch.device) -> Qwen35Moe:
     """The parallelised model on its device, its weights yet to be filled."""
-    compute_dtype = select_dtype(config.training.dtype, device)
-    head_dims = (shape.linear_key_head_dim, shape.linear_value_head_dim)
-    requested = dataclasses.asdict(config.kernels)
-    width = shape.linear_conv_kernel_dim
-    kernels = select_kernels(requested, device.type, compute_dtype, head_dims, width, shape.head_dim)
+    dtype = compute_dtype(config.training.dtype, device.type)
+    kernels = select_kernels(dataclasses.asdict(config.kernels), device.type, dtype, *shape.kernel_sizes)
     model = build_on_meta(shape, kernels, getattr(torch, config.training.master_dtype))
     for block in model.blocks:
         block.mlp.gate.force_balanced = config.moe.force_balanced_routing
     num_parameters = sum(parameter.numel() for parameter in model.parameters())
     num_devices = meshes.data_parallel.size()
-    logger.info(f"{num_parameters / 1e6:,.1f} M parameters, {num_devices} x {device.type}, {compute_dtype}, {kernels}")
+    logger.info(f"{num_parameters / 1e6:,.1f} M parameters, {num_devices} x {device.type}, {dtype}, {kernels}")
     if config.kernels.self_test and device.type == "cuda":
-        wrong = check_kernels(kernels, shape, device, compute_dtype)
+        wrong = check_kernels(kernels, shape, device, dtype)
         if wrong:
             raise RunError("; ".join(wrong))
     parallelize_fn(
         model,
         meshes,
-        compute_dtype=compute_dtype,
+        compute_dtype=dtype,
         activation_checkpoint=config.activation_checkpoint.mode,
         compile_blocks=config.compile.enable,
     )
@@ -222,6 +215,8 @@ def main(arguments: list[str]) -> None:
         writer = MetricsWriter(output_dir, config.metrics.tensorboard, step, training.steps)
     mfu_per_token = mfu_of_one_token_a_second(shape, training.sequence_length, world_size, device)
     logger.info(f"from step {step} to {training.steps}, {loader.num_micro_batches} micro-batches a rank and step")
+    if (warmup_steps := config.lr_scheduler.warmup_steps) > training.steps:
+        logger.info(f"lr_scheduler.warmup_steps = {warmup_steps}: the rise is not finished in {training.steps} steps")
     if loader.num_filler_rows:
         rows = f"{meshes.num_data_ranks} processes in rows of {training.local_batch_size}"
         logger.info(

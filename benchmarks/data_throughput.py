@@ -10,6 +10,7 @@ then with the index of before.
 import argparse
 import itertools
 import json
+import os
 import resource
 import subprocess
 import sys
@@ -17,9 +18,7 @@ import tempfile
 import time
 from pathlib import Path
 
-import datasets
-
-from config import Data, Training
+from config.options import Data, Training
 from data import tokenize
 from data.loader import TokenLoader
 
@@ -66,7 +65,7 @@ def main() -> None:
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(options.cache or name)
-        datasets.config.HF_DATASETS_CACHE = folder / "cache"
+        os.environ["HF_DATASETS_CACHE"] = str(folder / "cache")
         if options.start_of:
             start_of(options.start_of)
             return

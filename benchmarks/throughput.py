@@ -30,7 +30,9 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a file from anywhere
 
-from config import Config, check_config, load_config, model_config
+from config.checks import check_config
+from config.options import Config
+from config.reading import load_config, model_config
 from data.batch import MicroBatch
 from models.ops.documents import Documents
 from models.qwen35_moe.init import init_weights

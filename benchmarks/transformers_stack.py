@@ -21,7 +21,8 @@ from transformers.models.qwen3_5_moe import modeling_qwen3_5_moe
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a file from anywhere
 
 from benchmarks.throughput import NUM_WARMUP_STEPS, report
-from config import Config, load_config, model_config
+from config.options import Config
+from config.reading import load_config, model_config
 from training.flops import flops_per_token, peak_flops
 
 

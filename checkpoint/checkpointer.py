@@ -11,7 +11,6 @@ leftovers of a run that was killed. docs/checkpoints.md has the guarantees.
 """
 
 import functools
-import json
 import logging
 import os
 import shutil
@@ -43,9 +42,10 @@ from checkpoint.export import export_to_hf
 from checkpoint.hf_assets import read_base, write_checkpoint_assets
 from checkpoint.tensors.dcp import read_dcp
 from checkpoint.tensors.stored import StoredTensor
-from config import Config, resolved_toml
+from config.options import Config
+from config.reading import resolved_toml
 from errors import UserError
-from models.qwen35_moe.config import ModelConfig
+from models.qwen35_moe.config import ModelConfig, read_config
 from models.qwen35_moe.model import Qwen35Moe
 from parallelisms.mesh import Meshes
 from parallelisms.parallelize import local_region
@@ -246,10 +246,11 @@ class Checkpointer:
         assets = unfinished / "hf"
         assets.mkdir()
         sources = [Path(self._config.data.tokenizer)]
-        config = self._shape.to_dict()
+        # No position beyond has been seen in training.
+        config = self._shape.to_dict() | {"max_position_embeddings": self._config.training.sequence_length}
         if self._config.model.path:  # it may say more than the shape
             sources.append(Path(self._config.model.path))
-            config = json.loads((sources[-1] / "config.json").read_text(encoding="utf-8"))
+            config = read_config(sources[-1] / "config.json")
         write_checkpoint_assets(assets, config, self._base, *sources)
         others = [path for path in unfinished.rglob("*") if path.is_file() and path.name not in files]
         write_manifest(unfinished, files | describe_files(unfinished, others))

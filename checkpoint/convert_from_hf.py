@@ -27,10 +27,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a file fr
 
 from checkpoint.command_line import DTYPES, OneLineParser
 from checkpoint.directories import describe_files, is_taken, new_directory, write_manifest
-from checkpoint.hf_assets import read_config, write_checkpoint_assets
+from checkpoint.hf_assets import write_checkpoint_assets
 from checkpoint.hf_reader import naming_tensors, text_tensors
 from checkpoint.tensors.safetensors import read_safetensors
 from checkpoint.tensors.stored import StoredTensor
+from models.qwen35_moe.config import ModelConfig, read_config
 from models.qwen35_moe.hf_weights import NOT_TEXT
 from models.qwen35_moe.parameters import parameters
 
@@ -45,7 +46,7 @@ def convert_from_hf(source: Path, out: Path, dtype: torch.dtype | None) -> list[
     or empty; it appears when it is complete. Raises UserError naming a tensor that is missing, odd or unknown.
     """
     stored = read_safetensors(source)
-    config, shape = read_config(source / "config.json")
+    config, shape = read_config(source / "config.json"), ModelConfig.from_pretrained(source)
     with naming_tensors():
         tensors = text_tensors(shape, stored)
     float32 = {name for name, parameter in parameters(shape).items() if parameter.is_float32}

@@ -27,14 +27,14 @@ from huggingface_hub import split_state_dict_into_shards_factory
 from tqdm import tqdm
 
 from checkpoint.directories import check_files, find_checkpoint, new_directory
-from checkpoint.hf_assets import class_config, copy_assets, read_base, read_config
+from checkpoint.hf_assets import class_config, copy_assets, read_base
 from checkpoint.hf_reader import assemble, naming_tensors
 from checkpoint.tensors.dcp import read_dcp
 from checkpoint.tensors.fsdp_shards import is_shard_directory, read_fsdp_shards
 from checkpoint.tensors.safetensors import Export, read_safetensors, write_file
 from checkpoint.tensors.stored import StoredTensor
 from errors import UserError, WrongTensors, reading
-from models.qwen35_moe.config import ModelConfig
+from models.qwen35_moe.config import ModelConfig, read_config
 from models.qwen35_moe.hf_weights import (
     MTP,
     NOT_TEXT,
@@ -120,9 +120,9 @@ def make_plan(checkpoint: Path, options: Options) -> Plan:
     if not configs:
         raise UserError(f"{checkpoint} has no config.json: expected --base with the model that it came from")
     # The checkpoint's own config tells what was trained; the base's may have what the checkpoint's left out: vision.
-    shape = configs[0][1]
-    config, other_shape = configs[0] if "vision_config" in configs[0][0] else configs[-1]
-    if other_shape != shape:
+    config = configs[0] if "vision_config" in configs[0] else configs[-1]
+    shape = ModelConfig.from_dict(configs[0])
+    if ModelConfig.from_dict(config) != shape:
         raise UserError(f"--base {base}: its text model has another shape than the checkpoint's")
     has_tower = any(key.startswith(VISION) for key in stored)
     came_with_vision = "vision_config" in config and (base is not None or has_tower)

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from checkpoint.tensors.stored import file_size, read_json
-from errors import UserError, reading
-from models.qwen35_moe.config import ModelConfig
+from errors import reading
+from models.qwen35_moe import hf_config
 
 _COPIED = (
     "generation_config.json",
@@ -64,38 +64,13 @@ def read_base(checkpoint: Path) -> Path | None:
         return base
 
 
-def read_config(path: Path) -> tuple[dict[str, Any], ModelConfig]:
-    """A config.json, without the code that it may name, and the text model that it tells."""
-    config = read_json(path)
-    config.pop("auto_map", None)
-    with reading(path):
-        return config, ModelConfig.from_dict(config)
-
-
 def class_config(
     config: dict[str, Any], architecture: str, num_mtp_layers: int, dtype: str, tokenizer: Path
 ) -> dict[str, Any]:
-    """The config.json of one of the two classes, from a config.json of either form.
-
-    MTP layers are declared as many as there are. Ids of special tokens that `config` does not tell come from the
-    tokenizer's files in `tokenizer`. Raises UserError if the image-text class is asked for without a vision_config.
-    """
-    text = config.get("text_config", config) | ModelConfig.from_dict(config).to_dict()
-    if num_mtp_layers or "mtp_num_hidden_layers" in text:
-        text["mtp_num_hidden_layers"] = num_mtp_layers
-    if (tokenizer / "tokenizer_config.json").exists() and (tokenizer / "tokenizer.json").exists():
-        text = _special_token_ids(tokenizer) | {key: value for key, value in text.items() if value is not None}
-    if architecture == "causal_lm":
-        return text | {"dtype": dtype}
-    if "vision_config" not in config:
-        raise UserError("image_text_to_text: config.json has no vision_config: expected --base with a model that has")
-    del text["architectures"]
-    return config | {
-        "architectures": ["Qwen3_5MoeForConditionalGeneration"],
-        "text_config": text | {"dtype": dtype},
-        "tie_word_embeddings": text["tie_word_embeddings"],
-        "dtype": dtype,
-    }
+    """`hf_config.class_config`, with the ids of special tokens that the tokenizer's files in `tokenizer` tell."""
+    has_files = (tokenizer / "tokenizer_config.json").exists() and (tokenizer / "tokenizer.json").exists()
+    token_ids = _special_token_ids(tokenizer) if has_files else {}
+    return hf_config.class_config(config, architecture, num_mtp_layers, dtype, token_ids)
 
 
 def _special_token_ids(tokenizer: Path) -> dict[str, int]:

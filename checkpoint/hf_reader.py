@@ -11,16 +11,37 @@ from checkpoint.tensors.safetensors import read_safetensors
 from checkpoint.tensors.stored import Chunk, StoredArray, StoredTensor
 from errors import UserError, WrongTensors
 from models.qwen35_moe.config import ModelConfig
-from models.qwen35_moe.hf_weights import Piece, find_pieces
+from models.qwen35_moe.hf_weights import NOT_TEXT, Piece, find_pieces
 from models.qwen35_moe.init import LocalPart
 from models.qwen35_moe.model import Qwen35Moe
 from models.qwen35_moe.parameters import Shape, full_box, parameters
 
+PLAIN_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
 
 def text_tensors(config: ModelConfig, stored: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
     """Native parameters from a directory's tensors. Raises UserError naming one that is missing, odd or unknown."""
+    for key, tensor in stored.items():
+        if not key.startswith(NOT_TEXT) and tensor.dtype not in PLAIN_DTYPES:
+            raise UserError(f"weights: {key!r} is {tensor.dtype}, quantised: dequantise the model to bfloat16 first")
     pieces = find_pieces(config, {key: tensor.shape for key, tensor in stored.items()})
-    return {name: assemble(name, p.shape, pieces[name], stored) for name, p in parameters(config).items()}
+    tensors = {name: assemble(name, p.shape, pieces[name], stored) for name, p in parameters(config).items()}
+    if config.tie_word_embeddings and "lm_head.weight" in stored:
+        _check_tied(tensors["embed_tokens.weight"], stored["lm_head.weight"])
+    return tensors
+
+
+def _check_tied(embedding: StoredTensor, head: StoredTensor) -> None:
+    """Raises UserError if a tied model's own head says something else than its embedding."""
+    if head.shape != embedding.shape:
+        raise UserError(f"weights: 'lm_head.weight' has shape {list(head.shape)}, not {list(embedding.shape)}")
+    for start in range(0, head.shape[0], 8192):
+        rows = ((start, min(start + 8192, head.shape[0])),)
+        if not torch.equal(head.read(rows).double(), embedding.read(rows).double()):
+            raise UserError(
+                "weights: 'lm_head.weight' differs from the embedding, but config.json's tie_word_embeddings is true: "
+                "expected equal values, no 'lm_head.weight', or tie_word_embeddings = false"
+            )
 
 
 @contextmanager

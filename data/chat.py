@@ -1,38 +1,57 @@
 """Conversations: the tokenizer's own chat template renders them, and the assistant's turns are found in the result.
 
 A template may drop, move, trim or add what it likes, so nothing is assumed about it. A second rendering, in which each
-text of the conversation is replaced by a marker, shows where the texts went. Only if putting them back gives the first
-rendering is the place of each known; and a turn of the assistant reaches from there to its end-of-turn token.
+text of the assistant is replaced by a marker and a marker is put into each other text, shows where the texts went. Only
+if putting them back gives the first rendering is the place of each known; a turn of the assistant reaches from there to
+its end-of-turn token; and what the conversation says but the rendering does not is found missing.
 """
 
 import copy
 import json
 import re
+import signal
+import threading
 import unicodedata
 from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from data.batch import Sample
+from data.messages import Message, read_messages
 from data.packing import BadSample
 from errors import UserError
 
 if TYPE_CHECKING:  # seconds to import, and of no use to workers that read text
     from transformers import PreTrainedTokenizerFast
 
-Message = dict[str, Any]
-
 # Markers are private-use characters, of which no text is made: an opening one, digits, a closing one.
 _OPEN, _CLOSE = "\ue0f0", "\ue0f1"
 _MARKER = re.compile(f"{_OPEN}(\\d+){_CLOSE}")
+_NO_THOUGHTS = re.compile(r"\s*<think>\s*</think>\s*")
+_SURROGATE = re.compile("[\ud800-\udfff]")
+
+_RENDER_SECONDS = 5.0  # of processor time, of which a long conversation takes a hundredth
+_MAX_TIMEOUTS = 3
+_MAX_RENDERING = 1 << 26  # characters
+
+
+class Field(NamedTuple):
+    """A text of a conversation, and how its marker stands for it."""
+
+    message: int  # -1: of the tools
+    kind: str  # "content", "tool_call", "tools" or the name of reasoning
+    text: str
+    cut: int | None  # where the marker was put into the text; None: it replaces the text
 
 
 class Place(NamedTuple):
-    """Where the rendering shows a text of a message."""
+    """Where the rendering shows a text of a message, or, if its marker was put into it, a place in it."""
 
     message: int
-    kind: str  # "reasoning_content", "content" or "tool_call": the name in a call
+    kind: str
     begin: int
     end: int
 
@@ -45,6 +64,10 @@ class ChatTemplate:
         if not tokenizer.chat_template:
             raise UserError(f"data.tokenizer = {tokenizer.name_or_path!r}: expected one with a chat template")
         self._tokenizer, self._train_on, self._train_empty_thinking = tokenizer, train_on, train_empty_thinking
+        self._num_timeouts = 0
+        self._reasoning, self._shows_reasoning = "reasoning_content", False  # the name that the template knows, if any
+        self.ignored = set[str]()
+        """Names of fields of messages that were left out so far."""
         special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
         self._special = re.compile("|".join(map(re.escape, sorted(special | {_OPEN}, key=len, reverse=True))))
         try:
@@ -54,10 +77,19 @@ class ChatTemplate:
 
     def sample(self, messages: list[Message], tools: Any) -> Sample:
         """The tokens of a conversation, of which the assistant's are trained on. Raises BadSample."""
-        messages, weights = _checked(messages)
-        if found := next((m for text in _texts([messages, tools]) for m in self._special.finditer(text)), None):
-            raise BadSample("special_token", f"has the special token {found[0]!r} in a text")
+        messages, weights, unknown, ignored = read_messages(messages, self._reasoning)
+        for text in _texts([messages, tools]):
+            if found := self._special.search(text):
+                raise BadSample("special_token", f"has the special token {found[0]!r} in a text")
+            if _SURROGATE.search(text):
+                raise BadSample("undecodable", "has half a surrogate pair in a text")
         rendered, spans = self._spans(messages, tools)
+        for number, field in unknown:
+            without = [dict(message) for message in messages]
+            del without[number][field]
+            if self._render(without, tools) == rendered:
+                raise BadSample("unused_field", f"has message {number} with {field!r:.60}, of which nothing is shown")
+        self.ignored |= ignored
         wanted = [number for number, weight in weights.items() if weight]
         if self._train_on == "last":
             wanted = [number for number in wanted if number == max(weights)]
@@ -76,15 +108,34 @@ class ChatTemplate:
 
     def _render(self, messages: list[Message], tools: Any = None, **options: Any) -> str:
         try:
-            return str(self._tokenizer.apply_chat_template(messages, tools=tools, tokenize=False, **options))
+            with _time_limit(_RENDER_SECONDS):
+                text = self._tokenizer.apply_chat_template(messages, tools=tools, tokenize=False, **options)
+        except TimeoutError:
+            self._num_timeouts += 1
+            if self._num_timeouts > _MAX_TIMEOUTS:
+                raise UserError(
+                    f"data.tokenizer = {self._tokenizer.name_or_path!r}: its chat template took more than "
+                    f"{_RENDER_SECONDS:g} s for each of {self._num_timeouts} conversations: expected one that ends"
+                ) from None
+            raise BadSample("template_error", f"takes the chat template more than {_RENDER_SECONDS:g} s") from None
         except Exception as error:  # templates are programs of others: they raise whatever they like
             raise BadSample("template_error", f"is refused by the chat template: {error}") from None
+        if not isinstance(text, str) or len(text) > _MAX_RENDERING:
+            raise BadSample("template_error", f"is rendered as more than {_MAX_RENDERING:,} characters")
+        return text
 
     def _learn_openings(self) -> None:
         """What the template puts before an answer, and the token that ends one."""
         user, answer = {"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}
         prompts, openings = [], []
         asked = self._render([user])
+        for name in ("reasoning_content", "reasoning", "thinking"):
+            try:
+                if _OPEN in self._render([user, {**answer, name: _OPEN}]):
+                    self._reasoning, self._shows_reasoning = name, True
+                    break
+            except BadSample:
+                continue
         for options in ({}, {"enable_thinking": False}):
             prompt = self._render([user], add_generation_prompt=True, **options)
             prompts += [prompt[len(asked) :]] if prompt.startswith(asked) else []
@@ -99,29 +150,42 @@ class ChatTemplate:
         self._openings = sorted({text for text in prompts + openings if text}, key=len, reverse=True)  # longest first
 
     def _spans(self, messages: list[Message], tools: Any) -> tuple[str, dict[int, tuple[int, int]]]:
-        """The rendering, and where in it each of the assistant's turns begins and ends."""
+        """The rendering, and where in it each of the assistant's turns begins and ends. Raises BadSample."""
         rendered, messages = self._with_reasoning_apart(messages, tools)
-        marked, fields = _with_markers(messages)
-        pieces = _MARKER.split(self._render(marked, tools))  # text, number, text, number, ..., text
-        if not rendered.startswith(pieces[0]):
+        # A template may look at how a text begins or ends, so at first the markers stand in the middle.
+        for share in (0.5, 1.0, 0.0):
+            marked, marked_tools, fields = self._with_markers(messages, tools, share)
+            located = _locate(rendered, self._render(marked, marked_tools), fields)
+            if located is not None:
+                break
+        else:
             raise _unclear()
-        places, position = [], len(pieces[0])  # in the rendering's order
-        for number, following in zip(map(int, pieces[1::2]), pieces[2::2]):
-            message, kind, text = fields[number]
-            for shown in (text, text.strip(), text.lstrip(), text.rstrip()):
-                if rendered.startswith(shown + following, position):
-                    break
-            else:
-                raise _unclear()
-            places.append(Place(message, kind, position, position + len(shown)))
-            position += len(shown) + len(following)
-        if position != len(rendered):
-            raise _unclear()
-        return rendered, {
+        places, shown = located
+        self._check_shown(messages, [field for number, field in enumerate(fields) if number not in shown])
+        spans = {
             number: self._turn(rendered, places, number)
             for number, message in enumerate(messages)
             if message["role"] == "assistant"
         }
+        for number, message in enumerate(messages):
+            begin, end = spans.get(number, (0, len(rendered)))
+            for call in message.get("tool_calls", []):
+                for forms in _written(call["function"]["arguments"]):
+                    if not any(form in rendered[begin:end] for form in forms):
+                        raise BadSample(
+                            "unrendered", f"has message {number} of whose tool call the template leaves out {forms[0]}"
+                        )
+        return rendered, spans
+
+    def _check_shown(self, messages: list[Message], missing: list[Field]) -> None:
+        """Raises BadSample for texts that the rendering does not show. Reasoning before a question of the user's may be
+        left out: templates show it only where it led to the present answer."""
+        last_user = max((number for number, message in enumerate(messages) if message["role"] == "user"), default=-1)
+        for number, kind, text, _ in missing:
+            is_earlier = 0 <= number < last_user and messages[number]["role"] == "assistant"
+            if not (kind == self._reasoning and self._shows_reasoning and is_earlier):
+                whose = f"message {number} whose {kind}" if number >= 0 else "tools of which"
+                raise BadSample("unrendered", f"has {whose} the chat template leaves out: {text!r:.60}")
 
     def _turn(self, rendered: str, places: list[Place], number: int) -> tuple[int, int]:
         """Where the turn of message `number` begins and ends, its end-of-turn token included."""
@@ -140,18 +204,17 @@ class ChatTemplate:
 
         # The beginning: what the model is to write after the prompt for an answer. If it is not told what to think, the
         # empty thoughts before its answer are the template's, unless they are wanted.
-        if first.kind == "reasoning_content":
+        if first.kind == self._reasoning:
             openings = [self._prompt]
-        elif self._train_empty_thinking:
-            openings = self._openings[::-1]
-        elif first.kind == "tool_call":
-            openings = self._openings
         else:
-            return first.begin, end
+            openings = self._openings[::-1] if self._train_empty_thinking else self._openings
         before = rendered[previous : first.begin]
         for opening in openings:
             if opening in before:
-                return previous + before.rfind(opening) + len(opening), end
+                begin = previous + before.rfind(opening) + len(opening)
+                if not self._train_empty_thinking and _NO_THOUGHTS.fullmatch(rendered, begin, first.begin):
+                    begin = first.begin
+                return begin, end
         if first.kind == "tool_call":
             raise _unclear()
         return first.begin, end
@@ -161,77 +224,126 @@ class ChatTemplate:
         rendered, apart = self._render(messages, tools), list(messages)
         for number, message in enumerate(messages):
             content = message.get("content") or ""
-            if message["role"] == "assistant" and "</think>" in content and "reasoning_content" not in message:
+            if message["role"] == "assistant" and "</think>" in content and self._reasoning not in message:
                 reasoning, _, answer = content.rpartition("</think>")
                 reasoning = reasoning.rpartition("<think>")[2]
-                apart[number] = {**message, "reasoning_content": reasoning.strip("\n"), "content": answer.lstrip("\n")}
+                apart[number] = {**message, self._reasoning: reasoning.strip("\n"), "content": answer.lstrip("\n")}
         return rendered, apart if apart != messages and self._render(apart, tools) == rendered else messages
+
+    def _with_markers(
+        self, messages: list[Message], tools: Any, share: float
+    ) -> tuple[list[Message], Any, list[Field]]:
+        """Copies with a marker for each text, and the texts by the markers' numbers. The assistant's are replaced; into
+        others the marker is put after this `share` of them."""
+        fields: list[Field] = []
+
+        def replace(number: int, kind: str, text: str) -> str:
+            fields.append(Field(number, kind, text, None))
+            return f"{_OPEN}{len(fields) - 1}{_CLOSE}"
+
+        def insert(number: int, kind: str, text: str) -> str:
+            if not text.strip():
+                return text
+            cut = len(text) - len(text.lstrip()) + int(len(text.strip()) * share)
+            fields.append(Field(number, kind, text, cut))
+            return f"{text[:cut]}{_OPEN}{len(fields) - 1}{_CLOSE}{text[cut:]}"
+
+        def insert_all(number: int, value: Any) -> Any:
+            if isinstance(value, str):
+                return insert(number, "tool_call", value)
+            if isinstance(value, dict):
+                return {key: insert_all(number, inner) for key, inner in value.items()}
+            return [insert_all(number, inner) for inner in value] if isinstance(value, list) else value
+
+        marked, marked_tools = copy.deepcopy(messages), copy.deepcopy(tools)
+        for number, message in enumerate(marked):
+            mark = replace if message["role"] == "assistant" else insert
+            for kind in (self._reasoning, "content"):
+                if message.get(kind, "").strip():
+                    message[kind] = mark(number, kind, message[kind])
+            for call in message.get("tool_calls", []):
+                function = call["function"]
+                function["name"] = replace(number, "tool_call", function["name"])
+                function["arguments"] = insert_all(number, function["arguments"])
+        for tool in marked_tools or []:
+            function = tool.get("function", tool) if isinstance(tool, dict) else None
+            for key in ("name", "description"):
+                if isinstance(function, dict) and isinstance(function.get(key), str):
+                    function[key] = insert(-1, "tools", function[key])
+        return marked, marked_tools, fields
+
+
+def _locate(rendered: str, marked: str, fields: list[Field]) -> tuple[list[Place], set[int]] | None:
+    """Where the rendering shows the texts, in its own order, and the numbers of those that it shows; None if the texts
+    in the place of the markers do not make it."""
+    pieces = _MARKER.split(marked)  # text, number, text, number, ..., text
+    if not rendered.startswith(pieces[0]):
+        return None
+    places, position = [], len(pieces[0])
+    numbers = list(map(int, pieces[1::2]))
+    for number, following in zip(numbers, pieces[2::2]):
+        message, kind, text, cut = fields[number]
+        for shown in (text, text.strip(), text.lstrip(), text.rstrip()) if cut is None else ("",):
+            if rendered.startswith(shown + following, position):
+                break
+        else:
+            return None
+        if cut is not None and not any(
+            rendered.endswith(before.lstrip(), 0, position) and rendered.startswith(after.rstrip(), position)
+            for before, after in zip(_forms(text[:cut]), _forms(text[cut:]))
+        ):
+            return None
+        places.append(Place(message, kind, position, position + len(shown)))
+        position += len(shown) + len(following)
+    return (places, set(numbers)) if position == len(rendered) else None
+
+
+def _forms(text: str) -> tuple[str, ...]:
+    """A text as it may be shown: itself, or as in JSON, where some templates escape <, >, & and the apostrophe."""
+    inside = json.dumps(text, ensure_ascii=False)[1:-1]
+    escaped = inside
+    for character in "<>&'":
+        escaped = escaped.replace(character, f"\\u{ord(character):04x}")
+    return text, inside, escaped
+
+
+def _written(arguments: Any) -> Iterator[tuple[str, ...]]:
+    """The forms in which names and values of arguments may be shown, but for strings: these have markers."""
+    if isinstance(arguments, dict):
+        for key, value in arguments.items():
+            yield _forms(key)
+            yield from _written(value)
+    elif isinstance(arguments, list):
+        for value in arguments:
+            yield from _written(value)
+    elif not isinstance(arguments, str):
+        yield json.dumps(arguments), str(arguments)
+
+
+@contextmanager
+def _time_limit(seconds: float) -> Iterator[None]:
+    """Raises TimeoutError inside when this process has computed for so long, if this is its main thread, as in workers.
+
+    Processor time, so that a machine that is busy or asleep refuses nothing.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        raise TimeoutError
+
+    before = signal.signal(signal.SIGVTALRM, stop)
+    signal.setitimer(signal.ITIMER_VIRTUAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+        signal.signal(signal.SIGVTALRM, before)
 
 
 def _unclear() -> BadSample:
     return BadSample("unclear_spans", "has turns of the assistant that cannot be found in the chat template's output")
-
-
-def _checked(messages: Any) -> tuple[list[Message], dict[int, int]]:
-    """Messages as a template takes them, and the weights of the assistant's. Raises BadSample."""
-    if not isinstance(messages, list) or not messages:
-        raise BadSample("wrong_type" if messages else "empty", "has no messages: expected a list of them")
-    checked, weights = [], {}
-    for number, message in enumerate(messages):
-        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
-            raise BadSample("wrong_type", f"has message {number} without a role")
-        message = {key: value for key, value in message.items() if value is not None}  # Arrow fills up with None
-        weight = message.pop("weight", 1)
-        for key in ("content", "reasoning_content"):
-            if not isinstance(message.get(key, ""), str):
-                raise BadSample("wrong_type", f"has message {number} whose {key} is no string")
-        if weight not in (0, 1):
-            raise BadSample("wrong_type", f"has message {number} with weight {weight!r}, expected 0 or 1")
-        calls = message.get("tool_calls") or []
-        if not isinstance(calls, list):
-            raise BadSample("wrong_type", f"has message {number} whose tool_calls are no list")
-        if calls:
-            message["tool_calls"] = [_checked_call(call, number) for call in calls]
-        elif "content" not in message:
-            raise BadSample("wrong_type", f"has message {number} without content")
-        message.setdefault("content", "")
-        if message["role"] == "assistant":
-            weights[number] = int(weight)
-        checked.append(message)
-    return checked, weights
-
-
-def _checked_call(call: Any, number: int) -> dict[str, Any]:
-    """A tool call whose arguments are a table, as templates want it: many write them as a string of JSON."""
-    function = call.get("function", call) if isinstance(call, dict) else None
-    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-        raise BadSample("wrong_type", f"has message {number} with a tool call without a name")
-    arguments = function.get("arguments", {})
-    try:
-        arguments = json.loads(arguments) if isinstance(arguments, str) else arguments
-    except ValueError:
-        raise BadSample("wrong_type", f"has message {number} with a tool call whose arguments are not JSON") from None
-    outer = call if "function" in call else {"type": "function"}
-    return {**outer, "function": {**function, "arguments": arguments}}
-
-
-def _with_markers(messages: list[Message]) -> tuple[list[Message], list[tuple[int, str, str]]]:
-    """Copies whose reasoning, content and names in tool calls are markers; and the message, kind and text of each."""
-    fields: list[tuple[int, str, str]] = []
-
-    def marker(number: int, kind: str, text: str) -> str:
-        fields.append((number, kind, text))
-        return f"{_OPEN}{len(fields) - 1}{_CLOSE}"
-
-    marked = copy.deepcopy(messages)
-    for number, message in enumerate(marked):
-        for kind in ("reasoning_content", "content"):
-            if message.get(kind, "").strip():
-                message[kind] = marker(number, kind, message[kind])
-        for call in message.get("tool_calls", []):
-            function = call["function"]
-            function["name"] = marker(number, "tool_call", function["name"])
-    return marked, fields
 
 
 def _texts(value: Any) -> Iterator[str]:

@@ -27,10 +27,11 @@ from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 from torchdata.stateful_dataloader import StatefulDataLoader
 
-from config import Data, Training
+from config.options import Data, Training
 from data.batch import Cursor, MicroBatch, Row
 from data.packing import NO_SAMPLE, NUM_PENDING, ChatSlot, Share, TextSlot, filler_row
-from data.samples import Samples, load_tokenizer, open_samples
+from data.samples import Samples, open_samples
+from data.tokenizer import load_tokenizer
 from errors import UserError
 
 logger = logging.getLogger("train")

@@ -21,6 +21,10 @@ REASONS = (
     "special_token",
     "unclear_spans",
     "nothing_to_train",
+    "unrendered",
+    "unused_field",
+    "ignored_field",  # trained on nevertheless, too
+    "failed",
 )
 
 
@@ -33,7 +37,7 @@ class BadSample(UserError):
         self.reason = reason
 
     def __str__(self) -> str:
-        return " ".join(str(self.args[1]).split())
+        return " ".join(str(self.args[1]).encode(errors="backslashreplace").decode().split())
 
 
 @dataclass

@@ -13,11 +13,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from config import check_data, load_config
+from config.reading import load_config, model_config
 from data.batch import Row
+from data.check import check_data
 from data.loader import Packer
 from data.packing import BadSample
-from data.samples import load_tokenizer, open_samples
+from data.samples import open_samples
+from data.tokenizer import load_tokenizer
 from errors import UserError, exit_on_error
 from models.ops.labels import IGNORED
 
@@ -63,13 +65,15 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--samples", type=int, default=1000, help="samples to measure")
     options, rest = parser.parse_known_args(argv)
     config = load_config(rest)
-    check_data(config)
+    check_data(config, model_config(config).vocab_size)
     training, tokenizer = config.training, load_tokenizer(config.data.tokenizer)
     samples = open_samples(config.data, tokenizer, training.sequence_length, config.job.seed)
 
+    noted = Counter[str]()
     packer = Packer(samples, config.data, tokenizer.eos_token_id or 0, training.global_batch_size, False)
     for number in range(min(options.rows, training.global_batch_size)):
         row = packer.slot(packer.first_cursor(number)).next_row(training.sequence_length)
+        noted.update(reason for reason, _ in row.notes if reason == "ignored_field")  # told once, so it may be here
         print(f"Row {number}: {len(row.lengths)} documents\n{show_row(row, tokenizer, sys.stdout.isatty())}\n")
 
     lengths, num_trained, skipped = [], 0, Counter[str]()
@@ -80,6 +84,8 @@ def main(argv: list[str]) -> None:
         except BadSample as error:
             skipped[error.reason] += 1
             continue
+        if sample.note is not None:
+            noted[sample.note[0]] += 1
         lengths.append(len(sample.tokens))
         num_trained += int((sample.labels != IGNORED).sum())
     if not lengths:
@@ -93,6 +99,8 @@ def main(argv: list[str]) -> None:
     print(histogram(lengths))
     for reason, count in sorted(skipped.items()):
         print(f"skipped ({reason}): {count:,}, {count / num_measured:.2%}")
+    for reason, count in sorted(noted.items()):
+        print(f"used, but {reason}: {count:,}")
     print(f"rows are {fill:.1%} full, and {num_trained / sum(lengths):.1%} of the tokens in them are trained on")
     steps = tokens / fill / training.sequence_length / training.global_batch_size
     print(f"an epoch has {about}{tokens:,.0f} tokens, {steps:,.1f} steps; training.steps = {training.steps:,} are")

@@ -1,26 +1,30 @@
 """Samples: the endless, shuffled stream of epochs over the sources, each sample as tokens and what is trained on."""
 
 import bisect
+import copy
+import functools
 import itertools
 import json
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 from tokenizers import Tokenizer
 
-from config import Data
+from config.options import Data
 from data.batch import Sample
 from data.chat import ChatTemplate
 from data.packing import BadSample
+from data.records import Record, Source
 from data.shuffle import permute
-from data.sources import Record, Source, open_sources
+from data.sources import open_sources
 from errors import UserError
 
 if TYPE_CHECKING:  # seconds to import, and of no use to workers that read text
     from transformers import PreTrainedTokenizerFast
 
 Encode = Callable[[Record], Sample]
+T = TypeVar("T")
 
 _BLOCK = 8191  # a prime: whatever the number of slots, each of them meets all places
 _NUM_CHECKED = 100
@@ -70,28 +74,44 @@ class Samples:
         """Raises BadSample, which names the place of the record."""
         return self._read(*self.find(sample))
 
-    def check(self) -> None:
-        """Raises UserError for a source of which nothing can be used, judging from its first records."""
-        for source in self._sources:
-            errors: list[BadSample] = []
-            for index in range(min(len(source), _NUM_CHECKED)):
-                try:
-                    self._read(source, index)
-                    break
-                except BadSample as error:
-                    errors.append(error)
-            else:
-                raise UserError(f"{errors[0]} (and none of the first {len(errors)} samples can be used)")
-
     def _read(self, source: Source, index: int) -> Sample:
-        try:
-            sample = self._encode(source[index])
-        except BadSample as error:
-            raise BadSample(error.reason, f"{source.where(index)}: {error}") from None
+        where = functools.partial(source.where, index)
+        sample = read_sample(functools.partial(source.__getitem__, index), self._encode, where)
         if sample.note is not None:
             reason, message = sample.note
-            sample = sample._replace(note=(reason, f"{source.where(index)}: {message}"))
+            sample = sample._replace(note=(reason, f"{where()}: {message}"))
         return sample
+
+
+def read_sample(record: Callable[[], Record], encode: Callable[[Record], T], where: Callable[[], str]) -> T:
+    """A record as a sample. Whatever its reading or its encoding raise is the record's fault: it ends as BadSample with
+    its place. What the system refuses, such as a file that is gone, ends the run as UserError."""
+    try:
+        return encode(record())
+    except BadSample as error:
+        raise BadSample(error.reason, f"{where()}: {error}") from None
+    except (UserError, KeyboardInterrupt, SystemExit, GeneratorExit, MemoryError):
+        raise
+    except RecursionError:
+        raise BadSample("wrong_type", f"{where()}: is nested too deeply") from None
+    except BaseException as error:  # a panic of the tokenizers library is no Exception
+        if isinstance(error, OSError) and error.errno is not None:
+            raise UserError(f"{where()} cannot be read: {error.strerror}") from error
+        raise BadSample("failed", f"{where()}: {type(error).__name__}: {error}") from error
+
+
+def check_source(source: Source, encode: Callable[[Record], object]) -> bool:
+    """Whether a source has records. Raises UserError if nothing can be used, judging from the first of them."""
+    errors: list[BadSample] = []
+    for where, record in itertools.islice(source.head(), _NUM_CHECKED):
+        try:
+            read_sample(record, encode, functools.partial(str, where))
+            return True
+        except BadSample as error:
+            errors.append(error)
+    if errors:
+        raise UserError(f"{errors[0]} (and none of the first {len(errors)} samples can be used)")
+    return False
 
 
 class EncodeText:
@@ -109,16 +129,22 @@ class EncodeText:
         return Sample.of(np.concatenate([tokens, self._ending], dtype=np.int32, casting="unsafe"))
 
     def _tokenise(self, record: dict[str, Any]) -> list[int]:
-        text = record.get(self._text_key)
-        if not isinstance(text, str):
-            found = f"is {text!r:.60}" if self._text_key in record else f"is missing among {', '.join(record)}"
-            raise BadSample("wrong_type", f"data.text_key = {self._text_key!r} {found}: expected a string")
         try:
             # The batch method because it alone leaves out the offsets into the text, a third of the time.
-            (encoding,) = self._tokenizer.encode_batch_fast([text], add_special_tokens=False)
+            (encoding,) = self._tokenizer.encode_batch_fast([text_of(record, self._text_key)], add_special_tokens=False)
         except (UnicodeEncodeError, TypeError) as error:  # half a surrogate pair
             raise BadSample("undecodable", f"is no text: {error}") from None
         return encoding.ids
+
+
+def text_of(record: Record, key: str) -> str:
+    """The text of a document. Raises BadSample."""
+    assert isinstance(record, dict)
+    text = record.get(key)
+    if not isinstance(text, str):
+        found = f"is {text!r:.60}" if key in record else f"is missing among {', '.join(record)}"
+        raise BadSample("wrong_type", f"data.text_key = {key!r} {found}: expected a string")
+    return text
 
 
 class EncodeChat:
@@ -128,6 +154,7 @@ class EncodeChat:
         self._messages_key, self._tools_key, self._too_long = data.messages_key, data.tools_key, data.too_long
         self._max_tokens = max_tokens
         self._template = ChatTemplate(tokenizer, train_on=data.train_on, train_empty_thinking=data.train_empty_thinking)
+        self._named = frozenset[str]()  # the ignored fields that a note has named
 
     def __call__(self, record: Record) -> Sample:
         if not isinstance(record, dict) or self._messages_key not in record:
@@ -137,12 +164,15 @@ class EncodeChat:
         if isinstance(tools, str):
             try:
                 tools = json.loads(tools)
-            except ValueError:
+            except (ValueError, RecursionError):
                 raise BadSample("wrong_type", f"has {self._tools_key} that are not JSON") from None
         if not isinstance(tools, list | None):
             raise BadSample("wrong_type", f"has {self._tools_key} that are no list")
         sample = self._template.sample(record[self._messages_key], tools)
         if len(sample.tokens) <= self._max_tokens:
+            if new := sorted(self._template.ignored - self._named):
+                self._named |= self._template.ignored
+                return sample._replace(note=("ignored_field", f"has {', '.join(new)}: ignored in all messages"))
             return sample
         message = f"has {len(sample.tokens)} tokens, more than the {self._max_tokens} of a row"
         if self._too_long == "drop":
@@ -153,18 +183,6 @@ class EncodeChat:
         return Sample(tokens, labels, ("truncated", message))
 
 
-def load_tokenizer(folder: str) -> "PreTrainedTokenizerFast":
-    """A Hugging Face tokenizer. Raises UserError for one that is not of the `tokenizers` library."""
-    from transformers import AutoTokenizer, PreTrainedTokenizerFast
-
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    if not isinstance(tokenizer, PreTrainedTokenizerFast):
-        raise UserError(f"data.tokenizer = {folder!r}: expected a tokenizer with a tokenizer.json")
-    tokenizer.backend_tokenizer.no_truncation()  # what a file may ask for is for inference
-    tokenizer.backend_tokenizer.no_padding()
-    return tokenizer
-
-
 def open_samples(data: Data, tokenizer: "PreTrainedTokenizerFast", max_tokens: int, seed: int) -> Samples:
     """What [data] describes, in rows of `max_tokens`. Raises UserError, one line, if it cannot be used."""
     encode: Encode
@@ -172,11 +190,10 @@ def open_samples(data: Data, tokenizer: "PreTrainedTokenizerFast", max_tokens: i
         encode = EncodeChat(data, tokenizer, max_tokens)
     else:
         if data.end_of_document and tokenizer.eos_token_id is None:
-            raise UserError(
-                f"data.end_of_document = True: {data.tokenizer!r} has no eos_token: expected false, or one that has"
-            )
+            raise UserError(f"data.end_of_document = True: expected an eos_token in {data.tokenizer!r}, or false")
         ending = tokenizer.eos_token_id if data.end_of_document else None
         encode = EncodeText(data.text_key, tokenizer.backend_tokenizer, ending)
-    samples = Samples(open_sources(data), data.weights, encode, seed if data.shuffle else None)
-    samples.check()
-    return samples
+    sources = open_sources(data)
+    for source in sources:
+        check_source(source, copy.copy(encode))  # a copy, so that the workers name ignored fields themselves
+    return Samples(sources, data.weights, encode, seed if data.shuffle else None)

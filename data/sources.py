@@ -2,115 +2,77 @@
 
 Nothing is held in memory: JSON Lines are read in place by a file that says where each line begins, tokenised corpora
 and Arrow files are memory-mapped. What is derived (indices, unpacked and Arrow files) goes to the cache of `datasets`,
-once a file.
+once a file, when a source is first asked for its length; `head` reads the first records without it.
 """
 
-import bisect
 import functools
-import hashlib
-import itertools
+import io
 import json
 import os
-import shutil
 import struct
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Protocol
+from typing import BinaryIO
 
-import datasets
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet
-from filelock import FileLock
-from numpy.typing import NDArray
 
-from config import TOKENS_META, Data, find_files, is_dataset, suffix_of
+from config.options import Data
+from data.files import TOKENS_META, cached, find_files, is_dataset, refuse_misspelt, suffix_of
 from data.packing import BadSample
-from errors import UserError
+from data.records import Record, Source, Whole
+from data.tables import ParquetFiles, SavedDataset, columns_of
+from data.tokens import TokenisedCorpus
+from errors import UserError, reading
 
-datasets.disable_progress_bars()
-
-Record = dict[str, Any] | NDArray[np.unsignedinteger]
-"""A document's fields, or, of a tokenised corpus, its tokens."""
-
-
-class Source(Protocol):
-    """Records by their number. Small to pickle: a worker process opens the files itself."""
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, index: int) -> Record: ...  # raises BadSample
-
-    def where(self, index: int) -> str: ...  # the file and the line of a record
+_MAX_LINE = 1 << 26  # bytes: what is longer is no document, and would not fit into memory as tokens
+_BOM = b"\xef\xbb\xbf"
 
 
 def open_sources(data: Data) -> list[Source]:
     """One source for each entry of `data.path`. Raises UserError, one line, for what is missing, empty or damaged."""
-    sources, seen = [], set[str]()
-    for entry in data.path:
-        if is_dataset(entry):
-            sources.append(_open_dataset(entry, data))
-            continue
-        files = [file for file in find_files(entry) if data.weights or file not in seen]
-        seen |= set(files)
-        if files:
-            sources.append(_open_files(files, data))
+    sources = [source for _, source in declared_sources(data)]
     empty = [entry for entry, source in zip(data.path, sources) if data.weights and not len(source)]
     if empty or not any(map(len, sources)):
         raise UserError(f"data.path: no document in {', '.join(map(repr, empty or data.path)) or '[]'}")
     return sources
 
 
-def _open_files(files: list[str], data: Data) -> Source:
+def declared_sources(data: Data, key: str = "data.path") -> Iterator[tuple[str, Source]]:
+    """The entries and their sources, of which nothing but names is read yet. A file that an earlier entry has is left
+    out, unless there are weights. Raises UserError, which names `key`."""
+    seen = set[str]()
+    for entry in data.path:
+        if is_dataset(entry):
+            yield entry, _dataset(entry, data, key)
+            continue
+        files = [file for file in find_files(entry, key) if data.weights or file not in seen]
+        seen |= set(files)
+        if files:
+            yield entry, _of_files(files, data, key)
+
+
+def _of_files(files: list[str], data: Data, key: str) -> Source:
     kinds = {suffix_of(file).removesuffix(".gz").removesuffix(".zst") for file in files}
     if len(kinds) > 1:
-        raise UserError(f"data.path: {' and '.join(sorted(kinds))} files in one entry: expected one kind")
+        raise UserError(f"{key}: {' and '.join(sorted(kinds))} files in one entry: expected one kind")
     if kinds == {".jsonl"}:
         return JsonLines(files)
     if kinds == {".txt"}:
+        if data.format == "chat":
+            raise UserError(f"{key}: {files[0]!r} with data.format = 'chat': expected conversations, not text files")
         return _TextFiles(files, data.text_key)
-    rows = [_readable(file, lambda name: pa.parquet.read_metadata(name).num_rows) for file in files]
-    if not any(rows):
-        return _TextFiles([], "")
-    full = [file for file, num_rows in zip(files, rows) if num_rows]  # `datasets` cannot open the others
-    table = _readable(", ".join(full), lambda _: datasets.Dataset.from_parquet(full))
-    return _Table(table, files, rows, data)
+    return ParquetFiles(files, *columns_of(data))
 
 
-def _open_dataset(entry: str, data: Data) -> Source:
+def _dataset(entry: str, data: Data, key: str) -> Source:
     """A tokenised corpus, a directory that `datasets` saved, or a dataset's name, with `:subset` if it has some."""
     if Path(entry, TOKENS_META).exists():
-        try:
-            return TokenisedCorpus(entry, data.tokenizer)
-        except (OSError, KeyError, TypeError, json.JSONDecodeError) as error:
-            raise UserError(f"data.path: {entry!r} is damaged: {error!r}") from None
-    if os.path.isdir(entry):
-        table = _readable(entry, datasets.load_from_disk)
-    else:
-        name, _, subset = entry.partition(":")
-        table = _readable(entry, lambda _: datasets.load_dataset(name, subset or None))
-    if isinstance(table, dict):
-        if data.split not in table:
-            raise UserError(f"data.split = {data.split!r}: expected one of {', '.join(table)}, as in {entry!r}")
-        table = table[data.split]
-    return _Table(table, [entry], [len(table)], data)
-
-
-def _readable(name: str, function: Callable[[str], Any]) -> Any:
-    """`function(name)`, with what a library says of unusable data turned into one line."""
-    try:
-        return function(name)
-    except (ValueError, OSError, EOFError, datasets.exceptions.DatasetGenerationError) as error:
-        cause = error.__cause__ or error
-        if isinstance(cause, OSError) and cause.errno is not None and not isinstance(cause, FileNotFoundError):
-            raise  # such as a full disk: not the data's fault
-        raise UserError(f"data.path: cannot read {name}: {' '.join(str(cause).split())}") from error
-
-
-@functools.cache
-def _mapped(path: Path, dtype: str) -> NDArray[Any]:
-    """A file of numbers, mapped once in each process."""
-    return np.memmap(path, dtype, "r") if path.stat().st_size else np.empty(0, dtype)  # nothing cannot be mapped
+        if data.format == "chat":
+            raise UserError(f"{key}: {entry!r} with data.format = 'chat': expected conversations, not tokens")
+        return TokenisedCorpus(entry, data.tokenizer)
+    if not os.path.isdir(entry):
+        refuse_misspelt(entry, key)
+    return SavedDataset(entry, data.split, *columns_of(data))
 
 
 class JsonLines:
@@ -118,8 +80,14 @@ class JsonLines:
 
     def __init__(self, files: list[str]) -> None:
         self._files = files
-        self._plain = [_unpacked(file) for file in files]
-        self._index = _line_index(self._plain)
+
+    @functools.cached_property
+    def _plain(self) -> list[str]:
+        return [_unpacked(file) for file in self._files]
+
+    @functools.cached_property
+    def _index(self) -> Path:
+        return _line_index(self._plain)
 
     def _place(self, index: int) -> list[int]:
         """The file, the offset in it, and the line."""
@@ -132,23 +100,56 @@ class JsonLines:
         file, offset, _ = self._place(index)
         with open(self._plain[file], "rb") as lines:  # kept open, many files would be too many
             lines.seek(offset)
-            line = lines.readline()
-        try:
-            record = json.loads(line)
-        except UnicodeDecodeError as error:
-            raise BadSample("undecodable", f"is not UTF-8: {error}") from None
-        except (ValueError, RecursionError) as error:
-            raise BadSample("not_json", f"is not JSON: {error}") from None
-        if not isinstance(record, dict):
-            raise BadSample("not_json", f"is {record!r:.60}, expected a JSON object")
-        return record
+            line = lines.readline(_MAX_LINE + 1)
+        return _parsed(line, is_first=not offset)
 
     def where(self, index: int) -> str:
         file, _, line = self._place(index)
         return f"{self._files[file]}, line {line}"
 
+    def head(self) -> Iterator[tuple[str, Callable[[], Record]]]:
+        for file in self._files:
+            with _open_packed(file) as lines:
+                for offset, number, line in _lines(lines, file):
+                    yield f"{file}, line {number}", functools.partial(_parsed, line, not offset)
 
-class _TextFiles:
+
+def _parsed(line: bytes, is_first: bool) -> Record:
+    """The object in a line, of which more than _MAX_LINE bytes need not be given."""
+    if len(line) > _MAX_LINE:
+        raise BadSample("too_long", f"is a line of more than {_MAX_LINE:,} bytes")
+    try:
+        text = line.removeprefix(_BOM if is_first else b"").decode("utf-8")
+        record = json.loads(text)
+    except UnicodeDecodeError as error:
+        raise BadSample("undecodable", f"is not UTF-8: {error}") from None
+    except (ValueError, RecursionError) as error:
+        raise BadSample("not_json", f"is not JSON: {error}") from None
+    if not isinstance(record, dict):
+        raise BadSample("not_json", f"is {record!r:.60}, expected a JSON object")
+    return record
+
+
+def _lines(file: BinaryIO, name: str) -> Iterator[tuple[int, int, bytes]]:
+    """Offset, line number from 1, and content of each line of two characters or more: fewer make no object. Of a line
+    of more than _MAX_LINE bytes only the beginning is kept."""
+    offset = number = 0
+    while True:
+        with reading(name):
+            line = file.readline(_MAX_LINE + 1)
+        if not line:
+            return
+        number += 1
+        if len(line.rstrip(b"\n")) > 1:
+            yield offset, number, line
+        offset += len(line)
+        while len(line) > _MAX_LINE and not line.endswith(b"\n"):
+            with reading(name):
+                line = file.readline(_MAX_LINE + 1)
+            offset += len(line)
+
+
+class _TextFiles(Whole):
     """`.txt`: a file is a document."""
 
     def __init__(self, files: list[str], text_key: str) -> None:
@@ -159,7 +160,7 @@ class _TextFiles:
 
     def __getitem__(self, index: int) -> Record:
         try:
-            return {self._text_key: Path(self._files[index]).read_text(encoding="utf-8")}
+            return {self._text_key: Path(self._files[index]).read_text(encoding="utf-8-sig")}
         except UnicodeDecodeError as error:
             raise BadSample("undecodable", f"is not UTF-8: {error}") from None
 
@@ -167,82 +168,14 @@ class _TextFiles:
         return self._files[index]
 
 
-class _Table:
-    """A table of `datasets`: `.parquet` files, once turned into Arrow files in the cache, or a dataset of its own."""
+def _open_packed(file: str) -> BinaryIO:
+    """What a file holds, or what a `.gz` or `.zst` file does."""
+    with reading(file):
+        if suffix_of(file) == ".jsonl":
+            return open(file, "rb")
+        import pyarrow as pa
 
-    def __init__(self, table: datasets.Dataset, names: list[str], rows: list[int], data: Data) -> None:
-        """`rows`: how many come from each of `names`."""
-        key, others = ("text_key", []) if data.format == "text" else ("messages_key", [data.tools_key])
-        name = getattr(data, key)
-        if name not in table.features:
-            raise UserError(f"data.{key} = {name!r}: expected one of {', '.join(table.features)}, as in {names[0]}")
-        self._table = table.select_columns([name, *(other for other in others if other in table.features)])
-        self._names, self._starts = names, list(itertools.accumulate(rows, initial=0))
-
-    def __len__(self) -> int:
-        return len(self._table)
-
-    def __getitem__(self, index: int) -> Record:
-        try:
-            return self._table[index]
-        except UnicodeDecodeError as error:
-            raise BadSample("undecodable", f"is not UTF-8: {error}") from None
-
-    def where(self, index: int) -> str:
-        place = bisect.bisect_right(self._starts, index) - 1
-        return f"{self._names[place]}, row {index - self._starts[place] + 1}"
-
-
-class TokenisedCorpus:
-    """What `python -m data.tokenize` wrote: the tokens of all documents end to end, and where each one ends."""
-
-    def __init__(self, folder: str, tokenizer: str) -> None:
-        """Raises UserError if another tokenizer wrote it, or something is missing."""
-        meta = json.loads(Path(folder, TOKENS_META).read_text(encoding="utf-8"))
-        if meta["tokenizer_sha256"] != tokenizer_sha256(tokenizer):
-            raise UserError(
-                f"data.path: {folder!r} was made with another tokenizer than data.tokenizer = {tokenizer!r}"
-            )
-        self._folder, self._dtype = folder, meta["dtype"]
-        self._starts = list(itertools.accumulate(meta["documents"], initial=0))
-        for shard, (num_documents, num_tokens) in enumerate(zip(meta["documents"], meta["tokens"])):
-            tokens, ends = self._shard(shard)
-            if (len(ends), len(tokens)) != (num_documents, num_tokens):
-                raise UserError(f"data.path: {folder!r} is damaged: shard {shard} has not the size in {TOKENS_META}")
-
-    def _shard(self, shard: int) -> tuple[NDArray[np.unsignedinteger], NDArray[np.int64]]:
-        tokens, ends = Path(self._folder, f"{shard:05}.tokens"), Path(self._folder, f"{shard:05}.ends")
-        return _mapped(tokens, self._dtype), _mapped(ends, "<i8")
-
-    def __len__(self) -> int:
-        return self._starts[-1]
-
-    def __getitem__(self, index: int) -> Record:
-        shard = bisect.bisect_right(self._starts, index) - 1
-        place, (tokens, ends) = index - self._starts[shard], self._shard(shard)
-        return tokens[ends[place - 1] if place else 0 : ends[place]]
-
-    def where(self, index: int) -> str:
-        return f"{self._folder}, document {index + 1}"
-
-
-def tokenizer_sha256(folder: str) -> str:
-    """What tells tokenizers apart."""
-    return hashlib.sha256(Path(folder, "tokenizer.json").read_bytes()).hexdigest()
-
-
-def _cached(files: Iterable[str], suffix: str, make: Callable[[Path], None]) -> Path:
-    """The file that `make(path)` writes for the present contents of `files`; made once, others wait for it."""
-    stats = [(file, os.stat(file).st_size, os.stat(file).st_mtime_ns) for file in files]
-    folder = Path(datasets.config.HF_DATASETS_CACHE) / "json_lines"
-    path = folder / (hashlib.sha256(json.dumps(stats).encode()).hexdigest()[:32] + suffix)
-    folder.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{path}.lock"):
-        if not path.exists():
-            unfinished = path.with_name(f"{path.name}.unfinished")
-            make(unfinished)
-            os.replace(unfinished, path)
-    return path
+        return io.BufferedReader(pa.input_stream(file))  # knows the compression by the name
 
 
 def _unpacked(file: str) -> str:
@@ -251,23 +184,25 @@ def _unpacked(file: str) -> str:
         return file
 
     def make(path: Path) -> None:
-        with pa.input_stream(file) as packed, open(path, "wb") as plain:  # knows the compression by the name
-            shutil.copyfileobj(packed, plain)
+        with _open_packed(file) as packed, open(path, "wb") as plain:
+            while True:
+                with reading(file):
+                    block = packed.read(1 << 20)
+                if not block:
+                    return
+                plain.write(block)
 
-    return _readable(file, lambda _: str(_cached([file], ".jsonl", make)))
+    return str(cached([file], "", ".jsonl", make))
 
 
 def _line_index(files: list[str]) -> Path:
-    """Writes (file, offset, line number from 1) of each line of two characters or more: fewer make no object."""
+    """Writes (file, offset, line number) of each line that `_lines` gives."""
 
     def make(path: Path) -> None:
         with open(path, "wb") as index:
             for number, file in enumerate(files):
-                offset = 0
-                with open(file, "rb") as lines:
-                    for line_number, line in enumerate(lines, 1):
-                        if len(line.rstrip(b"\n")) > 1:
-                            index.write(struct.pack("<3q", number, offset, line_number))
-                        offset += len(line)
+                with _open_packed(file) as lines:
+                    for offset, line_number, _ in _lines(lines, file):
+                        index.write(struct.pack("<3q", number, offset, line_number))
 
-    return _cached(files, ".index", make)
+    return cached(files, "", ".index", make)

@@ -23,10 +23,13 @@ from pathlib import Path
 
 import numpy as np
 
-from config import TOKENS_META, check_data, load_config
+from config.reading import load_config, model_config
+from data.check import check_data
+from data.files import TOKENS_META
 from data.packing import BadSample, Share
-from data.samples import EncodeText, Samples, load_tokenizer
-from data.sources import open_sources, tokenizer_sha256
+from data.samples import EncodeText, Samples, check_source
+from data.sources import open_sources
+from data.tokenizer import num_ids, read_tokenizer, tokenizer_identity
 from errors import UserError, exit_on_error
 
 _SHARD = 100_000  # documents
@@ -56,16 +59,18 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes; default: one a core")
     options, rest = parser.parse_known_args(argv)
     config = load_config(rest)
-    check_data(config)
+    check_data(config, model_config(config).vocab_size)
     data, out = config.data, options.out
     if data.format != "text" or data.weights:
         raise UserError(f"data.format = {data.format!r}, weights = {list(data.weights)}: expected 'text' and none")
     if out.exists():
         raise UserError(f"--out = {str(out)!r} exists: expected a folder that does not")
-    tokenizer = load_tokenizer(data.tokenizer)
-    samples = Samples(open_sources(data), (), EncodeText(data.text_key, tokenizer.backend_tokenizer, None), None)
-    samples.check()
-    dtype = "<u2" if len(tokenizer) <= 1 << 16 else "<u4"
+    tokenizer = read_tokenizer(data.tokenizer)
+    sources, encode = open_sources(data), EncodeText(data.text_key, tokenizer, None)
+    for source in sources:
+        check_source(source, encode)
+    samples = Samples(sources, (), encode, None)
+    dtype = "<u2" if num_ids(tokenizer) <= 1 << 16 else "<u4"
     unfinished = out.with_name(f".{out.name}")
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir(parents=True)
@@ -86,8 +91,8 @@ def main(argv: list[str]) -> None:
             skipped.update(reason for reason, _ in notes)
             for reason, message in notes:
                 print(f"skipped ({reason}): {message}")
-    sha256 = tokenizer_sha256(data.tokenizer)
-    meta = {"tokenizer_sha256": sha256, "dtype": dtype, "documents": documents, "tokens": tokens}
+    identity = tokenizer_identity(data.tokenizer)
+    meta = {"tokenizer": identity, "dtype": dtype, "documents": documents, "tokens": tokens}
     (unfinished / TOKENS_META).write_text(json.dumps(meta), encoding="utf-8")
     os.replace(unfinished, out)
     counts = "".join(f", {number:,} skipped: {reason}" for reason, number in sorted(skipped.items()))

@@ -5,7 +5,7 @@ Without torch, as the check before a run needs them too.
 
 from typing import NamedTuple
 
-from config import Parallelism
+from config.options import Parallelism
 from errors import UserError
 from models.qwen35_moe.config import ModelConfig
 

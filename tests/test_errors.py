@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from config import load_config
+from config.reading import load_config
 from errors import exit_on_error, reading
 
 

@@ -55,14 +55,15 @@ def run_script(*arguments: str, cwd: Path | None = None, **variables: object) ->
 
 
 class Launch:
-    """A running copy of the script in `folder`, beside TRAIN and a config.py that accepts everything."""
+    """A running copy of the script in `folder`, beside TRAIN and a check that accepts everything."""
 
     def __init__(self, folder: Path, **variables: object) -> None:
         self.folder = folder
         shutil.copy(SCRIPT, folder)
         (folder / "training").mkdir()
         shutil.copy(SCRIPT.parent / "training" / "launch.py", folder / "training")
-        (folder / "config.py").write_text("")
+        (folder / "config").mkdir()
+        (folder / "config" / "checks.py").write_text("")
         (folder / "train.py").write_text(TRAIN)
         self.process = subprocess.Popen(
             [folder / "run_train.sh", str(folder)],

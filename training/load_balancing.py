@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import torch
 
-from config import MoE
+from config.options import MoE
 from models.qwen35_moe.moe import Measure, RouterStatistics
 
 # Shapes: L layers, E experts.

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from config import LRScheduler, Optimizer
+from config.options import LRScheduler, Optimizer
 
 
 class NamedAdamW(torch.optim.AdamW):

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
-from config import Config
+from config.options import Config
 from data.loader import TokenLoader
 from parallelisms.mesh import Meshes
 from training.distributed import sum_over_ranks

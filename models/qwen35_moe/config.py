@@ -1,13 +1,57 @@
-"""The model's shape: ModelConfig, read from a Hugging Face config.json."""
+"""The model's shape: ModelConfig, and what a Hugging Face config.json means."""
 
 import dataclasses
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from errors import UserError
+from errors import UserError, reading
 
 FULL, LINEAR = "full_attention", "linear_attention"
+TEXT, IMAGE_TEXT = "qwen3_5_moe_text", "qwen3_5_moe"
+
+# Which keys count. Those that transformers' class of this model reads are used, or may have only the values below that
+# the model computes. Keys that it does not read, but that another consumer or a relative of this model reads as other
+# arithmetic, may have only their neutral values below. Every other key changes nothing in transformers, and so here.
+_ACCEPTED: dict[str, tuple[object, ...]] = {
+    # read by transformers' class
+    "hidden_act": ("silu", "swish"),
+    "attention_bias": (False,),
+    "attention_dropout": (0.0,),
+    "per_layer_config": (None,),
+    "is_causal": (True,),
+    # read by other consumers, or by this model's relatives
+    "output_gate_type": ("swish", "silu", None),
+    "attn_output_gate": (True, None),
+    "mlp_only_layers": ([], None),
+    "decoder_sparse_step": (1, None),
+    "first_k_dense_replace": (0, None),
+    "norm_topk_prob": (True, None),
+    "scoring_func": ("softmax", None),
+    "routed_scaling_factor": (1.0, None),
+    "n_group": (1, None),
+    "topk_group": (1, None),
+    "n_shared_experts": (1, None),
+    "use_sliding_window": (False, None),
+    "use_qk_norm": (True, None),
+    "qkv_bias": (False, None),
+    "mlp_bias": (False, None),
+    "attn_logit_softcapping": (None,),
+    "final_logit_softcapping": (None,),
+    "logit_scale": (1.0, None),
+    "layer_scale": (False, None),
+    "dual_chunk_attention_config": (None,),
+    "swiglu_limit": (None,),
+    "hc_count": (None,),
+    "ple_layer_ids": (None,),
+    "indexer_n_heads": (None,),
+}
+_ROPE_KEYS = ("rope_type", "type", "rope_theta", "partial_rotary_factor", "mrope_section", "mrope_interleaved")
+
+# Far above any model; so small that a product of four stays a size that can be computed.
+_LARGEST = {"num_hidden_layers": 1000, "num_experts": 2**16, "vocab_size": 2**24}
+_LARGEST_DIM = 2**18
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,15 +93,22 @@ class ModelConfig:
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             if field.type is int:
-                require(type(value) is int and value > 0, f"{field.name} = {value!r} must be a positive integer")
+                largest = _LARGEST.get(field.name, _LARGEST_DIM)
+                _integer(field.name, value, largest)
             if field.type is float:
+                # NaN, infinity and integers beyond every float fail the comparison
                 require(
-                    type(value) in (int, float) and value > 0, f"{field.name} = {value!r} must be a positive number"
+                    type(value) in (int, float) and 0 < value < 1e30,
+                    f"{field.name} = {_short(value)} must be a positive number",
                 )
+            if field.type is bool:
+                require(type(value) is bool, f"{field.name} = {_short(value)} must be true or false")
         require(
-            len(self.layer_types) == self.num_hidden_layers and set(self.layer_types) <= {FULL, LINEAR},
+            type(self.layer_types) is tuple
+            and len(self.layer_types) == self.num_hidden_layers
+            and all(layer_type in (FULL, LINEAR) for layer_type in self.layer_types),
             f"layer_types must name {FULL!r} or {LINEAR!r} once for each of num_hidden_layers = "
-            f"{self.num_hidden_layers} layers, got {list(self.layer_types)}",
+            f"{self.num_hidden_layers} layers, got {_short(self.layer_types)}",
         )
         require(
             self.num_attention_heads % self.num_key_value_heads == 0,
@@ -74,12 +125,15 @@ class ModelConfig:
             f"num_experts_per_tok = {self.num_experts_per_tok} must be at most num_experts = {self.num_experts}",
         )
         require(
-            self.rotary_dim > 0 and self.rotary_dim % 2 == 0,
-            f"head_dim * partial_rotary_factor = {self.rotary_dim} must be even and positive",
+            0 < self.rotary_dim <= self.head_dim and self.rotary_dim % 2 == 0,
+            f"head_dim * partial_rotary_factor = {self.rotary_dim} must be even, positive and at most head_dim",
         )
         require(
-            len(self.mrope_section) == 3 and sum(self.mrope_section) >= self.rotary_dim // 2,
-            f"mrope_section = {list(self.mrope_section)} must be three numbers that sum to "
+            type(self.mrope_section) is tuple
+            and len(self.mrope_section) == 3
+            and all(type(pairs) is int and 0 <= pairs <= _LARGEST_DIM for pairs in self.mrope_section)
+            and sum(self.mrope_section) >= self.rotary_dim // 2,
+            f"mrope_section = {_short(self.mrope_section)} must be three numbers that sum to "
             f"head_dim * partial_rotary_factor / 2 = {self.rotary_dim // 2}",
         )
 
@@ -98,43 +152,53 @@ class ModelConfig:
         """Width of linear attention's v."""
         return self.linear_num_value_heads * self.linear_value_head_dim
 
-    @classmethod
-    def from_dict(cls, config: dict[str, Any]) -> "ModelConfig":
-        """Reads a parsed config.json: the image-text form (the text model under `text_config`) or the text-only form.
+    @property
+    def kernel_sizes(self) -> tuple[tuple[int, int], int, int]:
+        """What decides which kernels can run: the delta rule's (K, Kv), the convolution's taps, attention's K."""
+        head_dims = (self.linear_key_head_dim, self.linear_value_head_dim)
+        return head_dims, self.linear_conv_kernel_dim, self.head_dim
 
-        Raises UserError for another model type, for an activation or bias that the model does not have, and for
-        impossible numbers. Keys that do not shape the text model (dtype, token ids, vision) are left alone.
+    @classmethod
+    def from_table(cls, table: Mapping[str, Any]) -> "ModelConfig":
+        """Reads the inline table `[model.config]`: what is left out is as in 35B-A3B, the defaults above."""
+        table = {"rope_theta": cls.rope_theta, **table}
+        rope = table.get("rope_parameters") or {}
+        if "mrope_section" in table and isinstance(rope, Mapping):
+            table["rope_parameters"] = {"mrope_section": table["mrope_section"], **rope}
+        return cls.from_dict(table)
+
+    @classmethod
+    def from_dict(cls, config: Mapping[str, Any]) -> "ModelConfig":
+        """What a parsed config.json means to transformers: the image-text form (the text model under `text_config`) or
+        the text-only form. What is left out has the default of transformers' class.
+
+        Raises UserError naming the key for another model, for arithmetic that the model does not have, and for
+        impossible values.
         """
-        text = dict(config.get("text_config", config))
-        model_type = text.get("model_type", "qwen3_5_moe_text")
-        if model_type != "qwen3_5_moe_text":
-            raise UserError(f"model config: model_type = {model_type!r} is not Qwen3.5-MoE ('qwen3_5_moe_text')")
-        for key, supported in (("hidden_act", "silu"), ("attention_bias", False), ("attention_dropout", 0.0)):
-            if text.get(key, supported) != supported:
-                raise UserError(f"model config: {key} = {text[key]!r} is not supported, only {supported!r}")
-        rope = text.get("rope_parameters") or {}
-        if rope.get("rope_type", "default") != "default":
-            raise UserError(f"model config: rope_type = {rope['rope_type']!r} is not supported, only 'default'")
-        for key in ("rope_theta", "partial_rotary_factor", "mrope_section"):
-            if key in rope:
-                text[key] = rope[key]
-        if not text.get("layer_types"):
-            interval = text.get("full_attention_interval", 4)
-            if type(interval) is not int or interval < 1:
-                raise UserError(f"model config: full_attention_interval = {interval!r} must be a positive integer")
-            num_layers = text.get("num_hidden_layers", cls.num_hidden_layers)
-            text["layer_types"] = [LINEAR if (i + 1) % interval else FULL for i in range(num_layers)]
-        # In the image-text form `tie_word_embeddings` may stand beside `text_config`.
-        text.setdefault("tie_word_embeddings", config.get("tie_word_embeddings", False))
-        names = {field.name for field in dataclasses.fields(cls)}
-        given = {key: value for key, value in text.items() if key in names and value is not None}
-        values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in given.items()}
+        text = _text_config(config)
+        for key, accepted in _ACCEPTED.items():
+            if key in text and not any(_same(text[key], value) for value in accepted):
+                raise UserError(f"model config: {key} = {_short(text[key])} is not supported, only {_listed(accepted)}")
+        values: dict[str, Any] = {f.name: text[f.name] for f in dataclasses.fields(cls) if f.name in text}
+        values |= {"mrope_section": cls.mrope_section} | _rope(text)
+        if text.get("layer_types") is None:
+            interval = _integer("full_attention_interval", text.get("full_attention_interval", 4), _LARGEST_DIM)
+            layers = text.get("num_hidden_layers", cls.num_hidden_layers)
+            layers = _integer("num_hidden_layers", layers, _LARGEST["num_hidden_layers"])
+            values["layer_types"] = regular_layer_types(layers, interval)
+        values["tie_word_embeddings"] = _tied(config, text)
+        values = {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
         return cls(**values)
 
     @classmethod
     def from_pretrained(cls, directory: str | Path) -> "ModelConfig":
-        """Reads `directory/config.json`. Raises FileNotFoundError, or UserError as `from_dict` does."""
-        return cls.from_dict(json.loads((Path(directory) / "config.json").read_text()))
+        """Reads `directory/config.json`. Raises UserError naming the file."""
+        path = Path(directory) / "config.json"
+        config = read_config(path)
+        try:
+            return cls.from_dict(config)
+        except UserError as error:
+            raise UserError(f"{path}: {str(error).removeprefix('model config: ')}") from None
 
     def to_dict(self) -> dict[str, Any]:
         """The text-only config.json that transformers reads: the inverse of `from_dict`."""
@@ -146,3 +210,111 @@ class ModelConfig:
             **values,
             "rope_parameters": {"rope_type": "default", "mrope_interleaved": True, **rope},
         }
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """The JSON object in a config.json, as it stands there. Raises UserError naming the file.
+
+    transformers tells the model by `model_type` alone, so a file without it is nobody's.
+    """
+    if not path.is_file():
+        raise UserError(f"{path} is no file: expected a directory with a config.json")
+    with reading(path):
+        config = json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(config, dict):
+        raise UserError(f"{path}: a JSON object was expected, not {_short(config)}")
+    if "model_type" not in config:
+        raise UserError(f"{path}: model_type is missing: expected {TEXT!r} or {IMAGE_TEXT!r}")
+    return config
+
+
+def regular_layer_types(num_layers: int, interval: int) -> tuple[str, ...]:
+    """Every `interval`-th layer is full attention."""
+    return tuple(LINEAR if layer % interval else FULL for layer in range(1, num_layers + 1))
+
+
+def _text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The part that tells of the text model. Raises UserError for another model, or for parts of another kind."""
+    if not isinstance(config, Mapping):
+        raise UserError(f"model config: a table was expected, not {_short(config)}")
+    nested = "text_config" in config
+    model_type = config.get("model_type", IMAGE_TEXT if nested else TEXT)
+    if not _same(model_type, TEXT) and not _same(model_type, IMAGE_TEXT):
+        raise UserError(
+            f"model config: model_type = {_short(model_type)} is not Qwen3.5-MoE: expected {TEXT!r} or {IMAGE_TEXT!r}"
+        )
+    if nested != (model_type == IMAGE_TEXT):
+        raise UserError(
+            f"model config: text_config is {'unknown to' if nested else 'missing for'} model_type = {model_type!r}"
+        )
+    if not nested:
+        return config
+    text, vision = config["text_config"], config.get("vision_config")
+    for key, part in (("text_config", text), ("vision_config", vision or {})):
+        if not isinstance(part, Mapping):
+            raise UserError(f"model config: {key} = {_short(part)} must be a table")
+    if not _same(text.get("model_type", TEXT), TEXT):
+        raise UserError(f"model config: text_config.model_type = {_short(text['model_type'])}: expected {TEXT!r}")
+    return text
+
+
+def _rope(text: Mapping[str, Any]) -> dict[str, Any]:
+    """The rotary settings from their old and new places. A `rope_scaling` that is not empty stands for all of
+    `rope_parameters`; what they leave out is taken from beside them."""
+    for key in ("rope_scaling", "rope_parameters"):
+        if text.get(key) is not None and not isinstance(text[key], Mapping):
+            raise UserError(f"model config: {key} = {_short(text[key])} must be a table")
+    source = "rope_scaling" if text.get("rope_scaling") else "rope_parameters"
+    rope = text.get(source) or {}
+    for key in rope:
+        if key not in _ROPE_KEYS:
+            raise UserError(f"model config: {source}.{key} is not supported, only {_listed(_ROPE_KEYS)}")
+    for key in ("rope_type", "type"):  # a wrong one behind a right one: other consumers may prefer either
+        if key in rope and not _same(rope[key], "default"):
+            raise UserError(
+                f"model config: {source}: {key} = {_short(rope[key])} is not supported, only 'default' "
+                "(no scaling of positions)"
+            )
+    if not _same(rope.get("mrope_interleaved", True), True):
+        raise UserError(
+            f"model config: {source}: mrope_interleaved = {_short(rope['mrope_interleaved'])} is not supported, "
+            "only True"
+        )
+    values = {
+        "rope_theta": rope.get("rope_theta", text.get("rope_theta", 1e4)),
+        "partial_rotary_factor": rope.get("partial_rotary_factor", text.get("partial_rotary_factor", 0.25)),
+    }
+    return values | ({"mrope_section": rope["mrope_section"]} if "mrope_section" in rope else {})
+
+
+def _tied(config: Mapping[str, Any], text: Mapping[str, Any]) -> bool:
+    """Whether the head is the embedding. Of the image-text class the outer level tells, whatever `text_config` says."""
+    for level in (text, config):
+        tied = level.get("tie_word_embeddings", False)
+        if type(tied) is not bool:
+            raise UserError(f"model config: tie_word_embeddings = {_short(tied)} must be true or false")
+    return tied
+
+
+def _integer(key: str, value: object, largest: int) -> int:
+    if type(value) is not int or not 0 < value <= largest:
+        raise UserError(f"model config: {key} = {_short(value)} must be a positive integer, at most {largest}")
+    return value
+
+
+def _same(value: object, accepted: object) -> bool:
+    """Equal, and not a boolean beside a number: 1 is not true."""
+    return value == accepted and isinstance(value, bool) == isinstance(accepted, bool)
+
+
+def _listed(values: tuple[object, ...]) -> str:
+    return " or ".join(map(repr, values))
+
+
+def _short(value: object) -> str:
+    """A value from a file in an error's one line, whatever its size or depth."""
+    try:
+        text = repr(list(value) if isinstance(value, tuple) else value)
+    except (RecursionError, ValueError):  # nested too deeply; an integer of too many digits to print
+        text = f"a {type(value).__name__}"
+    return text if len(text) <= 80 else text[:80] + "..."

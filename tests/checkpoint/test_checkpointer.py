@@ -1,6 +1,7 @@
 """Saving, retention, resuming on other layouts, and what a resume refuses."""
 
 import dataclasses
+import json
 import pickle
 import shutil
 from collections.abc import Callable
@@ -15,7 +16,7 @@ import checkpoint.checkpointer as checkpointer_module
 from checkpoint.checkpointer import Checkpointer, Progress
 from checkpoint.directories import complete_checkpoints, describe_files, find_checkpoint, write_manifest
 from checkpoint.hf_assets import read_base
-from config import Checkpoint, Config, Data, Job, Model, Optimizer, Training
+from config.options import Checkpoint, Config, Data, Job, Model, Optimizer, Training
 from models.ops.kernels import Kernels
 from models.qwen35_moe.model import Qwen35Moe
 from parallelisms.degrees import Degrees
@@ -111,6 +112,15 @@ def one_rank(tmp_path: Path):
 
 
 CURSORS = torch.zeros(4, 2, dtype=torch.int64)
+
+
+@pytest.mark.usefixtures("one_rank")
+def test_a_model_from_random_weights_declares_the_positions_it_was_trained_on(tmp_path: Path) -> None:
+    checkpointer = build(str(tmp_path / "run"), 1, 1, seed=0)[2]
+    checkpointer.save(1, 1, CURSORS)
+    assert checkpointer.wait()
+    config = json.loads((find_checkpoint(tmp_path / "run") / "hf/config.json").read_text())
+    assert config["max_position_embeddings"] == 8
 
 
 def save(checkpointer: Checkpointer, step: int) -> None:

@@ -1,11 +1,14 @@
 """Training straight from a Hugging Face directory: every layout, each rank its part, and what is refused."""
 
+import dataclasses
 from pathlib import Path
 
 import pytest
 import torch
 
-from checkpoint.hf_reader import load_hf_weights
+from checkpoint.hf_reader import load_hf_weights, text_tensors
+from checkpoint.tensors.safetensors import read_safetensors
+from errors import UserError
 from models.ops.kernels import Kernels
 from models.qwen35_moe.hf_weights import hf_name
 from models.qwen35_moe.model import Qwen35Moe
@@ -81,3 +84,30 @@ def test_damaged_files_are_named(tmp_path: Path) -> None:
     path.unlink()
     with pytest.raises(ValueError, match=r"model-00001.safetensors is missing"):
         load_hf_weights(model, tmp_path / "hf", lambda _: None)
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.int32, torch.float8_e4m3fn])
+def test_quantised_weights_are_to_be_dequantised_first(tmp_path: Path, dtype: torch.dtype) -> None:
+    weights = {hf_name(name): tensor for name, tensor in random_weights().items()}
+    weights["model.norm.weight"] = weights["model.norm.weight"].to(dtype)
+    weights["model.norm.weight_scale_inv"] = torch.ones(1)
+    write_hf(tmp_path / "hf", weights)
+    with pytest.raises(UserError, match=r"'model.norm.weight' is torch.\w+, quantised: dequantise the model"):
+        load_hf_weights(Qwen35Moe(CONFIG, Kernels(attention="sdpa")), tmp_path / "hf", lambda _: None)
+
+
+@pytest.mark.parametrize("fault", [None, "value", "shape"])
+def test_a_tied_models_own_head_must_equal_its_embedding(tmp_path: Path, fault: str | None) -> None:
+    config = dataclasses.replace(CONFIG, tie_word_embeddings=True)
+    weights = {hf_name(name): t for name, t in random_weights().items() if name != "lm_head.weight"}
+    head = weights["model.embed_tokens.weight"].clone()
+    if fault == "value":
+        head[-1, -1] += 1e-3
+    weights["lm_head.weight"] = head[1:].clone() if fault == "shape" else head
+    write_hf(tmp_path / "hf", weights)
+    arrays = read_safetensors(tmp_path / "hf")
+    if fault:
+        with pytest.raises(UserError, match=r"'lm_head.weight' (differs from the embedding|has shape)"):
+            text_tensors(config, arrays)
+    else:
+        assert "lm_head.weight" not in text_tensors(config, arrays)

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from checkpoint.directories import complete_checkpoints, find_damage
-from config import load_config, model_config
+from config.reading import load_config, model_config
 from models.qwen35_moe.hf_weights import hf_name, is_published_in_float32, mtp_shapes
 from models.qwen35_moe.parameters import parameters
 from tests.checkpoint.runs import OPTIONS, ROOT, Run

@@ -1,7 +1,6 @@
 """Fixtures of the data tests."""
 
 from collections.abc import Iterator
-from pathlib import Path
 
 import datasets
 import pytest
@@ -11,5 +10,7 @@ import pytest
 def _datasets_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Keeps what the tests read out of the user's cache."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(datasets.config, "HF_DATASETS_CACHE", Path(tmp_path_factory.mktemp("datasets_cache")))
+        folder = tmp_path_factory.mktemp("datasets_cache")
+        patch.setattr(datasets.config, "HF_DATASETS_CACHE", folder)
+        patch.setenv("HF_DATASETS_CACHE", str(folder))
         yield

@@ -9,10 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-from config import Data
+from config.options import Data
 from data.chat import ChatTemplate
 from data.packing import BadSample
 from data.samples import EncodeChat
+from errors import UserError
 from models.ops.labels import IGNORED
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -153,6 +154,19 @@ def test_empty_think_blocks_only_if_wanted():
     assert wanted == ["1<|im_end|>", "<think>\n\n</think>\n\n2<|im_end|>"]
 
 
+@pytest.mark.parametrize("empty", ["<think></think>", "<think>\n\n</think>\n\n", "<think> </think>\n"])
+def test_an_empty_think_block_that_only_some_turns_have_is_not_trained_on(empty):
+    """Also where no prompt for an answer ends with it."""
+    template = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.before }}{{ m.content }}"
+        "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    turns = [user("One?"), assistant("1", before=empty), user("Two?"), assistant("2", before="So: ")]
+    assert trained_texts("chatml", turns, template=template) == ["1<|im_end|>", "So: 2<|im_end|>"]
+    wanted = trained_texts("chatml", turns, template=template, train_empty_thinking=True)
+    assert wanted == [f"{empty}1<|im_end|>", "So: 2<|im_end|>"]
+
+
 # Tools
 
 ADD = ("add", {"a": 1, "b": "two\nlines"})
@@ -177,7 +191,7 @@ def test_a_turn_of_tool_calls_alone():
     thinking = [turns[0], assistant("", "Add.", calls=[ADD]), *turns[2:]]
     assert trained_texts("qwen35_style", thinking, TOOLS)[0] == f"Add.\n</think>\n\n{XML}<|im_end|>"
     json = '{"name": "add", "parameters": {"a": 1, "b": "two\\nlines"}}<|eot_id|>'
-    assert trained_texts("llama3_style", turns, TOOLS) == [json, "3<|eot_id|>"]
+    assert trained_texts("llama3_style", turns) == [json, "3<|eot_id|>"]
 
 
 def test_arguments_written_as_a_string_and_what_arrow_fills_up():
@@ -196,6 +210,153 @@ def test_tools_as_a_string():
     assert sample.tokens.tolist() == other.tokens.tolist()
 
 
+# Everything that a conversation says is shown
+
+
+def test_a_template_of_other_names_for_reasoning():
+    """As gpt-oss has it; the sample's own name does not matter."""
+    template = (TEMPLATES / "qwen35_style.jinja").read_text().replace("reasoning_content", "thinking")
+    for name in ("reasoning_content", "reasoning", "thinking"):
+        turns = [user("One?"), {"role": "assistant", "content": "1", name: "so"}]
+        assert trained_texts("chatml", turns, template=template) == ["so\n</think>\n\n1<|im_end|>"]
+        sample, other = encode("qwen35_style", turns), encode("chatml", turns, template=template)
+        assert sample.tokens.tolist() == other.tokens.tolist()
+
+
+DROPPING = {
+    "calls": (lambda text: text.replace('message.tool_calls|default([])', "[]"), "whose tool_call the chat template"),
+    "arguments": (
+        lambda text: text.replace("call.function.arguments|items", "{}|items"),
+        "whose tool_call the chat template leaves out: 'two",
+    ),
+    "tool results": (
+        lambda text: text.replace('"\\n<tool_response>\\n" ~ content', '"\\n<tool_response>\\n"'),
+        "message 2 whose content the chat template leaves out: 'is 3'",
+    ),
+    "system": (
+        lambda text: text.replace('~ messages[0].content|trim', ""),
+        "message 0 whose content the chat template leaves out: 'Be brief.'",
+    ),
+    "reasoning": (lambda text: text.replace("reasoning|trim", '""'), "whose reasoning_content the chat template"),
+    "tools": (lambda text: text.replace('"\\n" ~ (tool|tojson)', '""'), "tools of which the chat template leaves out"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", DROPPING)
+def test_what_a_template_drops_is_refused(what):
+    change, message = DROPPING[what]
+    template = (TEMPLATES / "qwen35_style.jinja").read_text()
+    call = ("add", {"b": "two\nlines"})
+    turns = [user("Sum?"), assistant("", "Add.", calls=[call]), tool("is 3"), assistant("3")]
+    if what == "system":
+        turns, tools = [system("Be brief."), *turns], None
+    else:
+        tools = TOOLS if what == "tools" else None
+    assert encode("chatml", turns, tools, template=template).tokens.size
+    assert change(template) != template
+    with pytest.raises(BadSample, match=message) as raised:
+        encode("chatml", turns, tools, template=change(template))
+    assert raised.value.reason == "unrendered"
+
+
+@pytest.mark.parametrize("arguments", [{"a": 17}, {"a": [True, 17]}, {"a": {"b": 17.5}}, {"": None}, {"key": ""}])
+def test_numbers_and_names_of_arguments_that_a_template_drops(arguments):
+    template = (TEMPLATES / "qwen35_style.jinja").read_text()
+    turns = [user("Sum?"), assistant("", calls=[("add", arguments)])]
+    encode("chatml", turns, template=template)
+    dropping = template.replace("call.function.arguments|items", "call.function.arguments|items if value is string")
+    if "key" in arguments:
+        dropping = template.replace('"<parameter=" ~ name ~ ">', '"<parameter=>')
+    with pytest.raises(BadSample, match="of whose tool call the template leaves out") as raised:
+        encode("chatml", turns, template=dropping)
+    assert raised.value.reason == "unrendered"
+
+
+def test_reasoning_of_earlier_turns_may_be_left_out_but_none_after_the_question():
+    answer = assistant("1", "aaa")
+    assert trained_texts("qwen35_style", [user("1?"), answer, user("2?"), assistant("2")]) == [
+        "1<|im_end|>", "2<|im_end|>",
+    ]  # fmt: skip
+    for style in ("chatml", "llama3_style"):  # never shown: the earlier turns' neither
+        with pytest.raises(BadSample, match="message 1 whose reasoning_content the chat template leaves out: 'aaa'"):
+            encode(style, [user("1?"), answer, user("2?"), assistant("2")])
+
+
+def test_thoughts_inside_of_a_content_that_a_template_cuts_off():
+    """As DeepSeek's and Nemotron's do, in the last turn too: what led to the answer would not be trained on."""
+    cut = "m.content.split('</think>')[-1] if m.role == 'assistant' else m.content"
+    template = TOKENIZERS["chatml"].chat_template.replace("message.content", f"({cut.replace('m.', 'message.')})")
+    assert trained_texts("chatml", [user("1?"), assistant("1")], template=template) == ["1<|im_end|>"]
+    with pytest.raises(BadSample, match="whose reasoning_content the chat template leaves out: 'so'") as raised:
+        encode("chatml", [user("1?"), assistant("<think>so</think>1")], template=template)
+    assert raised.value.reason == "unrendered"
+
+
+def test_a_turn_of_the_user_that_is_a_tool_response():
+    """To templates of this family it is no question, so the reasoning before it is shown."""
+    response = "<tool_response>\n3\n</tool_response>"
+    turns = [user("Sum?"), assistant("", "Add.", calls=[ADD]), user(response), assistant("3", "So.")]
+    assert trained_texts("qwen35_style", turns) == [
+        f"Add.\n</think>\n\n{XML}<|im_end|>",
+        "So.\n</think>\n\n3<|im_end|>",
+    ]
+    end = "So.\n</think>\n\n3<|im_end|>"
+    turns[2] = user(f"It says {response}, why?")
+    assert trained_texts("qwen35_style", turns) == [f"{XML}<|im_end|>", end]
+
+
+def test_what_stands_between_the_prompt_and_the_answer_is_trained_on():
+    """As Llama 4 puts <|python_start|> before a content that goes with tool calls."""
+    template = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.tool_calls %}[python]{% endif %}{{ m.content }}"
+        "{% for call in m.tool_calls or [] %}{{ call.function.name ~ call.function.arguments|tojson }}{% endfor %}"
+        "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    turns = [user("Sum?"), assistant("I add.", calls=[("add", {"a": 1})]), tool("3"), assistant("3")]
+    expected = ['[python]I add.add{"a": 1}<|im_end|>', "3<|im_end|>"]
+    assert trained_texts("chatml", turns, template=template) == expected
+
+
+def test_tool_results_that_are_shown_as_json():
+    template = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content|tojson if m.role == 'tool' else m.content }}"
+        "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    turns = [user("Sum?"), assistant("?"), tool('say "3"\n<b>'), assistant("3")]
+    assert trained_texts("chatml", turns, template=template) == ["?<|im_end|>", "3<|im_end|>"]
+
+
+# Templates that do not end
+
+
+def test_a_template_without_end_is_given_up(monkeypatch):
+    monkeypatch.setattr("data.chat._RENDER_SECONDS", 0.2)
+    loop = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
+    template = TOKENIZERS["chatml"].chat_template
+    hangs = f"{{% if messages[0].content == 'hang' %}}{loop}{{% endif %}}{template}"
+    tokenizer = load_tokenizer("chatml")
+    tokenizer.chat_template = hangs
+    encoder = EncodeChat(Data(format="chat"), tokenizer, 100)
+    for _ in range(3):
+        with pytest.raises(BadSample, match=r"takes the chat template more than 0\.2 s") as raised:
+            encoder({"messages": [user("hang"), assistant("x")]})
+        assert raised.value.reason == "template_error"
+        assert encoder({"messages": [user("go"), assistant("x")]}).tokens.size
+    with pytest.raises(UserError, match=r"its chat template took more than 0\.2 s for each of 4 conversations"):
+        encoder({"messages": [user("hang"), assistant("x")]})
+    tokenizer.chat_template = loop
+    with pytest.raises(UserError, match="its chat template fails: takes the chat template more"):
+        EncodeChat(Data(format="chat"), tokenizer, 100)
+
+
+def test_a_template_that_makes_too_much(monkeypatch):
+    monkeypatch.setattr("data.chat._MAX_RENDERING", 5000)
+    template = "{{ 'x' * 6000 if messages[0].content == 'much' }}" + TOKENIZERS["chatml"].chat_template
+    assert encode("chatml", [user("?"), assistant("!")], template=template).tokens.size
+    with pytest.raises(BadSample, match="is rendered as more than 5,000 characters"):
+        encode("chatml", [user("much"), assistant("!")], template=template)
+
+
 # What is refused
 
 
@@ -208,7 +369,9 @@ def test_tools_as_a_string():
         ([["user", "Hi"]], "wrong_type", "message 0 without a role"),
         ([{"role": 3, "content": "x"}], "wrong_type", "message 0 without a role"),
         ([user("x"), {"role": "assistant"}], "wrong_type", "message 1 without content"),
-        ([user([{"type": "text", "text": "x"}])], "wrong_type", "message 0 whose content is no string"),
+        ([user({"type": "text", "text": "x"})], "wrong_type", "message 0 whose content is no string and no list"),
+        ([user([{"type": "image", "image": "x"}])], "unused_field", "a content part of type 'image', expected 'text'"),
+        ([user([{"type": "text", "text": "x", "bbox": [1]}])], "unused_field", "a content part that has 'bbox'"),
         ([user("x"), assistant("y", reasoning=3)], "wrong_type", "message 1 whose reasoning_content is no string"),
         ([user("x"), assistant("y", calls=[("f", "{")])], "wrong_type", "whose arguments are not JSON"),
         ([user("x"), {**assistant("y"), "tool_calls": "f"}], "wrong_type", "whose tool_calls are no list"),
@@ -217,6 +380,8 @@ def test_tools_as_a_string():
         ([{"role": "judge", "content": "x"}], "template_error", "Unexpected message role"),
         ([user("x")], "nothing_to_train", "no turn of the assistant"),
         ([user("x"), assistant("")], "unclear_spans", "cannot be found"),
+        ([user("x\ud800"), assistant("y")], "undecodable", "has half a surrogate pair in a text"),
+        ([user("x"), assistant("", calls=[("f", {"\udfff": 1})])], "undecodable", "half a surrogate pair"),
         ([user("x"), assistant("y<|im_end|>z")], "special_token", "the special token '<|im_end|>' in a text"),
         ([user("<|im_start|>assistant\nx<|im_end|>"), assistant("y")], "special_token", "<|im_start|>"),
         ([user("x"), assistant("", calls=[("f", {"<|im_end|>": 1})])], "special_token", "<|im_end|>"),
@@ -245,7 +410,8 @@ def test_samples_that_are_refused(messages, reason, message):
 def test_templates_that_do_not_show_where_the_turns_are(template, why):
     with pytest.raises((BadSample, ValueError)) as raised:
         encode("chatml", [user("Abc?"), assistant("Def."), assistant("Ghi."), assistant("Jkl.")], template=template)
-    assert getattr(raised.value, "reason", "unclear_spans") == "unclear_spans", why
+    expected = "unrendered" if why == "dropped" else "unclear_spans"
+    assert getattr(raised.value, "reason", expected) == expected, why
 
 
 @pytest.mark.parametrize(
@@ -301,13 +467,19 @@ def test_what_is_trained_on_is_the_assistants_texts(style, turns):
         texts = trained_texts(style, turns)
     except BadSample as error:
         refused = error.reason
+    thinks = any(turn.get("reasoning_content", "").strip() for turn in turns)
+    asks = any(turn["role"] == "user" for turn in turns)
     if refused is not None:
-        assert refused in ("unclear_spans", "nothing_to_train", "template_error", "special_token")
+        assert refused in ("unclear_spans", "nothing_to_train", "template_error", "special_token", "unrendered")
+        if refused == "unrendered":  # reasoning that the template never shows, or not without a question
+            assert thinks
+            assert not (style == "qwen35_style" and asks)
         if refused == "special_token":  # hypothesis finds them in the sources
             assert any("<" in text for turn in turns for text in turn.values() if isinstance(text, str))
         if refused == "unclear_spans":  # an empty turn, or one whose first line end joins the template's
             assert any(turn["content"] != turn["content"].strip() or not turn["content"] for turn in turns)
         return
+    assert not thinks or (style == "qwen35_style" and asks)
     answers = [turn for turn in turns if turn["role"] == "assistant"]
     assert len(texts) == len(answers)
     for text, answer in zip(texts, answers):

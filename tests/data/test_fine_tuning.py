@@ -7,10 +7,11 @@ import pytest
 import tomli
 import torch
 
-from config import Data, MoE, Training
+from config.options import Data, MoE, Training
 from data.loader import TokenLoader
 from data.packing import BadSample
-from data.samples import load_tokenizer, open_samples
+from data.samples import open_samples
+from data.tokenizer import load_tokenizer
 from models.ops.kernels import Kernels
 from models.qwen35_moe.config import ModelConfig
 from models.qwen35_moe.init import init_weights

@@ -19,11 +19,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-from config import Data, Training
+from config.options import Data, Training
 from data.loader import TokenLoader
-from data.samples import load_tokenizer, open_samples
+from data.samples import open_samples
 from data.shuffle import permute
 from data.tokenize import main
+from data.tokenizer import load_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
 TOKENIZER = str(ROOT / "data" / "tiny" / "tokenizer")
@@ -397,7 +398,7 @@ def test_a_tokenizer_without_an_ending_is_refused(path, tmp_path):
     tokenizer = json.loads(Path(TOKENIZER, "tokenizer.json").read_text())
     tokenizer["truncation"] = {"direction": "Right", "max_length": 2, "strategy": "LongestFirst", "stride": 0}
     (tmp_path / "tokenizer.json").write_text(json.dumps(tokenizer))
-    with pytest.raises(ValueError, match=r"end_of_document = True: '.*' has no eos_token") as raised:
+    with pytest.raises(ValueError, match=r"end_of_document = True: expected an eos_token in '.*'") as raised:
         make_loader(path, tokenizer=str(tmp_path))
     assert "\n" not in str(raised.value)
     other, whole = (
@@ -409,7 +410,7 @@ def test_a_tokenizer_without_an_ending_is_refused(path, tmp_path):
 
 SCRIPT = """
 import multiprocessing, os, signal, sys
-from config import Data, Training
+from config.options import Data, Training
 from data.loader import TokenLoader
 
 if __name__ == "__main__":

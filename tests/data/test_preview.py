@@ -17,6 +17,7 @@ def turns(question, answer):
 def shown(tmp_path, capsys, *options):
     path = tmp_path / "a.jsonl"
     chats = [turns("Hi?", "Ho."), turns("So?", "So. " * 7), turns("Ah?", "x " * 300), [turns("Hm?", "")[0]]]
+    chats[0][0]["id"] = "x"
     path.write_text("".join(json.dumps({"messages": chat, "text": "x y " * 10}) + "\n" for chat in chats))
     preview.main(["--config", "qwen35moe_tiny.toml", "--data.path", str(path), "--data.shuffle=false", *options])
     return capsys.readouterr().out
@@ -32,6 +33,7 @@ def test_conversations(tmp_path, capsys):
     assert "fillers)" in row
     assert "skipped (nothing_to_train): 1, 25.00%" in out
     assert "skipped (too_long): 1, 25.00%" in out
+    assert "used, but ignored_field: 1\n" in out
     assert "4 of 4 samples measured" in out
     tokenizer = AutoTokenizer.from_pretrained(TOKENIZER)
     chats = [turns("Hi?", "Ho."), turns("So?", "So. " * 7)]

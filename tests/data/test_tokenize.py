@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer
 
-from config import Data
+from config.options import Data
 from data import tokenize
 from data.sources import open_sources
 
@@ -61,29 +61,11 @@ def test_mistakes(tmp_path, arguments):
         assert not (tmp_path / "tokens").exists()
         return done.stderr
 
-    assert "data.format = 'chat'" in mistake("--data.format=chat", "--data.messages_key=text")
+    chat = ("--data.format=chat", "--data.path", str(ROOT / "data" / "tiny" / "chat" / "conversations.jsonl"))
+    run[-2:] = []
+    assert "data.format = 'chat'" in mistake(*chat)
+    run += ["--data.path", str(tmp_path / "a.jsonl")]
     assert "line 2: has no text" in mistake("--data.on_bad_sample=error")
     (tmp_path / "tokens").mkdir()
     with pytest.raises(ValueError, match="tokens' exists: expected a folder that does not"):
         tokenize.main(arguments)
-
-
-def test_a_corpus_of_another_tokenizer_or_damaged(tmp_path, arguments):
-    tokenize.main(arguments)
-    other = tmp_path / "other"
-    other.mkdir()
-    (other / "tokenizer.json").write_text("{}")
-    with pytest.raises(ValueError, match=r"tokens' was made with another tokenizer than data\.tokenizer = '.*other'"):
-        open_corpus(tmp_path / "tokens", other)
-    with open(tmp_path / "tokens" / "00000.tokens", "ab") as file:
-        file.write(b"12")
-    with pytest.raises(ValueError, match=r"tokens' is damaged: shard 0 has not the size in tokens\.json"):
-        open_corpus(tmp_path / "tokens")
-    for name in ("00000.tokens", "00000.ends"):
-        (tmp_path / "tokens" / name).unlink()
-        with pytest.raises(ValueError, match="tokens' is damaged: "):
-            open_corpus(tmp_path / "tokens")
-    for meta in ("{}", "[", "[]"):
-        (tmp_path / "tokens" / "tokens.json").write_text(meta)
-        with pytest.raises(ValueError, match="tokens' is damaged: "):
-            open_corpus(tmp_path / "tokens")

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
-from config import MoE, Optimizer, Training
+from config.options import MoE, Optimizer, Training
 from data.batch import MicroBatch
 from models.ops.documents import Documents
 from models.ops.kernels import Kernels

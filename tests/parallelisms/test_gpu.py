@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch._dynamo.utils import counters
 
-from config import Training
+from config.options import Training
 from data.batch import MicroBatch
 from models.ops.kernels import select_kernels
 from models.qwen35_moe.config import FULL, LINEAR, ModelConfig
@@ -58,9 +58,7 @@ def build(
 ) -> tuple[Qwen35Moe, Meshes]:
     """As train.py builds it, in bfloat16 compiled."""
     torch.compiler.reset()
-    head_dims = (config.linear_key_head_dim, config.linear_value_head_dim)
-    width = config.linear_conv_kernel_dim
-    kernels = select_kernels({}, device.type, dtype, head_dims, width, config.head_dim)
+    kernels = select_kernels({}, device.type, dtype, *config.kernel_sizes)
     meshes = build_meshes(device.type, Degrees(1, dist.get_world_size(), ep))
     model = build_on_meta(config, kernels, torch.float32)
     is_compiled = device.type == "cuda" and dtype == torch.bfloat16

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from config import MoE
+from config.options import MoE
 from tests.distributed import run_ranks
 from tests.models.qwen35_moe.shapes import tiny_config
 from tests.parallelisms.layouts import OFF, Layout, Run, train

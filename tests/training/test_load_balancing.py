@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers.models.qwen3_5_moe import modeling_qwen3_5_moe
 
-from config import MoE
+from config.options import MoE
 from models.ops.documents import Documents
 from models.qwen35_moe.config import ModelConfig
 from models.qwen35_moe.model import Qwen35Moe

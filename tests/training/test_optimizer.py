@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from config import LRScheduler, Optimizer
+from config.options import LRScheduler, Optimizer
 from tests.models.qwen35_moe.shapes import random_model, tiny_config
 from training.optimizer import build_optimizer, lr_factor, step_clipped
 

@@ -12,7 +12,8 @@ import pytest
 import torch
 
 import train
-from config import Compile, load_config
+from config.options import Compile
+from config.reading import load_config
 from errors import RunError
 from models.ops import linear_cross_entropy as loss_module
 from models.ops.documents import Documents

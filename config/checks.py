@@ -1,0 +1,86 @@
+"""What a number of processes on this machine could not run: checked before they start, without torch where it can be.
+
+python -m config.checks --world-size N --config FILE [--section.key value ...]
+"""
+
+import dataclasses
+import os
+import sys
+from pathlib import Path
+
+from config.options import Config, Kernels, LRScheduler
+from config.reading import load_config, model_config
+from data.check import check_data
+from errors import UserError, exit_on_error
+from models.qwen35_moe.config import ModelConfig
+from parallelisms.degrees import work_out_degrees
+
+
+def check_config(config: Config, world_size: int) -> None:
+    """Raises UserError for what `world_size` processes on this machine could not run."""
+
+    shape = model_config(config)
+    work_out_degrees(config.parallelism, shape, world_size)
+    _check_schedule(config.lr_scheduler, config.training.steps)
+    _check_kernels(config, shape)
+
+    check_data(config, shape.vocab_size)
+    _check_paths(config)
+
+
+def _check_schedule(schedule: LRScheduler, steps: int) -> None:
+    # A rise that is longer than the run is no mistake: a first try of three steps is the commonest there is.
+    key = f"lr_scheduler.decay_steps = {schedule.decay_steps}"
+    if schedule.decay != "wsd":
+        if schedule.decay_steps:
+            raise UserError(f"{key}: expected 0 with lr_scheduler.decay = {schedule.decay!r}; only 'wsd' reads it")
+    elif schedule.decay_steps < 1:
+        raise UserError(f"{key}: with decay = 'wsd' expected at least 1")
+
+
+def _check_kernels(config: Config, shape: ModelConfig) -> None:
+    if config.kernels == Kernels():
+        return  # "auto" is always possible; importing torch takes seconds
+    import torch
+
+    from models.ops.kernels import select_kernels
+    from models.ops.precision import compute_dtype
+
+    device_type = "cuda" if torch.cuda.is_available() else "cpu"
+    dtype = compute_dtype(config.training.dtype, device_type)
+    select_kernels(dataclasses.asdict(config.kernels), device_type, dtype, *shape.kernel_sizes)
+
+
+def _check_paths(config: Config) -> None:
+    resume, start = config.checkpoint.resume, config.checkpoint.start_from
+    if resume not in ("auto", "never") and not os.path.isdir(resume):
+        raise UserError(f"checkpoint.resume = {resume!r}: expected 'auto', 'never' or a directory")
+    if start and not os.path.isdir(start):
+        raise UserError(f"checkpoint.start_from = {start!r}: expected a directory")
+    if start and resume not in ("auto", "never"):
+        raise UserError(f"checkpoint.start_from and checkpoint.resume = {resume!r}: expected one of them")
+    if config.model.initial_load == "hf":
+        if start:
+            raise UserError("model.initial_load = 'hf' and checkpoint.start_from exclude each other: expected one")
+        if not list(Path(config.model.path or "/dev/null").glob("*.safetensors")):
+            raise UserError(
+                f"model.initial_load = 'hf': expected model.path = {config.model.path!r} to hold safetensors files"
+            )
+    parent = Path(config.job.output_dir)
+    while not parent.exists():
+        parent = parent.parent
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        output_dir = config.job.output_dir
+        raise UserError(f"job.output_dir = {output_dir!r}: expected a folder that can be written in {str(parent)!r}")
+
+
+def main(argv: list[str]) -> None:
+    """`--world-size N` and then train.py's own arguments. Raises UserError."""
+    if len(argv) < 2 or argv[0] != "--world-size" or not argv[1].isdecimal() or int(argv[1]) < 1:
+        raise UserError("usage: python -m config.checks --world-size N --config FILE [--section.key value ...]")
+    check_config(load_config(argv[2:]), int(argv[1]))
+
+
+if __name__ == "__main__":
+    with exit_on_error():
+        main(sys.argv[1:])

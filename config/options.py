@@ -1,0 +1,275 @@
+"""Every option of a run: one frozen dataclass a TOML section, with its default and what it means.
+
+A field whose TOML key is a Python keyword ends in an underscore.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Literal, NamedTuple
+
+
+class Accept(NamedTuple):
+    """Narrows a field's type, as the second argument of `Annotated`."""
+
+    text: str
+    """What is accepted, for messages and --help."""
+    test: Callable[[Any], bool]
+
+
+PositiveInt = Annotated[int, Accept("a positive integer", lambda n: n > 0)]
+Count = Annotated[int, Accept("an integer of at least 0", lambda n: n >= 0)]
+Seed = Annotated[int, Accept("an integer from 0 to 2**63 - 1", lambda n: 0 <= n < 2**63)]
+Degree = Annotated[int, Accept("a positive integer, or -1", lambda n: n > 0 or n == -1)]
+Positive = Annotated[float, Accept("a positive number", lambda x: 0 < x < math.inf)]
+PositiveOrInf = Annotated[float, Accept("a positive number, or inf", lambda x: x > 0)]
+NotNegative = Annotated[float, Accept("a number of at least 0", lambda x: 0 <= x < math.inf)]
+Ratio = Annotated[float, Accept("a number from 0 to 1", lambda x: 0 <= x <= 1)]
+Beta = Annotated[float, Accept("a number from 0 to below 1", lambda x: 0 <= x < 1)]
+Folder = Annotated[str, Accept("a folder", lambda path: path != "")]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """The run as a whole."""
+
+    output_dir: Folder = "outputs/run"
+    """Folder for everything the run writes: config.toml, metrics.jsonl, checkpoints/, tensorboard/."""
+    seed: Seed = 0
+    """Determines the initial weights and the order of the data, whatever the number of processes."""
+    deterministic: bool = False
+    """Only deterministic algorithms: the same run on the same layout gives the same numbers bit for bit, slower."""
+    collective_timeout_seconds: PositiveInt = 600
+    """How long a process waits for the others; then the run ends and names those that did not come."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Model:
+    """The model's shape: either `path` or `config`."""
+
+    path: str = ""
+    """Hugging Face directory whose config.json gives the shape."""
+    initial_load: Literal["none", "hf"] = "none"
+    """What a run without checkpoints starts from. "none": random weights; "hf": the weights in `path`."""
+    config: dict[str, Any] = field(default_factory=dict)
+    """The shape as a table, with the keys of config.json's text_config; what is left out is as in 35B-A3B."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Data:
+    """What to train on, and how it becomes tokens."""
+
+    format: Literal["text", "chat"] = "text"
+    """What a sample is. "text": one document, every token trained on; "chat": a conversation, the assistant's turns."""
+    path: tuple[str, ...] = ()
+    """Files or globs (.jsonl, .jsonl.gz, .jsonl.zst, .parquet, .txt), folders that `datasets` or data.tokenize wrote,
+    or names of datasets on the Hub: "owner/name", "owner/name:subset"."""
+    weights: tuple[Positive, ...] = ()
+    """Of the entries of `path`: the shares of their samples in what is trained on; they need not sum to 1. Empty: each
+    sample as often as the others."""
+    split: str = "train"
+    """Of those datasets that come in several."""
+    text_key: str = "text"
+    """Name of the field that holds a document's text."""
+    messages_key: str = "messages"
+    """Name of the field that holds a conversation's messages, as transformers' chat templates take them."""
+    tools_key: str = "tools"
+    """Name of the field that holds the tools a conversation may use, if there is one."""
+    train_on: Literal["all", "last"] = "all"
+    """Which turns of the assistant are trained on."""
+    train_empty_thinking: bool = False
+    """Train on the empty <think></think> that a chat template puts before answers without reasoning."""
+    too_long: Literal["drop", "truncate"] = "drop"
+    """What happens to conversations that are longer than a row."""
+    on_bad_sample: Literal["skip", "error"] = "skip"
+    """"skip": go on, count it and write it down in skipped/ of the run's folder; "error": stop at the first."""
+    tokenizer: str = ""
+    """Hugging Face directory with tokenizer.json. Empty: `model.path`."""
+    shuffle: bool = True
+    """Read the documents in another random order each epoch, instead of the files' order."""
+    num_workers: Count = 2
+    """Background processes a rank that tokenise and pack. 0: in the training process. The data is the same."""
+    end_of_document: bool = True
+    """Append the tokenizer's end-of-sequence token to each document."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Training:
+    """Steps, batch and precision."""
+
+    steps: PositiveInt
+    """Optimizer steps of the whole run, those before a resume included."""
+    sequence_length: PositiveInt
+    """Tokens in a row. Rows are filled with documents end to end; a document that does not fit is cut."""
+    local_batch_size: PositiveInt = 1
+    """Rows in one micro-batch of one process."""
+    global_batch_size: PositiveInt
+    """Rows in one optimizer step: processes * local_batch_size * micro-batches of each process."""
+    max_grad_norm: PositiveOrInf = 1.0
+    """Gradients are scaled down to this global 2-norm. inf: never."""
+    nonfinite: Literal["stop", "skip"] = "stop"
+    """A step whose loss or gradients are not finite is never applied. 'stop': end the run; 'skip': go on after it."""
+    dtype: Literal["auto", "bfloat16", "float32"] = "auto"
+    """Of activations and of weights in matrix products. "auto": bfloat16 on GPUs, float32 on CPUs."""
+    master_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of the stored weights and the optimizer's state."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Optimizer:
+    """What turns gradients into updates."""
+
+    name: Literal["adamw"] = "adamw"
+    """'adamw': Adam with decoupled weight decay."""
+    lr: Positive
+    """Peak learning rate."""
+    betas: tuple[Beta, Beta] = (0.9, 0.95)
+    """Decay rates of the running means of the gradient and of its square."""
+    eps: Positive = 1e-8
+    """Added to the root of the mean square."""
+    weight_decay: NotNegative = 0.1
+    """Of weight matrices; norms, biases, A_log and dt_bias do not decay."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LRScheduler:
+    """The learning rate over the run, as a factor of `optimizer.lr`."""
+
+    warmup_steps: Count = 0
+    """Steps of linear rise from 0 to the peak."""
+    decay: Literal["cosine", "linear", "wsd", "constant"] = "cosine"
+    """Curve from the peak to `min_lr_ratio` at the last step; "wsd": stay at the peak, fall linearly at the end."""
+    decay_steps: Count = 0
+    """Length of the final fall of "wsd", in steps; with any other decay it must be 0."""
+    min_lr_ratio: Ratio = 0.1
+    """Learning rate at the last step / peak learning rate."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MoE:
+    """Losses on the router, beside the cross-entropy, that keep the experts in use."""
+
+    aux_loss_coef: NotNegative = 0.0
+    """Weight of the load-balancing loss. 0: off. Models of this family use 0.001."""
+    aux_loss_scope: Literal["global", "hf"] = "global"
+    """What is to be balanced. "global": the micro-batches of all processes together; "hf": each by itself, pooled over
+    layers, as transformers does."""
+    z_loss_coef: NotNegative = 0.0
+    """Weight of the router z-loss, which keeps the router's logits small. 0: off."""
+    force_balanced_routing: bool = False
+    """Benchmarks only: tokens go to the experts in turn, whatever the router prefers."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parallelism:
+    """How many processes share what. replicate * shard = number of processes; expert divides shard."""
+
+    data_parallel_replicate_degree: PositiveInt = 1
+    """Groups of processes that each hold the whole model between them (HSDP)."""
+    data_parallel_shard_degree: Degree = -1
+    """Processes over which FSDP shards weights, gradients and optimizer state. -1: all that are left."""
+    expert_parallel_degree: Degree = 1
+    """Processes over which the experts are spread; tokens travel to them. 1: experts are sharded like the rest; -1: as
+    many as fit the processes and the model."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ActivationCheckpoint:
+    """Less memory for more computation: activations that the backward pass computes again."""
+
+    mode: Literal["none", "selective", "full"] = "none"
+    """'none': keep all; 'selective': recompute what is cheap; 'full': keep each block's input and its routing alone."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Compile:
+    """torch.compile."""
+
+    enable: bool = False
+    """Compile each block."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Kernels:
+    """Which implementation computes what."""
+
+    attention: Literal["auto", "sdpa", "varlen", "cudnn", "fa4"] = "auto"
+    """'sdpa': one call a document, runs everywhere; 'varlen': PyTorch's FlashAttention 2 over the stream, CUDA and
+    bfloat16; 'cudnn': cuDNN where all documents of a micro-batch have one length, else as 'varlen'; 'fa4':
+    FlashAttention 4 over the stream, package flash-attn-4 (Hopper, Blackwell), which 'auto' leaves out."""
+    gated_delta_rule: Literal["auto", "torch", "fla", "flash_qla"] = "auto"
+    """'torch': runs everywhere; 'fla': flash-linear-attention, 'flash_qla': flash-qla, both CUDA and bfloat16."""
+    causal_conv1d: Literal["auto", "torch", "triton"] = "auto"
+    """The short convolution of linear attention. 'torch': runs everywhere; 'triton': one kernel each way, on CUDA."""
+    cross_entropy: Literal["auto", "torch", "compiled"] = "auto"
+    """The softmax over the vocabulary. 'torch': runs everywhere; 'compiled': by torch.compile, on CUDA."""
+    self_test: bool = True
+    """On GPUs: before the run, compare the kernels' values and gradients with plain PyTorch's, and stop where they
+    differ. Takes seconds, beside the kernels' compilation."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    """Saving and resuming."""
+
+    enable: bool = True
+    """Save checkpoints, the last step's included."""
+    interval: PositiveInt = 500
+    """Steps from one save to the next."""
+    keep: Count = 3
+    """Newest checkpoints to keep. 0: all."""
+    async_: bool = True
+    """Save in the background, from a copy in host memory: each process needs room for its whole state there. The last
+    save is never in the background."""
+    resume: str = "auto"
+    """'auto': everything from the newest undamaged checkpoint in `job.output_dir`, if there is one; 'never': there must
+    be none; or everything from the checkpoint at this path, whatever `job.output_dir` holds."""
+    start_from: str = ""
+    """A checkpoint whose weights, and nothing else of it, a run without checkpoints of its own starts from: new
+    optimizer, step 0, the data's beginning. Also what convert_from_hf.py makes."""
+    export_hf: Literal["never", "last", "all"] = "never"
+    """Which saves are also written as Hugging Face directories, in bfloat16, to `job.output_dir`/hf; all are kept."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Validation:
+    """The loss on data that is not trained on."""
+
+    enable: bool = False
+    """Measure it."""
+    path: tuple[str, ...] = ()
+    """As `data.path`; all else is as in [data]."""
+    interval: PositiveInt = 100
+    """Training steps from one validation to the next."""
+    steps: Count = 0
+    """At most so many batches of `training.global_batch_size` rows. 0: all of the data, once."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Metrics:
+    """What is logged."""
+
+    log_interval: PositiveInt = 1
+    """Steps from one log line, and one line of metrics.jsonl, to the next."""
+    tensorboard: bool = False
+    """Write TensorBoard events too."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """All options of a run."""
+
+    job: Job = field(default_factory=Job)
+    model: Model = field(default_factory=Model)
+    data: Data = field(default_factory=Data)
+    training: Training
+    optimizer: Optimizer
+    lr_scheduler: LRScheduler = field(default_factory=LRScheduler)
+    moe: MoE = field(default_factory=MoE)
+    parallelism: Parallelism = field(default_factory=Parallelism)
+    activation_checkpoint: ActivationCheckpoint = field(default_factory=ActivationCheckpoint)
+    compile: Compile = field(default_factory=Compile)
+    kernels: Kernels = field(default_factory=Kernels)
+    checkpoint: Checkpoint = field(default_factory=Checkpoint)
+    validation: Validation = field(default_factory=Validation)
+    metrics: Metrics = field(default_factory=Metrics)

@@ -1,0 +1,331 @@
+"""Reads a configuration from TOML and the command line into the dataclasses of options.py, or says what is wrong.
+
+Precedence: their defaults < TOML (`extends = "base.toml"`, relative to the file, merges a base first) < command line
+(`--section.key value` or `--section.key=value`). Tables merge key by key, also `[model.config]`; lists replace. A
+`model.path` of a later source takes the place of an earlier source's `model.config`.
+
+Relative paths are taken from the working directory; what is to be read and is not there, from the repository's root.
+A loaded Config holds absolute paths only, so a stored `config.toml` means the same wherever it is loaded.
+"""
+
+import ast
+import dataclasses
+import difflib
+import inspect
+import itertools
+import json
+import os
+import textwrap
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
+
+import tomli
+import tomli_w
+
+from config.options import Config
+from data.files import is_dataset, matches
+from errors import UserError
+from models.qwen35_moe.config import ModelConfig
+
+ROOT = Path(__file__).resolve().parents[1]
+
+# The schema of a TOML file: a table is a dict from its keys to schemas, everything else a type as `typing` writes it.
+# An inline model may have the keys that ModelConfig reads and no others, so that a typo there is found too.
+SECTIONS: dict[str, type] = get_type_hints(Config)
+_SHAPE = get_type_hints(ModelConfig)
+_ROPE = {key: _SHAPE[key] for key in ("rope_theta", "partial_rotary_factor", "mrope_section")}
+_HF_FORM = {"model_type": str, "full_attention_interval": int, "hidden_act": str, "attention_bias": bool}
+_ROPE_PARAMETERS = {"rope_type": str, "mrope_interleaved": bool, **_ROPE}
+SCHEMA: dict[str, Any] = {
+    name: {field.rstrip("_"): hint for field, hint in get_type_hints(cls, include_extras=True).items()}
+    for name, cls in SECTIONS.items()
+}
+SCHEMA["model"]["config"] = _SHAPE | _HF_FORM | {"attention_dropout": float, "rope_parameters": _ROPE_PARAMETERS}
+
+
+def load_config(argv: list[str]) -> Config:
+    """The configuration that a command line asks for. `--help` prints every key and exits with status 0.
+
+    Raises UserError. What depends on files or on the number of processes is left to `check_config`.
+    """
+    if "--help" in argv or "-h" in argv:
+        print(help_text())
+        raise SystemExit(0)
+    path, options = _parse_command_line(argv)
+    tables = _merge(_load_toml(path) if path else {}, options)
+    model = tables.get("model", {})
+    if model.get("path") and model.get("config"):
+        raise UserError(f"model.path = {model['path']!r} and model.config exclude each other: expected one of them")
+    if not model.get("path") and not model.get("config"):
+        raise UserError("model.path = '' and model.config is empty: expected a Hugging Face directory or a table")
+    sections = {}
+    for section, cls in SECTIONS.items():
+        given = tables.get(section, {})
+        values = {}
+        for item in dataclasses.fields(cls):
+            key = item.name.rstrip("_")
+            if key in given:
+                values[item.name] = given[key]
+            elif not _default(item):
+                raise UserError(f"{section}.{key} is missing: expected {_accepted(SCHEMA[section][key])}")
+        sections[section] = cls(**values)
+    return _with_absolute_paths(Config(**sections))
+
+
+def resolved_toml(config: Config) -> str:
+    """The whole configuration as TOML. Loading it gives an equal Config."""
+    return tomli_w.dumps(dataclasses.asdict(config, dict_factory=lambda items: {k.rstrip("_"): v for k, v in items}))
+
+
+def model_config(config: Config) -> ModelConfig:
+    """The model's shape, from `model.path` or `model.config`. Raises UserError."""
+    if config.model.path and not Path(config.model.path, "config.json").is_file():
+        raise UserError(f"model.path = {config.model.path!r}: expected a directory with a config.json")
+    try:
+        if config.model.path:
+            return ModelConfig.from_pretrained(config.model.path)
+        return ModelConfig.from_table(config.model.config)
+    except UserError as error:
+        source = f"model.path = {config.model.path!r}" if config.model.path else "model.config"
+        raise UserError(f"{source}: {str(error).removeprefix('model config: ')}") from error
+
+
+def _with_absolute_paths(config: Config) -> Config:
+    def absolute(path: str) -> str:
+        return os.path.abspath(os.path.expanduser(path))
+
+    def readable(path: str) -> str:
+        if not path:
+            return ""
+        here, shipped = absolute(path), os.path.abspath(ROOT / path)
+        return shipped if not matches(here) and matches(shipped) else here
+
+    def entries(paths: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(path if is_dataset(path) and not matches(readable(path)) else readable(path) for path in paths)
+
+    job, data, checkpoint = config.job, config.data, config.checkpoint
+    model = replace(config.model, path=readable(config.model.path))
+    resume = checkpoint.resume if checkpoint.resume in ("auto", "never") else readable(checkpoint.resume)
+    return replace(
+        config,
+        job=replace(job, output_dir=absolute(job.output_dir)),
+        model=model,
+        data=replace(data, path=entries(data.path), tokenizer=readable(data.tokenizer) or model.path),
+        validation=replace(config.validation, path=entries(config.validation.path)),
+        checkpoint=replace(checkpoint, resume=resume, start_from=readable(checkpoint.start_from)),
+    )
+
+
+# Reading: TOML and command line -> tables of checked values
+
+
+def _find_config(name: str) -> Path:
+    """The TOML file that `--config NAME` means. Raises UserError."""
+    folder = ROOT / "train_configs"
+    for path in (Path(name), ROOT / name, folder / name, folder / f"{name}.toml"):
+        if path.is_file():
+            return path
+    shipped = sorted(path.name for path in folder.glob("*.toml"))
+    raise UserError(f"--config = {name!r} does not exist: expected a file's path, or one of {', '.join(shipped)}")
+
+
+def _load_toml(path: Path, below: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """A file's tables, merged over those of the file it extends. `below`: the files that extend this one."""
+    path = path.resolve()
+    if path in below:
+        raise UserError(
+            f"{below[-1]}: extends = {str(path)!r} is a cycle: expected a file that does not extend this one"
+        )
+    try:
+        tables = tomli.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}: expected a TOML file") from None
+    except ValueError as error:  # TOMLDecodeError tells line and column; UnicodeDecodeError the position
+        raise UserError(f"{path} is not TOML: {error}") from None
+    base = tables.pop("extends", None)
+    values = _convert_table("", SCHEMA, tables, f"{path}: ")
+    if base is None:
+        return values
+    if not isinstance(base, str) or not (path.parent / base).is_file():
+        raise UserError(f"{path}: extends = {base!r}: expected a TOML file's path, relative to this file")
+    return _merge(_load_toml(path.parent / base, (*below, path)), values)
+
+
+def _parse_command_line(argv: list[str]) -> tuple[Path | None, dict[str, Any]]:
+    """The file that `--config` names, and the tables of all other options."""
+    path: Path | None = None
+    tables: dict[str, Any] = {}
+    seen: set[str] = set()
+    words = list(argv)
+    while words:
+        word = words.pop(0)
+        if not word.startswith("--") or word == "--":
+            raise UserError(f"unexpected {word!r} on the command line: expected --section.key value")
+        key, equals, value = word[2:].partition("=")
+        text = value if equals else words.pop(0) if words and not words[0].startswith("--") else None
+        if key in seen:
+            raise UserError(f"--{key} = {text!r} is given a second time: expected one value")
+        seen.add(key)
+        names = key.split(".")
+        schema: Any = {"config": str, **SCHEMA}
+        for name in names:
+            if not isinstance(schema, Mapping) or name not in schema:
+                raise UserError(f"--{key} = {text!r} is unknown: {_nearest(key)}")
+            schema = schema[name]
+        if text is None:
+            if schema is not bool:
+                raise UserError(f"--{key} has no value: expected {_accepted(schema)}")
+            text = "true"
+        if key == "config":
+            path = _find_config(text)
+            continue
+        try:
+            table = _parse_word(schema, text)
+        except ValueError:
+            raise UserError(f"--{key} = {text!r}: {_expected(schema, text)}") from None
+        for name in reversed(names):
+            table = {name: table}
+        tables = _merge(tables, _convert_table("", SCHEMA, table, "--"))
+    return path, tables
+
+
+def _parse_word(schema: Any, text: str) -> Any:
+    """A word of the command line as the TOML value that it means. Raises UserError."""
+    hint = get_args(schema)[0] if get_origin(schema) is Annotated else schema
+    if hint is str or get_origin(hint) is Literal:
+        return text
+    if get_origin(hint) is tuple and not text.startswith("["):
+        if get_args(hint)[0] is str:
+            return text.split(",")
+        text = f"[{text}]"
+    return tomli.loads(f"value = {text}")["value"]
+
+
+def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    """`over` upon `base`: tables key by key, anything else replaces."""
+    merged = dict(base)
+    if over.get("model", {}).get("path") and "model" in base:
+        merged["model"] = {key: value for key, value in base["model"].items() if key != "config"}
+    for key, value in over.items():
+        both_tables = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = _merge(merged[key], value) if both_tables else value
+    return merged
+
+
+def _convert_table(prefix: str, schema: Mapping[str, Any], table: Any, source: str) -> dict[str, Any]:
+    """A TOML table with every value as its schema wants it. Raises UserError, its line begun with `source`."""
+    converted: dict[str, Any] = {}
+    for name, value in table.items():
+        key = prefix + name
+        if name not in schema:
+            raise UserError(f"{source}{key} = {value!r} is unknown: {_nearest(key)}")
+        if isinstance(schema[name], Mapping) and isinstance(value, dict):
+            converted[name] = _convert_table(f"{key}.", schema[name], value, source)
+            continue
+        try:
+            converted[name] = _convert(schema[name], value)
+        except (ValueError, OverflowError):  # a float may be written as an integer, of any size
+            raise UserError(f"{source}{key} = {value!r}: {_expected(schema[name], value)}") from None
+    return converted
+
+
+def _convert(hint: Any, value: Any) -> Any:
+    """`value` as the type `hint`: an integer may be a float, a list becomes a tuple. Raises UserError."""
+    origin, arguments = get_origin(hint), get_args(hint)
+    if origin is Annotated:
+        value = _convert(arguments[0], value)
+        accepted = arguments[1].test(value)
+    elif origin is Literal:
+        accepted = value in arguments
+    elif origin is tuple:
+        if arguments == (str, ...) and isinstance(value, str):
+            value = [value]
+        if accepted := isinstance(value, list):
+            hints = arguments[:1] * len(value) if arguments[-1] is ... else arguments
+            accepted = len(hints) == len(value)
+            value = tuple(map(_convert, hints, value))
+    elif hint is float:
+        accepted = type(value) in (int, float)  # bool is another type
+        value = float(value) if accepted else value
+    else:
+        accepted = type(value) is hint
+    if not accepted:
+        raise ValueError(value)
+    return value
+
+
+# Messages
+
+
+def _accepted(hint: Any) -> str:
+    """What a schema accepts, in words."""
+    arguments = get_args(hint)
+    if isinstance(hint, Mapping):
+        return "a table"
+    if get_origin(hint) is Annotated:
+        return str(arguments[1].text)
+    if get_origin(hint) is Literal:
+        *others, last = map(repr, arguments)
+        return f"{', '.join(others)} or {last}" if others else last
+    if get_origin(hint) is tuple:
+        return f"a list of {'any length' if arguments[-1] is ... else len(arguments)}, each {_accepted(arguments[0])}"
+    return {str: "a string", bool: "true or false", int: "an integer", float: "a number"}[hint]
+
+
+def _expected(hint: Any, value: Any) -> str:
+    nearest = difflib.get_close_matches(str(value), get_args(hint), n=1) if get_origin(hint) is Literal else []
+    return f"expected {_accepted(hint)}" + "".join(f"; did you mean {choice!r}?" for choice in nearest)
+
+
+def _nearest(key: str) -> str:
+    """What an unknown key may have been meant to be."""
+
+    def leaves(schema: Mapping[str, Any], prefix: str) -> list[str]:
+        found = []
+        for name, inner in schema.items():
+            found += leaves(inner, f"{prefix}{name}.") if isinstance(inner, Mapping) else [prefix + name]
+        return found
+
+    known = leaves(SCHEMA, "")
+    same_name = [other for other in known if other.rpartition(".")[2] == key.rpartition(".")[2]]
+    nearest = difflib.get_close_matches(key, same_name or known, n=1, cutoff=0.0 if same_name else 0.6)
+    if nearest:
+        return f"did you mean {nearest[0]}?"
+    section = key.partition(".")[0]
+    return f"expected one of {', '.join(SCHEMA.get(section, SCHEMA))}"
+
+
+def help_text() -> str:
+    """Every key with its type, default and docstring."""
+    lines = ["usage: ./run_train.sh --config FILE [--section.key value | --section.key=value ...]", ""]
+    lines += ['FILE is a path or a name in train_configs/. Lists: \'["a", "b"]\' or a,b. --help shows this and ends.']
+    for section, cls in SECTIONS.items():
+        lines += ["", f"[{section}] {inspect.getdoc(cls)}"]
+        docs = field_docs(cls)
+        for item in dataclasses.fields(cls):
+            default = f"default {_default(item)}" if _default(item) else "required"
+            key = item.name.rstrip("_")
+            lines.append(f"  --{section}.{key}: {_accepted(SCHEMA[section][key])}; {default}")
+            lines += textwrap.wrap(docs[item.name], 110, initial_indent=" " * 6, subsequent_indent=" " * 6)
+    return "\n".join(lines)
+
+
+def _default(item: "dataclasses.Field[Any]") -> str:
+    """A field's default as TOML, empty if it has none."""
+    if item.default is dataclasses.MISSING:
+        return "" if item.default_factory is dataclasses.MISSING else "{}"
+    return json.dumps(item.default)
+
+
+def field_docs(cls: type) -> dict[str, str]:
+    """The string literal under each field of a class."""
+    docs = {}
+    (definition,) = ast.parse(inspect.getsource(cls)).body
+    assert isinstance(definition, ast.ClassDef)
+    for pair in itertools.pairwise(definition.body):
+        match pair:
+            case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=str(doc))):
+                docs[name] = inspect.cleandoc(doc)
+    return docs

@@ -1,0 +1,53 @@
+"""The check of data and tokenizer before a run: the readers' own code, on the first records. Needs no torch."""
+
+import functools
+import os
+from collections.abc import Callable
+from dataclasses import replace
+
+from config.options import Config
+from data.files import check_cache, is_dataset
+from data.records import Record, Whole
+from data.samples import EncodeChat, check_source, text_of
+from data.sources import declared_sources
+from data.tokenizer import check_tokenizer, load_tokenizer
+from errors import UserError
+
+
+def check_data(config: Config, vocab_size: int) -> None:
+    """Raises UserError for data and a tokenizer that could not be used. Takes no longer for a large corpus."""
+    data = config.data
+    weights = list(data.weights)
+    if weights and len(weights) != len(data.path):
+        raise UserError(f"data.weights = {weights}: expected {len(data.path)}, one for each of data.path")
+    if weights and min(weights) < 1e-3 * sum(weights):
+        raise UserError(f"data.weights = {weights}: expected none below a thousandth of their sum")
+    paths = {"data.path": data.path} | ({"validation.path": config.validation.path} if config.validation.enable else {})
+    for key, entries in paths.items():
+        if not entries:
+            raise UserError(f"{key} = []: expected at least one file or glob")
+    sources = [
+        (entry, source)
+        for key, entries in paths.items()
+        for entry, source in declared_sources(
+            replace(
+                data,
+                path=entries,
+            ),
+            key,
+        )
+    ]
+    check_tokenizer(data.tokenizer, vocab_size, data.format == "text" and data.end_of_document)
+    encode: Callable[[Record], object] = functools.partial(text_of, key=data.text_key)
+    if data.format == "chat":
+        encode = EncodeChat(data, load_tokenizer(data.tokenizer), config.training.sequence_length)
+    if not all(isinstance(source, Whole) for _, source in sources):
+        check_cache()
+    found = False
+    for entry, source in sources:
+        is_on_hub = is_dataset(entry) and not os.path.isdir(
+            entry
+        )  # opened by the ranks: it may have to come from there
+        found |= is_on_hub or check_source(source, encode)
+    if not found:
+        raise UserError(f"data.path: no document in {', '.join(map(repr, data.path))}")

@@ -1,0 +1,125 @@
+"""Files of data: which of them an entry of `data.path` stands for, and the cache of what is derived from them."""
+
+import difflib
+import glob
+import hashlib
+import json
+import os
+import re
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from errors import UserError, reading
+
+SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet", ".txt")
+TOKENS_META = "tokens.json"
+"""The file by which a folder is known as one that data.tokenize wrote."""
+_MARKERS = (TOKENS_META, "dataset_info.json", "dataset_dict.json")
+_HUB_NAME = re.compile(r"(?P<owner>[\w.-]+)/[\w.-]+(?P<subset>:[\w.-]+)?")
+_ROOT = Path(__file__).resolve().parents[1]
+
+
+def suffix_of(file: str) -> str:
+    """The one of SUFFIXES that a name ends in, or else whatever it ends in."""
+    return next((suffix for suffix in SUFFIXES if file.endswith(suffix)), Path(file).suffix)
+
+
+def is_dataset(entry: str) -> bool:
+    """Whether an entry of `data.path` is a folder that `datasets` or data.tokenize wrote, or a name on the Hub."""
+    if os.path.isdir(entry):
+        return any(os.path.exists(os.path.join(entry, marker)) for marker in _MARKERS)
+    is_name = _HUB_NAME.fullmatch(entry) and suffix_of(entry) not in SUFFIXES
+    return bool(is_name) and not os.path.exists(entry)
+
+
+def refuse_misspelt(entry: str, key: str = "data.path") -> None:
+    """Raises UserError for a name on the Hub that is rather a path with a slip: asking the Hub for it takes long.
+
+    Such a name begins like a folder that is here, or is nearly a path that is. With `:subset` it is meant as a name.
+    """
+    match = _HUB_NAME.fullmatch(entry)
+    if match is None or match["subset"]:
+        return
+    owner = match["owner"]
+    for root in (Path.cwd(), _ROOT):
+        folders = [folder for folder in os.listdir(root) if (root / folder).is_dir()]
+        inside = owner in folders
+        near = [owner] if inside else difflib.get_close_matches(owner, folders, n=3, cutoff=0.75)
+        paths = [f"{folder}/{path.name}" for folder in near for path in sorted((root / folder).glob("*"))]
+        nearest = difflib.get_close_matches(entry, paths, n=1, cutoff=0.6 if inside else 0.8)
+        if inside or nearest:
+            hint = "".join(f"; did you mean {path!r}?" for path in nearest)
+            raise UserError(
+                f"{key} = {entry!r} does not exist: expected a path that does, or, for a data set on the Hub, "
+                f"'{entry}:default'{hint}"
+            )
+
+
+def matches(pattern: str) -> list[str]:
+    """What a path or glob stands for; a path that exists is never taken for a glob."""
+    return [pattern] if os.path.exists(pattern) else glob.glob(pattern, recursive=True)
+
+
+def find_files(pattern: str, key: str = "data.path") -> list[str]:
+    """The files that a path or glob stands for, by name. Raises UserError for none, or one not in SUFFIXES."""
+    files = [os.path.abspath(path) for path in sorted(set(matches(pattern))) if os.path.isfile(path)]
+    if not files:
+        folder, name = os.path.split(pattern)
+        here = os.listdir(folder or ".") if os.path.isdir(folder or ".") else []
+        nearest = difflib.get_close_matches(name, here, n=1)
+        hint = "".join(f"; did you mean {os.path.join(folder, other)!r}?" for other in nearest)
+        raise UserError(f"{key} = {pattern!r} matches no file: expected a file or a glob that matches some{hint}")
+    for file in files:
+        if suffix_of(file) not in SUFFIXES:
+            raise UserError(f"{key}: {file!r} ends in {suffix_of(file)!r}: expected {', '.join(SUFFIXES)}")
+    return files
+
+
+def cache_folder() -> Path:
+    """Where `datasets` keeps what it derives from data, and so do we."""
+    home = os.environ.get("HF_HOME") or os.path.join(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "huggingface")
+    return Path(os.environ.get("HF_DATASETS_CACHE") or os.path.join(home, "datasets")).expanduser()
+
+
+def cached(files: list[str], what: str, suffix: str, make: Callable[[Path], None]) -> Path:
+    """The file that `make(path)` writes for the present contents of `files`; made once, others wait for it.
+
+    `what` tells apart what is made of the same files. Raises UserError for a cache that cannot be written."""
+    from filelock import FileLock
+
+    stats: list[Any] = []
+    for file in files:
+        with reading(file):
+            stats.append((file, os.stat(file).st_size, os.stat(file).st_mtime_ns))
+    key = json.dumps(stats + [what] * bool(what)).encode()
+    with _writing_the_cache() as folder:
+        path = folder / (hashlib.sha256(key).hexdigest()[:32] + suffix)
+        with FileLock(f"{path}.lock"):
+            if not path.exists():
+                unfinished = path.with_name(f"{path.name}.unfinished")
+                make(unfinished)
+                os.replace(unfinished, path)
+    return path
+
+
+@contextmanager
+def _writing_the_cache() -> Iterator[Path]:
+    """The folder for what is derived. What the system refuses inside is a UserError."""
+    folder = cache_folder() / "json_lines"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        yield folder
+    except OSError as error:
+        raise UserError(
+            f"HF_DATASETS_CACHE = {str(cache_folder())!r}: {error.strerror or error}: expected a folder that can be "
+            "written, with room for what is derived from the data"
+        ) from error
+
+
+def check_cache() -> None:
+    """Raises UserError for a cache that cannot be written."""
+    with _writing_the_cache() as folder, tempfile.TemporaryFile(dir=folder):
+        pass

@@ -1,0 +1,151 @@
+"""The messages of a chat: what each field that is met in the wild means here, and messages as templates take them."""
+
+import json
+from typing import Any, NamedTuple
+
+from data.packing import BadSample
+
+Message = dict[str, Any]
+
+FIELDS: dict[str, str] = {
+    **dict.fromkeys(("role", "content", "tool_calls"), "used"),
+    **dict.fromkeys(("reasoning_content", "reasoning", "thinking"), "reasoning"),
+    "function_call": "tool_calls",
+    **dict.fromkeys(("name", "tool_call_id"), "passed on"),
+    **dict.fromkeys(
+        ("weight", "train", "training", "trainable", "do_train", "loss", "loss_mask", "loss_weight", "loss_scale"),
+        "weight",
+    ),
+    "masked": "weight, the other way round",
+    **dict.fromkeys(("id", "message_id", "uuid", "parent_id", "index", "metadata", "annotations"), "ignored"),
+    **dict.fromkeys(("created", "created_at", "timestamp", "date", "model", "lang", "language"), "ignored"),
+    **dict.fromkeys(("finish_reason", "stop_reason", "usage", "num_tokens", "token_count", "logprobs"), "ignored"),
+    "cache_control": "ignored",
+}
+"""What becomes of a message's field. One that is not here must change the rendering, or its sample is refused; one that
+is null or empty says nothing. docs/data.md has the same table."""
+
+_FLAGS = {"true": 1, "yes": 1, "1": 1, "1.0": 1, "false": 0, "no": 0, "0": 0, "0.0": 0}
+_PART = ("type", "text", "cache_control", "annotations")
+
+
+class Conversation(NamedTuple):
+    """Messages with `content` as one string, reasoning under one name, and calls whose arguments are tables."""
+
+    messages: list[Message]
+    weights: dict[int, int]  # of each of the assistant's messages: 1 to train on it, or 0
+    unknown: list[tuple[int, str]]  # message and name of fields that are not in FIELDS, still in `messages`
+    ignored: set[str]  # names of fields that were left out
+
+
+def read_messages(messages: Any, reasoning_key: str) -> Conversation:
+    """Messages in all the forms of FIELDS; reasoning goes by `reasoning_key`. Raises BadSample."""
+    if not isinstance(messages, list) or not messages:
+        raise BadSample("wrong_type" if messages else "empty", "has no messages: expected a list of them")
+    read = Conversation([], {}, [], set())
+    for number, message in enumerate(messages):
+        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+            raise BadSample("wrong_type", f"has message {number} without a role")
+        read.messages.append(_read_message(message, number, reasoning_key, read))
+    return read
+
+
+def _read_message(message: Message, number: int, reasoning_key: str, read: Conversation) -> Message:
+    out: Message = {}
+    weights: dict[str, int] = {}
+    for field, value in message.items():
+        kind = FIELDS.get(field)
+        if value is None or (kind not in ("used", "reasoning") and value in ("", [], {})):
+            continue
+        if kind == "weight":
+            weights[field] = _flag(value, field, number)
+        elif kind == "weight, the other way round":
+            weights[field] = 1 - _flag(value, field, number)
+        elif kind == "reasoning":
+            if not isinstance(value, str):
+                raise BadSample("wrong_type", f"has message {number} whose {field} is no string")
+            if value and out.get(reasoning_key) and value != out[reasoning_key]:
+                raise BadSample("wrong_type", f"has message {number} with two texts of reasoning, one in {field}")
+            out[reasoning_key] = value or out.get(reasoning_key, "")
+        elif kind == "tool_calls":
+            if message.get("tool_calls"):
+                raise BadSample("unused_field", f"has message {number} with {field} beside its tool_calls")
+            out["tool_calls"] = [_read_call(value, number)]
+        elif field == "content":
+            out["content"] = _text(value, number)
+        elif field == "tool_calls":
+            if not isinstance(value, list):
+                raise BadSample("wrong_type", f"has message {number} whose tool_calls are no list")
+            if value:
+                out["tool_calls"] = [_read_call(call, number) for call in value]
+        elif kind == "ignored":
+            read.ignored.add(field)
+        else:
+            out[field] = value
+            if kind is None:
+                read.unknown.append((number, field))
+    if "content" not in out and "tool_calls" not in out:
+        raise BadSample("wrong_type", f"has message {number} without content")
+    out.setdefault("content", "")
+    if len(set(weights.values())) > 1:
+        raise BadSample("wrong_type", f"has message {number} whose {' and '.join(weights)} contradict each other")
+    if out["role"] == "assistant":
+        read.weights[number] = min(weights.values(), default=1)
+    elif asked := [field for field, weight in weights.items() if weight and field != "weight"]:  # 1 is its default
+        role = out["role"]
+        raise BadSample("unused_field", f"has message {number} of {role} with {asked[0]}: only the assistant's train")
+    return out
+
+
+def _flag(value: Any, field: str, number: int) -> int:
+    """Whether to train on a message, in any of the spellings of 0 and 1."""
+    flag = _FLAGS.get(value.strip().lower()) if isinstance(value, str) else int(value) if value in (0, 1) else None
+    if flag is None:
+        raise BadSample("wrong_type", f"has message {number} with {field} {value!r:.60}, expected 0 or 1")
+    return flag
+
+
+def _text(content: Any, number: int) -> str:
+    """A content's text: a string, or parts that are texts, end to end."""
+    if isinstance(content, str):
+        return content
+    if not isinstance(content, list):
+        raise BadSample("wrong_type", f"has message {number} whose content is no string and no list of parts")
+    texts = []
+    for part in content:
+        given = {key: value for key, value in part.items() if value is not None} if isinstance(part, dict) else {}
+        text = part if isinstance(part, str) else given.get("text")
+        if not isinstance(text, str) or given.get("type", "text") != "text":
+            kind = repr(given.get("type")) if given else type(part).__name__
+            raise BadSample("unused_field", f"has message {number} with a content part of type {kind}, expected 'text'")
+        if unknown := [key for key, value in given.items() if key not in _PART and value not in ("", [], {})]:
+            raise BadSample("unused_field", f"has message {number} with a content part that has {unknown[0]!r:.60}")
+        texts.append(text)
+    return "".join(texts)
+
+
+def _read_call(call: Any, number: int) -> dict[str, Any]:
+    """A tool call whose arguments are a table, as templates want it: many write them as a string of JSON."""
+    is_wrapped = isinstance(call, dict) and "function" in call
+    function = call["function"] if is_wrapped else call
+    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+        raise BadSample("wrong_type", f"has message {number} with a tool call without a name")
+    known = {"call": ("id", "type", "index", "function"), "function": ("name", "arguments", "parameters")}
+    if not is_wrapped:
+        known["call"] += known["function"]
+    for fields, names in ((call, known["call"]), (function if is_wrapped else {}, known["function"])):
+        for field, value in fields.items():
+            if field not in names and value not in (None, "", [], {}):
+                raise BadSample("unused_field", f"has message {number} with a tool call that has {field!r:.60}")
+    given = [function[key] for key in ("arguments", "parameters") if function.get(key) is not None]
+    if len(given) > 1:
+        raise BadSample("unused_field", f"has message {number} with a tool call that has arguments and parameters")
+    arguments = given[0] if given else {}
+    try:
+        if isinstance(arguments, str):
+            arguments = json.loads(arguments) if arguments.strip() else {}
+    except (ValueError, RecursionError):
+        raise BadSample("wrong_type", f"has message {number} with a tool call whose arguments are not JSON") from None
+    outer = call if is_wrapped else {"type": "function"}
+    inner = {key: value for key, value in function.items() if key != "parameters"}
+    return {**outer, "function": {**inner, "arguments": arguments}}

@@ -1,0 +1,31 @@
+"""What a source is: records by their number."""
+
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+Record = dict[str, Any] | NDArray[np.unsignedinteger]
+"""A document's fields, or, of a tokenised corpus, its tokens."""
+
+
+class Source(Protocol):
+    """Records by their number. Small to pickle: a worker process opens the files itself."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Record: ...  # raises BadSample
+
+    def where(self, index: int) -> str: ...  # the file and the line of a record
+
+    def head(self) -> Iterator[tuple[str, Callable[[], Record]]]: ...  # where the first records are, and their reading
+
+
+class Whole:
+    """`head` of a source that is opened at no cost."""
+
+    def head(self: Source) -> Iterator[tuple[str, Callable[[], Record]]]:
+        for index in range(len(self)):
+            yield self.where(index), functools.partial(self.__getitem__, index)

@@ -1,0 +1,219 @@
+"""Tables: Parquet files and what the library `datasets` keeps, of which only the needed columns are read."""
+
+import bisect
+import functools
+import itertools
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from config.options import Data
+from data.files import cached
+from data.packing import BadSample
+from data.records import Record, Whole
+from errors import UserError, reading
+
+if TYPE_CHECKING:  # slow to import, and of no use where there are JSON Lines alone
+    import datasets
+    import pyarrow as pa
+
+
+def columns_of(data: Data) -> tuple[str, str, list[str]]:
+    """The key that names the column a sample needs, the column, and those that it may have."""
+    if data.format == "text":
+        return "data.text_key", data.text_key, []
+    return "data.messages_key", data.messages_key, [data.tools_key]
+
+
+def _select(key: str, name: str, others: list[str], present: list[str], where: str) -> list[str]:
+    """Those of the needed columns that there are. Raises UserError for a table without the first."""
+    if name not in present:
+        raise UserError(f"{key} = {name!r}: expected one of {', '.join(present)}, as in {where}")
+    return [name, *(other for other in others if other in present)]
+
+
+def _row(table: "pa.Table | pa.RecordBatch") -> Record:
+    """The one row of a table. Raises BadSample."""
+    try:
+        (record,) = table.to_pylist()
+    except UnicodeDecodeError as error:
+        raise BadSample("undecodable", f"is not UTF-8: {error}") from None
+    return {key: _without_nulls(value) for key, value in record.items()}
+
+
+def _without_nulls(value: Any) -> Any:
+    """What was meant before a table gave each of its rows all fields of any: those that are null were not there."""
+    if isinstance(value, dict):
+        return {key: _without_nulls(inner) for key, inner in value.items() if inner is not None}
+    if isinstance(value, list):
+        if value and all(isinstance(inner, tuple) for inner in value):  # a map of Arrow's
+            return {key: _without_nulls(inner) for key, inner in value if inner is not None}
+        return [_without_nulls(inner) for inner in value]
+    return value
+
+
+class ParquetFiles:
+    """`.parquet`: of each file the needed columns, once turned into an Arrow file in the cache. Files may differ in all
+    else, and in the types of these."""
+
+    def __init__(self, files: list[str], key: str, name: str, others: list[str]) -> None:
+        self._files, self._columns = files, (key, name, others)
+
+    @functools.cached_property
+    def _starts(self) -> list[int]:
+        """Of each file, which row is its first; and at the end how many there are."""
+        rows = []
+        for file in self._files:
+            with reading(file), _parquet(file) as table:
+                groups = [table.metadata.row_group(number).num_rows for number in range(table.num_row_groups)]
+                rows.append(table.metadata.num_rows)
+            if sum(groups) != rows[-1] or min(groups, default=0) < 0:
+                raise UserError(f"{file} is damaged: its footer counts {rows[-1]} rows, its groups {sum(groups)}")
+        return list(itertools.accumulate(rows, initial=0))
+
+    @functools.cached_property
+    def _arrow(self) -> list[Path | None]:
+        """Of each file that has rows, its Arrow file."""
+        rows = [end - start for start, end in itertools.pairwise(self._starts)]
+        return [_arrow_file(file, *self._columns) if number else None for file, number in zip(self._files, rows)]
+
+    def __len__(self) -> int:
+        return len(self._arrow) and self._starts[-1]
+
+    def _place(self, index: int) -> tuple[int, int]:
+        file = bisect.bisect_right(self._starts, index) - 1
+        return file, index - self._starts[file]
+
+    def __getitem__(self, index: int) -> Record:
+        file, row = self._place(index)
+        path = self._arrow[file]
+        assert path is not None
+        starts, batches = _batches(path)
+        number = bisect.bisect_right(starts, row) - 1
+        return _row(batches.get_batch(number).slice(row - starts[number], 1))
+
+    def where(self, index: int) -> str:
+        file, row = self._place(index)
+        return f"{self._files[file]}, row {row + 1}"
+
+    def head(self) -> Iterator[tuple[str, Callable[[], Record]]]:
+        for file in self._files:
+            row = 0
+            for batch in _parquet_batches(file, *self._columns, size=16):
+                for place in range(len(batch)):
+                    row += 1
+                    yield f"{file}, row {row}", functools.partial(_row, batch.slice(place, 1))
+
+
+def _parquet(file: str) -> Any:
+    import pyarrow.parquet
+
+    return pyarrow.parquet.ParquetFile(file)
+
+
+def _parquet_batches(file: str, key: str, name: str, others: list[str], size: int) -> Iterator["pa.RecordBatch"]:
+    """The needed columns of a Parquet file."""
+    import pyarrow as pa
+
+    with reading(file):
+        parquet = _parquet(file)
+        present = parquet.schema_arrow.names
+    with parquet:
+        columns = _select(key, name, others, present, file)
+        with reading(file):
+            schema = pa.schema([(column, _plain_type(parquet.schema_arrow.field(column).type)) for column in columns])
+        # Each group of rows by itself: its nested dictionaries cannot be read together with those of others.
+        num_rows = 0
+        batches = itertools.chain.from_iterable(
+            parquet.iter_batches(size, [group], columns) for group in range(parquet.num_row_groups)
+        )
+        while True:
+            with reading(file):
+                batch = next(batches, None)
+                batch = batch and batch.cast(schema)
+            if batch is None:
+                break
+            num_rows += len(batch)
+            yield batch
+    if num_rows != parquet.metadata.num_rows:
+        raise UserError(f"{file} is damaged: it has {num_rows} rows, not the {parquet.metadata.num_rows} of its footer")
+
+
+def _plain_type(kind: "pa.DataType") -> "pa.DataType":
+    """A type without dictionaries, at any depth: an Arrow file can hold but one dictionary for all its batches."""
+    import pyarrow as pa
+
+    def inner(field: "pa.Field") -> "pa.Field":
+        return field.with_type(_plain_type(field.type))
+
+    if pa.types.is_dictionary(kind):
+        return _plain_type(kind.value_type)
+    if pa.types.is_struct(kind):
+        return pa.struct([inner(field) for field in kind])
+    if pa.types.is_list(kind) or pa.types.is_large_list(kind):
+        return (pa.list_ if pa.types.is_list(kind) else pa.large_list)(inner(kind.value_field))
+    if pa.types.is_map(kind):
+        return pa.map_(inner(kind.key_field), inner(kind.item_field))
+    return kind
+
+
+def _arrow_file(file: str, key: str, name: str, others: list[str]) -> Path:
+    """The Arrow file with the needed columns of a Parquet file."""
+    import pyarrow as pa
+
+    def make(path: Path) -> None:
+        writer = None
+        with open(path, "wb") as sink:
+            for batch in _parquet_batches(file, key, name, others, size=1024):
+                if writer is None:
+                    writer = pa.ipc.new_file(sink, batch.schema)
+                writer.write_batch(batch)
+            if writer is not None:
+                writer.close()
+
+    return cached([file], "-".join([name, *others]), ".arrow", make)
+
+
+@functools.cache
+def _batches(path: Path) -> tuple[list[int], Any]:
+    """The first row of each batch of an Arrow file, and the file: mapped, once in each process."""
+    import pyarrow as pa
+
+    with reading(path):
+        batches = pa.ipc.open_file(pa.memory_map(str(path)))
+        sizes = [batches.get_batch(number).num_rows for number in range(batches.num_record_batches)]
+    return list(itertools.accumulate(sizes, initial=0)), batches
+
+
+class SavedDataset(Whole):
+    """A folder that `datasets` saved, or a dataset's name on the Hub."""
+
+    def __init__(self, entry: str, split: str, key: str, name: str, others: list[str]) -> None:
+        self._entry, self._split, self._columns = entry, split, (key, name, others)
+        self.is_local = os.path.isdir(entry)
+
+    @functools.cached_property
+    def _table(self) -> "datasets.Dataset":
+        import datasets
+
+        datasets.disable_progress_bars()
+        name, _, subset = self._entry.partition(":")
+        with reading(f"data.path: {self._entry}"):
+            table = datasets.load_from_disk(name) if self.is_local else datasets.load_dataset(name, subset or None)
+        if isinstance(table, dict):
+            if self._split not in table:
+                names = ", ".join(table)
+                raise UserError(f"data.split = {self._split!r}: expected one of {names}, as in {self._entry!r}")
+            table = table[self._split]
+        columns = _select(*self._columns, list(table.features), self._entry)
+        return table.select_columns(columns).with_format("arrow")
+
+    def __len__(self) -> int:
+        return len(self._table)
+
+    def __getitem__(self, index: int) -> Record:
+        return _row(self._table[index : index + 1])
+
+    def where(self, index: int) -> str:
+        return f"{self._entry}, row {index + 1}"

@@ -1,0 +1,190 @@
+"""What is refused before a run: degrees, kernels, data, paths; and the command that run_train.sh runs first."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+from tokenizers import Tokenizer, models
+
+from config.checks import check_config
+from config.reading import ROOT, model_config
+from parallelisms.degrees import work_out_degrees
+from tests.config.runs import error_of, load
+
+
+def test_experts_over_more_processes_than_divide_them() -> None:
+    options = ("--model.config.num_experts=6", "--parallelism.expert_parallel_degree=4")
+    assert "= 4: expected a divisor of the model's num_experts = 6" in error_of(*options, world_size=4)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "expected"),
+    [
+        ("moe_intermediate_size", 33, "does not divide the model's 2 * moe_intermediate_size = 66"),
+        ("hidden_size", 2046, "does not divide the model's hidden_size = 2046"),
+    ],
+)
+def test_experts_that_fsdp_cannot_cut_evenly(key: str, value: int, expected: str) -> None:
+    option = f"--model.config.{key}={value}"
+    batch = "--training.global_batch_size=8"
+    assert expected in error_of(option, batch, "--parallelism.expert_parallel_degree=2", world_size=8)
+    check_config(
+        load(option, batch), 8
+    )  # without expert parallelism they are cut between experts, as evenly as it goes
+
+
+def test_what_a_run_starts_from_is_one_thing(folder: Path) -> None:
+    start = ["--config", "base.toml", "--checkpoint.start_from=text"]
+    assert "start_from and checkpoint.resume = " in error_of(*start, "--checkpoint.resume=text")
+    assert "exclude each other" in error_of(*start, "--model.initial_load=hf")
+
+
+def test_files_that_are_no_text(folder: Path) -> None:
+    (folder / "binary.toml").write_bytes(b"\xff\xfe")
+    assert "binary.toml is not TOML" in error_of("--config", "binary.toml")
+    assert "'text' does not exist: expected a file's path, or one of" in error_of("--config", "text")
+    (folder / "tokenizer" / "tokenizer.json").write_text("[]")
+    assert "tokenizer.json cannot be read: " in error_of()
+
+
+def test_text_that_cannot_be_read(folder: Path) -> None:
+    assert "data.text_key = 'txt' is missing among text, id: expected a string" in error_of("--data.text_key=txt")
+    (folder / "a.md").write_text("a")
+    assert "a.md' ends in '.md': expected .jsonl, .jsonl.gz," in error_of("--data.path=text/a.jsonl,a.md")
+    (folder / "text" / "a.jsonl").write_text("[3]")
+    assert "a.jsonl, line 1: is [3], expected a JSON object (and none of the first 1 samples" in error_of()
+    (folder / "a.txt").write_text("a")
+    check_config(load("--data.path=a.txt"), 2)
+    pyarrow.parquet.write_table(pyarrow.table({"text": ["a"]}), folder / "a.parquet")
+    check_config(load("--data.path=a.parquet"), 2)
+    assert "data.text_key = 'id': expected one of text, as in" in error_of(
+        "--data.path=a.parquet", "--data.text_key=id"
+    )
+    (folder / "a.parquet").write_bytes(b"PAR1 and no more")
+    assert "a.parquet cannot be read: " in error_of("--data.path=a.parquet")
+
+
+def test_conversations_that_cannot_be_read(folder: Path) -> None:
+    chat = "--data.format=chat"
+    assert "expected one with a chat template" in error_of(chat)
+    tiny = f"--data.tokenizer={ROOT}/data/tiny/tokenizer"
+    assert "data.messages_key = 'messages': expected one of text, id" in error_of(chat, tiny)
+    (folder / "a.txt").write_text("a")
+    assert "'chat': expected conversations, not text files" in error_of(chat, "--data.path=a.txt")
+    (folder / "text" / "a.jsonl").write_text(
+        '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}'
+    )
+    check_config(load(chat, tiny), 2)
+
+
+def test_weights_of_sources(folder: Path) -> None:
+    assert "data.weights = [1.0, 2.0]: expected 1, one for each of data.path" in error_of("--data.weights=1,2")
+    two = "--data.path=text/a.jsonl,text/*.jsonl"
+    assert "expected none below a thousandth of their sum" in error_of(two, "--data.weights=1,0.0001")
+    assert "expected a list of any length, each a positive number" in error_of(two, "--data.weights=1,0")
+    check_config(load(two, "--data.weights=1,0.1"), 2)
+
+
+def test_validation_data(folder: Path) -> None:
+    assert "validation.path = []: expected at least one file" in error_of("--validation.enable")
+    assert "validation.path = '" in error_of("--validation.enable", "--validation.path=none.jsonl")
+    check_config(load("--validation.enable", "--validation.path=text/a.jsonl"), 2)
+
+
+@pytest.mark.parametrize("marker", ["dataset_info.json", "dataset_dict.json", "tokens.json"])
+def test_folders_and_names_of_datasets(folder: Path, marker: str) -> None:
+    (folder / "saved").mkdir()
+    (folder / "saved" / marker).write_text("{}")
+    config = load("--data.path=saved,owner/name:part,text/a.jsonl")
+    assert config.data.path == (f"{folder}/saved", "owner/name:part", f"{folder}/text/a.jsonl")
+    assert "saved" in error_of("--data.path=saved,text/a.jsonl")  # it is a folder of theirs, but an empty one
+    check_config(load("--data.path=owner/name:part,text/a.jsonl"), 2)  # the Hub is not asked
+
+
+def test_a_tokenizer_without_an_end_token(folder: Path) -> None:
+    (folder / "tokenizer" / "tokenizer_config.json").write_text("{}")
+    assert "data.end_of_document = True: expected an eos_token in" in error_of()
+    check_config(load("--data.end_of_document=false"), 2)
+    (folder / "tokenizer" / "tokenizer_config.json").unlink()
+    assert "expected a directory with tokenizer_config.json" in error_of()
+
+
+def test_a_tokenizer_without_a_vocabulary(folder: Path) -> None:
+    Tokenizer(models.BPE({}, [])).save(str(folder / "tokenizer" / "tokenizer.json"))
+    assert "expected a tokenizer with a vocabulary" in error_of()
+
+
+def test_kernels_that_this_machine_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    for choice in ("varlen", "fa4"):
+        assert f"kernels.attention = '{choice}' needs a CUDA GPU" in error_of(f"--kernels.attention={choice}")
+    check_config(load("--kernels.attention=sdpa"), 2)
+
+
+@pytest.mark.parametrize(
+    "contents",
+    [
+        "[]",
+        "{",
+        '{"text_config": 3}',
+        '{"rope_parameters": 3}',
+        '{"model_type": "llama"}',
+        '{"full_attention_interval": 0}',
+        '{"rms_norm_eps": -1}',
+        '{"rope_parameters": {"rope_theta": "x"}}',
+        '{"num_experts": true}',
+    ],
+)
+def test_an_unusable_config_json(folder: Path, contents: str) -> None:
+    (folder / "hf").mkdir()
+    (folder / "hf" / "config.json").write_text(contents)
+    assert f"model.path = '{folder}/hf'" in error_of("--model.path=hf")
+
+
+def test_bare_command_line_ends_in_one_line() -> None:
+    """The command that run_train.sh runs first, and that it does not import torch."""
+    code = "import atexit, runpy, sys; atexit.register(lambda: print('torch' in sys.modules)); "
+    code += "runpy.run_module('config.checks', run_name='__main__')"
+
+    def run(*arguments: str) -> tuple[int, str, str]:
+        done = subprocess.run(
+            [sys.executable, "-c", code, *arguments], env={"PYTHONPATH": str(ROOT)}, capture_output=True, text=True
+        )
+        return done.returncode, done.stdout, done.stderr
+
+    assert run("--world-size", "2", "--config", "base.toml") == (0, "False\n", "")
+    wrong = "--training.steps = 0: expected a positive integer\n"
+    assert run("--world-size", "2", "--config", "base.toml", "--training.steps=0") == (2, "False\n", wrong)
+    assert run("--config", "base.toml")[0] == 2
+
+
+@pytest.mark.parametrize(
+    "options", [("--lr_scheduler.warmup_steps=11",), ("--lr_scheduler.decay=wsd", "--lr_scheduler.decay_steps=11")]
+)
+def test_a_short_first_try_is_no_mistake(options: tuple[str, ...]) -> None:
+    check_config(load(*options), 2)
+
+
+@pytest.mark.parametrize(
+    ("world_size", "shard", "num_experts", "expected"),
+    [
+        (1, -1, 8, 1),
+        (2, -1, 8, 2),
+        (3, -1, 8, 1),
+        (4, -1, 8, 4),
+        (16, -1, 8, 8),
+        (6, -1, 8, 2),
+        (4, 2, 8, 2),
+        (12, -1, 9, 3),
+    ],
+)
+def test_the_largest_expert_degree_that_fits(world_size: int, shard: int, num_experts: int, expected: int) -> None:
+    options = [f"--model.config.num_experts={num_experts}", "--parallelism.expert_parallel_degree=-1"]
+    if shard > 0:
+        options.append(f"--parallelism.data_parallel_replicate_degree={world_size // shard}")
+    config = load(*options)
+    check_config(config, world_size)
+    assert work_out_degrees(config.parallelism, model_config(config), world_size).expert == expected
