@@ -25,6 +25,12 @@ class UserError(ValueError):
         return " ".join(super().__str__().splitlines())
 
 
+class WrongTensors(UserError):
+    """A set of tensors that differs from what the class of the model needs."""
+
+    exit_code = 1
+
+
 class RunError(RuntimeError):
     """What stops a run that was started rightly, in one line."""
 

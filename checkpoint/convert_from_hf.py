@@ -28,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a file fr
 from checkpoint.directories import describe_files, is_taken, new_directory, write_manifest
 from checkpoint.export import DTYPES
 from checkpoint.hf_assets import write_checkpoint_assets
-from checkpoint.hf_reader import text_tensors
+from checkpoint.hf_reader import naming_tensors, text_tensors
 from checkpoint.tensors.safetensors import read_safetensors
 from checkpoint.tensors.stored import StoredTensor
 from errors import OneLineParser, exit_on_error
@@ -47,12 +47,12 @@ def convert_from_hf(source: Path, out: Path, dtype: torch.dtype | None) -> list[
     or empty; it appears when it is complete. Raises UserError naming a tensor that is missing, odd or unknown.
     """
     stored = read_safetensors(source)
-    shape = ModelConfig.from_pretrained(source)
-    tensors = text_tensors(shape, stored)
+    config, shape = read_config(source / "config.json"), ModelConfig.from_pretrained(source)
+    with naming_tensors():
+        tensors = text_tensors(shape, stored)
     float32 = {name for name, parameter in parameters(shape).items() if parameter.is_float32}
     dtypes = {n: t.dtype if dtype is None else torch.float32 if n in float32 else dtype for n, t in tensors.items()}
-    config = read_config(source / "config.json")
-    with new_directory(out) as folder:
+    with new_directory(out, source) as folder:
         (folder / "hf").mkdir()
         _write_dcp(folder, tensors, dtypes)
         write_checkpoint_assets(folder / "hf", config, source, source)

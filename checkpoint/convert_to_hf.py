@@ -13,7 +13,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a file from anywhere
 
 from checkpoint.directories import is_taken
-from checkpoint.export import DTYPES, Options, export_to_hf, verify
+from checkpoint.export import DTYPES, Options, export_to_hf
 from errors import OneLineParser, exit_on_error
 from models.qwen35_moe.hf_weights import MTP, NOT_TEXT, PREFIXES, VISION
 
@@ -58,10 +58,9 @@ def main(arguments: list[str]) -> None:
         parser.error(f"{given.checkpoint} is no directory: expected a step-* directory, or a run's output_dir")
     if given.base and not (given.base / "config.json").is_file():
         parser.error(f"--base {given.base} has no config.json: expected a Hugging Face directory")
-    options = Options(given.architecture, DTYPES[given.dtype], given.experts, given.max_shard_size, given.base)
+    dtype = DTYPES[given.dtype]
+    options = Options(given.architecture, dtype, given.experts, given.max_shard_size, given.base, given.verify)
     plan = export_to_hf(given.checkpoint, given.out, options, progress=True)
-    if given.verify:
-        verify(given.checkpoint, given.out, plan, progress=True)
     counts = {kind: sum(tensor.key.startswith(kind) for tensor in plan.tensors) for kind in NOT_TEXT}
     text = len(plan.tensors) - sum(counts.values())
     print(

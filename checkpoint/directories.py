@@ -11,22 +11,26 @@ import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
-from errors import UserError
+from checkpoint.tensors.stored import file_size, read_json
+from errors import UserError, reading
 
 MANIFEST = "manifest.json"
+STEP = re.compile(r"step-([0-9]{8}|[1-9][0-9]{8,17})")
+"""The names of complete checkpoints: the step in eight digits, or in more if it has more."""
 
 
 def complete_checkpoints(folder: Path) -> list[Path]:
     """The complete checkpoints in a run's `checkpoints` folder, oldest first."""
-    return sorted(path for path in folder.glob("step-*") if re.fullmatch(r"step-\d{8}", path.name))
+    found = [path for path in folder.glob("step-*") if STEP.fullmatch(path.name) and path.is_dir()]
+    return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
 
 
 def find_checkpoint(path: Path) -> Path:
     """`path` itself if it is a checkpoint, else the newest of the run whose output_dir it is. Raises UserError."""
-    if (path / ".metadata").exists() or (path / MANIFEST).exists():
-        return path
+    with reading(path):
+        if (path / ".metadata").exists() or (path / MANIFEST).exists():
+            return path
     found = complete_checkpoints(path / "checkpoints")
     if not found:
         raise UserError(f"{path}: expected a checkpoint, or a run's output_dir with a complete one in checkpoints/")
@@ -47,20 +51,42 @@ def write_manifest(folder: Path, files: dict[str, dict[str, int]]) -> None:
 def find_damage(folder: Path, share: int = 0, num_shares: int = 1) -> str | None:
     """What is wrong with a checkpoint's files, or None; with several shares, each looks at its part of them."""
     try:
-        files: dict[str, dict[str, Any]] = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
-        for name, said in sorted(files.items())[share::num_shares]:
+        for name, (size, crc32) in sorted(_read_manifest(folder).items())[share::num_shares]:
             path = folder / name
-            if path.stat().st_size != said["size"]:
-                return f"{path} has {path.stat().st_size} bytes instead of {said['size']}"
-            if _crc32(path) != said["crc32"]:
-                return f"{path} is corrupted (CRC-32)"
-    except FileNotFoundError as error:
-        return f"{error.filename} is missing"
-    except OSError as error:
-        return f"{error.filename} cannot be read: {error.strerror}"
-    except (ValueError, KeyError, TypeError, AttributeError):
-        return f"{folder / MANIFEST} is damaged"
+            if (found := file_size(path)) != size:
+                return f"{path} has {found} bytes instead of {size}"
+            with reading(path):
+                if _crc32(path) != crc32:
+                    return f"{path} is corrupted (CRC-32)"
+    except UserError as error:
+        return str(error)
     return None
+
+
+def check_files(folder: Path) -> None:
+    """Raises UserError for what `find_damage` finds. A plain DCP directory, which no run wrote, needs no manifest."""
+    is_ours = STEP.fullmatch(folder.resolve().name) or (folder / "config.toml").exists()
+    if (is_ours or os.path.lexists(folder / MANIFEST)) and (damage := find_damage(folder)):
+        raise UserError(damage)
+
+
+def _read_manifest(folder: Path) -> dict[str, tuple[int, int]]:
+    """Size and CRC-32 of each file: all lie in `folder`, and all that a reader might open are among them."""
+    path, files = folder / MANIFEST, {}
+    with reading(path):
+        entries = read_json(path)["files"]
+        root = folder.resolve()
+        for name, said in dict(entries).items():
+            numbers = (said["size"], said["crc32"])
+            if not (root / name).resolve().is_relative_to(root) or ".." in Path(name).parts or Path(name).is_absolute():
+                raise ValueError(f"{name!r:.100} is no file in its folder")
+            if not all(type(number) is int and number >= 0 for number in numbers):
+                raise ValueError(f"it does not tell the size and CRC-32 of {name!r}")
+            files[name] = numbers
+    read = [folder / ".metadata", *folder.glob("*.distcp"), *folder.glob("hf/*")]
+    if unlisted := sorted({str(file.relative_to(folder)) for file in read} - files.keys()):
+        raise UserError(f"{path} does not list {unlisted[0]!r}: expected the folder as the run left it")
+    return files
 
 
 def _crc32(path: Path) -> int:
@@ -72,17 +98,20 @@ def _crc32(path: Path) -> int:
 
 
 @contextmanager
-def new_directory(out: Path) -> Iterator[Path]:
+def new_directory(out: Path, source: Path) -> Iterator[Path]:
     """Yields a directory to fill, which takes the name `out` when the block ends well and vanishes when it does not.
 
-    Raises UserError if `out` exists, unless it is an empty directory.
+    Raises UserError if `out` exists, unless it is an empty directory, and if it cannot be made or lies in `source`.
     """
     if is_taken(out):
         raise UserError(f"{out} exists: expected a new or an empty directory")
-    out = out.resolve()
-    unfinished = out.with_name(f".{out.name}.unfinished")
-    shutil.rmtree(unfinished, ignore_errors=True)  # left by a process that was killed
-    unfinished.mkdir(parents=True)
+    with reading(out):
+        out = out.resolve()
+        if out.is_relative_to(source.resolve()):
+            raise UserError(f"{out} lies in {source}, which is read: expected another place")
+        unfinished = out.with_name(f".{out.name}.unfinished")
+        shutil.rmtree(unfinished, ignore_errors=True)  # left by a process that was killed
+        unfinished.mkdir(parents=True)
     try:
         yield unfinished
         publish(unfinished, out)
@@ -92,7 +121,8 @@ def new_directory(out: Path) -> Iterator[Path]:
 
 def is_taken(out: Path) -> bool:
     """Whether something stands where a new directory is to be made."""
-    return out.exists() and (not out.is_dir() or any(out.iterdir()))
+    with reading(out):
+        return os.path.lexists(out) and (not out.is_dir() or any(out.iterdir()))
 
 
 def publish(unfinished: Path, final: Path) -> None:
@@ -118,7 +148,7 @@ def tidy(folder: Path) -> None:
     """
     for path in sorted(folder.glob(".step-*")):
         final = folder / path.name.removeprefix(".")
-        if re.fullmatch(r"\.step-\d{8}", path.name) and not final.exists() and find_damage(path) is None:
+        if STEP.fullmatch(final.name) and not final.exists() and find_damage(path) is None:
             publish(path, final)
         else:
             shutil.rmtree(path)

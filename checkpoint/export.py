@@ -16,6 +16,7 @@ class           what --architecture says; else image_text_to_text where a config
 
 import copy
 import json
+import os
 from collections.abc import Iterable
 from importlib.util import find_spec
 from pathlib import Path
@@ -25,14 +26,14 @@ import torch
 from huggingface_hub import split_state_dict_into_shards_factory
 from tqdm import tqdm
 
-from checkpoint.directories import MANIFEST, find_checkpoint, find_damage, new_directory
+from checkpoint.directories import check_files, find_checkpoint, new_directory
 from checkpoint.hf_assets import class_config, copy_assets, read_base
-from checkpoint.hf_reader import assemble
+from checkpoint.hf_reader import assemble, naming_tensors
 from checkpoint.tensors.dcp import read_dcp
 from checkpoint.tensors.fsdp_shards import is_shard_directory, read_fsdp_shards
 from checkpoint.tensors.safetensors import Export, read_safetensors, write_file
 from checkpoint.tensors.stored import StoredTensor
-from errors import UserError
+from errors import UserError, WrongTensors, reading
 from models.qwen35_moe.config import ModelConfig, read_config
 from models.qwen35_moe.hf_weights import (
     MTP,
@@ -50,6 +51,7 @@ from models.qwen35_moe.parameters import Shape, parameters
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "keep": None}
 """The values of the converters' --dtype; None: of each tensor, what is stored."""
+_MAX_DEPTH = 1000  # blocks of a vision tower
 
 
 class Options(NamedTuple):
@@ -64,11 +66,14 @@ class Options(NamedTuple):
     max_shard_bytes: int = 5 * 10**9
     base: Path | None = None
     """Hugging Face directory that gives what was not trained; None: the one that the run was loaded from."""
+    verify: bool = False
+    """Read what was written again, before it gets its name."""
 
 
 class Plan(NamedTuple):
     """Everything that will be written, checked against what the class needs."""
 
+    source: Path
     config: dict[str, Any]
     tensors: list[Export]
     assets: list[Path]
@@ -91,7 +96,7 @@ def export_to_hf(checkpoint: Path, out: Path, options: Options | None = None, pr
     )
     total = files.metadata["total_size"]
     with (
-        new_directory(out) as folder,
+        new_directory(out, plan.source) as folder,
         tqdm(total=total, unit="B", unit_scale=True, desc=out.name, disable=None if progress else True) as bar,
     ):
         copy_assets(folder, *plan.assets, vision="vision_config" in plan.config)
@@ -102,16 +107,18 @@ def export_to_hf(checkpoint: Path, out: Path, options: Options | None = None, pr
         if files.is_sharded:
             index = {"metadata": files.metadata, "weight_map": files.tensor_to_filename}
             (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+        if options.verify:
+            verify(folder, plan, progress)
     return plan
 
 
 def make_plan(checkpoint: Path, options: Options) -> Plan:
     """Decides what is written. Raises UserError naming what is missing, unknown, or of a wrong shape."""
-    stored, assets, recorded_base = _open_checkpoint(checkpoint)
+    source, stored, assets, recorded_base = _open_checkpoint(checkpoint)
     base = options.base or recorded_base
     if base and (base / "config.json").is_file():
         assets = [*assets, base]
-    configs = [read_config(path) for a in assets if (path := a / "config.json").is_file()]
+    configs = [read_config(path) for folder in assets if os.path.lexists(path := folder / "config.json")]
     if not configs:
         raise UserError(f"{checkpoint} has no config.json: expected --base with the model that it came from")
     # The checkpoint's own config tells what was trained; the base's may have what the checkpoint's left out: vision.
@@ -142,23 +149,25 @@ def make_plan(checkpoint: Path, options: Options) -> Plan:
     if architecture == "image_text_to_text":
         vision = [Export(key, tensor, tensor.dtype) for key, tensor in others[VISION].items()]
         _check("the vision tower", {e.key: e.shape for e in vision}, _vision_shapes(written))
-    return Plan(written, [*vision, *exports, *mtp], assets)
+    return Plan(source, written, [*vision, *exports, *mtp], assets)
 
 
 def _part(prefix: str, tensors: dict[str, StoredTensor]) -> dict[str, StoredTensor]:
     return {key: tensor for key, tensor in tensors.items() if key.startswith(prefix)}
 
 
-def _open_checkpoint(path: Path) -> tuple[dict[str, StoredTensor], list[Path], Path | None]:
-    """Its tensors (text ones by native name, others by Hugging Face's), where its config.json may be, its base."""
+def _open_checkpoint(path: Path) -> tuple[Path, dict[str, StoredTensor], list[Path], Path | None]:
+    """Where it is; its tensors, text ones by native name and others by Hugging Face's; where config.json may be; its
+    base."""
     if is_shard_directory(path):
         tensors = read_fsdp_shards(path)
         prefix = next((p for p in (*PREFIXES.values(), "") if p + "embed_tokens.weight" in tensors), "")
         stored = {k if k.startswith(NOT_TEXT) else k.removeprefix(prefix): t for k, t in tensors.items()}
-        return stored, [folder for folder in (path, path / "huggingface", path / "hf") if folder.is_dir()], None
+        return path, stored, [folder for folder in (path, path / "huggingface", path / "hf") if folder.is_dir()], None
     path = find_checkpoint(path)
+    check_files(path)
     stored = {n.removeprefix("model."): t for n, t in read_dcp(path).items() if n.startswith("model.")}
-    return stored, [path / "hf"], read_base(path)
+    return path, stored, [path / "hf"], read_base(path)
 
 
 def _text_exports(
@@ -184,7 +193,8 @@ def _text_exports(
 
 def _mtp_exports(shape: ModelConfig, tensors: dict[str, StoredTensor], experts: str) -> list[Export]:
     """Multi-token prediction as it is, bit for bit; its experts stacked or one by one as asked."""
-    pieces = find_mtp_pieces(shape, {key: tensor.shape for key, tensor in tensors.items()})
+    with naming_tensors():
+        pieces = find_mtp_pieces(shape, {key: tensor.shape for key, tensor in tensors.items()})
     if experts == "keep":
         return [Export(key, tensor, tensor.dtype) for key, tensor in tensors.items()]
     shapes = mtp_shapes(shape, count_mtp_layers(tensors))
@@ -207,25 +217,23 @@ def _vision_shapes(config: dict[str, Any]) -> dict[str, Shape]:
     """What transformers' image-text class has under `model.visual.`."""
     from transformers import Qwen3_5MoeConfig, Qwen3_5MoeForConditionalGeneration  # slow to import
 
-    with torch.device("meta"):
-        model = Qwen3_5MoeForConditionalGeneration(Qwen3_5MoeConfig(**copy.deepcopy(config)))  # it changes it
+    with reading("vision_config"), torch.device("meta"):
+        if not 0 < config["vision_config"].get("depth", 1) <= _MAX_DEPTH:
+            raise ValueError(f"depth = {config['vision_config']['depth']!r}: expected 1 to {_MAX_DEPTH}")
+        model = Qwen3_5MoeForConditionalGeneration(Qwen3_5MoeConfig(**copy.deepcopy(config)))
     return {name: tuple(value.shape) for name, value in model.state_dict().items() if name.startswith(VISION)}
 
 
 def _check(where: str, available: dict[str, Shape], expected: dict[str, Shape]) -> None:
     for name in sorted(available.keys() ^ expected.keys()):
-        raise UserError(f"{where}: {name!r} is {'missing' if name in expected else 'unknown to this model'}")
+        raise WrongTensors(f"{where}: {name!r} is {'missing' if name in expected else 'unknown to this model'}")
     for name, shape in expected.items():
         if available[name] != shape:
-            raise UserError(f"{where}: {name!r} has shape {list(available[name])}, not {list(shape)}")
+            raise WrongTensors(f"{where}: {name!r} has shape {list(available[name])}, not {list(shape)}")
 
 
-def verify(checkpoint: Path, out: Path, plan: Plan, progress: bool = False) -> None:
+def verify(out: Path, plan: Plan, progress: bool = False) -> None:
     """Reads `out` again: every tensor bit for bit against the source, then with transformers. Raises UserError."""
-    if not is_shard_directory(checkpoint):
-        step = find_checkpoint(checkpoint)
-        if (step / MANIFEST).exists() and (damage := find_damage(step)):
-            raise UserError(f"verify: {damage}")
     arrays = read_safetensors(out)
     _check(f"verify: {out}", {k: a.shape for k, a in arrays.items()}, {e.key: e.shape for e in plan.tensors})
     bar: Iterable[Export] = tqdm(plan.tensors, desc="verify", unit="tensor", disable=None if progress else True)
@@ -247,7 +255,10 @@ def _load_with_transformers(out: Path, plan: Plan) -> None:
 
     cls = getattr(transformers, plan.config["architectures"][0])
     place = "meta" if find_spec("accelerate") else None
-    _, loading = cls.from_pretrained(out, dtype="auto", device_map=place, output_loading_info=True)
+    with reading(out):
+        _, loading = cls.from_pretrained(
+            out, dtype="auto", device_map=place, output_loading_info=True, trust_remote_code=False
+        )
     for problem, keys in loading.items():
         if keys:
             raise UserError(f"verify: {cls.__name__} finds {problem.replace('_', ' ')}: {sorted(map(str, keys))[0]}")

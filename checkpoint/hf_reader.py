@@ -1,6 +1,7 @@
 """Reads the text model out of a Hugging Face directory: all of it for conversion, a rank's shards for training."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -8,7 +9,7 @@ from torch import nn
 
 from checkpoint.tensors.safetensors import read_safetensors
 from checkpoint.tensors.stored import Chunk, StoredArray, StoredTensor
-from errors import UserError
+from errors import UserError, WrongTensors
 from models.qwen35_moe.config import ModelConfig
 from models.qwen35_moe.hf_weights import NOT_TEXT, Piece, find_pieces
 from models.qwen35_moe.init import LocalPart
@@ -41,6 +42,15 @@ def _check_tied(embedding: StoredTensor, head: StoredTensor) -> None:
                 "weights: 'lm_head.weight' differs from the embedding, but config.json's tie_word_embeddings is true: "
                 "expected equal values, no 'lm_head.weight', or tie_word_embeddings = false"
             )
+
+
+@contextmanager
+def naming_tensors() -> Iterator[None]:
+    """Inside, what is refused is refused for the set of tensors: a conversion tells that by its exit code."""
+    try:
+        yield
+    except UserError as error:
+        raise WrongTensors(str(error)) from error
 
 
 def assemble(name: str, shape: Shape, pieces: list[Piece], stored: Mapping[str, StoredTensor]) -> StoredTensor:

@@ -5,8 +5,10 @@ its shape, dtype and chunks (offsets and sizes in the full tensor: a tensor shar
 for each chunk the file and the bytes that hold it, in the format of `torch.save`.
 """
 
+from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
+from typing import cast
 
 import torch
 
@@ -25,23 +27,37 @@ def read_dcp(folder: Path) -> dict[str, StoredTensor]:
     if not path.exists():
         raise UserError(f"{folder} has no .metadata: expected a complete DCP checkpoint")
     file_size(path)
-    with reading(path), path.open("rb") as file:
-        metadata = load_pickle(file, path)
+    with reading(path):
+        metadata = load_pickle(path.read_bytes(), path)
         places = {
-            (index.fqn, tuple(index.offset or ())): (str(place.relative_path), place.offset, place.length)
-            for index, place in metadata.storage_data.items()
+            (_text(at.fqn), _numbers(at.offset or ())): (_text(place.relative_path), place.offset, place.length)
+            for at, place in metadata.storage_data.items()
+            if _numbers((place.offset, place.length))
         }
-        entries = {name: _parse(name, entry) for name, entry in metadata.state_dict_metadata.items()}
+        entries = {_text(name): _parse(name, entry) for name, entry in metadata.state_dict_metadata.items()}
     return {name: _stored_tensor(folder, name, *entry, places) for name, entry in entries.items()}
 
 
 def _parse(name: str, entry: Stub) -> tuple[Shape, torch.dtype, list[tuple[Shape, Shape]]]:
     """A tensor's shape, its dtype, and its chunks' offsets and sizes."""
     if type(entry).name != "TensorStorageMetadata":
-        raise UserError(f"{name!r} is no tensor")
+        raise ValueError(f"{name!r} is no tensor")
     properties = entry.properties.state
     dtype = properties["dtype"] if isinstance(properties, dict) else properties[0]
-    return tuple(entry.size), dtype, [(tuple(chunk.offsets), tuple(chunk.sizes)) for chunk in entry.chunks]
+    return _numbers(entry.size), dtype, [(_numbers(chunk.offsets), _numbers(chunk.sizes)) for chunk in entry.chunks]
+
+
+def _text(value: object) -> str:
+    if not isinstance(value, str):
+        raise ValueError("a name in it is no text")
+    return value
+
+
+def _numbers(values: Iterable[object]) -> tuple[int, ...]:
+    numbers = tuple(values)
+    if not all(type(number) is int and 0 <= number < 2**63 for number in numbers):
+        raise ValueError("it has something else where numbers of bytes or elements belong")
+    return cast(tuple[int, ...], numbers)
 
 
 def _stored_tensor(

@@ -16,7 +16,9 @@ from checkpoint.tensors.torch_file import Stub, read_torch_file
 from errors import UserError, reading
 from models.qwen35_moe.parameters import Shape
 
-_NAME = re.compile(r"model_world_size_([1-9]\d*)_rank_(0|[1-9]\d*)\.pt")
+_NAME = re.compile(r"model_world_size_([1-9][0-9]{0,17})_rank_(0|[1-9][0-9]{0,17})\.pt")
+_MAX_STRIDED = 2**22
+"""Of a dimension in strided shards, whose indices are counted one by one."""
 
 
 def is_shard_directory(folder: Path) -> bool:
@@ -38,7 +40,9 @@ def read_fsdp_shards(folder: Path) -> dict[str, StoredTensor]:
     paths = [folder / f"model_world_size_{world_size}_rank_{rank}.pt" for rank in range(world_size)]
     ranks = [read_torch_file(path) for path in paths]
     for path, values in zip(paths, ranks):
-        if not isinstance(values, dict) or values.keys() != ranks[0].keys():
+        if not isinstance(values, dict) or not all(isinstance(name, str) for name in values):
+            raise UserError(f"{path} is no dictionary of tensors by their names")
+        if values.keys() != ranks[0].keys():
             raise UserError(f"{path} does not hold the same tensors as {paths[0].name}")
     return {name: _assemble(name, [values[name] for values in ranks], paths) for name in ranks[0]}
 
@@ -83,20 +87,25 @@ def _locate(value: StoredArray | Stub, rank: int) -> tuple[Shape, StoredArray, l
         if kind in ("Shard", "_StridedShard"):
             dim = placement.dim % len(shape)
             if kind == "Shard":
-                indices[dim] = _chunk(indices[dim], size)[coordinate]
+                indices[dim] = _chunk(indices[dim], size, coordinate)
                 continue
             # First into `split_factor` parts, as if the axes to the right had cut it already; then each over this axis.
-            parts = _chunk(indices[dim], placement.split_factor)
-            indices[dim] = [index for part in parts for index in _chunk(part, size)[coordinate]]
+            if len(indices[dim]) > _MAX_STRIDED:
+                raise UserError(f"its dimension {dim} of {len(indices[dim])} is cut into strided shards")
+            factor = placement.split_factor
+            parts = (_chunk(indices[dim], factor, part) for part in range(min(factor, len(indices[dim]))))
+            indices[dim] = [index for part in parts for index in _chunk(part, size, coordinate)]
         elif kind != "Replicate":
             raise UserError(f"its placement is {kind}: expected shards and replicas")
     return shape, local, indices
 
 
-def _chunk(indices: Sequence[int], parts: int) -> list[Sequence[int]]:
-    """As torch.chunk, with empty parts at the end."""
-    size = -(-len(indices) // parts) if indices else 0
-    return [indices[part * size : (part + 1) * size] for part in range(parts)]
+def _chunk(indices: Sequence[int], parts: int, part: int) -> Sequence[int]:
+    """One of the parts that torch.chunk makes, with empty ones at the end."""
+    if parts < 1:
+        raise UserError(f"it is cut into {parts} parts")
+    size = -(-len(indices) // parts)
+    return indices[part * size : (part + 1) * size]
 
 
 def _runs(indices: Sequence[int]) -> list[tuple[int, int, int]]:

@@ -4,6 +4,7 @@ The format: the header's length (8 bytes, little-endian), a JSON header with eac
 """
 
 import json
+import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import chain
@@ -13,7 +14,7 @@ from typing import NamedTuple
 
 import torch
 
-from checkpoint.tensors.stored import DTYPES, StoredArray, StoredTensor, file_size, whole
+from checkpoint.tensors.stored import DTYPES, StoredArray, StoredTensor, file_size, read_json, whole
 from errors import UserError, reading
 from models.qwen35_moe.hf_weights import shape_of_box
 from models.qwen35_moe.parameters import Box, Shape
@@ -25,18 +26,26 @@ _MAX_HEADER_BYTES = 100 * 10**6  # what the safetensors library reads
 
 def read_safetensors(folder: Path) -> dict[str, StoredTensor]:
     """Every tensor of a Hugging Face directory, one file or several. Raises UserError naming a file that is bad."""
-    index = folder / "model.safetensors.index.json"
-    names = ["model.safetensors"]
-    if index.exists():
-        file_size(index)
-        with reading(index):
-            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-            if not all(name and Path(name).name == name for name in names):
-                raise UserError(f"{index}: expected names of files in its folder")
-    arrays: dict[str, StoredArray] = {}
+    index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
+    if not os.path.lexists(index):
+        return {key: whole(key, array) for key, array in _read_header(single).items()}
+    file_of = read_json(index).get("weight_map")
+    if not isinstance(file_of, dict) or not all(
+        isinstance(name, str) and name and Path(name).name == name for name in file_of.values()
+    ):
+        raise UserError(f"{index}: expected a weight_map with names of files in its folder")
+    names = sorted(set(file_of.values()))
+    if single.name not in names and os.path.lexists(single):
+        raise UserError(f"{folder} has {index.name} and {single.name}, which it does not name: expected one of them")
+    tensors: dict[str, StoredTensor] = {}
     for name in names:
-        arrays |= _read_header(folder / name)
-    return {key: whole(key, array) for key, array in arrays.items()}
+        arrays = _read_header(folder / name)
+        if unknown := arrays.keys() - file_of.keys():
+            raise UserError(f"{folder / name}: {min(unknown)!r} is not in {index.name}")
+        tensors |= {key: whole(key, array) for key, array in arrays.items() if file_of[key] == name}
+    if lacking := file_of.keys() - tensors.keys():
+        raise UserError(f"{folder / file_of[min(lacking)]} lacks {min(lacking)!r}, which {index.name} says it has")
+    return tensors
 
 
 def _read_header(path: Path) -> dict[str, StoredArray]:
@@ -47,10 +56,11 @@ def _read_header(path: Path) -> dict[str, StoredArray]:
         length = int.from_bytes(file.read(8), "little")
         if length > min(size - 8, _MAX_HEADER_BYTES):
             raise UserError(f"{path} is no complete safetensors file: its header does not end")
-        header = json.loads(file.read(length))
+        header = json.loads(file.read(length), object_pairs_hook=_each_key_once)
         header.pop("__metadata__", None)
         entries = [
-            (*e["data_offsets"], k, DTYPES.get(e["dtype"], e["dtype"]), tuple(e["shape"])) for k, e in header.items()
+            (*_list(e["data_offsets"]), k, DTYPES.get(e["dtype"], e["dtype"]), tuple(_list(e["shape"])))
+            for k, e in header.items()
         ]
         arrays, end = {}, 0
         for start, stop, key, dtype, shape in sorted(entries, key=lambda entry: entry[:2]):
@@ -64,6 +74,18 @@ def _read_header(path: Path) -> dict[str, StoredArray]:
         if 8 + length + end != size:
             raise UserError(f"{path} is no complete safetensors file: it has {size} bytes, not {8 + length + end}")
     return arrays
+
+
+def _each_key_once(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    if len(dict(pairs)) < len(pairs):
+        raise ValueError("a key stands twice in its header")
+    return dict(pairs)
+
+
+def _list(value: object) -> list[int]:
+    if not isinstance(value, list):
+        raise ValueError(f"its header has {value!r:.60} where a list of numbers belongs")
+    return value
 
 
 class Export(NamedTuple):

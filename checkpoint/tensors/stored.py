@@ -5,12 +5,13 @@ tensors of safetensors files. It is read a box at a time, so that memory is boun
 they say is checked here: shapes, dtypes, chunks that cover the tensor once, bytes that lie where they may.
 """
 
+import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from io import FileIO
 from math import prod
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -102,6 +103,16 @@ def file_size(path: Path) -> int:
         return path.stat().st_size
 
 
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file. Raises UserError for one that is missing, no regular file, or holds anything else."""
+    file_size(path)
+    with reading(path):
+        value = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(value, dict):
+            raise UserError(f"{path} holds {value!r:.60}: expected a JSON object")
+        return value
+
+
 @dataclass
 class Chunk:
     """A box of a tensor, the array that holds it, and copies that must be equal to it."""
@@ -124,6 +135,8 @@ class StoredTensor:
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES.values():
             raise UserError(f"{self.name!r} is of {self.dtype}: expected one of {', '.join(DTYPES)}")
+        if not isinstance(self.name, str):
+            raise UserError(f"a {type(self.name).__name__} stands where a tensor's name belongs")
         boxes = [chunk.box for chunk in self.chunks]
         numbers = [*self.shape, *(edge for box in boxes for edges in box for edge in edges)]
         if not all(type(number) is int and 0 <= number < 2**48 for number in numbers) or len(self.shape) > _MAX_DIMS:

@@ -8,6 +8,7 @@ DCP's metadata) a Stub that only keeps what the pickle says of it. No name is ev
 import collections
 import io
 import pickle
+import pickletools
 import struct
 import zipfile
 from collections.abc import Mapping
@@ -120,13 +121,18 @@ class _Unpickler(pickle.Unpickler):
         return StoredArray(self._source, start, start + num_bytes, dtype, (num_bytes // dtype.itemsize,), (1,))
 
 
-def load_pickle(file: IO[bytes], source: Path, storages: Mapping[str, tuple[int, int]] | None = None) -> Any:
-    """Unpickles. Raises UserError naming `source`, which `file` is of, for what is not allowed or damaged.
+def load_pickle(data: bytes, source: Path, storages: Mapping[str, tuple[int, int]] | None = None) -> Any:
+    """Unpickles. Raises UserError naming `source`, which `data` is of, for what is not allowed or damaged.
 
     storages: first byte in `source` and number of bytes of each storage that a tensor may name.
     """
     with reading(source):
-        return _Unpickler(file, source, storages or {}).load()
+        # The unpickler allocates what a number says. So first: all bytes that are announced are there, which this pass
+        # finds out as it reads them, and no object has a higher number in the memo than there are bytes.
+        for opcode, argument, _ in pickletools.genops(data):
+            if "PUT" in opcode.name and int(argument or 0) >= len(data):
+                raise ValueError(f"an object of its pickle has the number {argument}")
+        return _Unpickler(io.BytesIO(data), source, storages or {}).load()
 
 
 class _Window:
@@ -177,11 +183,11 @@ def read_torch_file(path: Path, start: int = 0, length: int | None = None) -> An
                 storages[name.removeprefix("data/")] = (position, entry.file_size)
         if "data.pkl" not in entries:
             raise UserError(f"{path} is no file of torch.save: it has no data.pkl")
-        return load_pickle(io.BytesIO(_read_small(archive, entries["data.pkl"])), path, storages)
+        return load_pickle(_read_small(archive, entries["data.pkl"]), path, storages)
 
 
 def _read_small(archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> bytes:
     """An entry as torch.save writes it: not compressed, so that it cannot become larger than its file."""
     if entry.compress_type != zipfile.ZIP_STORED or entry.flag_bits & 1:
-        raise UserError(f"{entry.filename!r} is compressed or encrypted")
+        raise ValueError(f"{entry.filename!r} is compressed or encrypted")
     return archive.read(entry)

@@ -292,18 +292,22 @@ def test_what_is_not_there_is_not_declared_and_what_is_needed_is_asked_for(
     assert not any(key.startswith("mtp.") for key in out)
     assert json.loads((tmp_path / "text/config.json").read_text())["mtp_num_hidden_layers"] == 0
 
-    def error(*options: str) -> str:
-        assert status_of(to_hf.main, [str(tmp_path / "dcp"), str(tmp_path / "out"), *options]) == 2
+    def error(*options: str, status: int = 2) -> str:
+        assert status_of(to_hf.main, [str(tmp_path / "dcp"), str(tmp_path / "out"), *options]) == status
         assert not (tmp_path / "out").exists()
         return capsys.readouterr().err
 
     assert "which is not there: expected --base" in error()
     write_hf(tmp_path / "text only", {hf_name(n): t for n, t in random_weights().items()})
-    assert "'model.visual." in error(f"--base={tmp_path / 'text only'}", "--architecture=image_text_to_text")
+    assert "'model.visual." in error(f"--base={tmp_path / 'text only'}", "--architecture=image_text_to_text", status=1)
     weights = load_file(tmp_path / "moved/model-00000.safetensors")
     weights = {key: tensor for key, tensor in weights.items() if not key.startswith("model.visual.blocks")}
     save_file(weights, tmp_path / "moved/model-00000.safetensors")
-    assert "the vision tower: 'model.visual.blocks" in error(f"--base={tmp_path / 'moved'}")
+    assert "model-00000.safetensors lacks 'model.visual.blocks" in error(f"--base={tmp_path / 'moved'}")
+    index = tmp_path / "moved/model.safetensors.index.json"
+    weight_map = json.loads(index.read_text())["weight_map"]
+    index.write_text(json.dumps({"weight_map": {k: f for k, f in weight_map.items() if "visual.blocks" not in k}}))
+    assert "the vision tower: 'model.visual.blocks" in error(f"--base={tmp_path / 'moved'}", status=1)
 
 
 def test_verify_finds_a_changed_byte(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -311,13 +315,13 @@ def test_verify_finds_a_changed_byte(tmp_path: Path, monkeypatch: pytest.MonkeyP
     dcp.save(state, checkpoint_id=tmp_path / "dcp", no_dist=True)
     add_assets(tmp_path / "dcp")
     plan = export.export_to_hf(tmp_path / "dcp", tmp_path / "out")
-    export.verify(tmp_path / "dcp", tmp_path / "out", plan)
+    export.verify(tmp_path / "out", plan)
     path = tmp_path / "out/model.safetensors"
     data = bytearray(path.read_bytes())
     data[-100] ^= 1
     path.write_bytes(data)
     with pytest.raises(ValueError, match="differs from the checkpoint's"):
-        export.verify(tmp_path / "dcp", tmp_path / "out", plan)
+        export.verify(tmp_path / "out", plan)
 
 
 def test_an_interrupted_conversion_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

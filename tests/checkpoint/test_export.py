@@ -89,7 +89,7 @@ def test_class_tower_and_mtp(
         save_file(tensors(base, 2.0), write(tmp_path / "base", base) / "model.safetensors")
     if kind in ("recorded", "gone"):  # as a run's checkpoint does in hf/base.json
         opened = export._open_checkpoint
-        monkeypatch.setattr(export, "_open_checkpoint", lambda path: (*opened(path)[:2], tmp_path / "base"))
+        monkeypatch.setattr(export, "_open_checkpoint", lambda path: (*opened(path)[:3], tmp_path / "base"))
     options = Options(asked, base=tmp_path / "base" if kind == "given" else None)
     if expected not in (CAUSAL, IMAGE):
         with pytest.raises(UserError, match=expected):

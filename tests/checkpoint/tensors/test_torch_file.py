@@ -4,6 +4,7 @@ import contextlib
 import io
 import pickle
 import struct
+import tracemalloc
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -92,22 +93,38 @@ def in_metadata(folder: Path, body: bytes) -> Callable[[], object]:
     return lambda: read_dcp(folder)
 
 
+def archive_of(pickled: bytes, compression: int = zipfile.ZIP_STORED) -> bytes:
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", compression) as archive:
+        archive.writestr("archive/data.pkl", pickled)
+    return buffer.getvalue()
+
+
 def in_rank_file(folder: Path, body: bytes) -> Callable[[], object]:
     folder.mkdir()
-    buffer = io.BytesIO()
-    with zipfile.ZipFile(buffer, "w") as archive:
-        archive.writestr("archive/data.pkl", b"\x80\x04" + body + b".")
-    (folder / "model_world_size_1_rank_0.pt").write_bytes(buffer.getvalue())
+    (folder / "model_world_size_1_rank_0.pt").write_bytes(archive_of(b"\x80\x04" + body + b"."))
     return lambda: read_fsdp_shards(folder)
 
 
+def in_chunk(folder: Path, body: bytes) -> Callable[[], object]:
+    """In the place of a tensor's data, as the index says."""
+    dcp.save({"model.a": torch.zeros(2)}, checkpoint_id=folder, no_dist=True)
+    metadata = pickle.loads((folder / ".metadata").read_bytes())
+    (place,) = metadata.storage_data.values()
+    data = archive_of(b"\x80\x04" + body + b".")
+    place.offset, place.length = 0, len(data)
+    (folder / ".metadata").write_bytes(pickle.dumps(metadata))
+    (folder / "__0_0.distcp").write_bytes(data)
+    return lambda: read_dcp(folder)["model.a"].read()
+
+
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("place", [in_metadata, in_rank_file])
+@pytest.mark.parametrize("place", [in_metadata, in_rank_file, in_chunk])
 def test_a_gadget_is_refused_in_one_line(tmp_path: Path, name: str, place: Callable) -> None:
     marker = tmp_path / "marker"
     read = place(tmp_path / "files", gadgets(marker)[name])
     allowed = dict(torch_file._ALLOWED)
-    with pytest.raises(UserError, match=r"\.metadata|rank_0\.pt") as raised:
+    with pytest.raises(UserError, match=r"\.metadata|rank_0\.pt|\.distcp") as raised:
         read()
     assert len(str(raised.value).splitlines()) == 1
     assert not marker.exists()
@@ -120,7 +137,7 @@ def test_functions_that_a_pickle_gets_cannot_be_changed() -> None:
     before = torch_file._rebuild_tensor.__dict__.copy(), torch_file._rebuild_tensor.__defaults__
     for state in (body, body.replace(b"__defaults__", b"other_things")):
         with pytest.raises(UserError):
-            torch_file.load_pickle(io.BytesIO(b"\x80\x04" + state + b"."), Path("a pickle"))
+            torch_file.load_pickle((b"\x80\x04" + state + b"."), Path("a pickle"))
     assert (torch_file._rebuild_tensor.__dict__, torch_file._rebuild_tensor.__defaults__) == before
 
 
@@ -131,3 +148,39 @@ def test_gadgets_do_run_where_they_are_believed(tmp_path: Path) -> None:
         with contextlib.suppress(TypeError):  # of what is made with the gadget's result
             pickle.loads(b"\x80\x04" + gadgets(marker)[name] + b".")
         assert marker.exists(), name
+
+
+HUGE = {
+    "a memo index": b"]r" + struct.pack("<I", 2**24),
+    "a memo index in text": b"]p16777216\n",
+    "a text": b"\x8d" + struct.pack("<Q", 2**36) + b"x",
+    "bytes": b"\x8e" + struct.pack("<Q", 2**36) + b"x",
+    "a byte array": b"\x96" + struct.pack("<Q", 2**36) + b"x",
+    "a number": b"\x8b" + struct.pack("<i", 2**31 - 1) + b"x",
+    "a frame": b"\x95" + struct.pack("<Q", 2**40) + b"]",
+}
+
+
+@pytest.mark.parametrize("kind", HUGE)
+@pytest.mark.parametrize("place", [in_metadata, in_rank_file, in_chunk])
+def test_a_pickle_is_given_no_memory_for_what_it_announces(tmp_path: Path, kind: str, place: Callable) -> None:
+    read = place(tmp_path / "files", HUGE[kind])
+    tracemalloc.start()
+    try:
+        with pytest.raises(UserError, match=r"\.metadata|rank_0\.pt|\.distcp"):
+            read()
+        assert tracemalloc.get_traced_memory()[1] < 50e6
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize("kind", ["deflated", "encrypted"])
+def test_a_zip_member_that_is_not_stored_plainly_is_refused(tmp_path: Path, kind: str) -> None:
+    data = bytearray(archive_of(b"\x80\x04]." + b" " * 99, zipfile.ZIP_DEFLATED if kind == "deflated" else 0))
+    if kind == "encrypted":
+        data[6] |= 1
+        data[data.index(b"PK\x01\x02") + 8] |= 1
+    path = tmp_path / "model_world_size_1_rank_0.pt"
+    path.write_bytes(data)
+    with pytest.raises(UserError, match=r"rank_0\.pt cannot be read: .*compressed or encrypted"):
+        torch_file.read_torch_file(path)
