@@ -77,8 +77,9 @@ def _read_manifest(folder: Path) -> dict[str, tuple[int, int]]:
         entries = read_json(path)["files"]
         root = folder.resolve()
         for name, said in dict(entries).items():
-            numbers = (said["size"], said["crc32"])
-            if not (root / name).resolve().is_relative_to(root) or ".." in Path(name).parts or Path(name).is_absolute():
+            numbers, parts = (said["size"], said["crc32"]), Path(name).parts
+            plain = len(name) < 256 and ".." not in parts and not Path(name).is_absolute()
+            if not plain or not (root / name).resolve().is_relative_to(root):
                 raise ValueError(f"{name!r:.100} is no file in its folder")
             if not all(type(number) is int and number >= 0 for number in numbers):
                 raise ValueError(f"it does not tell the size and CRC-32 of {name!r}")
