@@ -3,6 +3,7 @@
     output_dir/checkpoints/step-00000010/
         .metadata, *.distcp      DCP: `model.<name>`, `optimizer.<name>.<exp_avg|exp_avg_sq|step>`, `train.<...>`
         config.toml              the resolved configuration
+        run.json                 the data that the cursors point into, and the model
         hf/                      config.json and the tokenizer: all that an export needs beside the weights
         manifest.json            every other file's size and CRC-32
 
@@ -11,6 +12,7 @@ leftovers of a run that was killed. docs/checkpoints.md has the guarantees.
 """
 
 import functools
+import json
 import logging
 import os
 import shutil
@@ -19,6 +21,7 @@ import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import timedelta
+from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -40,11 +43,12 @@ from checkpoint.directories import (
 )
 from checkpoint.export import export_to_hf
 from checkpoint.hf_assets import read_base, write_checkpoint_assets
+from checkpoint.identity import RUN, Run, describe_run, difference, read_run
 from checkpoint.tensors.dcp import read_dcp
 from checkpoint.tensors.stored import StoredTensor
 from config.options import Config
 from config.reading import resolved_toml
-from errors import UserError
+from errors import UserError, reading
 from models.qwen35_moe.config import ModelConfig, read_config
 from models.qwen35_moe.model import Qwen35Moe
 from parallelisms.mesh import Meshes
@@ -52,6 +56,8 @@ from parallelisms.parallelize import local_region
 from training.optimizer import NamedAdamW
 
 logger = logging.getLogger("train")
+
+_MAX_CURSORS = 2**24  # numbers in them
 
 
 class Progress(NamedTuple):
@@ -93,6 +99,7 @@ class Checkpointer:
         options = self._config.checkpoint
         if options.enable:
             self._check_folder()
+            self._from_rank_0(lambda: self._run and None)  # as it is now, whenever it is saved
         existing = self._from_rank_0(lambda: complete_checkpoints(self._folder))
         if options.resume == "never" and existing:
             raise UserError(
@@ -150,6 +157,8 @@ class Checkpointer:
         else:
             # Cursors of another global batch size are loaded too: the data loader tells what is wrong with them.
             shape = stored["train.data_cursors"].shape if "train.data_cursors" in stored else (0, 2)
+            if len(shape) != 2 or prod(shape) > _MAX_CURSORS:
+                raise UserError(f"checkpoint {path}: train.data_cursors cannot have shape {list(shape)}")
             state |= self._optimizer_state() | _train_state(0, 0, torch.zeros(shape, dtype=torch.int64))
         for name in sorted(state.keys() | stored.keys()):
             if name not in stored or name not in state:
@@ -160,17 +169,52 @@ class Checkpointer:
                     f"checkpoint {path}: {name!r} has shape {list(stored[name].shape)}, the model's has "
                     f"{list(state[name].shape)}"
                 )
+            same = (stored[name].dtype == state[name].dtype, stored[name].dtype.is_floating_point)
+            if not same[name.startswith(("model.", "optimizer."))]:
+                raise UserError(f"checkpoint {path}: {name!r} is of {stored[name].dtype}")
+        new_data = not weights_only and self._from_rank_0(lambda: self._has_new_data(path))
         if error := self._agree(lambda: _fill(state, stored)):
             raise UserError(error)
         self._base = read_base(path)
         if weights_only:
             logger.info(f"starts with the weights of {path}")
             return Progress()
-        torch.set_rng_state(state["train.rng_state"])
-        logger.info(f"resumed from {path} at step {int(state['train.step'])}")
-        return Progress(
-            int(state["train.step"]), int(state["train.tokens_seen"]), data_cursors=state["train.data_cursors"]
-        )
+        step, tokens_seen, cursors = (state[f"train.{name}"] for name in ("step", "tokens_seen", "data_cursors"))
+        if min(int(step), int(tokens_seen), int(cursors.min()) if cursors.numel() else 0) < 0:
+            raise UserError(f"checkpoint {path}: its step, tokens_seen or data_cursors are negative")
+        if step > self._config.training.steps:
+            raise UserError(
+                f"training.steps = {self._config.training.steps}: {path} is at step {int(step)} already: expected more"
+            )
+        with reading(path):
+            torch.set_rng_state(state["train.rng_state"])
+        logger.info(f"resumed from {path} at step {int(step)}")
+        return Progress(int(step), int(tokens_seen), data_cursors=None if new_data else cursors)
+
+    @functools.cached_property
+    def _run(self) -> Run:
+        return describe_run(self._config, self._shape)
+
+    def _has_new_data(self, path: Path) -> bool:
+        """Whether the data are to be read from their beginning. Raises UserError naming what must not differ."""
+        wanted, before = self._config.checkpoint.data, read_run(path)
+        if before is None:
+            logger.warning(f"{path} does not tell which data and model it was saved with: they cannot be compared")
+            return wanted == "from_start"
+        if what := difference(before, self._run, "model"):
+            raise UserError(
+                f"checkpoint {path}: the model's {what}: expected the same model, or checkpoint.start_from for the "
+                "weights alone"
+            )
+        what = difference(before, self._run, "options") or difference(before, self._run, "sources")
+        if what and wanted == "same":
+            raise UserError(
+                f"checkpoint {path}: other data: {what}: expected the same, or checkpoint.data = 'from_start' to read "
+                "the new ones from their beginning"
+            )
+        if what:
+            logger.info(f"other data, read from their beginning: {what}")
+        return bool(what)
 
     # Saving
 
@@ -243,6 +287,7 @@ class Checkpointer:
     def _publish(self, unfinished: Path, final: Path, files: dict[str, dict[str, int]]) -> None:
         """Adds what is not DCP's, names the checkpoint, and leaves `checkpoint.keep` of them."""
         (unfinished / "config.toml").write_text(resolved_toml(self._config), encoding="utf-8")
+        (unfinished / RUN).write_text(json.dumps(self._run, indent=1) + "\n", encoding="utf-8")
         assets = unfinished / "hf"
         assets.mkdir()
         sources = [Path(self._config.data.tokenizer)]

@@ -77,13 +77,14 @@ def _read_manifest(folder: Path) -> dict[str, tuple[int, int]]:
         entries = read_json(path)["files"]
         root = folder.resolve()
         for name, said in dict(entries).items():
-            numbers = (said["size"], said["crc32"])
-            if not (root / name).resolve().is_relative_to(root) or ".." in Path(name).parts or Path(name).is_absolute():
+            numbers, parts = (said["size"], said["crc32"]), Path(name).parts
+            plain = len(name) < 256 and ".." not in parts and not Path(name).is_absolute()
+            if not plain or not (root / name).resolve().is_relative_to(root):
                 raise ValueError(f"{name!r:.100} is no file in its folder")
             if not all(type(number) is int and number >= 0 for number in numbers):
                 raise ValueError(f"it does not tell the size and CRC-32 of {name!r}")
             files[name] = numbers
-    read = [folder / ".metadata", *folder.glob("*.distcp"), *folder.glob("hf/*")]
+    read = [folder / ".metadata", *folder.glob("*.distcp"), *folder.glob("run.json"), *folder.glob("hf/*")]
     if unlisted := sorted({str(file.relative_to(folder)) for file in read} - files.keys()):
         raise UserError(f"{path} does not list {unlisted[0]!r}: expected the folder as the run left it")
     return files

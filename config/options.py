@@ -227,6 +227,9 @@ class Checkpoint:
     start_from: str = ""
     """A checkpoint whose weights, and nothing else of it, a run without checkpoints of its own starts from: new
     optimizer, step 0, the data's beginning. Also what convert_from_hf.py makes."""
+    data: Literal["same", "from_start"] = "same"
+    """When the data are not those that the checkpoint was saved with. 'same': end with the difference; 'from_start':
+    go on with weights, optimizer and step, and read the new data from their beginning."""
     export_hf: Literal["never", "last", "all"] = "never"
     """Which saves are also written as Hugging Face directories, in bfloat16, to `job.output_dir`/hf; all are kept."""
 

@@ -103,7 +103,8 @@ class TokenLoader:
             )
         if all_cursors.shape[1] != self.cursors.shape[1]:
             raise UserError(f"data.format = {self._packer.data.format!r}: expected the other, as in the checkpoint")
-        assert torch.equal(all_cursors[:, 0] % self._num_slots, torch.arange(self._num_slots))
+        if not torch.equal(all_cursors[:, 0] % self._num_slots, torch.arange(self._num_slots)):
+            raise UserError("the checkpoint's data_cursors are no places in the data")
         self.cursors = all_cursors[self._slots.start : self._slots.stop].clone()
 
     def __iter__(self) -> "TokenLoader":

@@ -90,9 +90,9 @@ def _locate(value: StoredArray | Stub, rank: int) -> tuple[Shape, StoredArray, l
                 indices[dim] = _chunk(indices[dim], size, coordinate)
                 continue
             # First into `split_factor` parts, as if the axes to the right had cut it already; then each over this axis.
-            if len(indices[dim]) > _MAX_STRIDED:
-                raise UserError(f"its dimension {dim} of {len(indices[dim])} is cut into strided shards")
             factor = placement.split_factor
+            if factor < 1 or len(indices[dim]) > _MAX_STRIDED:
+                raise ValueError(f"dimension {dim} of {len(indices[dim])} has strided shards of {factor} parts")
             parts = (_chunk(indices[dim], factor, part) for part in range(min(factor, len(indices[dim]))))
             indices[dim] = [index for part in parts for index in _chunk(part, size, coordinate)]
         elif kind != "Replicate":
@@ -102,8 +102,6 @@ def _locate(value: StoredArray | Stub, rank: int) -> tuple[Shape, StoredArray, l
 
 def _chunk(indices: Sequence[int], parts: int, part: int) -> Sequence[int]:
     """One of the parts that torch.chunk makes, with empty ones at the end."""
-    if parts < 1:
-        raise UserError(f"it is cut into {parts} parts")
     size = -(-len(indices) // parts)
     return indices[part * size : (part + 1) * size]
 

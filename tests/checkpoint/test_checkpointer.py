@@ -17,6 +17,7 @@ from checkpoint.checkpointer import Checkpointer, Progress
 from checkpoint.directories import complete_checkpoints, describe_files, find_checkpoint, write_manifest
 from checkpoint.hf_assets import read_base
 from config.options import Checkpoint, Config, Data, Job, Model, Optimizer, Training
+from errors import UserError
 from models.ops.kernels import Kernels
 from models.qwen35_moe.model import Qwen35Moe
 from parallelisms.degrees import Degrees
@@ -303,3 +304,26 @@ def errors_of_rank_0() -> str:
 
 def test_any_error_of_rank_0_reaches_the_ranks_that_wait_for_it() -> None:
     assert run_ranks(errors_of_rank_0, 2) == ["'cursors'"] * 2
+
+
+IMPOSSIBLE = {
+    "step": torch.tensor(-1),
+    "tokens_seen": torch.tensor(-(2**62)),
+    "data_cursors": torch.full((4, 2), -5),
+    "rng_state": torch.full_like(torch.get_rng_state(), 255),
+    "step in fractions": torch.tensor(2.0),
+    "data_cursors in three dimensions": torch.zeros(4, 2, 1, dtype=torch.int64),
+}
+
+
+@pytest.mark.usefixtures("one_rank")
+@pytest.mark.parametrize("kind", IMPOSSIBLE)
+def test_an_impossible_state_is_refused_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    original = checkpointer_module._train_state
+    with monkeypatch.context() as patch:
+        lie = {f"train.{kind.split()[0]}": IMPOSSIBLE[kind]}
+        patch.setattr(checkpointer_module, "_train_state", lambda *arguments: original(*arguments) | lie)
+        checkpoint_in(tmp_path, 2)
+    with pytest.raises(UserError) as raised:
+        build(str(tmp_path), 1, 1, seed=1)[2].resume()
+    assert len(str(raised.value).splitlines()) == 1

@@ -18,7 +18,7 @@ from torch.distributed.tensor.placement_types import _StridedShard
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from checkpoint import convert_to_hf as to_hf
-from checkpoint.tensors.fsdp_shards import _mesh_position, read_fsdp_shards
+from checkpoint.tensors.fsdp_shards import _locate, _mesh_position, read_fsdp_shards
 from checkpoint.tensors.torch_file import Stub, read_torch_file
 from models.qwen35_moe.hf_weights import hf_name
 from models.qwen35_moe.parameters import parameters
@@ -188,3 +188,29 @@ def test_files_of_other_torch_versions(version: str) -> None:
     assert tensors.keys() == expected.keys()
     for name, values in expected.items():
         assert torch.equal(tensors[name].read().double(), values.double()), name
+
+
+@pytest.mark.parametrize(
+    ("shape", "factor", "message"),
+    [((2**40,), 4, "strided shards"), ((8,), 0, "of 0 parts"), ((8,), -3, "of -3 parts"), ((8,), 2**60, "")],
+)
+def test_a_strided_shard_counts_no_further_than_a_tensor_reaches(
+    tmp_path: Path, shape: tuple[int, ...], factor: int, message: str
+) -> None:
+    def stub(name: str, **state: object) -> Stub:
+        value = type("Stub", (Stub,), {"name": name})()
+        value.state = state
+        return value
+
+    torch.save({"mesh": torch.tensor([0, 1]), "local": torch.zeros(4)}, tmp_path / "a.pt")
+    stored = read_torch_file(tmp_path / "a.pt")
+    meta = stub("TensorMeta")
+    meta.args = (torch.Size(shape),)
+    placement = stub("_StridedShard", dim=0, split_factor=factor)
+    spec = stub("DTensorSpec", tensor_meta=meta, mesh=stub("DeviceMesh", mesh=stored["mesh"]), placements=(placement,))
+    value = stub("DTensor", _spec=spec, _local_tensor=stored["local"])
+    if message:
+        with pytest.raises(ValueError, match=message):
+            _locate(value, 0)
+    else:  # more parts than elements: one each, and the first of each two for the first rank
+        assert _locate(value, 0)[2] == [list(range(8))]
