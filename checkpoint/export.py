@@ -194,7 +194,7 @@ def _mtp_exports(shape: ModelConfig, tensors: dict[str, StoredTensor], experts: 
     """Multi-token prediction as it is, bit for bit; its experts stacked or one by one as asked."""
     with naming_tensors():
         pieces = find_mtp_pieces(shape, {key: tensor.shape for key, tensor in tensors.items()})
-    if experts == "keep" or not tensors:
+    if experts == "keep":
         return [Export(key, tensor, tensor.dtype) for key, tensor in tensors.items()]
     shapes = mtp_shapes(shape, count_mtp_layers(tensors))
     exports = []

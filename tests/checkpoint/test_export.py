@@ -117,6 +117,9 @@ def test_class_tower_and_mtp(
 def test_both_auto_classes_load_experts_in_either_layout(tmp_path: Path, parts: str, experts: str) -> None:
     ranks = write(tmp_path / "ranks", parts)
     torch.save(tensors(parts, 0.5), ranks / "model_world_size_1_rank_0.pt")
+    config = json.loads((ranks / "config.json").read_text())
+    config.get("text_config", config)["eos_token_id"] = [3, 5]
+    (ranks / "config.json").write_text(json.dumps(config))
     for architecture in (CAUSAL, IMAGE) if "v" in parts else (CAUSAL,):
         out = tmp_path / architecture
         export.export_to_hf(ranks, out, Options(architecture, None, experts))
@@ -128,3 +131,5 @@ def test_both_auto_classes_load_experts_in_either_layout(tmp_path: Path, parts: 
         assert not any(loading.values()), loading
         assert type(model).__name__ == json.loads((out / "config.json").read_text())["architectures"][0]
         assert (model.state_dict()["lm_head.weight"] == 0.5).all()
+        assert json.loads((out / "generation_config.json").read_text()) == {"eos_token_id": [3, 5]}
+        assert model.generation_config.eos_token_id == [3, 5]
