@@ -4,6 +4,7 @@ How they are told from a bug: what a user can cause is a UserError. Code that re
 there whatever a parser raises is the file's fault. All else is a bug of this repository and keeps its traceback.
 """
 
+import argparse
 import os
 import pickle
 import signal
@@ -12,6 +13,7 @@ import time
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import NoReturn
 
 
 class UserError(ValueError):
@@ -64,14 +66,23 @@ def _reason(error: BaseException) -> str:
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 
+class OneLineParser(argparse.ArgumentParser):
+    """A mistake on the command line is a UserError, without the usage."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{self.prog}: {message}")
+
+
 @contextmanager
-def exit_on_error(prefix: str = "") -> Iterator[None]:
+def exit_on_error(prefix: str = "", interrupted: str = "") -> Iterator[None]:
     """Around a command: a UserError and a RunError become one line on stderr, begun with `prefix`; exit code 2 and 1.
 
+    So does Ctrl-C, with code 130, if there are words for it. A reader of stdout that has gone ends the command quietly.
     Rank 0 prints first: torchrun ends all ranks when one has ended, so the others wait for it.
     """
     try:
         yield
+        sys.stdout.flush()
     except (UserError, RunError) as error:
         rank = int(os.environ.get("RANK", "0"))
         if rank > 0:
@@ -79,3 +90,11 @@ def exit_on_error(prefix: str = "") -> Iterator[None]:
             time.sleep(5)
         print(f"{prefix}{error}" if rank == 0 else f"[rank {rank}] {error}", file=sys.stderr, flush=True)
         sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        if not interrupted:
+            raise
+        print(f"{prefix}{interrupted}", file=sys.stderr)
+        sys.exit(130)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python would complain once more at its end
+        sys.exit(0)

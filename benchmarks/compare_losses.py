@@ -1,6 +1,6 @@
 """Compares the losses and gradient norms of two runs, and says at which step they part.
 
-    python benchmarks/compare_losses.py BEFORE AFTER [--tolerance 1e-4]
+    python -m benchmarks.compare_losses BEFORE AFTER [--tolerance 1e-4]
 
 BEFORE and AFTER are runs' output folders or `metrics.jsonl` files. Exit status: 0 if all steps that both have agree
 within the tolerance (relative; default 0: bit for bit), 1 if not, 2 for a mistake.
@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
-from errors import UserError
+from errors import OneLineParser, UserError, exit_on_error
 
 COMPARED = ("loss", "grad_norm")
 
@@ -71,21 +71,17 @@ def common(before: dict[int, dict[str, float]], after: dict[int, dict[str, float
 
 
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("before", type=Path)
     parser.add_argument("after", type=Path)
     parser.add_argument("--tolerance", type=float, default=0.0)
     arguments = parser.parse_args(argv)
-    try:
-        before, after = read_run(arguments.before), read_run(arguments.after)
-        steps = common(before, after)
-        keys = [key for key in COMPARED if all(key in run[step] for run in (before, after) for step in steps)]
-        if not keys:
-            raise UserError(f"the runs have neither of {', '.join(COMPARED)} at all {len(steps)} common steps")
-        results = {key: compare(before, after, key, arguments.tolerance) for key in keys}
-    except ValueError as error:
-        print(error, file=sys.stderr)
-        return 2
+    before, after = read_run(arguments.before), read_run(arguments.after)
+    steps = common(before, after)
+    keys = [key for key in COMPARED if all(key in run[step] for run in (before, after) for step in steps)]
+    if not keys:
+        raise UserError(f"the runs have neither of {', '.join(COMPARED)} at all {len(steps)} common steps")
+    results = {key: compare(before, after, key, arguments.tolerance) for key in keys}
     print(f"{len(steps)} common steps, {min(steps)} to {max(steps)}")
     for key, (largest, parted, beyond) in results.items():
         if parted is None:
@@ -100,4 +96,5 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    with exit_on_error():
+        sys.exit(main(sys.argv[1:]))

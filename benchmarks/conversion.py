@@ -1,6 +1,6 @@
 """Measures conversion to Hugging Face against a copy of the same bytes on the same disk, and memory; needs no GPU.
 
-    python benchmarks/conversion.py [--folder DIR] [--gigabytes 8.5] [--load]
+    python -m benchmarks.conversion [--folder DIR] [--gigabytes 8.5] [--load]
 
 Makes a synthetic DCP checkpoint whose experts are cut on two axes (8 files, as of 2 x 4 ranks), at the layer shapes of
 35B-A3B. Then, each with nothing of it in the page cache and everything flushed to the disk at the end: copies its
@@ -33,6 +33,7 @@ from torch.distributed.checkpoint.metadata import (
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from errors import OneLineParser, exit_on_error
 from models.qwen35_moe.config import FULL, LINEAR, ModelConfig
 from models.qwen35_moe.parameters import parameters
 
@@ -150,7 +151,7 @@ def peak_memory() -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = OneLineParser(description=__doc__)
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()))
     parser.add_argument("--gigabytes", type=float, default=8.5)
     parser.add_argument("--load", action="store_true")
@@ -176,8 +177,9 @@ def main() -> None:
                 shutil.rmtree(folder / dtype)
         if options.load:
             torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-            subprocess.run([*torchrun, __file__, f"--rank-of={folder / 'bfloat16'}"], check=True)
+            subprocess.run([*torchrun, "-m", "benchmarks.conversion", f"--rank-of={folder / 'bfloat16'}"], check=True)
 
 
 if __name__ == "__main__":
-    main()
+    with exit_on_error():
+        main()

@@ -21,6 +21,7 @@ from pathlib import Path
 from config.options import Data, Training
 from data import tokenize
 from data.loader import TokenLoader
+from errors import OneLineParser, exit_on_error
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = ROOT / "data" / "tiny"
@@ -56,7 +57,7 @@ def start_of(path: str) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser()
+    parser = OneLineParser()
     parser.add_argument("--seconds", type=float, default=10)
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--documents", type=int, default=10_000_000)
@@ -100,4 +101,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with exit_on_error():
+        main()

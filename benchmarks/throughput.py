@@ -1,9 +1,9 @@
 """Tokens a second, MFU, memory and where the time goes, of train.py's own step on random tokens.
 
-    python benchmarks/throughput.py --config benchmarks/one_gpu_35b.toml [--section.key value ...]
-    torchrun --nproc-per-node 2 benchmarks/throughput.py --config benchmarks/one_gpu_35b.toml \\
+    python -m benchmarks.throughput --config benchmarks/one_gpu_35b.toml [--section.key value ...]
+    torchrun --nproc-per-node 2 -m benchmarks.throughput --config benchmarks/one_gpu_35b.toml \\
         --parallelism.expert_parallel_degree 2 --model.config.num_experts 64
-    torchrun --nproc-per-node 8 benchmarks/throughput.py --config benchmarks/one_node_35b.toml
+    torchrun --nproc-per-node 8 -m benchmarks.throughput --config benchmarks/one_node_35b.toml
 
 A global batch that is too small for the processes is one micro-batch of each. Memory is that of the process with most.
 Options of its own: `--documents 4096,1024` cuts every row into documents of these lengths, again and again (default: a
@@ -28,12 +28,11 @@ from typing import Any
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a file from anywhere
-
 from config.checks import check_config
 from config.options import Config
 from config.reading import load_config, model_config
 from data.batch import MicroBatch
+from errors import OneLineParser, exit_on_error
 from models.ops.documents import Documents
 from models.qwen35_moe.init import init_weights
 from parallelisms.degrees import work_out_degrees
@@ -208,7 +207,7 @@ def report(found: dict[str, Any], json_file: str, **only_there: Any) -> None:
 
 
 def main(arguments: list[str]) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--documents", default="", metavar="LENGTHS")
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--profile", type=int, default=0, metavar="STEPS")
@@ -230,4 +229,5 @@ def main(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    with exit_on_error():
+        main(sys.argv[1:])

@@ -1,7 +1,7 @@
 """A picture of one rank's trace: what it computes, what it communicates, and how much of that behind computation.
 
-    torchrun ... benchmarks/throughput.py ... --profile 2 --trace trace.json.gz
-    python benchmarks/timeline.py trace.json.gz docs/overlap.svg [--start MS] [--duration MS] [--steps N]
+    torchrun ... -m benchmarks.throughput ... --profile 2 --trace trace.json.gz
+    python -m benchmarks.timeline trace.json.gz docs/overlap.svg [--start MS] [--duration MS] [--steps N]
 
 Writes an SVG of one block's forward and one block's backward pass in mid-step; or of `--duration` ms (default 10) from
 `--start`, in ms from the trace's first GPU work (default 0). Prints for how many ms each kind of collective runs, and
@@ -21,10 +21,8 @@ from html import escape
 from pathlib import Path
 from typing import NamedTuple
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a file from anywhere
-
 from benchmarks.throughput import KINDS, kind_of, union
-from errors import UserError
+from errors import OneLineParser, UserError, exit_on_error
 
 Span = tuple[float, float]  # start and stop, ms from the trace's first GPU work
 
@@ -256,8 +254,8 @@ def picture(work: list[Work], windows: dict[str, Span], caption: str) -> str:
     return "\n".join(lines)
 
 
-def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(argv: list[str]) -> None:
+    parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("trace", type=Path)
     parser.add_argument("picture", type=Path)
     parser.add_argument("--start", type=float, metavar="MS")
@@ -265,30 +263,29 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--steps", type=int, metavar="N")
     arguments = parser.parse_args(argv)
     start, duration = arguments.start, arguments.duration
+    for name, value in (("duration", duration), ("steps", arguments.steps)):
+        if value is not None and value <= 0:
+            raise UserError(f"--{name} {value}: expected more than 0")
+    work, steps = read_trace(arguments.trace)
+    steps = arguments.steps or steps
+    found = {kind: (total / steps, hidden / steps) for kind, (total, hidden) in overlap(work).items()}
+    if start is None and duration is None:
+        windows = middle_blocks(work)
+    else:
+        windows = {f"From {start or 0:g} ms of the trace": (start or 0.0, (start or 0.0) + (duration or 10.0))}
+    shares = [f"{k} {hidden:.1f} of {total:.1f}" for k, (total, hidden) in found.items() if k in COLLECTIVES]
+    caption = f"Behind computation over the whole trace, ms a step: {', '.join(shares) or 'no collectives'}"
     try:
-        for name, value in (("duration", duration), ("steps", arguments.steps)):
-            if value is not None and value <= 0:
-                raise UserError(f"--{name} {value}: expected more than 0")
-        work, steps = read_trace(arguments.trace)
-        steps = arguments.steps or steps
-        found = {kind: (total / steps, hidden / steps) for kind, (total, hidden) in overlap(work).items()}
-        if start is None and duration is None:
-            windows = middle_blocks(work)
-        else:
-            windows = {f"From {start or 0:g} ms of the trace": (start or 0.0, (start or 0.0) + (duration or 10.0))}
-        shares = [f"{k} {hidden:.1f} of {total:.1f}" for k, (total, hidden) in found.items() if k in COLLECTIVES]
-        caption = f"Behind computation over the whole trace, ms a step: {', '.join(shares) or 'no collectives'}"
         arguments.picture.write_text(picture(work, windows, caption), encoding="utf-8")
-    except (OSError, ValueError) as error:
-        print(error, file=sys.stderr)
-        return 2
+    except OSError as error:
+        raise UserError(f"{arguments.picture} cannot be written: {error.strerror}") from None
     print(f"{f'ms a step (of {steps})':24} {'total':>10} {'hidden':>10} {'alone':>10}")
     for kind, (total, hidden) in found.items():
         print(f"{kind:24} {total:10.2f} {hidden:10.2f} {total - hidden:10.2f}")
     for heading, (begin, end) in windows.items():
         print(f"{heading}: --start {begin:.3f} --duration {end - begin:.3f}")
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    with exit_on_error():
+        main(sys.argv[1:])

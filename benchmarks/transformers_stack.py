@@ -1,6 +1,6 @@
 """Tokens a second of the fastest stack around transformers that we know, on the work of throughput.py, to compare with.
 
-    python benchmarks/transformers_stack.py --config benchmarks/one_gpu_35b.toml [--section.key value ...]
+    python -m benchmarks.transformers_stack --config benchmarks/one_gpu_35b.toml [--section.key value ...]
 
 One GPU. transformers' model with grouped_mm for the experts, flash-linear-attention's delta rule (by flash-qla, where
 that is installed) and convolution, Liger's fused cross-entropy, activation checkpointing, and weights and fused AdamW
@@ -11,18 +11,16 @@ import argparse
 import importlib.util
 import sys
 import time
-from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 from transformers.models.qwen3_5_moe import modeling_qwen3_5_moe
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a file from anywhere
-
 from benchmarks.throughput import NUM_WARMUP_STEPS, report
 from config.options import Config
 from config.reading import load_config, model_config
+from errors import OneLineParser, exit_on_error
 from training.flops import flops_per_token, peak_flops
 
 
@@ -89,7 +87,7 @@ def measure(config: Config, num_steps: int) -> dict[str, Any]:
 
 
 def main(arguments: list[str]) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--json", default="", metavar="FILE", help="also add a JSON line to FILE")
     options, rest = parser.parse_known_args(arguments)
@@ -100,4 +98,5 @@ def main(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    with exit_on_error():
+        main(sys.argv[1:])

@@ -25,12 +25,13 @@ from torch.distributed.checkpoint.metadata import (
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a file from anywhere
 
-from checkpoint.command_line import DTYPES, OneLineParser
 from checkpoint.directories import describe_files, is_taken, new_directory, write_manifest
+from checkpoint.export import DTYPES
 from checkpoint.hf_assets import write_checkpoint_assets
 from checkpoint.hf_reader import naming_tensors, text_tensors
 from checkpoint.tensors.safetensors import read_safetensors
 from checkpoint.tensors.stored import StoredTensor
+from errors import OneLineParser, exit_on_error
 from models.qwen35_moe.config import ModelConfig, read_config
 from models.qwen35_moe.hf_weights import NOT_TEXT
 from models.qwen35_moe.parameters import parameters
@@ -82,8 +83,8 @@ def _write_dcp(folder: Path, tensors: Mapping[str, StoredTensor], dtypes: Mappin
     (folder / ".metadata").write_bytes(pickle.dumps(metadata))
 
 
-def main(arguments: list[str]) -> int:
-    """0; 2 for a mistake on the command line; 1 for a directory that cannot be converted; 130 after Ctrl-C."""
+def main(arguments: list[str]) -> None:
+    """The command line. Raises UserError."""
     parser = OneLineParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("source", type=Path, metavar="HF_DIR", help="config.json, tokenizer, *.safetensors")
     parser.add_argument("out", type=Path, metavar="OUT", help="the checkpoint directory to make")
@@ -99,18 +100,11 @@ def main(arguments: list[str]) -> int:
         parser.error(f"{options.out} exists: expected a new or an empty directory")
     if not (options.source / "config.json").is_file():
         parser.error(f"{options.source} has no config.json: expected a Hugging Face directory")
-    try:
-        left_out = convert_from_hf(options.source, options.out, DTYPES[options.dtype])
-    except (ValueError, OSError) as error:
-        print(f"convert_from_hf: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("convert_from_hf: interrupted, nothing is left", file=sys.stderr)
-        return 130
+    left_out = convert_from_hf(options.source, options.out, DTYPES[options.dtype])
     if left_out:
         print(f"{len(left_out)} tensors are no part of the text model and were left out: {left_out[0]}, ...")
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    with exit_on_error("convert_from_hf: ", interrupted="interrupted, nothing is left"):
+        main(sys.argv[1:])

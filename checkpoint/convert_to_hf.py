@@ -12,9 +12,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a file from anywhere
 
-from checkpoint.command_line import DTYPES, OneLineParser
 from checkpoint.directories import is_taken
-from checkpoint.export import Options, export_to_hf
+from checkpoint.export import DTYPES, Options, export_to_hf
+from errors import OneLineParser, exit_on_error
 from models.qwen35_moe.hf_weights import MTP, NOT_TEXT, PREFIXES, VISION
 
 
@@ -26,8 +26,8 @@ def parse_size(text: str) -> int:
     return int(match[1]) * {None: 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}[match[2]]
 
 
-def main(arguments: list[str]) -> int:
-    """0; 2 for a mistake on the command line; 1 for a checkpoint that cannot be converted."""
+def main(arguments: list[str]) -> None:
+    """The command line. Raises UserError."""
     parser = OneLineParser(description=__doc__.splitlines()[0] if __doc__ else None)
     checkpoint_help = "a step-* directory, a run's output_dir (its newest step), or per-rank FSDP2 files"
     parser.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help=checkpoint_help)
@@ -60,22 +60,15 @@ def main(arguments: list[str]) -> int:
         parser.error(f"--base {given.base} has no config.json: expected a Hugging Face directory")
     dtype = DTYPES[given.dtype]
     options = Options(given.architecture, dtype, given.experts, given.max_shard_size, given.base, given.verify)
-    try:
-        plan = export_to_hf(given.checkpoint, given.out, options, progress=True)
-    except (ValueError, OSError) as error:
-        print(f"convert_to_hf: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("convert_to_hf: interrupted, nothing is left", file=sys.stderr)
-        return 130
+    plan = export_to_hf(given.checkpoint, given.out, options, progress=True)
     counts = {kind: sum(tensor.key.startswith(kind) for tensor in plan.tensors) for kind in NOT_TEXT}
     text = len(plan.tensors) - sum(counts.values())
     print(
         f"{plan.config['architectures'][0]}: {text} text, {counts[VISION]} vision and {counts[MTP]} MTP tensors"
         + (", verified" if given.verify else "")
     )
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    with exit_on_error("convert_to_hf: ", interrupted="interrupted, nothing is left"):
+        main(sys.argv[1:])

@@ -49,6 +49,8 @@ from models.qwen35_moe.hf_weights import (
 )
 from models.qwen35_moe.parameters import Shape, parameters
 
+DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "keep": None}
+"""The values of the converters' --dtype; None: of each tensor, what is stored."""
 _MAX_DEPTH = 1000  # blocks of a vision tower
 
 

@@ -5,7 +5,6 @@
 Trained tokens are green, all others grey; a bar begins each document of a row, and fillers are shown by their number.
 """
 
-import argparse
 import sys
 from collections import Counter
 from itertools import groupby
@@ -20,7 +19,7 @@ from data.loader import Packer
 from data.packing import BadSample
 from data.samples import open_samples
 from data.tokenizer import load_tokenizer
-from errors import UserError, exit_on_error
+from errors import OneLineParser, UserError, exit_on_error
 from models.ops.labels import IGNORED
 
 if TYPE_CHECKING:
@@ -60,7 +59,7 @@ def histogram(lengths: list[int]) -> str:
 
 def main(argv: list[str]) -> None:
     """The command line. Raises UserError, one line."""
-    parser = argparse.ArgumentParser(prog="python -m data.preview", description="Shows what will be trained on.")
+    parser = OneLineParser(prog="python -m data.preview", description="Shows what will be trained on.")
     parser.add_argument("--rows", type=int, default=2, help="rows to show")
     parser.add_argument("--samples", type=int, default=1000, help="samples to measure")
     options, rest = parser.parse_known_args(argv)

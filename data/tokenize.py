@@ -11,7 +11,6 @@ Reads what [data] describes (format "text"), in the files' order. FOLDER then ta
 The end-of-document token is not stored: `data.end_of_document` appends it when it is read.
 """
 
-import argparse
 import json
 import multiprocessing
 import os
@@ -30,7 +29,7 @@ from data.packing import BadSample, Share
 from data.samples import EncodeText, Samples, check_source
 from data.sources import open_sources
 from data.tokenizer import num_ids, read_tokenizer, tokenizer_identity
-from errors import UserError, exit_on_error
+from errors import OneLineParser, UserError, exit_on_error
 
 _SHARD = 100_000  # documents
 
@@ -54,7 +53,7 @@ def _write_shard(samples: Samples, shard: int, skip_bad: bool, dtype: str, folde
 
 def main(argv: list[str]) -> None:
     """The command line. Raises UserError, one line."""
-    parser = argparse.ArgumentParser(prog="python -m data.tokenize", description="Tokenises a corpus ahead of time.")
+    parser = OneLineParser(prog="python -m data.tokenize", description="Tokenises a corpus ahead of time.")
     parser.add_argument("--out", type=Path, required=True, help="folder to write, which must not exist")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes; default: one a core")
     options, rest = parser.parse_known_args(argv)

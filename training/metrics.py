@@ -20,6 +20,14 @@ from training.distributed import sum_over_ranks
 logger = logging.getLogger("train")
 
 
+class _Handler(logging.StreamHandler):
+    """Whoever reads the log may have gone, as `head` does: the run goes on."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        if not isinstance(sys.exc_info()[1], BrokenPipeError):
+            super().handleError(record)
+
+
 def setup_logging(rank: int) -> None:
     """Shows this rank's log if LOG_RANK (global ranks, separated by commas; default 0) names it."""
     shown = str(rank) in os.environ.get("LOG_RANK", "0").split(",")
@@ -27,7 +35,7 @@ def setup_logging(rank: int) -> None:
         format=f"%(asctime)s [rank {rank}] %(message)s",
         datefmt="%H:%M:%S",
         level=logging.INFO if shown else logging.ERROR,
-        stream=sys.stdout,
+        handlers=[_Handler(sys.stdout)],
     )
     logging.getLogger("httpx").setLevel(logging.WARNING)
 

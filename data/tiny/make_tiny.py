@@ -12,14 +12,17 @@ from pathlib import Path
 from pydoc_data.topics import topics
 from textwrap import indent
 
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 VOCAB_SIZE = 4096  # special tokens included
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 
-# Where merges may not reach across, after the manner of Qwen's tokenizers: words with the one sign before them, single
-# digits, runs of signs, line ends, and spaces but the one that belongs to the next word.
-SPLIT = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s*[\r\n]+|\s+(?!\S)|\s+"
+# Where merges may not reach across: the pattern of the family's published tokenizers, with which transformers replaces
+# whatever a tokenizer.json beside a config.json of this family says; so it says the same.
+SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 
 # ChatML: a turn is <|im_start|>role, newline, text, <|im_end|>, newline.
 CHAT_TEMPLATE = """\
@@ -70,8 +73,9 @@ def python_documents(library: Path) -> list[str]:
 
 
 def train_tokenizer(documents: list[str]) -> Tokenizer:
-    """Byte-level BPE: any text becomes tokens and comes back unchanged (so there is no Unicode normalisation)."""
+    """Byte-level BPE: any text becomes tokens and comes back, composed (NFC) as the family's tokenizers do."""
     tokenizer = Tokenizer(models.BPE())
+    tokenizer.normalizer = normalizers.NFC()
     split = pre_tokenizers.Split(Regex(SPLIT), behavior="isolated")
     to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, to_bytes])

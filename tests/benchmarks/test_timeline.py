@@ -11,6 +11,7 @@ import pytest
 
 from benchmarks.throughput import KINDS, union
 from benchmarks.timeline import ALONE, COLOUR, HIDDEN, LEFT, RIGHT, WIDTH, main, middle_blocks, overlap, read_trace
+from tests.commands import status_of
 
 SEND = "ncclDevKernel_SendRecv(ncclDevKernelArgsStorage<4096ul>)"
 GATHER = "ncclDevKernel_AllGather_RING_LL(ncclDevKernelArgsStorage<4096ul>)"
@@ -65,12 +66,12 @@ def test_overlap_is_of_unions(tmp_path: Path) -> None:
 def test_figures_are_of_a_step(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     trace, picture = write(tmp_path / "trace.json", overlapping(), num_steps=2), tmp_path / "picture.svg"
     for arguments, steps, row in (([], 2, ["7.00", "4.50", "2.50"]), (["--steps=4"], 4, ["3.50", "2.25", "1.25"])):
-        assert main([str(trace), str(picture), "--start=0", *arguments]) == 0
+        assert status_of(main, [str(trace), str(picture), "--start=0", *arguments]) == 0
         lines = capsys.readouterr().out.splitlines()
         assert lines[0].startswith(f"ms a step (of {steps})")
         assert lines[1].split() == ["all-to-all", *row]
     assert "all-to-all 2.2 of 3.5, all-gather 1.5 of 1.5, reduce-scatter 0.0 of 1.2" in picture.read_text()
-    assert main([str(write(trace, overlapping())), str(picture), "--start=0"]) == 0
+    assert status_of(main, [str(write(trace, overlapping())), str(picture), "--start=0"]) == 0
     assert "all-to-all 9.0 of 14.0" in picture.read_text()
 
 
@@ -95,7 +96,7 @@ def drawn(picture: Path, duration: float) -> dict[str, list[tuple[float, float, 
 def test_the_picture_says_when(tmp_path: Path) -> None:
     """A window from 4 to 24 ms: what it cuts is cut, what is outside is left out."""
     trace, picture = write(tmp_path / "trace.json", overlapping()), tmp_path / "picture.svg"
-    assert main([str(trace), str(picture), "--start=4", "--duration=20"]) == 0
+    assert status_of(main, [str(trace), str(picture), "--start=4", "--duration=20"]) == 0
     shapes = drawn(picture, duration=20)
     expected = {
         f"dense matmuls: {GEMM}": [(4, 10, COLOUR["dense matmuls"])],
@@ -117,7 +118,7 @@ def test_the_picture_says_when(tmp_path: Path) -> None:
 def test_near_kernels_of_one_kind_are_one(tmp_path: Path) -> None:
     kernels = [work(GEMM, 0, 0.1), work(GEMM, 0.105, 0.2), work(GEMM, 0.22, 0.3), work(ATTENTION, 0.3, 0.4)]
     picture = tmp_path / "picture.svg"
-    assert main([str(write(tmp_path / "trace.json", *kernels)), str(picture), "--duration=1"]) == 0
+    assert status_of(main, [str(write(tmp_path / "trace.json", *kernels)), str(picture), "--duration=1"]) == 0
     spans = {text: [shape[:2] for shape in found] for text, found in drawn(picture, duration=1).items()}
     assert spans["dense matmuls: 2 kernels from 0.000 to 0.200 ms"] == [pytest.approx((0, 0.2), abs=1e-4)]
     assert spans[f"dense matmuls: {GEMM}"] == [pytest.approx((0.22, 0.3), abs=1e-4)]
@@ -159,7 +160,7 @@ def test_a_block_in_mid_step_is_found(tmp_path: Path, backward: int) -> None:
 
 def test_the_picture_of_blocks(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     trace, picture = write(tmp_path / "trace.json", micro_batch(0, num_blocks=4, backward=3)), tmp_path / "picture.svg"
-    assert main([str(trace), str(picture)]) == 0
+    assert status_of(main, [str(trace), str(picture)]) == 0
     assert "Backward pass of one block: --start 50.000 --duration 10.000" in capsys.readouterr().out
     texts = [text.text for text in ET.parse(picture).iter(f"{SVG}text")]
     assert "Forward pass of one block, 10.00 ms" in texts
@@ -172,7 +173,7 @@ def test_the_picture_of_blocks(tmp_path: Path, capsys: pytest.CaptureFixture) ->
 def test_no_collectives(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     trace, picture = write(tmp_path / "trace.json", work(GEMM, 0, 50), work(ATTENTION, 50, 100)), tmp_path / "p.svg"
     assert overlap(read_trace(trace)[0]) == {}
-    assert main([str(trace), str(picture)]) == 0
+    assert status_of(main, [str(trace), str(picture)]) == 0
     assert "Middle of the trace: --start 47.500 --duration 5.000" in capsys.readouterr().out
     texts = [text.text or "" for text in ET.parse(picture).iter(f"{SVG}text")]
     assert texts[-1].endswith("no collectives")
@@ -197,11 +198,11 @@ def test_mistakes_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture) ->
         [good, "--steps=0"],
         [good, "--start=99"],
     ):
-        assert main([*arguments, picture]) == 2
+        assert status_of(main, [*arguments, picture]) == 2
         error = capsys.readouterr().err
         assert len(error.splitlines()) == 1
         assert "expected" in error
-    assert main([host, picture]) == 2
+    assert status_of(main, [host, picture]) == 2
     assert "no GPU kernels" in capsys.readouterr().err
-    assert main([good, str(tmp_path / "missing" / "picture.svg")]) == 2
+    assert status_of(main, [good, str(tmp_path / "missing" / "picture.svg")]) == 2
     assert not Path(picture).exists()

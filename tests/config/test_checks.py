@@ -176,7 +176,7 @@ def test_a_short_first_try_is_no_mistake(options: tuple[str, ...]) -> None:
         (3, -1, 8, 1),
         (4, -1, 8, 4),
         (16, -1, 8, 8),
-        (6, -1, 8, 2),
+        (6, -1, 8, 1),
         (4, 2, 8, 2),
         (12, -1, 9, 3),
     ],

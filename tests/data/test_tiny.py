@@ -1,7 +1,9 @@
 """The shipped text and tokenizer, and the script that makes them."""
 
 import json
+import shutil
 import socket
+import unicodedata
 from pathlib import Path
 
 import jinja2
@@ -11,6 +13,7 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from data.tiny.make_tiny import module_documentation, python_documents, train_tokenizer
+from data.tokenizer import PROBES, verify_tokenizer
 
 TINY = Path(__file__).resolve().parents[2] / "data" / "tiny"
 
@@ -93,7 +96,7 @@ def test_the_text_takes_few_tokens(tokenizer, documents):
 
 @given(st.text())
 def test_any_text_survives_the_round_trip(tokenizer, text):
-    assert tokenizer.decode(tokenizer(text, add_special_tokens=False).input_ids) == text
+    assert tokenizer.decode(tokenizer(text, add_special_tokens=False).input_ids) == unicodedata.normalize("NFC", text)
 
 
 @pytest.mark.parametrize(
@@ -101,8 +104,17 @@ def test_any_text_survives_the_round_trip(tokenizer, text):
 )
 def test_awkward_texts_survive_the_round_trip(tokenizer, text):
     ids = tokenizer(text, add_special_tokens=False).input_ids
-    assert tokenizer.decode(ids) == text
-    assert tokenizer.decode(ids, skip_special_tokens=True) == text
+    assert tokenizer.decode(ids) == unicodedata.normalize("NFC", text)
+    assert tokenizer.decode(ids, skip_special_tokens=True) == unicodedata.normalize("NFC", text)
+
+
+def test_any_consumer_tokenises_it_the_same(tmp_path):
+    """With a config.json of the family beside it, AutoTokenizer builds the family's own class."""
+    shutil.copytree(TINY / "tokenizer", tmp_path / "export")
+    (tmp_path / "export/config.json").write_text('{"model_type": "qwen3_5_moe_text"}')
+    assert type(AutoTokenizer.from_pretrained(tmp_path / "export")).__name__.startswith("Qwen3_5")
+    texts = [json.loads(line)["text"] for line in (TINY / "python_reference.jsonl").read_text().splitlines()]
+    verify_tokenizer(str(TINY / "tokenizer"), str(tmp_path / "export"), [*PROBES, *texts])
 
 
 def test_the_chat_template_writes_chatml(tokenizer):

@@ -17,6 +17,7 @@ from checkpoint.tensors.dcp import read_dcp
 from models.qwen35_moe.hf_weights import hf_name
 from models.qwen35_moe.parameters import parameters
 from tests.checkpoint.test_conversion import CONFIG, add_assets, random_weights
+from tests.commands import status_of
 from tests.distributed import run_ranks
 
 
@@ -48,7 +49,7 @@ def test_reads_chunks_of_several_mesh_axes(tmp_path: Path, replicate: int, efsdp
     for name, tensor in weights.items():
         assert torch.equal(index[f"model.{name}"].read(), tensor), name
     add_assets(tmp_path / "dcp")
-    assert to_hf.main([str(tmp_path / "dcp"), str(tmp_path / "out"), "--dtype=keep"]) == 0
+    assert status_of(to_hf.main, [str(tmp_path / "dcp"), str(tmp_path / "out"), "--dtype=keep"]) == 0
     out = load_file(tmp_path / "out/model.safetensors")
     assert all(torch.equal(out[hf_name(name)], tensor) for name, tensor in weights.items())
 
@@ -88,7 +89,7 @@ def test_a_malicious_pickle_is_refused(tmp_path: Path, capsys: pytest.CaptureFix
         file = folder / "model_world_size_1_rank_0.pt"
         torch.save({**state, "model.norm.weight": Touch(marker)}, file)
         add_assets(folder)
-    assert to_hf.main([str(folder), str(tmp_path / "out")]) == 1
+    assert status_of(to_hf.main, [str(folder), str(tmp_path / "out")]) == 2
     error = capsys.readouterr().err
     assert f"{file} asks for " in error
     assert "eval, which no checkpoint needs: refused" in error

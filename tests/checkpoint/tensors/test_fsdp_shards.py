@@ -23,6 +23,7 @@ from checkpoint.tensors.torch_file import Stub, read_torch_file
 from models.qwen35_moe.hf_weights import hf_name
 from models.qwen35_moe.parameters import parameters
 from tests.checkpoint.test_conversion import CONFIG, add_assets, random_weights
+from tests.commands import status_of
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
 
@@ -126,7 +127,7 @@ def test_router_and_shared_expert_on_a_smaller_mesh_convert(tmp_path: Path) -> N
     weights = random_weights()
     write_ranks(tmp_path / "ranks", 8, lambda: model_state(weights, "model."))
     add_assets(tmp_path / "ranks")
-    assert to_hf.main([str(tmp_path / "ranks"), str(tmp_path / "out"), "--dtype=keep", "--verify"]) == 0
+    assert status_of(to_hf.main, [str(tmp_path / "ranks"), str(tmp_path / "out"), "--dtype=keep", "--verify"]) == 0
     out = load_file(tmp_path / "out/model.safetensors")
     assert out.keys() == {hf_name(name) for name in weights}
     assert all(torch.equal(out[hf_name(name)], tensor) for name, tensor in weights.items())
