@@ -5,7 +5,6 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from models.ops.causal_conv1d import causal_conv1d
 from models.ops.documents import Documents
 from models.ops.gated_delta_rule import gated_delta_rule
 from models.ops.grouped_experts import grouped_experts
@@ -48,15 +47,6 @@ def check(
     documents = Documents.from_lengths(LENGTHS)
     expected = run(lambda *x: operation(*x, *integers, documents), [x.double() for x in inputs])
     assert_close((out.cpu(), [x.cpu() for x in gradients]), expected, TOLERANCE)
-
-
-@pytest.mark.parametrize("compiled", [False, True])
-@pytest.mark.parametrize(("backend", "channels", "width"), [("torch", 64, 4), ("triton", 64, 4), ("triton", 200, 3)])
-def test_causal_conv1d(backend: str, channels: int, width: int, compiled: bool) -> None:
-    def convolution(x: torch.Tensor, weight: torch.Tensor, documents: Documents) -> torch.Tensor:
-        return causal_conv1d(x, weight, documents, backend=backend if x.is_cuda else "torch")
-
-    check(convolution, random((NUM_TOKENS, channels), (channels, 1, width)), compiled=compiled)
 
 
 def test_gated_delta_rule() -> None:

@@ -81,3 +81,14 @@ def random_stream(config: ModelConfig, lengths: list[int], seed: int = 0) -> Str
         labels[start : start + length - 1] = tokens[start + 1 : start + length]
         start += length
     return Stream(tokens, positions, Documents.from_lengths(lengths), labels)
+
+
+def initial_weights(config: ModelConfig, seed: int) -> dict[str, torch.Tensor]:
+    """What init_weights makes of every parameter; NaN where it makes nothing."""
+    with torch.device("meta"):
+        model = Qwen35Moe(config, Kernels(attention="sdpa"))
+    model.to_empty(device="cpu")
+    for parameter in model.parameters():
+        parameter.data.fill_(torch.nan)
+    init_weights(model, seed)
+    return {name: parameter.detach() for name, parameter in model.named_parameters()}

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from errors import UserError
 from models.ops.documents import Documents
 from models.qwen35_moe.config import FULL, LINEAR, ModelConfig, read_config
-from tests.models.qwen35_moe.shapes import random_model, run_model
+from tests.models.qwen35_moe.shapes import random_model, run_model, tiny_config
 
 TEXT: dict[str, Any] = {
     "model_type": "qwen3_5_moe_text",
@@ -315,3 +315,41 @@ def test_the_inline_table_has_defaults_of_its_own() -> None:
     assert ModelConfig.from_table({"rope_parameters": {"rope_theta": 3e4}}).rope_theta == 3e4
     assert ModelConfig.from_table({"mrope_section": [12, 10, 10]}).mrope_section == (12, 10, 10)
     assert ModelConfig.from_dict({}).rope_theta == 1e4
+
+
+def test_config_is_read_from_both_forms() -> None:
+    config = tiny_config(tie_word_embeddings=True)
+    text_only = config.to_dict()
+    nested = {"model_type": "qwen3_5_moe", "vision_config": {}, "text_config": copy.deepcopy(text_only)}
+    nested["tie_word_embeddings"] = True
+    assert ModelConfig.from_dict(text_only) == ModelConfig.from_dict(nested) == config
+    outside = copy.deepcopy(nested)
+    del outside["text_config"]["tie_word_embeddings"]
+    outside["tie_word_embeddings"] = True
+    assert ModelConfig.from_dict(outside) == config
+
+
+def test_layer_types_follow_the_interval() -> None:
+    config = ModelConfig.from_dict({"num_hidden_layers": 5, "full_attention_interval": 2})
+    assert config.layer_types == (LINEAR, FULL, LINEAR, FULL, LINEAR)
+    assert ModelConfig.from_dict({}).layer_types == (LINEAR, LINEAR, LINEAR, FULL) * 10
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model_type": "qwen3"}, "model_type = 'qwen3'"),
+        ({"num_hidden_layers": 0}, "num_hidden_layers = 0"),
+        ({"layer_types": ["full_attention"]}, "layer_types"),
+        ({"num_attention_heads": 3, "num_key_value_heads": 2}, "num_attention_heads = 3"),
+        ({"linear_num_value_heads": 3, "linear_num_key_heads": 2}, "linear_num_value_heads = 3"),
+        ({"num_experts_per_tok": 500}, "num_experts_per_tok = 500"),
+        ({"hidden_act": "gelu"}, "hidden_act = 'gelu'"),
+        ({"rope_parameters": {"rope_type": "yarn"}}, "rope_type = 'yarn'"),
+        ({"mrope_section": [1, 1, 1]}, "mrope_section"),
+        ({"head_dim": 12}, "partial_rotary_factor"),
+    ],
+)
+def test_impossible_configs_are_named(changes: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        ModelConfig.from_table(changes)
