@@ -48,6 +48,7 @@ from checkpoint.tensors.dcp import read_dcp
 from checkpoint.tensors.stored import StoredTensor
 from config.options import Config
 from config.reading import resolved_toml
+from data.chat import end_of_turn_id
 from errors import UserError, reading
 from models.qwen35_moe.config import ModelConfig, read_config
 from models.qwen35_moe.model import Qwen35Moe
@@ -296,7 +297,8 @@ class Checkpointer:
         if self._config.model.path:  # it may say more than the shape
             sources.append(Path(self._config.model.path))
             config = read_config(sources[-1] / "config.json")
-        write_checkpoint_assets(assets, config, self._base, *sources)
+        end_of_turn = end_of_turn_id(str(sources[0])) if self._config.data.format == "chat" else None
+        write_checkpoint_assets(assets, config, self._base, *sources, end_of_turn=end_of_turn)
         others = [path for path in unfinished.rglob("*") if path.is_file() and path.name not in files]
         write_manifest(unfinished, files | describe_files(unfinished, others))
         publish(unfinished, final)

@@ -27,7 +27,7 @@ from huggingface_hub import split_state_dict_into_shards_factory
 from tqdm import tqdm
 
 from checkpoint.directories import check_files, find_checkpoint, new_directory
-from checkpoint.hf_assets import class_config, copy_assets, read_base
+from checkpoint.hf_assets import class_config, copy_assets, find_tokenizer, read_base, write_generation_config
 from checkpoint.hf_reader import assemble, naming_tensors
 from checkpoint.tensors.dcp import read_dcp
 from checkpoint.tensors.fsdp_shards import is_shard_directory, read_fsdp_shards
@@ -100,6 +100,7 @@ def export_to_hf(checkpoint: Path, out: Path, options: Options | None = None, pr
         tqdm(total=total, unit="B", unit_scale=True, desc=out.name, disable=None if progress else True) as bar,
     ):
         copy_assets(folder, *plan.assets, vision="vision_config" in plan.config)
+        write_generation_config(folder, plan.config)
         (folder / "config.json").write_text(json.dumps(plan.config, indent=2) + "\n", encoding="utf-8")
         for name, keys in files.filename_to_tensors.items():
             for num_bytes in write_file(folder / name, [tensors[key] for key in keys]):
@@ -144,7 +145,7 @@ def make_plan(checkpoint: Path, options: Options) -> Plan:
     exports = _text_exports(checkpoint, stored, shape, architecture, options.dtype, per_expert)
     mtp = _mtp_exports(shape, others[MTP], options.experts)
     dtype = str(options.dtype or exports[0].stored.dtype).removeprefix("torch.")
-    written = class_config(config, architecture, count_mtp_layers(others[MTP]), dtype, assets[0])
+    written = class_config(config, architecture, count_mtp_layers(others[MTP]), dtype, find_tokenizer(assets))
     vision = []
     if architecture == "image_text_to_text":
         vision = [Export(key, tensor, tensor.dtype) for key, tensor in others[VISION].items()]

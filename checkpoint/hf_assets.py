@@ -2,15 +2,15 @@
 
 import json
 import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from checkpoint.tensors.stored import file_size, read_json
-from errors import reading
+from errors import UserError, reading
 from models.qwen35_moe import hf_config
 
-_COPIED = (
-    "generation_config.json",
+_TOKENIZER = (
     "tokenizer.json",
     "tokenizer_config.json",
     "chat_template.jinja",
@@ -19,15 +19,32 @@ _COPIED = (
     "vocab.json",
     "merges.txt",
 )
-_COPIED_WITH_VISION = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")
+_VISION = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")
+_GENERATION = "generation_config.json"
+_SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
 def copy_assets(folder: Path, *sources: Path, vision: bool = True) -> None:
-    """Copies the files other than config.json. One that several of `sources` have is taken from the first."""
-    for source in reversed(sources):
-        for name in _COPIED + (_COPIED_WITH_VISION if vision else ()):
-            if os.path.lexists(source / name):
-                (folder / name).write_bytes(_without_code(source / name))
+    """Copies the files other than config.json. One that several of `sources` have is taken from the first.
+
+    A tokenizer's files belong together: they are those of `find_tokenizer`, and no other source's.
+    """
+    tokenizer = find_tokenizer(sources)
+    names = {name: [tokenizer] for name in (*_TOKENIZER, *_more_templates(tokenizer))}
+    names |= {name: list(sources) for name in (_GENERATION, *(_VISION if vision else ()))}
+    for name, places in names.items():
+        if source := next((place for place in places if os.path.lexists(place / name)), None):
+            (folder / name).parent.mkdir(exist_ok=True)
+            (folder / name).write_bytes(_without_code(source / name))
+
+
+def find_tokenizer(sources: Sequence[Path]) -> Path:
+    """The first of `sources` that has a tokenizer; the first of all if none has."""
+    return next((source for source in sources if os.path.lexists(source / _TOKENIZER[0])), sources[0])
+
+
+def _more_templates(tokenizer: Path) -> list[str]:
+    return [str(path.relative_to(tokenizer)) for path in tokenizer.glob("additional_chat_templates/*.jinja")]
 
 
 def _without_code(path: Path) -> bytes:
@@ -43,13 +60,49 @@ def _as_json(values: dict[str, Any]) -> bytes:
     return (json.dumps(values, indent=2) + "\n").encode()
 
 
-def write_checkpoint_assets(folder: Path, config: dict[str, Any], base: Path | None, *sources: Path) -> None:
-    """Writes a checkpoint's `hf/`: `config` as it is, the other files, and where the model's weights came from."""
+def write_checkpoint_assets(
+    folder: Path, config: dict[str, Any], base: Path | None, *sources: Path, end_of_turn: int | None = None
+) -> None:
+    """Writes a checkpoint's `hf/`: `config`, the other files, and where the model's weights came from.
+
+    `end_of_turn`: the token that ends the trained turns of chats. It is told as one that ends generation, beside those
+    that the config, the generation's settings and the tokenizer name; else they are left as they are.
+    """
     copy_assets(folder, *sources)
     config = {key: value for key, value in config.items() if key != "auto_map"}
+    if end_of_turn is not None:
+        text = config.get("text_config", config)
+        settings = read_json(folder / _GENERATION) if (folder / _GENERATION).exists() else {}
+        ends = end_tokens(text, settings, _special_token_ids(find_tokenizer(sources)), {"eos_token_id": end_of_turn})
+        if text is not config:
+            config["text_config"] = text | ends
+        if text is config or "eos_token_id" in config:
+            config |= ends
+        (folder / _GENERATION).write_bytes(_as_json(settings | ends))
     (folder / "config.json").write_bytes(_as_json(config))
     if base:
         (folder / "base.json").write_text(json.dumps({"path": str(base.resolve())}) + "\n", encoding="utf-8")
+
+
+def write_generation_config(folder: Path, config: Mapping[str, Any]) -> None:
+    """Completes an export's generation_config.json: transformers reads that file alone, if it is there, and engines
+    stop at its end tokens. What it leaves out comes from `config`, the export's config.json."""
+    settings = read_json(folder / _GENERATION) if (folder / _GENERATION).exists() else {}
+    text = config.get("text_config", config)
+    of_config = {key: text[key] for key in _SPECIAL_IDS if text.get(key) is not None}
+    if settings := of_config | settings | end_tokens(text, settings):
+        (folder / _GENERATION).write_bytes(_as_json(settings))
+
+
+def end_tokens(*tables: Mapping[str, Any]) -> dict[str, Any]:
+    """`eos_token_id` of all the tables together, each token once; nothing if none tells of any."""
+    ids: list[int] = []
+    for given in (table.get("eos_token_id") for table in tables):
+        for number in given if isinstance(given, list) else [] if given is None else [given]:
+            if type(number) is not int or number < 0:
+                raise UserError(f"eos_token_id = {given!r:.80}: expected a token's number, or a list of them")
+            ids += [] if number in ids else [number]
+    return {"eos_token_id": ids[0] if len(ids) == 1 else ids} if ids else {}
 
 
 def read_base(checkpoint: Path) -> Path | None:
@@ -68,13 +121,13 @@ def class_config(
     config: dict[str, Any], architecture: str, num_mtp_layers: int, dtype: str, tokenizer: Path
 ) -> dict[str, Any]:
     """`hf_config.class_config`, with the ids of special tokens that the tokenizer's files in `tokenizer` tell."""
-    has_files = (tokenizer / "tokenizer_config.json").exists() and (tokenizer / "tokenizer.json").exists()
-    token_ids = _special_token_ids(tokenizer) if has_files else {}
-    return hf_config.class_config(config, architecture, num_mtp_layers, dtype, token_ids)
+    return hf_config.class_config(config, architecture, num_mtp_layers, dtype, _special_token_ids(tokenizer))
 
 
 def _special_token_ids(tokenizer: Path) -> dict[str, int]:
-    """`eos_token_id` and the like, as config.json has them, from a tokenizer's files."""
+    """`eos_token_id` and the like, as config.json has them, from a tokenizer's files, if it has them."""
+    if not all((tokenizer / name).exists() for name in _TOKENIZER[:2]):
+        return {}
     names, tokens = read_json(tokenizer / "tokenizer_config.json"), read_json(tokenizer / "tokenizer.json")
     with reading(tokenizer / "tokenizer.json"):
         ids = {token["content"]: int(token["id"]) for token in tokens.get("added_tokens") or []}

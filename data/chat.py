@@ -7,6 +7,7 @@ its end-of-turn token; and what the conversation says but the rendering does not
 """
 
 import copy
+import functools
 import json
 import re
 import signal
@@ -22,6 +23,7 @@ import numpy as np
 from data.batch import Sample
 from data.messages import Message, read_messages
 from data.packing import BadSample
+from data.tokenizer import load_tokenizer
 from errors import UserError
 
 if TYPE_CHECKING:  # seconds to import, and of no use to workers that read text
@@ -66,6 +68,8 @@ class ChatTemplate:
         self._tokenizer, self._train_on, self._train_empty_thinking = tokenizer, train_on, train_empty_thinking
         self._num_timeouts = 0
         self._reasoning, self._shows_reasoning = "reasoning_content", False  # the name that the template knows, if any
+        self.end_of_turn = ""
+        """The special token that ends an answer."""
         self.ignored = set[str]()
         """Names of fields of messages that were left out so far."""
         special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
@@ -145,7 +149,7 @@ class ChatTemplate:
         end = self._special.match(after.lstrip())
         if end is None:
             raise BadSample("template_error", "no special token ends the assistant's turns")
-        self._end_of_turn = end[0]
+        self.end_of_turn = end[0]
         self._prompt = prompts[0] if prompts else ""
         self._openings = sorted({text for text in prompts + openings if text}, key=len, reverse=True)  # longest first
 
@@ -197,10 +201,10 @@ class ChatTemplate:
         following = places[own[-1] + 1].begin if own[-1] + 1 < len(places) else len(rendered)
 
         # The end: nothing but the rest of a tool call may stand before the token.
-        end = rendered.find(self._end_of_turn, last.end, following)
+        end = rendered.find(self.end_of_turn, last.end, following)
         if end < 0 or (last.kind != "tool_call" and rendered[last.end : end].strip()):
             raise _unclear()
-        end += len(self._end_of_turn)
+        end += len(self.end_of_turn)
 
         # The beginning: what the model is to write after the prompt for an answer. If it is not told what to think, the
         # empty thoughts before its answer are the template's, unless they are wanted.
@@ -271,6 +275,16 @@ class ChatTemplate:
                 if isinstance(function, dict) and isinstance(function.get(key), str):
                     function[key] = insert(-1, "tools", function[key])
         return marked, marked_tools, fields
+
+
+@functools.cache
+def end_of_turn_id(folder: str) -> int:
+    """The token that ends the assistant's turns in the template of the tokenizer in `folder`. Raises UserError."""
+    tokenizer = load_tokenizer(folder)
+    template = ChatTemplate(tokenizer, train_on="all", train_empty_thinking=False)
+    number = tokenizer.backend_tokenizer.token_to_id(template.end_of_turn)
+    assert number is not None  # it is one of the tokenizer's special tokens
+    return number
 
 
 def _locate(rendered: str, marked: str, fields: list[Field]) -> tuple[list[Place], set[int]] | None:

@@ -21,6 +21,7 @@ _ACCEPTED: dict[str, tuple[object, ...]] = {
     "attention_dropout": (0.0,),
     "per_layer_config": (None,),
     "is_causal": (True,),
+    "attribute_map": ({},),
     # read by other consumers, or by this model's relatives
     "output_gate_type": ("swish", "silu", None),
     "attn_output_gate": (True, None),
@@ -176,6 +177,8 @@ class ModelConfig:
         impossible values.
         """
         text = _text_config(config)
+        if not _same(config.get("attribute_map", {}), {}):  # it gives keys other names, at either level
+            raise UserError("model config: attribute_map is not supported, only {}")
         for key, accepted in _ACCEPTED.items():
             if key in text and not any(_same(text[key], value) for value in accepted):
                 raise UserError(f"model config: {key} = {_short(text[key])} is not supported, only {_listed(accepted)}")

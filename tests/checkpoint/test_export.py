@@ -5,10 +5,13 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import save_file
+from transformers import AutoModelForImageTextToText
 
 from checkpoint import export
 from checkpoint.export import Options, _vision_shapes, make_plan
+from checkpoint.tensors.safetensors import read_safetensors
 from errors import UserError
 from models.qwen35_moe.hf_weights import MTP, VISION, hf_name, mtp_shapes
 from models.qwen35_moe.parameters import parameters
@@ -107,3 +110,26 @@ def test_class_tower_and_mtp(
     text = {e.key for e in plan.tensors if not e.key.startswith((VISION, MTP))}
     assert text == {hf_name(name, expected) for name in parameters(CONFIG)}
     assert all(e.stored.read().flatten()[0] == 1 for e in plan.tensors if e.key in text)
+
+
+@pytest.mark.parametrize("experts", ["stacked", "per_expert", "keep"])
+@pytest.mark.parametrize("parts", ["", "m", "vT", "vTm"])
+def test_both_auto_classes_load_experts_in_either_layout(tmp_path: Path, parts: str, experts: str) -> None:
+    ranks = write(tmp_path / "ranks", parts)
+    torch.save(tensors(parts, 0.5), ranks / "model_world_size_1_rank_0.pt")
+    config = json.loads((ranks / "config.json").read_text())
+    config.get("text_config", config)["eos_token_id"] = [3, 5]
+    (ranks / "config.json").write_text(json.dumps(config))
+    for architecture in (CAUSAL, IMAGE) if "v" in parts else (CAUSAL,):
+        out = tmp_path / architecture
+        export.export_to_hf(ranks, out, Options(architecture, None, experts))
+        keys = read_safetensors(out).keys()
+        assert any(".experts.0." in key for key in keys) == (experts == "per_expert")
+        assert any(key.startswith(MTP) for key in keys) == ("m" in parts)
+        auto = transformers.AutoModelForCausalLM if architecture == CAUSAL else AutoModelForImageTextToText
+        model, loading = auto.from_pretrained(out, output_loading_info=True)
+        assert not any(loading.values()), loading
+        assert type(model).__name__ == json.loads((out / "config.json").read_text())["architectures"][0]
+        assert (model.state_dict()["lm_head.weight"] == 0.5).all()
+        assert json.loads((out / "generation_config.json").read_text()) == {"eos_token_id": [3, 5]}
+        assert model.generation_config.eos_token_id == [3, 5]

@@ -256,6 +256,7 @@ def test_accepted_as_transformers_reads_it(config: dict[str, Any], changed: dict
         ({"model_type": "qwen3_5_text"}, "model_type = 'qwen3_5_text'"),
         ({"model_type": ["qwen3_5_moe"]}, "model_type"),
         ({"text_config": {}}, "text_config"),
+        ({"attribute_map": {"num_experts_per_tok": "num_experts"}}, "attribute_map"),
     ],
 )
 def test_refused_by_name(changes: dict[str, object], message: str) -> None:
@@ -271,6 +272,8 @@ def test_refused_by_name(changes: dict[str, object], message: str) -> None:
         ({"model_type": "qwen3_5_moe", **{k: v for k, v in TEXT.items() if k != "model_type"}}, "text_config"),
         ({"model_type": "qwen3_5_moe", "text_config": None}, "text_config = None"),
         (nested(TEXT, vision_config=[1]), "vision_config"),
+        (nested(TEXT, attribute_map={"tie_word_embeddings": "x"}), "attribute_map"),
+        (nested({**TEXT, "attribute_map": {"num_experts_per_tok": "num_experts"}}), "attribute_map"),
         (nested(TEXT, tie_word_embeddings="true"), "tie_word_embeddings = 'true'"),
     ],
 )

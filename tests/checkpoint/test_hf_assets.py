@@ -1,0 +1,121 @@
+"""What a directory holds beside the weights: one tokenizer's files, and every token that ends generation."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from checkpoint.hf_assets import copy_assets, write_checkpoint_assets, write_generation_config
+from errors import UserError
+
+
+def folder_of(path: Path, **files: str) -> Path:
+    """A directory of files; "__" in a name stands for a folder, "_json" and "_jinja" for the endings."""
+    for name, content in files.items():
+        file = path / name.replace("__", "/").replace("_json", ".json").replace("_jinja", ".jinja")
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(content)
+    return path
+
+
+def tokenizer_files(eos: str = "<a>") -> dict[str, str]:
+    tokens = [{"content": "<a>", "id": 7}, {"content": "<b>", "id": 8}]
+    settings = {"eos_token": eos, "pad_token": "<b>"}
+    return {"tokenizer_json": json.dumps({"added_tokens": tokens}), "tokenizer_config_json": json.dumps(settings)}
+
+
+def read(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text())
+
+
+LEFT_OVER = (
+    "chat_template_jinja",
+    "special_tokens_map_json",
+    "added_tokens_json",
+    "vocab_json",
+    "merges.txt",
+    "additional_chat_templates__tool_jinja",
+)
+
+
+@pytest.mark.parametrize("leftover", LEFT_OVER)
+def test_no_file_of_another_tokenizer_stands_beside_the_trained_one(tmp_path: Path, leftover: str) -> None:
+    trained = folder_of(tmp_path / "trained", **tokenizer_files())
+    base = folder_of(
+        tmp_path / "base", **tokenizer_files("<b>"), **{leftover: "{}"}, generation_config_json='{"top_k": 20}'
+    )
+    (tmp_path / "out").mkdir()
+    copy_assets(tmp_path / "out", trained, base)
+    names = {path.name for path in (tmp_path / "out").rglob("*")}
+    assert names == {"tokenizer.json", "tokenizer_config.json", "generation_config.json"}
+    assert read(tmp_path / "out/tokenizer_config.json")["eos_token"] == "<a>"
+
+
+def test_a_tokenizer_is_taken_whole_from_the_first_that_is_one(tmp_path: Path) -> None:
+    template = {"chat_template_jinja": "x", "additional_chat_templates__tool_jinja": "y"}
+    base = folder_of(tmp_path / "base", **tokenizer_files(), **template)
+    without = folder_of(tmp_path / "without", config_json="{}", chat_template_jinja="z")
+    (tmp_path / "out").mkdir()
+    copy_assets(tmp_path / "out", without, base)
+    assert (tmp_path / "out/chat_template.jinja").read_text() == "x"
+    assert (tmp_path / "out/additional_chat_templates/tool.jinja").read_text() == "y"
+
+
+@pytest.mark.parametrize(
+    ("config", "settings", "expected"),
+    [
+        ({}, None, [7, 9]),  # the tokenizer's own, and that of the trained turns
+        ({"eos_token_id": 5}, None, [5, 7, 9]),
+        ({"eos_token_id": [5, 9]}, {"eos_token_id": 6, "top_k": 20}, [5, 9, 6, 7]),
+        ({"eos_token_id": None}, {"eos_token_id": [9, 7]}, [9, 7]),
+    ],
+)
+@pytest.mark.parametrize("nested", [False, True])
+def test_a_chats_end_of_turn_ends_generation(
+    tmp_path: Path, config: dict[str, Any], settings: dict[str, Any] | None, expected: list[int], nested: bool
+) -> None:
+    source = folder_of(tmp_path / "source", **tokenizer_files())
+    if settings is not None:
+        folder_of(source, generation_config_json=json.dumps(settings))
+    given = {"text_config": config} if nested else config
+    before = json.dumps(given)
+    (tmp_path / "hf").mkdir()
+    write_checkpoint_assets(tmp_path / "hf", given, None, source, end_of_turn=9)
+    written = read(tmp_path / "hf/config.json")
+    assert written.get("text_config", written)["eos_token_id"] == expected
+    assert ("eos_token_id" in written) != nested
+    assert read(tmp_path / "hf/generation_config.json") == (settings or {}) | {"eos_token_id": expected}
+    assert json.dumps(given) == before
+
+
+def test_without_chats_nothing_is_added(tmp_path: Path) -> None:
+    source = folder_of(tmp_path / "source", **tokenizer_files(), generation_config_json='{"eos_token_id": 5}')
+    (tmp_path / "hf").mkdir()
+    write_checkpoint_assets(tmp_path / "hf", {"eos_token_id": 3}, None, source)
+    assert read(tmp_path / "hf/config.json") == {"eos_token_id": 3}
+    assert read(tmp_path / "hf/generation_config.json") == {"eos_token_id": 5}
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_an_exports_generation_config_has_every_end_token(tmp_path: Path, nested: bool) -> None:
+    text = {"eos_token_id": [5, 9], "pad_token_id": 5, "bos_token_id": None}
+    config = {"text_config": text} if nested else text
+    write_generation_config(tmp_path, config)
+    assert read(tmp_path / "generation_config.json") == {"eos_token_id": [5, 9], "pad_token_id": 5}
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": 6, "pad_token_id": 1, "top_k": 20}')
+    write_generation_config(tmp_path, config)
+    expected = {"eos_token_id": [5, 9, 6], "pad_token_id": 1, "top_k": 20}
+    assert read(tmp_path / "generation_config.json") == expected
+
+
+def test_nothing_known_of_ends_writes_nothing(tmp_path: Path) -> None:
+    write_generation_config(tmp_path, {"eos_token_id": None})
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("value", ["5", True, [5, None], {"a": 1}, -1, 1.5, [[5]]])
+def test_an_end_token_that_is_no_number_is_refused(tmp_path: Path, value: object) -> None:
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": value}))
+    with pytest.raises(UserError, match=r"eos_token_id = .*: expected a token's number"):
+        write_generation_config(tmp_path, {})
