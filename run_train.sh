@@ -13,8 +13,9 @@
 #   PYTHON       the interpreter; default: python
 #
 # Exit status: 2 and one line on stderr for a mistake, also for one that only the ranks find; 1 if a rank fails.
-# SIGTERM and SIGINT (Ctrl-C) go to the ranks, which finish their step, save, and exit 0, and so does this script; a second signal ends everything at once. With
-# several nodes it is enough to signal one of them: its ranks tell the others, and all stop after the same step.
+# SIGTERM and SIGINT (Ctrl-C) go to the ranks, which finish their step, save, and exit 0, and so does this script; a
+# second signal ends everything at once. With several nodes it is enough to signal one of them: its ranks tell the
+# others, and all stop after the same step. docs/running.md has the rest.
 set -uo pipefail
 
 fail() {

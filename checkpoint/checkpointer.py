@@ -100,7 +100,7 @@ class Checkpointer:
         options = self._config.checkpoint
         if options.enable:
             self._check_folder()
-            self._from_rank_0(lambda: self._run and None)  # as it is now, whenever it is saved
+            self._from_rank_0(lambda: self._run and None)  # the data as they are now are what every save records
         existing = self._from_rank_0(lambda: complete_checkpoints(self._folder))
         if options.resume == "never" and existing:
             raise UserError(
@@ -286,7 +286,7 @@ class Checkpointer:
         return error is None
 
     def _publish(self, unfinished: Path, final: Path, files: dict[str, dict[str, int]]) -> None:
-        """Adds what is not DCP's, names the checkpoint, and leaves `checkpoint.keep` of them."""
+        """Adds the files that are not DCP's, gives the checkpoint its name, and removes the oldest beyond `keep`."""
         (unfinished / "config.toml").write_text(resolved_toml(self._config), encoding="utf-8")
         (unfinished / RUN).write_text(json.dumps(self._run, indent=1) + "\n", encoding="utf-8")
         assets = unfinished / "hf"
@@ -314,7 +314,7 @@ class Checkpointer:
     # What ranks do together
 
     def _agree(self, action: Callable[[], object]) -> str | None:
-        """Does something on every rank; all get the first rank's error, as one line, or None."""
+        """Runs `action` on every rank. All get one answer: the first error there is, as one line, or None."""
         error = None
         try:
             action()
@@ -325,7 +325,7 @@ class Checkpointer:
         return next((error for error in errors if error), None)
 
     def _from_rank_0(self, action: Callable[[], Any]) -> Any:
-        """What rank 0 finds, on all ranks; its error is a UserError on all of them, which else would wait for it."""
+        """Runs `action` on rank 0; its result is returned, or its error raised as a UserError, on all ranks."""
         outcome: list[Any] = [None, None]
         if dist.get_rank() == 0:
             try:
@@ -363,7 +363,7 @@ def _train_state(step: int, tokens_seen: int, data_cursors: torch.Tensor) -> dic
 
 @torch.no_grad()
 def _fill(state: Mapping[str, torch.Tensor], stored: Mapping[str, StoredTensor]) -> None:
-    """Reads this rank's part of every tensor. (DCP would unpickle the checkpoint's index itself, and trust it.)"""
+    """Reads this rank's part of every tensor of `state`. (DCP would unpickle the checkpoint's index, and trust it.)"""
     for name, tensor in state.items():
         local, box = local_region(tensor)
         if local.numel():
@@ -371,7 +371,7 @@ def _fill(state: Mapping[str, torch.Tensor], stored: Mapping[str, StoredTensor])
 
 
 def _write_nothing() -> None:
-    """What a save writes whose folder could not be made."""
+    """In the place of a write, where the folder for it could not be made."""
 
 
 def _make_folder(unfinished: Path) -> None:

@@ -21,17 +21,17 @@ if TYPE_CHECKING:
 
 
 class Sample(NamedTuple):
-    """n tokens, n > 0."""
+    """One document or conversation, n > 0 tokens."""
 
     tokens: NDArray[np.int32]  # [n]
     labels: NDArray[np.int32]  # [n], what is to be predicted at each token: the next one, or IGNORED
-    note: tuple[str, str] | None = None  # a reason and a message to be counted although it is used
+    note: tuple[str, str] | None = None  # (reason, message): counted, although the sample is used
 
     @classmethod
     def of(cls, tokens: NDArray[np.int32], is_trained: NDArray[np.bool_] | bool = True) -> "Sample":
-        """The sample whose tokens are to be predicted where `is_trained` [n] says so.
+        """The sample of these tokens, of which those are trained on where `is_trained` [n] is true.
 
-        Nothing is to be predicted at the last token. (A sample that was cut has the token after the cut as its label.)
+        Each token's label is the next one, so the last has none. (One that is cut later keeps the token after the cut.)
         """
         labels = np.full(len(tokens), IGNORED, np.int32)
         labels[:-1] = np.where(is_trained, tokens, IGNORED)[1:]
@@ -39,8 +39,8 @@ class Sample(NamedTuple):
 
 
 Cursor = tuple[int, ...]
-"""Where a slot stands. Samples go by their numbers in the endless stream of epochs. The first element is the sample to
-be read next (for text: the one to be read on), and the second to be read after it is `stride` further."""
+"""Where a slot stands: numbers of samples in the endless stream of epochs. The first element is the sample that the
+slot reads next (of text: goes on with); the one after it is `stride` further. packing.py tells the other elements."""
 
 
 class Row(NamedTuple):

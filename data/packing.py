@@ -16,14 +16,14 @@ REASONS = (
     "wrong_type",
     "empty",
     "too_long",
-    "truncated",  # the one that is trained on nevertheless
+    "truncated",  # what is left of it is trained on
     "template_error",
     "special_token",
     "unclear_spans",
     "nothing_to_train",
     "unrendered",
     "unused_field",
-    "ignored_field",  # trained on nevertheless, too
+    "ignored_field",  # the rest of it is trained on
     "failed",
 )
 
@@ -42,17 +42,20 @@ class BadSample(UserError):
 
 @dataclass
 class Share:
-    """The samples of one slot: every `stride`-th; bad ones are passed over, if that is wanted, and noted."""
+    """What one slot may read: every `stride`-th sample of the stream.
+
+    A sample that cannot be used is noted and passed over; without `skip_bad` it is an error.
+    """
 
     read: Callable[[int], Sample]
     stride: int
     end: int | None = None  # the first sample that does not exist
     skip_bad: bool = True
-    max_bad: int = 1000  # more bad ones in a row are an error
+    max_bad: int = 1000  # more than so many in a row that cannot be used are an error
     notes: list[tuple[str, str]] = field(default_factory=list)
 
     def first_from(self, number: int) -> tuple[int, Sample | None]:
-        """The first usable sample from `number` on, and its number; None: there is none any more. Raises UserError."""
+        """The first sample from `number` on that can be used, and its number; None at the end. Raises UserError."""
         num_bad = 0
         while self.end is None or number < self.end:
             try:
@@ -71,7 +74,7 @@ class Share:
         return number, None
 
     def take_notes(self) -> list[tuple[str, str]]:
-        """Those since the last call."""
+        """The notes since the last call."""
         notes, self.notes = self.notes, []
         return notes
 
@@ -191,7 +194,7 @@ class ChatSlot:
             self._pending.append((number, sample))
         if self._to_read:
             self._to_read = []
-            self._share.take_notes()  # were taken when the samples were read first
+            self._share.take_notes()  # dropped: they were counted when the samples were first read
         while len(self._pending) < NUM_PENDING:
             self._number, sample = self._share.first_from(self._number)
             if sample is None:

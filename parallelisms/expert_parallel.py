@@ -31,7 +31,7 @@ class Plan(NamedTuple):
     chosen: torch.Tensor
     """The experts, integers [T, k]."""
     ends: torch.Tensor
-    """int32 [P * T]: where each (rank, token)'s copies end in their order."""
+    """int32 [P * T]: how many copies there are up to each (rank, token), in that order."""
     counts: torch.Tensor
     """int32 [P, 2]: how many copies go to each rank, and how many choices they serve there."""
     places: torch.Tensor

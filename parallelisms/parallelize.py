@@ -33,8 +33,9 @@ def parallelize_fn(
     for a float64 model). Raises UserError where FSDP cannot shard the experts evenly.
     """
     if compile_blocks:
-        # All checkpointed parts count as one function: two kinds of blocks, and what is beside the experts, in training
-        # and in validation, with fillers and without. Beyond the default of 8 they would run uncompiled.
+        # To the compiler all checkpointed parts are one function, of which it makes 8 graphs by default; what comes
+        # after that would run uncompiled. There are more: two kinds of blocks, and at ep > 1 the parts beside the
+        # experts, each in training and in validation, with fillers and without.
         torch._dynamo.config.recompile_limit = 32
     for block in model.blocks:
         if meshes.expert_parallel.size() > 1:
@@ -75,11 +76,12 @@ def apply_fsdp(model: Qwen35Moe, meshes: Meshes, compute_dtype: torch.dtype) -> 
 
     blocks, has_expert_units = model.blocks, meshes.expert_parallel.size() > 1
     for block in blocks:
-        # Gathered again for the backward pass; but that begins with the last block, and would do so at once, and where
-        # nothing is sharded it would only repeat the cast.
+        # Weights are freed after the forward pass and gathered again for the backward pass. Not so those of the last
+        # block, with which the backward pass begins at once, and not where nothing is sharded: that would only repeat
+        # the cast.
         free = meshes.dense.size() > 1 and block is not blocks[-1]
         if has_expert_units:
-            # Experts alone leave the dense mesh. Their dim 0 is taken by the axis ep, so efsdp cuts dim 1.
+            # Experts alone are sharded over another mesh. The axis ep has cut their dim 0, so efsdp cuts dim 1.
             shard(block.mlp.experts, meshes.expert, shard_placement_fn=lambda _: Shard(1), reshard_after_forward=free)
         shard(block, meshes.dense, reshard_after_forward=free)
     shard(model, meshes.dense)
@@ -88,9 +90,9 @@ def apply_fsdp(model: Qwen35Moe, meshes: Meshes, compute_dtype: torch.dtype) -> 
 
 
 class _NothingToReduce(ReduceScatter):
-    """For a mesh of one, where FSDP copies what it would reduce into what it keeps: here both are one tensor.
+    """For a mesh of one rank: one process, or experts that are whole on their rank, as at ep = fsdp.
 
-    One process, or experts that are whole on their rank, as at ep = fsdp.
+    FSDP would copy the gradients that it reduces into those that it keeps; here both are one tensor.
     """
 
     def __init__(self) -> None:

@@ -1,8 +1,9 @@
 """Tensors in files, not read yet: every reader here returns a table of them, `dict[str, StoredTensor]`.
 
-A StoredTensor consists of chunks, boxes of it that lie in files: chunks of a DCP checkpoint, what FSDP ranks held, or
-tensors of safetensors files. It is read a box at a time, so that memory is bounded by the box. Whatever the files, what
-they say is checked here: shapes, dtypes, chunks that cover the tensor once, bytes that lie where they may.
+A StoredTensor is made of chunks. A chunk is a box of the tensor, a range of each dimension, that lies in one file: a
+chunk of a DCP checkpoint, what one FSDP rank held, or a whole tensor of a safetensors file. Any box can be read, and
+memory is bounded by that box. Whatever the files, what they say is checked here: shapes, dtypes, that chunks cover each
+element once, that bytes lie inside their file.
 """
 
 import json
@@ -56,7 +57,7 @@ class StoredArray(NamedTuple):
         return self._replace(start=self.start + first * self.dtype.itemsize, shape=shape)
 
     def check(self) -> None:
-        """Raises UserError unless its elements lie between `start` and `stop`, no two in one place, in the file."""
+        """Raises UserError unless all elements lie between `start` and `stop` and in the file, no two in one place."""
         numbers = (self.start, self.stop, *self.shape, *self.strides)
         if not all(type(number) is int and number >= 0 for number in numbers) or len(self.shape) != len(self.strides):
             raise UserError(f"{self.file}: bytes {self.start} to {self.stop} are no array of shape {self.shape}")
@@ -119,7 +120,7 @@ class Chunk:
 
     box: Box
     source: StoredArray | Callable[[], StoredArray]
-    """The array, or what opens it when it is needed. One of fewer dimensions is one index of the first."""
+    """The array, or a function that opens it when it is needed. It may lack a first dimension of size 1."""
     copies: list["Chunk"] = field(default_factory=list)
 
 
@@ -201,13 +202,13 @@ class StoredTensor:
             yield self.read(((start, min(start + rows, self.shape[0])),))
 
     def _check_cover(self, boxes: list[Box]) -> None:
-        """Raises UserError unless each element lies in one box."""
+        """Raises UserError unless each element lies in exactly one box."""
         edges = [
             sorted({0, size, *(edge for box in boxes for edge in box[dim])}) for dim, size in enumerate(self.shape)
         ]
         if any(edge[-1] > size for edge, size in zip(edges, self.shape)):
             raise UserError(f"a chunk of {self.name!r} lies outside of it")
-        # Counts the chunks on each cell of the grid that all their edges draw.
+        # All edges together cut the tensor into a grid; counts the chunks on each of its cells.
         cells = [{position: cell for cell, position in enumerate(edge)} for edge in edges]
         sizes = [len(edge) - 1 for edge in edges]
         if prod(sizes) > _MAX_CELLS:
@@ -230,5 +231,5 @@ def _overlap(a: Box, b: Box) -> Box | None:
 
 
 def _as_bytes(values: torch.Tensor) -> torch.Tensor:
-    """As NaNs compare equal to themselves."""
+    """What is compared in the place of numbers, as a NaN does not equal itself."""
     return values.view(-1).view(torch.uint8)

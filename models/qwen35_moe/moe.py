@@ -66,7 +66,9 @@ class Router(nn.Module):
 def routed_experts(
     x: torch.Tensor, weights: torch.Tensor, order: ExpertOrder, gate_up_proj: torch.Tensor, down_proj: torch.Tensor
 ) -> torch.Tensor:
-    """x [T, H] -> [T, H], the sum of weight * expert(x) over those choices of each token that have a row.
+    """x [T, H] -> [T, H]: for each token the sum of weight * expert(x) over those of its k choices that have a row.
+
+    All have one where all experts are here; at ep > 1 only the choices of this rank's experts do.
 
     weights float32 [T, k]; `order`: which of the choices have a row, and which expert's; projections as in `Experts`.
     """
@@ -118,7 +120,7 @@ class MixtureOfExperts(nn.Module):
     def forward(self, x: torch.Tensor, measure: Measure) -> tuple[torch.Tensor, RouterStatistics]:
         """x [T, H] -> [T, H], and what the router did.
 
-        Expert parallelism runs these three with the tokens' travel in between: parallelisms/expert_parallel.py.
+        Expert parallelism runs the same three parts, and moves tokens in between: parallelisms/expert_parallel.py.
         """
         weights, chosen, statistics = self.route(x, measure)
         routed = self.experts(x, weights, chosen)
