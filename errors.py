@@ -16,13 +16,19 @@ from contextlib import contextmanager
 from typing import NoReturn
 
 
+def _one_line(text: str) -> str:
+    """Without line ends, and without the middle of what a damaged file makes endless."""
+    text = " ".join(text.splitlines())
+    return text if len(text) <= 2000 else f"{text[:1000]} ... {text[-900:]}"
+
+
 class UserError(ValueError):
     """A user's mistake, or a file that cannot be used: what is wrong and what would be accepted, in one line."""
 
     exit_code = 2
 
     def __str__(self) -> str:
-        return " ".join(super().__str__().splitlines())
+        return _one_line(super().__str__())
 
 
 class WrongTensors(UserError):
@@ -37,7 +43,7 @@ class RunError(RuntimeError):
     exit_code = 1
 
     def __str__(self) -> str:
-        return " ".join(super().__str__().splitlines())
+        return _one_line(super().__str__())
 
 
 @contextmanager

@@ -124,6 +124,8 @@ def _with_absolute_paths(config: Config) -> Config:
 def _find_config(name: str) -> Path:
     """The TOML file that `--config NAME` means. Raises UserError."""
     folder = ROOT / "train_configs"
+    if not _can_be_a_path(name):
+        raise UserError(f"--config = {name!r:.100}: expected {_accepted(str)}")
     for path in (Path(name), ROOT / name, folder / name, folder / f"{name}.toml"):
         if path.is_file():
             return path
@@ -142,13 +144,13 @@ def _load_toml(path: Path, below: tuple[Path, ...] = ()) -> dict[str, Any]:
         tables = tomli.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}: expected a TOML file") from None
-    except ValueError as error:  # TOMLDecodeError tells line and column; UnicodeDecodeError the position
+    except (ValueError, RecursionError) as error:  # TOMLDecodeError tells line and column
         raise UserError(f"{path} is not TOML: {error}") from None
     base = tables.pop("extends", None)
     values = _convert_table("", SCHEMA, tables, f"{path}: ")
     if base is None:
         return values
-    if not isinstance(base, str) or not (path.parent / base).is_file():
+    if not isinstance(base, str) or not _can_be_a_path(base) or not (path.parent / base).is_file():
         raise UserError(f"{path}: extends = {base!r}: expected a TOML file's path, relative to this file")
     return _merge(_load_toml(path.parent / base, (*below, path)), values)
 
@@ -183,7 +185,7 @@ def _parse_command_line(argv: list[str]) -> tuple[Path | None, dict[str, Any]]:
             continue
         try:
             table = _parse_word(schema, text)
-        except ValueError:
+        except (ValueError, RecursionError):
             raise UserError(f"--{key} = {text!r}: {_expected(schema, text)}") from None
         for name in reversed(names):
             table = {name: table}
@@ -231,6 +233,14 @@ def _convert_table(prefix: str, schema: Mapping[str, Any], table: Any, source: s
     return converted
 
 
+def _can_be_a_path(text: str) -> bool:
+    """Whether the system takes it as one; most strings here are paths, and none has a reason not to be."""
+    try:
+        return "\0" not in text and all(len(part.encode()) <= 255 for part in text.split("/")) and len(text) < 4000
+    except UnicodeEncodeError:
+        return False
+
+
 def _convert(hint: Any, value: Any) -> Any:
     """`value` as the type `hint`: an integer may be a float, a list becomes a tuple. Raises UserError."""
     origin, arguments = get_origin(hint), get_args(hint)
@@ -250,9 +260,9 @@ def _convert(hint: Any, value: Any) -> Any:
         accepted = type(value) in (int, float)  # bool is another type
         value = float(value) if accepted else value
     else:
-        accepted = type(value) is hint
+        accepted = type(value) is hint and (hint is not str or _can_be_a_path(value))
     if not accepted:
-        raise ValueError(value)
+        raise ValueError
     return value
 
 
@@ -271,7 +281,7 @@ def _accepted(hint: Any) -> str:
         return f"{', '.join(others)} or {last}" if others else last
     if get_origin(hint) is tuple:
         return f"a list of {'any length' if arguments[-1] is ... else len(arguments)}, each {_accepted(arguments[0])}"
-    return {str: "a string", bool: "true or false", int: "an integer", float: "a number"}[hint]
+    return {str: "a string that can be a path", bool: "true or false", int: "an integer", float: "a number"}[hint]
 
 
 def _expected(hint: Any, value: Any) -> str:

@@ -274,3 +274,14 @@ def test_model_path_and_options_of_model_config_contradict(folder: Path) -> None
 
 
 # --help and documentation
+
+
+@pytest.mark.parametrize("path", ["a\0b", "x" * 300, "/".join(["y" * 200] * 30), "\udcff"])
+def test_what_no_system_takes_as_a_path(path: str) -> None:
+    assert "expected a string that can be a path" in error_of(f"--job.output_dir={path}") or path == ""
+    assert "expected a string that can be a path" in error_of("--config", path)
+
+
+def test_nesting_without_end(folder: Path) -> None:
+    assert "is not TOML" in error_of(toml=MINIMAL + "x = " + "[" * 5000)
+    assert "--optimizer.betas = '[[" in error_of(f"--optimizer.betas={'[' * 5000}")
