@@ -132,7 +132,11 @@ def test_resolved_toml_loads_again_from_anywhere(folder: Path, monkeypatch: pyte
 LAYERS = '["linear_attention", "full_attention", "linear_attention", "full_attention"]'
 
 
-@given(text_key=st.text(st.characters(exclude_categories=["Cs"])), seed=st.integers(0, 2**63 - 1), lr=st.floats(1e-300))
+@given(
+    text_key=st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), max_size=60),
+    seed=st.integers(0, 2**63 - 1),
+    lr=st.floats(1e-300),
+)
 def test_every_value_survives_the_round_trip(text_key: str, seed: int, lr: float) -> None:
     config = load(f"--data.text_key={text_key}", "--job.seed", str(seed))
     config = dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, lr=min(lr, 1e300)))
@@ -278,7 +282,8 @@ def test_model_path_and_options_of_model_config_contradict(folder: Path) -> None
 
 @pytest.mark.parametrize("path", ["a\0b", "x" * 300, "/".join(["y" * 200] * 30), "\udcff"])
 def test_what_no_system_takes_as_a_path(path: str) -> None:
-    assert "expected a string that can be a path" in error_of(f"--job.output_dir={path}") or path == ""
+    assert "expected a string that can be a path" in error_of(f"--data.tokenizer={path}")
+    assert "job.output_dir = " in error_of(f"--job.output_dir={path}")
     assert "expected a string that can be a path" in error_of("--config", path)
 
 
