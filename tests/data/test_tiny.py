@@ -91,7 +91,7 @@ def test_vocabulary_and_special_tokens(tokenizer):
 def test_the_text_takes_few_tokens(tokenizer, documents):
     text = "".join(document["text"] for document in documents)
     num_tokens = len(tokenizer(text, add_special_tokens=False).input_ids)
-    assert len(text.encode()) / num_tokens > 3.5  # 3.73 when made; single bytes would give 1
+    assert len(text.encode()) / num_tokens > 3.5  # 3.88 when made; single bytes would give 1
 
 
 @given(st.text())
