@@ -19,7 +19,7 @@ from config.options import Config, MoE, Training
 from config.reading import load_config, model_config, resolved_toml
 from data.batch import MicroBatch
 from data.loader import TokenLoader
-from errors import RunError, exit_on_error
+from errors import RunError, UserError, exit_on_error
 from models.ops.kernels import Kernels, select_kernels
 from models.ops.precision import compute_dtype
 from models.qwen35_moe.check_kernels import check_kernels
@@ -210,8 +210,10 @@ def main(arguments: list[str]) -> None:
     tokens_per_step = training.global_batch_size * training.sequence_length
     writer = None
     if rank == 0:
-        output_dir.mkdir(parents=True, exist_ok=True)
-        (output_dir / "config.toml").write_text(resolved_toml(config), encoding="utf-8")
+        try:
+            (output_dir / "config.toml").write_text(resolved_toml(config), encoding="utf-8")
+        except OSError as error:
+            raise UserError(f"job.output_dir = {str(output_dir)!r}: {error.strerror}: expected room to write") from None
         writer = MetricsWriter(output_dir, config.metrics.tensorboard, step, training.steps)
     mfu_per_token = mfu_of_one_token_a_second(shape, training.sequence_length, world_size, device)
     logger.info(f"from step {step} to {training.steps}, {loader.num_micro_batches} micro-batches a rank and step")

@@ -42,13 +42,14 @@ from checkpoint.directories import (
     write_manifest,
 )
 from checkpoint.export import export_to_hf
-from checkpoint.hf_assets import read_base, write_checkpoint_assets
+from checkpoint.hf_assets import SAMPLE, read_base, write_checkpoint_assets
 from checkpoint.identity import RUN, Run, describe_run, difference, read_run
 from checkpoint.tensors.dcp import read_dcp
 from checkpoint.tensors.stored import StoredTensor
 from config.options import Config
 from config.reading import resolved_toml
 from data.chat import end_of_turn_id
+from data.samples import sample_texts
 from errors import UserError, reading
 from models.qwen35_moe.config import ModelConfig, read_config
 from models.qwen35_moe.model import Qwen35Moe
@@ -196,6 +197,10 @@ class Checkpointer:
     def _run(self) -> Run:
         return describe_run(self._config, self._shape)
 
+    @functools.cached_property
+    def _sample(self) -> list[str]:
+        return sample_texts(self._config.data)
+
     def _has_new_data(self, path: Path) -> bool:
         """Whether the data are to be read from their beginning. Raises UserError naming what must not differ."""
         wanted, before = self._config.checkpoint.data, read_run(path)
@@ -299,6 +304,7 @@ class Checkpointer:
             config = read_config(sources[-1] / "config.json")
         end_of_turn = end_of_turn_id(str(sources[0])) if self._config.data.format == "chat" else None
         write_checkpoint_assets(assets, config, self._base, *sources, end_of_turn=end_of_turn)
+        (assets / SAMPLE).write_text(json.dumps(self._sample), encoding="utf-8")
         others = [path for path in unfinished.rglob("*") if path.is_file() and path.name not in files]
         write_manifest(unfinished, files | describe_files(unfinished, others))
         publish(unfinished, final)

@@ -27,7 +27,14 @@ from huggingface_hub import split_state_dict_into_shards_factory
 from tqdm import tqdm
 
 from checkpoint.directories import check_files, find_checkpoint, new_directory
-from checkpoint.hf_assets import class_config, copy_assets, find_tokenizer, read_base, write_generation_config
+from checkpoint.hf_assets import (
+    check_tokenizer,
+    class_config,
+    copy_assets,
+    find_tokenizer,
+    read_base,
+    write_generation_config,
+)
 from checkpoint.hf_reader import assemble, naming_tensors
 from checkpoint.tensors.dcp import read_dcp
 from checkpoint.tensors.fsdp_shards import is_shard_directory, read_fsdp_shards
@@ -102,6 +109,7 @@ def export_to_hf(checkpoint: Path, out: Path, options: Options | None = None, pr
         copy_assets(folder, *plan.assets, vision="vision_config" in plan.config)
         write_generation_config(folder, plan.config)
         (folder / "config.json").write_text(json.dumps(plan.config, indent=2) + "\n", encoding="utf-8")
+        check_tokenizer(folder, plan.assets)
         for name, keys in files.filename_to_tensors.items():
             for num_bytes in write_file(folder / name, [tensors[key] for key in keys]):
                 bar.update(num_bytes)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from checkpoint.tensors.stored import file_size, read_json
+from data.tokenizer import PROBES, verify_tokenizer
 from errors import UserError, reading
 from models.qwen35_moe import hf_config
 
@@ -21,6 +22,8 @@ _TOKENIZER = (
 )
 _VISION = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")
 _GENERATION = "generation_config.json"
+SAMPLE = "tokenizer_sample.json"
+"""Of a checkpoint: a list of texts of its training data, by which an export's tokenizer is compared."""
 _SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
@@ -36,6 +39,20 @@ def copy_assets(folder: Path, *sources: Path, vision: bool = True) -> None:
         if source := next((place for place in places if os.path.lexists(place / name)), None):
             (folder / name).parent.mkdir(exist_ok=True)
             (folder / name).write_bytes(_without_code(source / name))
+
+
+def check_tokenizer(folder: Path, sources: Sequence[Path]) -> None:
+    """Raises UserError if the tokenizer of a finished `folder` makes other tokens, for whoever loads it, than the files
+    that it was copied from say: of awkward texts, and of the training data's sample if a checkpoint has one."""
+    tokenizer = find_tokenizer(sources)
+    if not (folder / _TOKENIZER[0]).exists():
+        return
+    texts: list[str] = list(PROBES)
+    if os.path.lexists(path := tokenizer / SAMPLE):
+        file_size(path)
+        with reading(path):
+            texts += [text for text in json.loads(path.read_text(encoding="utf-8")) if isinstance(text, str)]
+    verify_tokenizer(str(tokenizer), str(folder), texts)
 
 
 def find_tokenizer(sources: Sequence[Path]) -> Path:

@@ -82,7 +82,7 @@ class ChatTemplate:
     def sample(self, messages: list[Message], tools: Any) -> Sample:
         """The tokens of a conversation, of which the assistant's are trained on. Raises BadSample."""
         messages, weights, unknown, ignored = read_messages(messages, self._reasoning)
-        for text in _texts([messages, tools]):
+        for text in texts_in([messages, tools]):
             if found := self._special.search(text):
                 raise BadSample("special_token", f"has the special token {found[0]!r} in a text")
             if _SURROGATE.search(text):
@@ -360,12 +360,12 @@ def _unclear() -> BadSample:
     return BadSample("unclear_spans", "has turns of the assistant that cannot be found in the chat template's output")
 
 
-def _texts(value: Any) -> Iterator[str]:
+def texts_in(value: Any) -> Iterator[str]:
     """All strings in a structure, keys included."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, dict):
-        yield from _texts([*value.keys(), *value.values()])
+        yield from texts_in([*value.keys(), *value.values()])
     elif isinstance(value, list):
         for inner in value:
-            yield from _texts(inner)
+            yield from texts_in(inner)

@@ -1,6 +1,7 @@
 """Samples: the endless, shuffled stream of epochs over the sources, each sample as tokens and what is trained on."""
 
 import bisect
+import contextlib
 import copy
 import functools
 import itertools
@@ -13,11 +14,11 @@ from tokenizers import Tokenizer
 
 from config.options import Data
 from data.batch import Sample
-from data.chat import ChatTemplate
+from data.chat import ChatTemplate, texts_in
 from data.packing import BadSample
 from data.records import Record, Source
 from data.shuffle import permute
-from data.sources import open_sources
+from data.sources import declared_sources, open_sources
 from errors import UserError
 
 if TYPE_CHECKING:  # seconds to import, and of no use to workers that read text
@@ -28,6 +29,7 @@ T = TypeVar("T")
 
 _BLOCK = 8191  # a prime: whatever the number of slots, each of them meets all places
 _NUM_CHECKED = 100
+_NUM_SAMPLED, _SAMPLED_LENGTH = 20, 2000
 _OTHER_SEEDS = 2**64  # seeds are below
 
 
@@ -112,6 +114,18 @@ def check_source(source: Source, encode: Callable[[Record], object]) -> bool:
     if errors:
         raise UserError(f"{errors[0]} (and none of the first {len(errors)} samples can be used)")
     return False
+
+
+def sample_texts(data: Data) -> list[str]:
+    """Some texts of the first records of each source, cut, by which tokenizers are compared. Whatever cannot be read is
+    left out; a tokenised corpus has none."""
+    texts: list[str] = []
+    for _, source in declared_sources(data):
+        for _, record in itertools.islice(source.head(), _NUM_SAMPLED):
+            with contextlib.suppress(BadSample):
+                fields = read_sample(record, lambda fields: fields, str)
+                texts += [text[:_SAMPLED_LENGTH] for text in texts_in(fields)] if isinstance(fields, dict) else []
+    return texts
 
 
 class EncodeText:

@@ -101,7 +101,11 @@ MISTAKES = [
     (["--config", "qwen35moe_tinny.toml"], {}, ["--config = 'qwen35moe_tinny.toml'", "qwen35moe_tiny.toml"]),
     (["--config", "qwen35moe_tiny.toml", "--training.stpes", "3"], {}, ["--training.stpes = '3'", "training.steps?"]),
     (["--config=qwen35moe_tiny.toml", "--training.steps=0"], {}, ["training.steps = 0", "a positive integer"]),
-    (["--config", "qwen35moe_tiny.toml"], {"NGPU": 3}, ["expert_parallel_degree = 2", "divisor of the shard degree 3"]),
+    (
+        ["--config=qwen35moe_tiny.toml", "--parallelism.expert_parallel_degree=2"],
+        {"NGPU": 3},
+        ["expert_parallel_degree = 2", "divisor of the shard degree 3"],
+    ),
     (["--config", "qwen35moe_tiny.toml"], {"NGPU": "two"}, ["NGPU = 'two'", "positive integer"]),
     (["--config", "qwen35moe_tiny.toml"], {"NGPU": "0"}, ["NGPU = '0'", "positive integer"]),
     (["--config", "qwen35moe_tiny.toml"], {"NNODES": "-1"}, ["NNODES = '-1'", "positive integer"]),

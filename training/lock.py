@@ -47,7 +47,10 @@ class RunLock:
         if before not in (None, host):
             self._watch()
             logger.warning(f"{self._path}: the run on {before} shows no sign of life: its lock is taken over")
-        self._write({"host": host, "pid": os.getpid(), "since": datetime.now().isoformat("T", "seconds")})
+        try:
+            self._write({"host": host, "pid": os.getpid(), "since": datetime.now().isoformat("T", "seconds")})
+        except OSError as error:
+            raise UserError(f"job.output_dir = {str(output_dir)!r}: {error.strerror}: expected room to write") from None
         self._ended = threading.Event()
         threading.Thread(target=self._beat, daemon=True).start()
 

@@ -1,13 +1,16 @@
 """What a directory holds beside the weights: one tokenizer's files, and every token that ends generation."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from checkpoint.hf_assets import copy_assets, write_checkpoint_assets, write_generation_config
+from checkpoint.hf_assets import check_tokenizer, copy_assets, write_checkpoint_assets, write_generation_config
 from errors import UserError
+
+TINY = Path(__file__).resolve().parents[2] / "data/tiny/tokenizer"
 
 
 def folder_of(path: Path, **files: str) -> Path:
@@ -119,3 +122,23 @@ def test_an_end_token_that_is_no_number_is_refused(tmp_path: Path, value: object
     (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": value}))
     with pytest.raises(UserError, match=r"eos_token_id = .*: expected a token's number"):
         write_generation_config(tmp_path, {})
+
+
+@pytest.mark.parametrize("sample", [None, [], ["plain text"], ["I've  read", 3, None]])
+def test_an_export_whose_tokenizer_is_read_as_another_is_refused(tmp_path: Path, sample: list | None) -> None:
+    """One that splits words elsewhere than the family's class, which AutoTokenizer takes because of config.json."""
+    source, folder = tmp_path / "source", tmp_path / "out"
+    shutil.copytree(TINY, source)
+    if sample is not None:
+        (source / "tokenizer_sample.json").write_text(json.dumps(sample))
+    folder.mkdir()
+    copy_assets(folder, source)
+    (folder / "config.json").write_text('{"model_type": "qwen3_5_moe_text"}')
+    check_tokenizer(folder, [source])
+    assert not (folder / "tokenizer_sample.json").exists()
+    for place in (source, folder):
+        tokenizer = json.loads((place / "tokenizer.json").read_text())
+        tokenizer["normalizer"] = None
+        (place / "tokenizer.json").write_text(json.dumps(tokenizer))
+    with pytest.raises(UserError, match="AutoTokenizer makes"):
+        check_tokenizer(folder, [source])

@@ -253,3 +253,12 @@ def test_a_dataset_by_name(tmp_path, monkeypatch):
     assert (source[1], source.where(1)) == ({"text": "b"}, "owner/name:small, row 2")
     with pytest.raises(ValueError, match=r"^data\.path: owner/nam cannot be read: Dataset 'owner/nam' doesn't exist"):
         open_source("owner/nam")
+
+
+def test_a_sample_of_the_texts(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    lines = [json.dumps({"text": f"number {number}"}) for number in range(50)]
+    path.write_text("\n".join(["{damaged", json.dumps({"text": "x" * 5000}), *lines]))
+    texts = sample_texts(Data(path=(str(path),), tokenizer=TOKENIZER))
+    assert texts[:4] == ["text", "x" * 2000, "text", "number 0"]
+    assert len(texts) == 2 * 19  # of 20 records one is damaged
