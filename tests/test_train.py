@@ -199,7 +199,7 @@ def test_plain_python_is_one_process_and_mistakes_are_one_line(config_file: Path
         assert len(done.stderr.strip().splitlines()) == 1, done.stderr
         return done.stderr
 
-    assert "expert_parallel_degree = 2" in mistake()
+    assert "expert_parallel_degree = 2" in mistake("--parallelism.expert_parallel_degree=2")
     assert "resume = 'never'" in mistake(*options, "--checkpoint.resume=never")
     other_model = mistake(*options, "--model.config.num_experts=4", "--model.config.num_experts_per_tok=1")
     assert "mlp.experts.down_proj" in other_model

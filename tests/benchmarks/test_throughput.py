@@ -1,4 +1,4 @@
-"""The throughput benchmark runs as the README says: as a file, from any folder, on a CPU too."""
+"""The throughput benchmark runs as the docs say, on a CPU too."""
 
 import json
 import subprocess
@@ -14,10 +14,10 @@ ROOT = Path(__file__).resolve().parents[2]
 def test_it_measures_a_training_step(tmp_path: Path) -> None:
     options = ["--model.config.num_hidden_layers=4", "--training.sequence_length=32", "--training.local_batch_size=1"]
     options += ["--training.global_batch_size=2", "--parallelism.expert_parallel_degree=1", "--documents=20,1"]
-    command = [sys.executable, str(ROOT / "benchmarks/throughput.py"), "--config", "qwen35moe_tiny.toml", *options]
+    command = [sys.executable, "-m", "benchmarks.throughput", "--config", "qwen35moe_tiny.toml", *options]
     done = subprocess.run(
-        [*command, "--steps", "2", "--profile", "1", "--trace", "trace.json", "--json", "found.jsonl"],
-        cwd=tmp_path,
+        [*command, "--steps=2", "--profile=1", f"--trace={tmp_path}/trace.json", f"--json={tmp_path}/found.jsonl"],
+        cwd=ROOT,
         capture_output=True,
         text=True,
     )
@@ -30,18 +30,18 @@ def test_it_measures_a_training_step(tmp_path: Path) -> None:
     assert found["tokens_per_second_per_device"] == pytest.approx(64 / found["step_seconds"], rel=0.02)
     assert 0 < found["loss"] < 10
     assert f"{'layers':32} 4" in done.stdout
-    # The trace names its steps. Its picture needs a GPU, which timeline.py, a file too, says in one line.
+    # The trace names its steps. Its picture needs a GPU, which timeline.py says in one line.
     events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
     assert any(event["name"] == "ProfilerStep#0" for event in events)
-    command = [sys.executable, str(ROOT / "benchmarks/timeline.py"), "trace.json", "picture.svg"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    command = [sys.executable, "-m", "benchmarks.timeline", f"{tmp_path}/trace.json", f"{tmp_path}/picture.svg"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2
-    assert done.stderr == "trace.json: no GPU kernels in this trace, expected one that was made on a GPU\n"
+    assert done.stderr == f"{tmp_path}/trace.json: no GPU kernels in this trace, expected one that was made on a GPU\n"
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="tells what is missing where there is no GPU")
-def test_the_stack_to_compare_with_tells_what_it_needs(tmp_path: Path) -> None:
-    command = [sys.executable, str(ROOT / "benchmarks/transformers_stack.py"), "--config", "qwen35moe_tiny.toml"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+def test_the_stack_to_compare_with_tells_what_it_needs() -> None:
+    command = [sys.executable, "-m", "benchmarks.transformers_stack", "--config", "qwen35moe_tiny.toml"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2
     assert "expected a CUDA GPU and the packages fla and liger_kernel; not here: " in done.stderr.splitlines()[-1]

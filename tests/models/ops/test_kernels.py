@@ -4,10 +4,12 @@ import importlib.util
 import logging
 from collections.abc import Callable
 from pathlib import Path
+from typing import get_args, get_type_hints
 
 import pytest
 import torch
 
+from config.options import Kernels as Options
 from models.ops import kernels
 from models.ops.kernels import CHOICES, select_kernels
 
@@ -129,10 +131,9 @@ def test_where_it_cannot_run(operation: str, choice: str, device_type: str, dtyp
         select_kernels({operation: choice}, device_type, dtype, HEAD_DIMS, 4, 256)
 
 
-@pytest.mark.parametrize("operation", CHOICES)
-def test_unknown_choice(operation: str) -> None:
-    with pytest.raises(ValueError, match=rf"kernels\.{operation} = 'quick': expected 'auto', '.*' or '.*'"):
-        select_kernels({operation: "quick"}, "cpu", torch.float32, HEAD_DIMS, 4, 256)
+def test_the_options_offer_what_there_is() -> None:
+    offered = {name: get_args(hint) for name, hint in get_type_hints(Options).items() if name in CHOICES}
+    assert offered == {name: ("auto", *choices) for name, choices in CHOICES.items()}
 
 
 @pytest.mark.usefixtures("without_libraries")
