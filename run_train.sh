@@ -25,10 +25,10 @@ fail() {
 
 folder=$(cd "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")" && pwd)
 python=${PYTHON:-python}
-export PYTHONPATH=$folder${PYTHONPATH:+:$PYTHONPATH}
+export PYTHONPATH=$folder${PYTHONPATH:+:$PYTHONPATH} # and -P: a folder here may be called "config" or "data" too
 
 for argument in "$@"; do
-  case $argument in --help | -h) exec "$python" -m config.checks --world-size 1 --help ;; esac
+  case $argument in --help | -h) exec "$python" -P -m config.checks --world-size 1 --help ;; esac
 done
 
 # Only torch knows how many GPUs it can use; importing it takes seconds, so not where there can be none.
@@ -54,7 +54,7 @@ for rank in ${LOG_RANK//,/ }; do
   ((rank < world_size)) || fail "LOG_RANK = '$LOG_RANK': expected ranks below $world_size, the number of processes"
 done
 
-"$python" -m config.checks --world-size "$world_size" "$@" || exit
+"$python" -P -m config.checks --world-size "$world_size" "$@" || exit
 
 # On CPUs the processes share the cores: torchrun's default of one thread each would leave some idle.
 if ((gpus == 0)) && [[ -z ${OMP_NUM_THREADS:-} ]]; then
@@ -86,7 +86,7 @@ torchrun="" pending=0
 trap 'on_signal TERM 15' TERM
 trap 'on_signal INT 2' INT
 set -m
-"$python" -m training.launch "${rendezvous[@]}" --nproc-per-node "$nproc_per_node" --max-restarts 0 \
+"$python" -P -m training.launch "${rendezvous[@]}" --nproc-per-node "$nproc_per_node" --max-restarts 0 \
   "$folder/train.py" "$@" &
 torchrun=$!
 set +m
