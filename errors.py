@@ -7,6 +7,7 @@ there whatever a parser raises is the file's fault. All else is a bug of this re
 import argparse
 import os
 import pickle
+import select
 import signal
 import sys
 import time
@@ -72,11 +73,17 @@ def _reason(error: BaseException) -> str:
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 
+def _stdout_is_closed() -> bool:
+    poll = select.poll()
+    poll.register(sys.stdout.fileno(), 0)  # errors are told whatever is asked for
+    return any(event & select.POLLERR for _, event in poll.poll(0))
+
+
 class OneLineParser(argparse.ArgumentParser):
     """A mistake on the command line is a UserError, without the usage."""
 
     def error(self, message: str) -> NoReturn:
-        raise UserError(f"{self.prog}: {message}")
+        raise UserError(message)
 
 
 @contextmanager
@@ -102,5 +109,7 @@ def exit_on_error(prefix: str = "", interrupted: str = "") -> Iterator[None]:
         print(f"{prefix}{interrupted}", file=sys.stderr)
         sys.exit(130)
     except BrokenPipeError:
+        if not _stdout_is_closed():  # another pipe: of a worker, say
+            raise
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python would complain once more at its end
         sys.exit(0)

@@ -31,8 +31,6 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
 from errors import OneLineParser, exit_on_error
 from models.qwen35_moe.config import FULL, LINEAR, ModelConfig
 from models.qwen35_moe.parameters import parameters

@@ -182,7 +182,11 @@ class Checkpointer:
             logger.info(f"starts with the weights of {path}")
             return Progress()
         step, tokens_seen, cursors = (state[f"train.{name}"] for name in ("step", "tokens_seen", "data_cursors"))
-        if min(int(step), int(tokens_seen), int(cursors.min()) if cursors.numel() else 0) < 0:
+        # After the first, a cursor's numbers may be NO_SAMPLE.
+        if (
+            min(int(step), int(tokens_seen), int(cursors[:, 0].min()) if len(cursors) else 0) < 0
+            or (cursors < -1).any()
+        ):
             raise UserError(f"checkpoint {path}: its step, tokens_seen or data_cursors are negative")
         if step > self._config.training.steps:
             raise UserError(

@@ -76,6 +76,8 @@ def _check_paths(config: Config) -> None:
 
 def main(argv: list[str]) -> None:
     """`--world-size N` and then train.py's own arguments. Raises UserError."""
+    if {"--help", "-h"} & set(argv):
+        load_config(["--help"])
     if len(argv) < 2 or argv[0] != "--world-size" or not argv[1].isdecimal() or int(argv[1]) < 1:
         raise UserError("usage: python -m config.checks --world-size N --config FILE [--section.key value ...]")
     check_config(load_config(argv[2:]), int(argv[1]))

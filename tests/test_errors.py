@@ -1,11 +1,17 @@
 """Which errors become one line and exit code 2, and which keep their traceback."""
 
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
 from config.reading import load_config
 from errors import exit_on_error, reading
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 def test_a_users_mistake_is_one_line_and_exit_code_2(capsys: pytest.CaptureFixture) -> None:
@@ -27,3 +33,18 @@ def test_what_a_parser_raises_while_a_file_is_read_is_one_line_too(capsys: pytes
 def test_a_librarys_value_error_is_a_bug() -> None:
     with pytest.raises(json.JSONDecodeError), exit_on_error():
         json.loads("{")
+
+
+@pytest.mark.parametrize("closed", ["stdout", "another pipe"])
+def test_only_a_reader_of_stdout_that_has_gone_is_no_error(closed: str) -> None:
+    if closed == "stdout":
+        program = "print('x' * 100_000)"
+    else:
+        program = "import os; r, w = os.pipe(); os.close(r); os.write(w, b'x')"
+    program = f"import errors\nwith errors.exit_on_error():\n    {program}"
+    reader, writer = os.pipe()
+    if closed == "stdout":
+        os.close(reader)
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, stdout=writer, stderr=subprocess.PIPE, text=True)
+    assert (done.returncode == 0) == (closed == "stdout")
+    assert ("BrokenPipeError" in done.stderr) == (closed != "stdout")

@@ -53,7 +53,7 @@ def test_it_needs_neither_torch_nor_datasets_and_does_not_read_on(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_bytes(b'{"text": "x"}\n' * 2_000_000 + b'{"text"')
     program = (
-        "import sys; from config import *; from data.check import check_data; from config import load_config\n"
+        "import sys; from data.check import check_data; from config.reading import load_config\n"
         "config = load_config(['--config', 'qwen35moe_tiny.toml', '--data.path', sys.argv[1]])\n"
         "import time; start = time.perf_counter(); check_data(config, 4096)\n"
         "print(time.perf_counter() - start, sorted({'torch', 'datasets', 'pandas', 'pyarrow'} & set(sys.modules)))"
