@@ -1,0 +1,88 @@
+"""Marks the tests that are slow: measured on 2026-11-28, they take nine tenths of the suite's time.
+
+What is left, `pytest -m "not slow"`, is to take less than four minutes on two cores: `--durations=30` tells what to add.
+"""
+
+import pytest
+
+SLOW: dict[str, tuple[str, ...]] = {
+    "checkpoint/tensors/test_dcp.py": ("test_reads_chunks_of_several_mesh_axes",),
+    "checkpoint/test_chat_export.py": ("test_generation_stops_at_the_end_of_a_trained_turn",),
+    "checkpoint/test_checkpointer.py": ("test_any_layout_resumes_any_other_bit_for_bit",),
+    "checkpoint/test_hf_reader.py": ("test_each_rank_reads_its_part_of_any_directory",),
+    "checkpoint/test_runs.py": (
+        "test_five_steps_after_a_move_are_those_of_the_run_that_stayed",
+        "test_killed_at_random_moments",
+    ),
+    "data/test_check.py": ("test_random_lines_are_right_or_refused",),
+    "data/test_fine_tuning.py": ("test_chat_runs_and_resumes_on_another_layout",),
+    "data/test_loader.py": (
+        "test_a_run_that_fails_does_not_wait_for_its_workers",
+        "test_any_source_interrupted_anywhere",
+        "test_workers_end_when_their_parent_is_killed",
+        "test_workers_outlive_stop_signals_to_the_group_and_end_with_close",
+    ),
+    "models/ops/test_gated_delta_rule.py": (
+        "test_equals_recurrence_for_any_documents",
+        "test_gradcheck",
+        "test_head_shapes_of_the_35b_in_float32",
+    ),
+    "models/ops/test_grouped_experts.py": ("test_any_width_and_counts",),
+    "models/qwen35_moe/test_check_kernels.py": (
+        "test_fla_is_tuned_on_a_long_stream_first",
+        "test_right_kernels_pass",
+    ),
+    "models/qwen35_moe/test_config.py": ("test_every_value_of_every_key",),
+    "models/qwen35_moe/test_parity.py": (
+        "test_equals_transformers",
+        "test_no_further_from_float64_than_transformers",
+    ),
+    "parallelisms/test_activation_checkpoint.py": (
+        "test_a_checkpointed_block_is_one_graph_however_many_documents",
+        "test_at_ep_2_all_but_exchanges_is_compiled_and_stays_so",
+    ),
+    "parallelisms/test_communication.py": ("test_a_step_communicates_as_documented",),
+    "parallelisms/test_layouts.py": (
+        "test_equals_one_process",
+        "test_unequal_routing_equals_one_process",
+    ),
+    "parallelisms/test_load_balancing_layouts.py": (
+        "test_equals_one_process",
+        "test_losses_are_in_the_gradient_and_not_in_the_loss",
+    ),
+    "parallelisms/test_precision.py": ("test_what_is_float32_under_bfloat16",),
+    "test_layouts.py": ("test_five_steps_of_the_tiny_run_on_seven_layouts",),
+    "test_reproducibility.py": (
+        "test_the_first_losses_are_those_on_record",
+        "test_two_deterministic_runs_are_equal_bit_for_bit",
+    ),
+    "test_run_train.py": (
+        "test_a_scheduler_that_starts_several_runs_of_one_process",
+        "test_what_only_a_rank_finds_is_one_line_and_status_2",
+    ),
+    "test_train.py": (
+        "test_bare_torchrun_tells_a_mistake_in_one_line_too",
+        "test_four_processes_train_and_transformers_loads_the_result",
+        "test_plain_python_is_one_process_and_mistakes_are_one_line",
+        "test_resumed_run_is_the_uninterrupted_one_bit_for_bit",
+        "test_resumes_on_another_layout",
+        "test_sigterm_saves_and_a_second_start_goes_on",
+        "test_two_nodes",
+    ),
+    "training/test_distributed.py": ("test_the_missing_rank_is_named",),
+    "training/test_load_balancing.py": (
+        "test_fillers_count_nowhere",
+        "test_metrics_of_a_run",
+        "test_nothing_is_measured_that_no_loss_needs",
+    ),
+    "training/test_nonfinite.py": ("test_a_run_skips_if_asked_and_counts",),
+    "training/test_validation.py": ("test_the_exact_mean_on_any_mesh_and_no_trace_in_the_training",),
+}
+"""File -> names of tests."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        file = item.nodeid.partition("::")[0].removeprefix("tests/")
+        if getattr(item, "originalname", item.name) in SLOW.get(file, ()):
+            item.add_marker(pytest.mark.slow)
