@@ -43,7 +43,7 @@ from data.tokenize import main as tokenize
 from data.tokenizer import load_tokenizer
 from errors import UserError
 from models.qwen35_moe.hf_weights import hf_name
-from tests.checkpoint.test_conversion import TOKENIZER, random_weights, write_hf
+from tests.checkpoint.test_convert_to_hf import TOKENIZER, random_weights, write_hf
 from tests.commands import status_of
 from tests.config.runs import write_folder
 from training.metrics import MetricsWriter

@@ -21,7 +21,7 @@ from checkpoint.tensors.fsdp_shards import read_fsdp_shards
 from checkpoint.tensors.safetensors import read_safetensors
 from errors import UserError
 from models.qwen35_moe.hf_weights import hf_name
-from tests.checkpoint.test_conversion import load_hf, random_weights, write_hf
+from tests.checkpoint.test_convert_to_hf import load_hf, random_weights, write_hf
 
 
 @pytest.fixture(scope="module")

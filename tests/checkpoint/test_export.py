@@ -15,7 +15,7 @@ from checkpoint.tensors.safetensors import read_safetensors
 from errors import UserError
 from models.qwen35_moe.hf_weights import MTP, VISION, hf_name, mtp_shapes
 from models.qwen35_moe.parameters import parameters
-from tests.checkpoint.test_conversion import CONFIG, VISION_CONFIG
+from tests.checkpoint.test_convert_to_hf import CONFIG, VISION_CONFIG
 
 TEXT = CONFIG.to_dict() | {"mtp_num_hidden_layers": 1}
 IMAGE_TEXT = {

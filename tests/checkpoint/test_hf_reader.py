@@ -15,7 +15,7 @@ from models.qwen35_moe.model import Qwen35Moe
 from parallelisms.degrees import Degrees
 from parallelisms.mesh import build_meshes
 from parallelisms.parallelize import local_region, parallelize_fn
-from tests.checkpoint.test_conversion import CONFIG, per_expert, random_weights, write_hf
+from tests.checkpoint.test_convert_to_hf import CONFIG, per_expert, random_weights, write_hf
 from tests.distributed import run_ranks
 from tests.parallelisms.layouts import full
 

@@ -16,7 +16,7 @@ from checkpoint import convert_to_hf as to_hf
 from checkpoint.tensors.dcp import read_dcp
 from models.qwen35_moe.hf_weights import hf_name
 from models.qwen35_moe.parameters import parameters
-from tests.checkpoint.test_conversion import CONFIG, add_assets, random_weights
+from tests.checkpoint.test_convert_to_hf import CONFIG, add_assets, random_weights
 from tests.commands import status_of
 from tests.distributed import run_ranks
 

@@ -22,7 +22,7 @@ from checkpoint.tensors.fsdp_shards import _locate, _mesh_position, read_fsdp_sh
 from checkpoint.tensors.torch_file import Stub, read_torch_file
 from models.qwen35_moe.hf_weights import hf_name
 from models.qwen35_moe.parameters import parameters
-from tests.checkpoint.test_conversion import CONFIG, add_assets, random_weights
+from tests.checkpoint.test_convert_to_hf import CONFIG, add_assets, random_weights
 from tests.commands import status_of
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"

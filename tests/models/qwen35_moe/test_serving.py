@@ -14,7 +14,7 @@ from checkpoint.export import Options, Plan, make_plan
 from models.qwen35_moe.config import FULL, LINEAR
 from models.qwen35_moe.hf_weights import PREFIXES, hf_name, mtp_shapes
 from models.qwen35_moe.parameters import parameters
-from tests.checkpoint.test_conversion import CONFIG, TOKENIZER, random_weights
+from tests.checkpoint.test_convert_to_hf import CONFIG, TOKENIZER, random_weights
 from tests.models.qwen35_moe.test_config import nested, reference
 
 PAGE = Path(__file__).resolve().parents[3] / "docs/serving.md"

@@ -338,18 +338,6 @@ def test_an_interrupted_conversion_leaves_nothing(tmp_path: Path, monkeypatch: p
     assert [path.name for path in tmp_path.iterdir()] == ["dcp"]
 
 
-def test_an_interrupted_import_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write_hf(tmp_path / "hf", {hf_name(n): t for n, t in random_weights().items()})
-
-    def interrupted(folder: Path, *_: object) -> None:
-        (folder / "half").write_text("")
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(from_hf, "_write_dcp", interrupted)
-    assert status_of(from_hf.main, [str(tmp_path / "hf"), str(tmp_path / "dcp")]) == 130
-    assert [path.name for path in tmp_path.iterdir()] == ["hf"]
-
-
 def test_a_base_that_is_none_is_a_mistake_on_the_command_line(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -1,0 +1,100 @@
+"""Directories that are complete or not there: names, order, manifests, what is cleared."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from checkpoint.directories import (
+    MANIFEST,
+    complete_checkpoints,
+    describe_files,
+    find_checkpoint,
+    find_damage,
+    is_taken,
+    publish,
+    remove,
+    tidy,
+    write_manifest,
+)
+from errors import UserError
+
+
+def make(folder: Path, content: str = "x") -> Path:
+    folder.mkdir(parents=True)
+    (folder / "file").write_text(content)
+    (folder / ".metadata").write_text("")
+    write_manifest(folder, describe_files(folder, [folder / "file", folder / ".metadata"]))
+    return folder
+
+
+def test_checkpoints_in_the_order_of_their_steps(tmp_path: Path) -> None:
+    for name in (
+        "step-00000010",
+        "step-00000009",
+        "step-100000000",
+        ".step-00000011",
+        "step-7",
+        "step-00000012.removed",
+    ):
+        (tmp_path / name).mkdir()
+    names = [path.name for path in complete_checkpoints(tmp_path)]
+    assert names == ["step-00000009", "step-00000010", "step-100000000"]
+
+
+def test_the_newest_of_a_run_or_the_one_that_is_named(tmp_path: Path) -> None:
+    steps = [make(tmp_path / "checkpoints" / f"step-{step:08}") for step in (3, 20)]
+    assert find_checkpoint(tmp_path) == steps[1]
+    assert find_checkpoint(steps[0]) == steps[0]
+    with pytest.raises(UserError, match="expected a checkpoint"):
+        find_checkpoint(tmp_path / "checkpoints")
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda path: path.write_text("xx"), "has 2 bytes instead of 1"),
+        (lambda path: path.write_text("y"), "is corrupted"),
+        (lambda path: path.unlink(), "is missing"),
+    ],
+)
+def test_damage_is_named(tmp_path: Path, change: object, said: str) -> None:
+    folder = make(tmp_path / "step-00000001")
+    assert find_damage(folder) is None
+    change(folder / "file")  # type: ignore[operator]
+    assert said in str(find_damage(folder))
+
+
+def test_a_manifest_cannot_name_what_lies_elsewhere(tmp_path: Path) -> None:
+    folder = make(tmp_path / "step-00000001")
+    (tmp_path / "other").write_text("x")
+    said = json.loads((folder / MANIFEST).read_text())
+    for name in ("../other", str(tmp_path / "other"), "/dev/zero"):
+        files = {".metadata": said["files"][".metadata"], name: said["files"]["file"]}
+        (folder / MANIFEST).write_text(json.dumps({"files": files}))
+        assert find_damage(folder) is not None
+
+
+def test_publishing_takes_the_place_of_what_was_there(tmp_path: Path) -> None:
+    old, new = make(tmp_path / "step-00000001", "old"), make(tmp_path / ".step-00000001", "new")
+    publish(new, old)
+    assert (old / "file").read_text() == "new"
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]
+    remove(old)
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_a_killed_run_left(tmp_path: Path) -> None:
+    make(tmp_path / ".step-00000001")  # complete, and had no name yet
+    make(tmp_path / "step-00000002")
+    make(tmp_path / ".step-00000002")  # was to replace it
+    (tmp_path / ".step-00000003").mkdir()  # half written
+    make(tmp_path / ".step-00000004.removed")
+    tidy(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000001", "step-00000002"]
+
+
+def test_what_stands_in_the_way(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "file").write_text("")
+    assert [is_taken(tmp_path / name) for name in ("none", "empty", "file", ".")] == [False, False, True, True]

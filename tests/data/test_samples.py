@@ -1,0 +1,70 @@
+"""The stream of epochs over sources: every record once an epoch, shares by weight, errors that name the place."""
+
+from collections import Counter
+
+import numpy as np
+import pytest
+
+from data.batch import Sample
+from data.packing import BadSample
+from data.records import Whole
+from data.samples import Samples, read_sample
+
+
+class Numbers(Whole):
+    """Records whose number is `first` and on."""
+
+    def __init__(self, first: int, size: int) -> None:
+        self.first, self.size = first, size
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __getitem__(self, index: int) -> dict:
+        return {"number": self.first + index}
+
+    def where(self, index: int) -> str:
+        return f"numbers, record {index}"
+
+
+def encode(record: object) -> Sample:
+    if record["number"] == 13:  # type: ignore[index]
+        raise BadSample("empty", "is unlucky")
+    return Sample.of(np.array([record["number"], 0], np.int32))  # type: ignore[index]
+
+
+def numbers_of(samples: Samples, of: range) -> list[int]:
+    return [int(samples.read(number).tokens[0]) for number in of]
+
+
+@pytest.mark.parametrize("seed", [None, 0, 2**63 - 1])
+def test_each_epoch_has_every_record_once(seed: int | None) -> None:
+    samples = Samples([Numbers(20, 7), Numbers(50, 4)], (), encode, seed)
+    assert samples.num_documents == 11
+    epochs = [numbers_of(samples, range(epoch * 11, epoch * 11 + 11)) for epoch in range(3)]
+    everything = [*range(20, 27), *range(50, 54)]
+    assert [sorted(epoch) for epoch in epochs] == [everything] * 3
+    assert (epochs[0] == everything) == (seed is None)
+    assert (epochs[0] == epochs[1]) == (seed is None)
+
+
+def test_weights_are_shares_of_samples() -> None:
+    samples = Samples([Numbers(20, 7), Numbers(50, 4)], (3.0, 1.0), encode, 0)
+    counts = Counter(number >= 50 for number in numbers_of(samples, range(8191)))
+    assert counts[True] == round(8191 / 4)
+
+
+def test_a_refusal_names_the_place() -> None:
+    samples = Samples([Numbers(10, 7)], (), encode, None)
+    with pytest.raises(BadSample, match=r"^numbers, record 3: is unlucky$"):
+        samples.read(3)
+
+
+@pytest.mark.parametrize("error", [TypeError("x"), RecursionError(), KeyError("y"), ZeroDivisionError()])
+def test_any_error_of_a_sample_is_its_refusal(error: Exception) -> None:
+    def fail(record: object) -> Sample:
+        raise error
+
+    with pytest.raises(BadSample, match=r"^here: ") as raised:
+        read_sample(dict, fail, lambda: "here")
+    assert raised.value.reason

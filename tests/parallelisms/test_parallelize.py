@@ -1,0 +1,51 @@
+"""Where a rank's part of a parameter lies, and gradients outside FSDP: one sum over all ranks."""
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from models.qwen35_moe.parameters import Box
+from parallelisms.parallelize import local_region, reduce_replicated_gradients
+from tests.distributed import run_ranks
+from tests.models.qwen35_moe.shapes import tiny_config
+from tests.parallelisms.layouts import Layout, build
+
+CONFIG = tiny_config(vocab_size=47)  # which 4 ranks share unevenly
+
+
+def regions(layout: Layout) -> dict[str, tuple[tuple[int, ...], tuple[int, ...], Box]]:
+    """Each parameter's whole shape, and this rank's part: its shape, and where it lies."""
+    model, _, _ = build(CONFIG, layout)
+    found = {}
+    for name, parameter in model.named_parameters():
+        local, box = local_region(parameter)
+        found[name] = (tuple(parameter.shape), tuple(local.shape), box)
+    return found
+
+
+def test_the_parts_of_all_ranks_cover_a_parameter_once() -> None:
+    for layout in (Layout(world=4), Layout(world=4, ep=2), Layout(world=4, ep=4)):
+        of_ranks = run_ranks(regions, 4, layout)
+        for name, (shape, _, _) in of_ranks[0].items():
+            count = torch.zeros(shape, dtype=torch.int32)
+            for found in of_ranks:
+                _, local_shape, box = found[name]
+                assert local_shape == tuple(stop - start for start, stop in box), (layout, name)
+                count[tuple(slice(start, stop) for start, stop in box)] += 1
+            is_replicated = name.endswith(("A_log", "dt_bias", "mlp.gate.weight"))
+            assert (count == (4 if is_replicated else 1)).all(), (layout, name)
+
+
+def sums() -> tuple[list[list[float]], float]:
+    rank = dist.get_rank()
+    parameters = [nn.Parameter(torch.zeros(2)), nn.Parameter(torch.zeros(1)), nn.Parameter(torch.zeros(1))]
+    parameters[2].requires_grad_(False)
+    parameters[0].grad, parameters[1].grad = torch.tensor([1.0, rank]), torch.tensor([10.0])
+    mesh = dist.device_mesh.init_device_mesh("cpu", (dist.get_world_size(),))
+    loss = reduce_replicated_gradients(parameters, torch.tensor(0.5 * rank), mesh)
+    return [parameter.grad.tolist() for parameter in parameters[:2] if parameter.grad is not None], loss.item()
+
+
+def test_gradients_outside_fsdp_are_summed_with_the_loss() -> None:
+    assert run_ranks(sums, 1) == [([[1.0, 0.0], [10.0]], 0.0)]
+    assert run_ranks(sums, 4) == [([[4.0, 6.0], [40.0]], 3.0)] * 4
