@@ -165,6 +165,8 @@ class TokenLoader:
         worker_end, self._lifeline = _context.Pipe(duplex=False)
         # Without this, a run that ends without `close` would wait at its exit for workers that ignore SIGTERM.
         atexit.register(self._lifeline.close)
+        # torchdata's loader, its own state switched off: on 2026-11-28 it took 3 % more time an item than PyTorch's. It
+        # stays since it saves what reads data with a state of its own, a stream say, as it is.
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "'set_vital' is deprecated")  # torchdata's own affair
             loader = StatefulDataLoader(
