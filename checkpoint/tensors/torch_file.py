@@ -11,11 +11,11 @@ import pickle
 import pickletools
 import struct
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from types import FunctionType
-from typing import IO, Any
+from typing import IO, Any, ClassVar
 
 import torch
 from torch.storage import _storage_type_to_dtype_map
@@ -92,12 +92,36 @@ _ALLOWED: dict[tuple[str, str], Any] = {
     ("torch._utils", "_rebuild_tensor_v2"): _rebuild_tensor,
     ("torch._utils", "_rebuild_parameter"): lambda data, *_: data,
     ("torch._tensor", "_rebuild_from_type_v2"): _rebuild_from_type,
-    ("collections", "OrderedDict"): collections.OrderedDict,
-    ("builtins", "set"): set,
+    ("collections", "OrderedDict"): lambda items=(): collections.OrderedDict((_key(k), v) for k, v in items),
+    ("builtins", "set"): lambda items=(): {_key(item) for item in items},
 }
 
 
-class _Unpickler(pickle.Unpickler):
+def _key(value: Any) -> Any:
+    """What is to be hashed. Tuples of tuples of tuples, each twice in the next, would take for ever."""
+    if isinstance(value, tuple) and any(isinstance(part, tuple) for part in value):
+        raise ValueError("a key of its pickle is a tuple of tuples")
+    return value
+
+
+_HASHING = {
+    pickle.SETITEM: slice(-2, -1),
+    **dict.fromkeys((pickle.SETITEMS, pickle.DICT), slice(0, None, 2)),
+    **dict.fromkeys((pickle.ADDITEMS, pickle.FROZENSET), slice(None)),
+}
+"""The operations that hash, and which of the values on the stack."""
+
+
+def _checking(keys: slice, load: Callable[[Any], None]) -> Callable[[Any], None]:
+    def run(unpickler: Any) -> None:
+        for value in unpickler.stack[keys]:
+            _key(value)
+        load(unpickler)
+
+    return run
+
+
+class _Unpickler(pickle._Unpickler):  # the one in Python, since that in C hashes without asking
     def __init__(self, file: IO[bytes], source: Path, storages: Mapping[str, tuple[int, int]]) -> None:
         super().__init__(file)
         self._source, self._storages = source, storages
@@ -115,10 +139,14 @@ class _Unpickler(pickle.Unpickler):
         kind, dtype, key, *_ = identity
         if kind != "storage" or not isinstance(dtype, torch.dtype):
             raise UserError(f"{self._source} has an unknown kind of storage")
-        if key not in self._storages:
+        if not isinstance(key, str) or key not in self._storages:
             raise UserError(f"{self._source} lacks the data of a tensor")
         start, num_bytes = self._storages[key]
         return StoredArray(self._source, start, start + num_bytes, dtype, (num_bytes // dtype.itemsize,), (1,))
+
+    dispatch: ClassVar[dict[int, Callable[[Any], None]]] = dict(pickle._Unpickler.dispatch)
+    for _code, _keys in _HASHING.items():
+        dispatch[_code[0]] = _checking(_keys, dispatch[_code[0]])
 
 
 def load_pickle(data: bytes, source: Path, storages: Mapping[str, tuple[int, int]] | None = None) -> Any:

@@ -16,6 +16,7 @@ import torch.distributed.checkpoint as dcp
 from checkpoint.tensors import torch_file
 from checkpoint.tensors.dcp import read_dcp
 from checkpoint.tensors.fsdp_shards import read_fsdp_shards
+from checkpoint.tensors.torch_file import load_pickle
 from errors import UserError
 
 
@@ -184,3 +185,11 @@ def test_a_zip_member_that_is_not_stored_plainly_is_refused(tmp_path: Path, kind
     path.write_bytes(data)
     with pytest.raises(UserError, match=r"rank_0\.pt cannot be read: .*compressed or encrypted"):
         torch_file.read_torch_file(path)
+
+
+@pytest.mark.parametrize("end", [b"}h\x40K\x01s.", b"}(h\x40K\x01u.", b"\x8f(h\x40\x90.", b"(h\x40\x91."])
+def test_a_key_that_takes_for_ever_to_hash(tmp_path: Path, end: bytes) -> None:
+    """t = (t, t), 64 times: as a key of a dictionary or a member of a set."""
+    chain = b"\x80\x04)\x94" + b"".join(b"h%ch%c\x86\x94" % (number, number) for number in range(64))
+    with pytest.raises(UserError, match="tuple of tuples"):
+        load_pickle(chain + end, tmp_path / "x")
