@@ -83,7 +83,8 @@ def rows_as_micro_batch(config: ModelConfig, rows: list[list[int]], seed: int) -
         labels=torch.cat(labels),
         positions=torch.cat(positions),
         documents=Documents.from_lengths(
-            [length for lengths in rows for length in lengths], max_seqlen=TRAINING.sequence_length
+            [length for lengths in rows for length in lengths],
+            max_seqlen=max(TRAINING.sequence_length, *map(sum, rows)),
         ),
     )
 
