@@ -1,4 +1,4 @@
-"""Positions of a document's tokens on three axes, time, height and width (MRoPE, Wang et al. 2024, arXiv 2409.12191)."""
+"""Positions of a document's tokens on three axes: time, height, width (MRoPE, Wang et al. 2024, arXiv 2409.12191)."""
 
 from collections.abc import Iterable
 

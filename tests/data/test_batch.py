@@ -3,8 +3,9 @@
 import numpy as np
 import torch
 
-from data.batch import MicroBatch, Row, Sample
+from data.batch import MicroBatch, Row, RowImages, Sample
 from models.ops.labels import IGNORED
+from tests.models.qwen35_moe.vision_shapes import random_pixels, tiny_vision
 
 
 def ints(*values: int) -> np.ndarray:
@@ -46,3 +47,32 @@ def test_a_micro_batch_moves_whole():
     moved = MicroBatch.of(ROWS, may_fill=True).to(torch.device("meta"))
     assert {t.device.type for t in (moved.tokens, moved.labels, moved.positions, moved.is_real)} == {"meta"}
     assert MicroBatch.of(ROWS, may_fill=False).to(torch.device("meta")).is_real is None
+
+
+VISION = tiny_vision()
+
+
+def with_images(row: Row, *grids: tuple[int, int], places: list[int]) -> Row:
+    pixels = random_pixels(VISION, list(grids)).numpy()
+    positions = np.stack([row.positions] * 3)
+    return row._replace(positions=positions, images=RowImages(pixels, list(grids), np.array(places)))
+
+
+def test_frames_of_all_rows_stand_at_their_places():
+    rows = [with_images(ROWS[0], (2, 2), (2, 2), places=[0, 2]), with_images(ROWS[1], (2, 4), places=[1, 2])]
+    batch = MicroBatch.of(rows, may_fill=True, vision=VISION)
+    assert batch.positions.shape == (3, 8)
+    assert batch.patches.frames.lengths() == [4, 4, 8]
+    assert batch.patches.places.tolist() == [0, 2, 5, 6]
+    assert torch.equal(batch.patches.pixels, torch.from_numpy(np.concatenate([row.images.pixels for row in rows])))
+    assert batch.patches.grid[:, :8].tolist() == [[0, 0, 1, 1] * 2, [0, 1] * 4, [2] * 8, [2] * 8]
+    assert batch.patches.grid[:, 8:].tolist() == [[0, 0, 1, 1] * 2, [0, 1, 0, 1, 2, 3, 2, 3], [2] * 8, [4] * 8]
+    moved = batch.to(torch.device("meta")).patches
+    assert {t.device.type for t in (moved.pixels, moved.grid, moved.places, moved.frames.cu_seqlens)} == {"meta"}
+
+
+def test_without_images_there_is_a_frame_that_goes_nowhere():
+    rows = [row._replace(positions=np.stack([row.positions] * 3)) for row in ROWS]
+    patches = MicroBatch.of(rows, may_fill=True, vision=VISION).patches
+    assert (len(patches.pixels), patches.frames.lengths(), patches.places.tolist()) == (4, [4], [])
+    assert MicroBatch.of(ROWS, may_fill=True).patches is None

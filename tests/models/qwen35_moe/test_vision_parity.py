@@ -143,7 +143,7 @@ def test_equals_transformers(name: str, monkeypatch: pytest.MonkeyPatch) -> None
     tokens = torch.tensor([token for document in documents for token in document.tokens])
     labels = torch.full_like(tokens, IGNORED)
     for start, document in zip(starts, documents):
-        following = torch.tensor(document.tokens[1:] + [0])
+        following = torch.tensor([*document.tokens[1:], 0])
         trained = (following < 80) & (torch.arange(len(following)) < len(following) - 1)
         labels[start : start + len(following)][trained] = following[trained]
     batch = SimpleNamespace(
