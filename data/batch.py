@@ -48,7 +48,6 @@ class Row(NamedTuple):
 
     tokens: NDArray[np.int32]  # [S]
     labels: NDArray[np.int32]  # [S]
-    positions: NDArray[np.int32]  # [S], from 0 in each document
     lengths: list[int]  # of the documents, those of the filler at the end included; their sum is S
     num_fillers: int  # how many of the tokens, the last ones, only fill the row
     cursor: Cursor  # after this row
@@ -74,11 +73,12 @@ class MicroBatch:
 
         length = len(rows[0].tokens)
         place = torch.arange(length)
+        documents = Documents.from_lengths([length for row in rows for length in row.lengths], max_seqlen=length)
         return cls(
             tokens=torch.from_numpy(np.concatenate([row.tokens for row in rows])).long(),
             labels=torch.from_numpy(np.concatenate([row.labels for row in rows])).long(),
-            positions=torch.from_numpy(np.concatenate([row.positions for row in rows])).long(),
-            documents=Documents.from_lengths([length for row in rows for length in row.lengths], max_seqlen=length),
+            positions=documents.token_offsets.long(),
+            documents=documents,
             is_real=torch.cat([place < length - row.num_fillers for row in rows]) if may_fill else None,
         )
 

@@ -4,11 +4,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
-from numpy.typing import NDArray
 
 from data.batch import Cursor, Row, Sample
 from errors import UserError
-from models.ops.labels import IGNORED
 
 REASONS = (
     "not_json",
@@ -79,33 +77,18 @@ class Share:
         return notes
 
 
-class _OpenRow:
-    """A row that is being filled from its beginning."""
-
-    def __init__(self, sequence_length: int) -> None:
-        self._tokens = np.empty(sequence_length, np.int32)
-        self._labels = np.empty(sequence_length, np.int32)
-        self._positions = np.empty(sequence_length, np.int32)
-        self._lengths: list[int] = []
-        self.room = sequence_length
-
-    def add(self, tokens: NDArray[np.int32], labels: NDArray[np.int32] | int) -> None:
-        length = len(tokens)
-        place = slice(len(self._tokens) - self.room, len(self._tokens) - self.room + length)
-        self._tokens[place], self._labels[place], self._positions[place] = tokens, labels, np.arange(length)
-        self._lengths.append(length)
-        self.room -= length
-
-    def close(self, filler: int, cursor: Cursor, notes: list[tuple[str, str]]) -> Row:
-        num_fillers = self.room
-        if num_fillers:
-            self.add(np.full(num_fillers, filler, np.int32), IGNORED)
-        return Row(self._tokens, self._labels, self._positions, self._lengths, num_fillers, cursor, notes)
+def _row(samples: list[Sample], sequence_length: int, filler: int, cursor: Cursor, notes: list[tuple[str, str]]) -> Row:
+    """Samples end to end, and fillers behind them."""
+    num_fillers = sequence_length - sum(len(sample.tokens) for sample in samples)
+    if num_fillers:
+        samples = [*samples, Sample.of(np.full(num_fillers, filler, np.int32), False)]
+    tokens, labels = (np.concatenate(parts) for parts in zip(*(sample[:2] for sample in samples)))
+    return Row(tokens, labels, [len(sample.tokens) for sample in samples], num_fillers, cursor, notes)
 
 
 def filler_row(sequence_length: int, filler: int) -> Row:
     """A row of nothing but fillers, for a rank that has fewer slots than another."""
-    return _OpenRow(sequence_length).close(filler, (), [])
+    return _row([], sequence_length, filler, (), [])
 
 
 class TextSlot:
@@ -123,17 +106,15 @@ class TextSlot:
 
     def next_row(self, sequence_length: int) -> Row:
         """Raises UserError for a share without usable samples, and for a cursor of other data."""
-        row = _OpenRow(sequence_length)
-        while row.room:
-            document = self._document or self._read()
-            if document is None:
-                break
-            end = min(len(document.tokens), self._offset + row.room)
-            row.add(document.tokens[self._offset : end], document.labels[self._offset : end])
-            self._document, self._offset = document, end
-            if end == len(document.tokens):
+        pieces, room = [], sequence_length
+        while room and (document := self._document or self._read()):
+            piece = slice(self._offset, self._offset + room)
+            pieces.append(Sample(document.tokens[piece], document.labels[piece]))
+            room -= len(pieces[-1].tokens)
+            self._document, self._offset = document, self._offset + len(pieces[-1].tokens)
+            if self._offset == len(document.tokens):
                 self._number, self._offset, self._document = self._number + self._share.stride, 0, None
-        return row.close(self._filler, (self._number, self._offset), self._share.take_notes())
+        return _row(pieces, sequence_length, self._filler, (self._number, self._offset), self._share.take_notes())
 
     def _read(self) -> Sample | None:
         number, document = self._share.first_from(self._number)
@@ -168,20 +149,21 @@ class ChatSlot:
 
     def next_row(self, sequence_length: int) -> Row:
         """Raises UserError as TextSlot's does."""
-        row = _OpenRow(sequence_length)
+        chosen: list[Sample] = []
+        room = sequence_length
         self._refill()
         while self._pending:
-            places = best_fill([len(sample.tokens) for _, sample in self._pending], row.room)
-            for place in places:
-                sample = self._pending[place][1]
-                row.add(sample.tokens, sample.labels)
+            lengths = [len(sample.tokens) for _, sample in self._pending]
+            places = best_fill(lengths, room)
+            chosen += [self._pending[place][1] for place in places]
+            room -= sum(lengths[place] for place in places)
             self._pending = [kept for place, kept in enumerate(self._pending) if place not in places]
             if self._pending:
                 break
             self._refill()  # all of them fitted: there may be room for more
         waiting = [number for number, _ in self._pending]
         cursor = (self._number, *waiting, *[NO_SAMPLE] * (NUM_PENDING - len(waiting)))
-        return row.close(self._filler, cursor, self._share.take_notes())
+        return _row(chosen, sequence_length, self._filler, cursor, self._share.take_notes())
 
     def _refill(self) -> None:
         for expected in self._to_read:

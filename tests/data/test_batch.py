@@ -12,8 +12,8 @@ def ints(*values: int) -> np.ndarray:
 
 
 ROWS = [
-    Row(ints(5, 6, 7, 0), ints(6, 7, IGNORED, IGNORED), ints(0, 1, 2, 0), [3, 1], 1, (0, 1), []),
-    Row(ints(8, 9, 8, 9), ints(9, IGNORED, 9, IGNORED), ints(0, 1, 0, 1), [2, 2], 0, (2, 3), []),
+    Row(ints(5, 6, 7, 0), ints(6, 7, IGNORED, IGNORED), [3, 1], 1, (0, 1), []),
+    Row(ints(8, 9, 8, 9), ints(9, IGNORED, 9, IGNORED), [2, 2], 0, (2, 3), []),
 ]
 
 
