@@ -10,9 +10,11 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from errors import UserError, reading
+
+T = TypeVar("T")
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet", ".txt")
 TOKENS_META = "tokens.json"
@@ -20,6 +22,17 @@ TOKENS_META = "tokens.json"
 _MARKERS = (TOKENS_META, "dataset_info.json", "dataset_dict.json")
 _HUB_NAME = re.compile(r"(?P<owner>[\w.-]+)/[\w.-]+(?P<subset>:[\w.-]+)?")
 _ROOT = Path(__file__).resolve().parents[1]
+
+
+def each_read(file: object, parts: Iterator[T]) -> Iterator[T]:
+    """What an iterator makes of a file's bytes; what they make it raise is a UserError that names the file."""
+    while True:
+        with reading(file):
+            try:
+                part = next(parts)
+            except StopIteration:
+                return
+        yield part
 
 
 def suffix_of(file: str) -> str:
