@@ -103,10 +103,8 @@ def cached(files: list[str], what: str, suffix: str, make: Callable[[Path], None
     `what` tells apart what is made of the same files. Raises UserError for a cache that cannot be written."""
     from filelock import FileLock
 
-    stats: list[Any] = []
-    for file in files:
-        with reading(file):
-            stats.append((file, os.stat(file).st_size, os.stat(file).st_mtime_ns))
+    with reading("data.path"):  # the system's errors name the file
+        stats: list[Any] = [(file, os.stat(file).st_size, os.stat(file).st_mtime_ns) for file in files]
     key = json.dumps(stats + [what] * bool(what)).encode()
     with _writing_the_cache() as folder:
         path = folder / (hashlib.sha256(key).hexdigest()[:32] + suffix)

@@ -141,14 +141,23 @@ class ChatSlot:
     """
 
     def __init__(self, share: Share, cursor: Cursor, filler: int) -> None:
-        """The share's samples fit into a row. `filler`: the token that fills it up."""
+        """The share's samples fit into a row. `filler`: the token that fills it up. Raises UserError for a cursor of
+        other data."""
         self._share, self._filler = share, filler
         self._number = cursor[0]
-        self._to_read = [number for number in cursor[1:] if number != NO_SAMPLE]  # waited when the cursor was taken
         self._pending: list[tuple[int, Sample]] = []
+        for expected in (number for number in cursor[1:] if number != NO_SAMPLE):
+            number, sample = share.first_from(expected)
+            if sample is None or number != expected:
+                raise UserError(
+                    f"data: sample {expected}, for which the checkpoint waits, cannot be used: expected the data and "
+                    "the tokenizer that the run began with"
+                )
+            self._pending.append((number, sample))
+        share.take_notes()  # dropped: they were counted when the samples were first read
 
     def next_row(self, sequence_length: int) -> Row:
-        """Raises UserError as TextSlot's does."""
+        """Raises UserError for a share without usable samples."""
         chosen: list[Sample] = []
         room = sequence_length
         self._refill()
@@ -166,17 +175,6 @@ class ChatSlot:
         return _row(chosen, sequence_length, self._filler, cursor, self._share.take_notes())
 
     def _refill(self) -> None:
-        for expected in self._to_read:
-            number, sample = self._share.first_from(expected)
-            if sample is None or number != expected:
-                raise UserError(
-                    f"data: sample {expected}, for which the checkpoint waits, cannot be used: expected the data and "
-                    "the tokenizer that the run began with"
-                )
-            self._pending.append((number, sample))
-        if self._to_read:
-            self._to_read = []
-            self._share.take_notes()  # dropped: they were counted when the samples were first read
         while len(self._pending) < NUM_PENDING:
             self._number, sample = self._share.first_from(self._number)
             if sample is None:

@@ -19,6 +19,7 @@ import shutil
 import sys
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -27,9 +28,8 @@ from config.reading import load_config, model_config
 from data.check import check_data
 from data.files import TOKENS_META
 from data.packing import Share
-from data.samples import EncodeText, Samples, check_source
-from data.sources import open_sources
-from data.tokenizer import num_ids, read_tokenizer, tokenizer_identity
+from data.samples import Samples, open_samples
+from data.tokenizer import load_tokenizer, num_ids, tokenizer_identity
 from errors import OneLineParser, UserError, exit_on_error
 
 _SHARD = 100_000  # documents
@@ -65,12 +65,10 @@ def main(argv: list[str]) -> None:
         raise UserError(f"data.format = {data.format!r}, weights = {list(data.weights)}: expected 'text' and none")
     if out.exists():
         raise UserError(f"--out = {str(out)!r} exists: expected a folder that does not")
-    tokenizer = read_tokenizer(data.tokenizer)
-    sources, encode = open_sources(data), EncodeText(data.text_key, tokenizer, None)
-    for source in sources:
-        check_source(source, encode)
-    samples = Samples(sources, (), encode, None)
-    dtype = "<u2" if num_ids(tokenizer) <= 1 << 16 else "<u4"
+    tokenizer = load_tokenizer(data.tokenizer)
+    in_order = replace(data, shuffle=False, end_of_document=False)
+    samples = open_samples(in_order, tokenizer, config.training.sequence_length, config.job.seed)
+    dtype = "<u2" if num_ids(tokenizer.backend_tokenizer) <= 1 << 16 else "<u4"
     unfinished = out.with_name(f".{out.name}")
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir(parents=True)
