@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from config.options import Config
 from data.files import check_cache, is_dataset
-from data.records import Record, Whole
+from data.records import Record, Source, Whole
 from data.samples import EncodeChat, check_source, text_of
 from data.sources import declared_sources
 from data.tokenizer import check_tokenizer, load_tokenizer
@@ -23,20 +23,11 @@ def check_data(config: Config, vocab_size: int) -> None:
     if weights and min(weights) < 1e-3 * sum(weights):
         raise UserError(f"data.weights = {weights}: expected none below a thousandth of their sum")
     paths = {"data.path": data.path} | ({"validation.path": config.validation.path} if config.validation.enable else {})
+    sources: list[tuple[str, Source]] = []
     for key, entries in paths.items():
         if not entries:
             raise UserError(f"{key} = []: expected at least one file or glob")
-    sources = [
-        (entry, source)
-        for key, entries in paths.items()
-        for entry, source in declared_sources(
-            replace(
-                data,
-                path=entries,
-            ),
-            key,
-        )
-    ]
+        sources += declared_sources(replace(data, path=entries), key)
     check_tokenizer(data.tokenizer, vocab_size, data.format == "text" and data.end_of_document)
     encode: Callable[[Record], object] = functools.partial(text_of, key=data.text_key)
     if data.format == "chat":
@@ -45,9 +36,7 @@ def check_data(config: Config, vocab_size: int) -> None:
         check_cache()
     found = False
     for entry, source in sources:
-        is_on_hub = is_dataset(entry) and not os.path.isdir(
-            entry
-        )  # opened by the ranks: it may have to come from there
+        is_on_hub = is_dataset(entry) and not os.path.isdir(entry)  # opened by the ranks: it may have to be fetched
         found |= is_on_hub or check_source(source, encode)
     if not found:
         raise UserError(f"data.path: no document in {', '.join(map(repr, data.path))}")

@@ -10,9 +10,11 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from errors import UserError, reading
+
+T = TypeVar("T")
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet", ".txt")
 TOKENS_META = "tokens.json"
@@ -20,6 +22,17 @@ TOKENS_META = "tokens.json"
 _MARKERS = (TOKENS_META, "dataset_info.json", "dataset_dict.json")
 _HUB_NAME = re.compile(r"(?P<owner>[\w.-]+)/[\w.-]+(?P<subset>:[\w.-]+)?")
 _ROOT = Path(__file__).resolve().parents[1]
+
+
+def each_read(file: object, parts: Iterator[T]) -> Iterator[T]:
+    """What an iterator makes of a file's bytes; what they make it raise is a UserError that names the file."""
+    while True:
+        with reading(file):
+            try:
+                part = next(parts)
+            except StopIteration:
+                return
+        yield part
 
 
 def suffix_of(file: str) -> str:
@@ -90,10 +103,8 @@ def cached(files: list[str], what: str, suffix: str, make: Callable[[Path], None
     `what` tells apart what is made of the same files. Raises UserError for a cache that cannot be written."""
     from filelock import FileLock
 
-    stats: list[Any] = []
-    for file in files:
-        with reading(file):
-            stats.append((file, os.stat(file).st_size, os.stat(file).st_mtime_ns))
+    with reading("data.path"):  # the system's errors name the file
+        stats: list[Any] = [(file, os.stat(file).st_size, os.stat(file).st_mtime_ns) for file in files]
     key = json.dumps(stats + [what] * bool(what)).encode()
     with _writing_the_cache() as folder:
         path = folder / (hashlib.sha256(key).hexdigest()[:32] + suffix)

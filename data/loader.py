@@ -222,8 +222,8 @@ class _Shares(IterableDataset[list[Row] | UserError]):
     def __iter__(self) -> Iterator[list[Row] | UserError]:
         info = get_worker_info()
         own = self._cursors[info.id :: info.num_workers] if info else self._cursors
-        slots = [self._packer.slot(cursor) for cursor in own]
         try:
+            slots = [self._packer.slot(cursor) for cursor in own]
             while True:
                 yield [slot.next_row(self._sequence_length) for slot in slots]
         except UserError as error:

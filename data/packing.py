@@ -4,9 +4,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
-from numpy.typing import NDArray
 
-from data.batch import Cursor, Row, Sample
+from data.batch import Cursor, Frame, Row, Sample
 from errors import UserError
 from models.ops.labels import IGNORED
 
@@ -79,37 +78,45 @@ class Share:
         return notes
 
 
-class _OpenRow:
-    """A row that is being filled from its beginning."""
-
-    def __init__(self, sequence_length: int) -> None:
-        self._tokens = np.empty(sequence_length, np.int32)
-        self._labels = np.empty(sequence_length, np.int32)
-        self._positions = np.empty(sequence_length, np.int32)
-        self._lengths: list[int] = []
-        self.room = sequence_length
-
-    def add(self, tokens: NDArray[np.int32], labels: NDArray[np.int32] | int) -> None:
-        length = len(tokens)
-        place = slice(len(self._tokens) - self.room, len(self._tokens) - self.room + length)
-        self._tokens[place], self._labels[place], self._positions[place] = tokens, labels, np.arange(length)
-        self._lengths.append(length)
-        self.room -= length
-
-    def close(self, filler: int, cursor: Cursor, notes: list[tuple[str, str]]) -> Row:
-        num_fillers = self.room
-        if num_fillers:
-            self.add(np.full(num_fillers, filler, np.int32), IGNORED)
-        return Row(self._tokens, self._labels, self._positions, self._lengths, num_fillers, cursor, notes)
+def _row(samples: list[Sample], sequence_length: int, filler: int, cursor: Cursor, share: Share) -> Row:
+    """Samples end to end, and fillers behind them. Their images and videos are decoded here, so that those of samples
+    that wait for a row take no memory."""
+    num_fillers = sequence_length - sum(len(sample.tokens) for sample in samples)
+    fillers = [Sample.of(np.full(num_fillers, filler, np.int32), False)] if num_fillers else []
+    parts, frames, pixels, begin = [], list[Frame](), [], 0
+    for sample in [*samples, *fillers]:
+        tokens, labels = sample.tokens, sample.labels
+        for medium in sample.media:
+            try:
+                pixels.append(medium.decode())
+            except BadSample as error:
+                # Only now, as its header was good. The row stays as it is, and so do the cursors of all to come: what
+                # they are depends on the data alone. But nothing is learnt from it.
+                if not share.skip_bad:
+                    raise
+                share.notes.append((error.reason, str(error)))
+                pixels.append(medium.grey())
+                labels = np.full_like(labels, IGNORED)
+            frames += [frame._replace(place=begin + frame.place) for frame in medium.frames]
+        parts.append((tokens, labels))
+        begin += len(tokens)
+    row_tokens, row_labels = (np.concatenate(values) for values in zip(*parts))
+    lengths = [len(tokens) for tokens, _ in parts]
+    shown = np.concatenate(pixels) if pixels else None
+    return Row(row_tokens, row_labels, lengths, num_fillers, cursor, share.take_notes(), frames, shown)
 
 
 def filler_row(sequence_length: int, filler: int) -> Row:
     """A row of nothing but fillers, for a rank that has fewer slots than another."""
-    return _OpenRow(sequence_length).close(filler, (), [])
+    return _row([], sequence_length, filler, (), Share(_nothing, 1))
+
+
+def _nothing(number: int) -> Sample:
+    raise AssertionError(f"sample {number} of a share that has none")
 
 
 class TextSlot:
-    """Documents end to end, cut where the row ends. Cursor: (sample, token offset in it).
+    """Documents end to end, cut where the row ends, or before an image there. Cursor: (sample, token offset in it).
 
     A document that the row's end cuts goes on in the next row as a document of its own. Its last token before the cut
     has a label nevertheless: the token after the cut. So in an epoch each token but a document's first is a label once.
@@ -123,17 +130,16 @@ class TextSlot:
 
     def next_row(self, sequence_length: int) -> Row:
         """Raises UserError for a share without usable samples, and for a cursor of other data."""
-        row = _OpenRow(sequence_length)
-        while row.room:
-            document = self._document or self._read()
-            if document is None:
+        pieces, room = [], sequence_length
+        while room and (document := self._document or self._read()):
+            piece = document.piece(self._offset, room)
+            pieces += [piece] if len(piece.tokens) else []
+            room -= len(piece.tokens)
+            self._document, self._offset = document, self._offset + len(piece.tokens)
+            if self._offset < len(document.tokens):  # cut: at the row's end, or before an image that needs more room
                 break
-            end = min(len(document.tokens), self._offset + row.room)
-            row.add(document.tokens[self._offset : end], document.labels[self._offset : end])
-            self._document, self._offset = document, end
-            if end == len(document.tokens):
-                self._number, self._offset, self._document = self._number + self._share.stride, 0, None
-        return row.close(self._filler, (self._number, self._offset), self._share.take_notes())
+            self._number, self._offset, self._document = self._number + self._share.stride, 0, None
+        return _row(pieces, sequence_length, self._filler, (self._number, self._offset), self._share)
 
     def _read(self) -> Sample | None:
         number, document = self._share.first_from(self._number)
@@ -160,41 +166,40 @@ class ChatSlot:
     """
 
     def __init__(self, share: Share, cursor: Cursor, filler: int) -> None:
-        """The share's samples fit into a row. `filler`: the token that fills it up."""
+        """The share's samples fit into a row. `filler`: the token that fills it up. Raises UserError for a cursor of
+        other data."""
         self._share, self._filler = share, filler
         self._number = cursor[0]
-        self._to_read = [number for number in cursor[1:] if number != NO_SAMPLE]  # waited when the cursor was taken
         self._pending: list[tuple[int, Sample]] = []
-
-    def next_row(self, sequence_length: int) -> Row:
-        """Raises UserError as TextSlot's does."""
-        row = _OpenRow(sequence_length)
-        self._refill()
-        while self._pending:
-            places = best_fill([len(sample.tokens) for _, sample in self._pending], row.room)
-            for place in places:
-                sample = self._pending[place][1]
-                row.add(sample.tokens, sample.labels)
-            self._pending = [kept for place, kept in enumerate(self._pending) if place not in places]
-            if self._pending:
-                break
-            self._refill()  # all of them fitted: there may be room for more
-        waiting = [number for number, _ in self._pending]
-        cursor = (self._number, *waiting, *[NO_SAMPLE] * (NUM_PENDING - len(waiting)))
-        return row.close(self._filler, cursor, self._share.take_notes())
-
-    def _refill(self) -> None:
-        for expected in self._to_read:
-            number, sample = self._share.first_from(expected)
+        for expected in (number for number in cursor[1:] if number != NO_SAMPLE):
+            number, sample = share.first_from(expected)
             if sample is None or number != expected:
                 raise UserError(
                     f"data: sample {expected}, for which the checkpoint waits, cannot be used: expected the data and "
                     "the tokenizer that the run began with"
                 )
             self._pending.append((number, sample))
-        if self._to_read:
-            self._to_read = []
-            self._share.take_notes()  # dropped: they were counted when the samples were first read
+        share.take_notes()  # dropped: they were counted when the samples were first read
+
+    def next_row(self, sequence_length: int) -> Row:
+        """Raises UserError for a share without usable samples."""
+        chosen: list[Sample] = []
+        room = sequence_length
+        self._refill()
+        while self._pending:
+            lengths = [len(sample.tokens) for _, sample in self._pending]
+            places = best_fill(lengths, room)
+            chosen += [self._pending[place][1] for place in places]
+            room -= sum(lengths[place] for place in places)
+            self._pending = [kept for place, kept in enumerate(self._pending) if place not in places]
+            if self._pending:
+                break
+            self._refill()  # all of them fitted: there may be room for more
+        waiting = [number for number, _ in self._pending]
+        cursor = (self._number, *waiting, *[NO_SAMPLE] * (NUM_PENDING - len(waiting)))
+        return _row(chosen, sequence_length, self._filler, cursor, self._share)
+
+    def _refill(self) -> None:
         while len(self._pending) < NUM_PENDING:
             self._number, sample = self._share.first_from(self._number)
             if sample is None:

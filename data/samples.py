@@ -44,6 +44,8 @@ class Samples:
         """`weights`: of the sources, or none. `seed`: None for the documents' own order."""
         self._sources, self._encode, self._seed = sources, encode, seed
         self._starts = list(itertools.accumulate(map(len, sources), initial=0))
+        self.num_documents = self._starts[-1]
+        """N."""
         bounds = np.rint(np.cumsum(weights) / (sum(weights) or 1) * _BLOCK)
         order = [permute(place, _BLOCK, (seed or 0) + _OTHER_SEEDS, 0) for place in range(_BLOCK if weights else 0)]
         self._source_of = np.searchsorted(bounds, order, side="right")  # place in a block -> source
@@ -51,11 +53,6 @@ class Samples:
         self._rank = np.zeros(len(order), np.int64)  # place in a block -> how many samples of the same source before
         for number, count in enumerate(self._counts):
             self._rank[self._source_of == number] = np.arange(count)
-
-    @property
-    def num_documents(self) -> int:
-        """N."""
-        return self._starts[-1]
 
     def find(self, sample: int) -> tuple[Source, int]:
         """The source of a sample, and the record's number there."""
@@ -74,15 +71,13 @@ class Samples:
 
     def read(self, sample: int) -> Sample:
         """Raises BadSample, which names the place of the record."""
-        return self._read(*self.find(sample))
-
-    def _read(self, source: Source, index: int) -> Sample:
+        source, index = self.find(sample)
         where = functools.partial(source.where, index)
-        sample = read_sample(functools.partial(source.__getitem__, index), self._encode, where)
-        if sample.note is not None:
-            reason, message = sample.note
-            sample = sample._replace(note=(reason, f"{where()}: {message}"))
-        return sample
+        read = read_sample(functools.partial(source.__getitem__, index), self._encode, where)
+        if read.note is None:
+            return read
+        reason, message = read.note
+        return read._replace(note=(reason, f"{where()}: {message}"))
 
 
 def read_sample(record: Callable[[], Record], encode: Callable[[Record], T], where: Callable[[], str]) -> T:

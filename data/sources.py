@@ -17,7 +17,7 @@ from typing import BinaryIO
 import numpy as np
 
 from config.options import Data
-from data.files import TOKENS_META, cached, find_files, is_dataset, refuse_misspelt, suffix_of
+from data.files import TOKENS_META, cached, each_read, find_files, is_dataset, refuse_misspelt, suffix_of
 from data.packing import BadSample
 from data.records import Record, Source, Whole
 from data.tables import ParquetFiles, SavedDataset, columns_of
@@ -134,19 +134,14 @@ def _lines(file: BinaryIO, name: str) -> Iterator[tuple[int, int, bytes]]:
     """Offset, line number from 1, and content of each line of two characters or more: fewer make no object. Of a line
     of more than _MAX_LINE bytes only the beginning is kept."""
     offset = number = 0
-    while True:
-        with reading(name):
-            line = file.readline(_MAX_LINE + 1)
-        if not line:
-            return
-        number += 1
-        if len(line.rstrip(b"\n")) > 1:
-            yield offset, number, line
+    is_rest = False  # of the line before
+    for line in each_read(name, iter(lambda: file.readline(_MAX_LINE + 1), b"")):
+        if not is_rest:
+            number += 1
+            if len(line.rstrip(b"\n")) > 1:
+                yield offset, number, line
         offset += len(line)
-        while len(line) > _MAX_LINE and not line.endswith(b"\n"):
-            with reading(name):
-                line = file.readline(_MAX_LINE + 1)
-            offset += len(line)
+        is_rest = not line.endswith(b"\n")
 
 
 class _TextFiles(Whole):
@@ -185,12 +180,7 @@ def _unpacked(file: str) -> str:
 
     def make(path: Path) -> None:
         with _open_packed(file) as packed, open(path, "wb") as plain:
-            while True:
-                with reading(file):
-                    block = packed.read(1 << 20)
-                if not block:
-                    return
-                plain.write(block)
+            plain.writelines(each_read(file, iter(lambda: packed.read(1 << 20), b"")))
 
     return str(cached([file], "", ".jsonl", make))
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from config.options import Data
-from data.files import cached
+from data.files import cached, each_read
 from data.packing import BadSample
 from data.records import Record, Whole
 from errors import UserError, reading
@@ -99,11 +99,8 @@ class ParquetFiles:
 
     def head(self) -> Iterator[tuple[str, Callable[[], Record]]]:
         for file in self._files:
-            row = 0
-            for batch in _parquet_batches(file, *self._columns, size=16):
-                for place in range(len(batch)):
-                    row += 1
-                    yield f"{file}, row {row}", functools.partial(_row, batch.slice(place, 1))
+            for row, batch in enumerate(_parquet_batches(file, *self._columns, size=1), start=1):
+                yield f"{file}, row {row}", functools.partial(_row, batch)
 
 
 def _parquet(file: str) -> Any:
@@ -128,12 +125,7 @@ def _parquet_batches(file: str, key: str, name: str, others: list[str], size: in
         batches = itertools.chain.from_iterable(
             parquet.iter_batches(size, [group], columns) for group in range(parquet.num_row_groups)
         )
-        while True:
-            with reading(file):
-                batch = next(batches, None)
-                batch = batch and batch.cast(schema)
-            if batch is None:
-                break
+        for batch in each_read(file, (batch.cast(schema) for batch in batches)):
             num_rows += len(batch)
             yield batch
     if num_rows != parquet.metadata.num_rows:

@@ -11,6 +11,7 @@ Reads what [data] describes (format "text"), in the files' order. FOLDER then ta
 The end-of-document token is not stored: `data.end_of_document` appends it when it is read.
 """
 
+import functools
 import json
 import multiprocessing
 import os
@@ -18,6 +19,7 @@ import shutil
 import sys
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -25,10 +27,9 @@ import numpy as np
 from config.reading import load_config, model_config
 from data.check import check_data
 from data.files import TOKENS_META
-from data.packing import BadSample, Share
-from data.samples import EncodeText, Samples, check_source
-from data.sources import open_sources
-from data.tokenizer import num_ids, read_tokenizer, tokenizer_identity
+from data.packing import Share
+from data.samples import Samples, open_samples
+from data.tokenizer import load_tokenizer, num_ids, tokenizer_identity
 from errors import OneLineParser, UserError, exit_on_error
 
 _SHARD = 100_000  # documents
@@ -36,7 +37,7 @@ _SHARD = 100_000  # documents
 Notes = list[tuple[str, str]]  # reason and message of each document that was skipped
 
 
-def _write_shard(samples: Samples, shard: int, skip_bad: bool, dtype: str, folder: Path) -> tuple[int, int, Notes]:
+def _write_shard(samples: Samples, skip_bad: bool, dtype: str, folder: Path, shard: int) -> tuple[int, int, Notes]:
     """Returns the numbers of documents and of tokens, and what was skipped."""
     end = min((shard + 1) * _SHARD, samples.num_documents)
     share = Share(samples.read, stride=1, end=end, skip_bad=skip_bad, max_bad=_SHARD)
@@ -64,27 +65,18 @@ def main(argv: list[str]) -> None:
         raise UserError(f"data.format = {data.format!r}, weights = {list(data.weights)}: expected 'text' and none")
     if out.exists():
         raise UserError(f"--out = {str(out)!r} exists: expected a folder that does not")
-    tokenizer = read_tokenizer(data.tokenizer)
-    sources, encode = open_sources(data), EncodeText(data.text_key, tokenizer, None)
-    for source in sources:
-        check_source(source, encode)
-    samples = Samples(sources, (), encode, None)
-    dtype = "<u2" if num_ids(tokenizer) <= 1 << 16 else "<u4"
+    tokenizer = load_tokenizer(data.tokenizer)
+    in_order = replace(data, shuffle=False, end_of_document=False)
+    samples = open_samples(in_order, tokenizer, config.training.sequence_length, config.job.seed)
+    dtype = "<u2" if num_ids(tokenizer.backend_tokenizer) <= 1 << 16 else "<u4"
     unfinished = out.with_name(f".{out.name}")
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir(parents=True)
     documents, tokens, skipped = [], [], Counter[str]()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the other cores belong to other workers
     with ProcessPoolExecutor(options.workers, multiprocessing.get_context("forkserver")) as pool:
-        futures = [
-            pool.submit(_write_shard, samples, shard, data.on_bad_sample == "skip", dtype, unfinished)
-            for shard in range(-(-samples.num_documents // _SHARD))
-        ]
-        for future in futures:
-            try:
-                num_documents, num_tokens, notes = future.result()
-            except BadSample as error:  # not raised here, so taken for a bug otherwise
-                raise UserError(str(error)) from None
+        write = functools.partial(_write_shard, samples, data.on_bad_sample == "skip", dtype, unfinished)
+        for num_documents, num_tokens, notes in pool.map(write, range(-(-samples.num_documents // _SHARD))):
             documents.append(num_documents)
             tokens.append(num_tokens)
             skipped.update(reason for reason, _ in notes)

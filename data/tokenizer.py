@@ -69,11 +69,9 @@ def _is_text(text: str) -> bool:
 
 def chat_template(folder: str) -> str | dict[str, str] | None:
     """The template, or those by name; as in transformers, chat_template.jinja comes before tokenizer_config.json."""
+    paths = {path.stem: path for path in sorted(Path(folder, "additional_chat_templates").glob("*.jinja"))}
     found = {}
-    for name, path in (
-        ("default", Path(folder, "chat_template.jinja")),
-        *((path.stem, path) for path in sorted(Path(folder, "additional_chat_templates").glob("*.jinja"))),
-    ):
+    for name, path in {"default": Path(folder, "chat_template.jinja"), **paths}.items():
         if path.is_file():
             with reading(path):
                 found[name] = path.read_text(encoding="utf-8")

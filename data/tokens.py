@@ -56,10 +56,6 @@ class TokenisedCorpus(Whole):
     def _files(self, shard: int) -> tuple[Path, Path]:
         return Path(self._folder, f"{shard:05}.tokens"), Path(self._folder, f"{shard:05}.ends")
 
-    def _shard(self, shard: int) -> tuple[NDArray[np.unsignedinteger], NDArray[np.int64]]:
-        tokens, ends = self._files(shard)
-        return _mapped(tokens, self._dtype), _mapped(ends, "<i8")
-
     def _check_contents(self, tokenizer: str) -> None:
         """All tokens are the tokenizer's, and the ends are in order: looked at once, and again when a file changes."""
         size = num_ids(read_tokenizer(tokenizer))
@@ -84,7 +80,8 @@ class TokenisedCorpus(Whole):
 
     def __getitem__(self, index: int) -> NDArray[np.unsignedinteger]:
         shard = bisect.bisect_right(self._starts, index) - 1
-        place, (tokens, ends) = index - self._starts[shard], self._shard(shard)
+        tokens, ends = map(_mapped, self._files(shard), (self._dtype, "<i8"))
+        place = index - self._starts[shard]
         return tokens[ends[place - 1] if place else 0 : ends[place]]
 
     def where(self, index: int) -> str:

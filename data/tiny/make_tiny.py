@@ -24,19 +24,6 @@ SPLIT = (
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 
-# ChatML: a turn is <|im_start|>role, newline, text, <|im_end|>, newline.
-CHAT_TEMPLATE = """\
-{%- for message in messages %}
-    {%- if message.role not in ("system", "user", "assistant") %}
-        {{- raise_exception("role must be system, user or assistant, not " ~ message.role) }}
-    {%- endif %}
-    {{- "<|im_start|>" ~ message.role ~ "\\n" ~ message.content ~ "<|im_end|>\\n" }}
-{%- endfor %}
-{%- if add_generation_prompt %}
-    {{- "<|im_start|>assistant\\n" }}
-{%- endif %}
-"""
-
 
 def module_documentation(name: str, source: str) -> str:
     """The docstrings of a module's public classes and functions, each below its signature; empty if it has none."""
@@ -93,26 +80,13 @@ def train_tokenizer(documents: list[str]) -> Tokenizer:
 
 
 def main() -> None:
-    """Writes python_reference.jsonl, its licence and tokenizer/ beside this file."""
+    """Writes python_reference.jsonl, its licence and tokenizer/tokenizer.json beside this file."""
     folder, library = Path(__file__).resolve().parent, Path(sysconfig.get_path("stdlib"))
     documents = python_documents(library)
     with open(folder / "python_reference.jsonl", "w", encoding="utf-8") as file:
         file.writelines(json.dumps({"text": document}, ensure_ascii=False) + "\n" for document in documents)
     shutil.copyfile(library / "LICENSE.txt", folder / "LICENSE.txt")
-
-    (folder / "tokenizer").mkdir(exist_ok=True)
-    tokenizer = train_tokenizer(documents)
-    tokenizer.save(str(folder / "tokenizer" / "tokenizer.json"))
-    settings = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "eos_token": "<|endoftext|>",  # ends a document, as in Qwen's base models; a chat's turn ends with <|im_end|>
-        "pad_token": "<|endoftext|>",
-        "additional_special_tokens": ["<|im_start|>", "<|im_end|>"],
-        "clean_up_tokenization_spaces": False,
-        "model_max_length": 262144,
-    }
-    (folder / "tokenizer" / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n")
-    (folder / "tokenizer" / "chat_template.jinja").write_text(CHAT_TEMPLATE)
+    train_tokenizer(documents).save(str(folder / "tokenizer" / "tokenizer.json"))
 
 
 if __name__ == "__main__":

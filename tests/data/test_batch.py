@@ -3,7 +3,7 @@
 import numpy as np
 import torch
 
-from data.batch import MicroBatch, Row, RowImages, Sample
+from data.batch import Frame, Medium, MicroBatch, Row, Sample
 from models.ops.labels import IGNORED
 from tests.models.qwen35_moe.vision_shapes import random_pixels, tiny_vision
 
@@ -13,8 +13,8 @@ def ints(*values: int) -> np.ndarray:
 
 
 ROWS = [
-    Row(ints(5, 6, 7, 0), ints(6, 7, IGNORED, IGNORED), ints(0, 1, 2, 0), [3, 1], 1, (0, 1), []),
-    Row(ints(8, 9, 8, 9), ints(9, IGNORED, 9, IGNORED), ints(0, 1, 0, 1), [2, 2], 0, (2, 3), []),
+    Row(ints(5, 6, 7, 0), ints(6, 7, IGNORED, IGNORED), [3, 1], 1, (0, 1), []),
+    Row(ints(8, 9, 8, 9), ints(9, IGNORED, 9, IGNORED), [2, 2], 0, (2, 3), []),
 ]
 
 
@@ -52,27 +52,45 @@ def test_a_micro_batch_moves_whole():
 VISION = tiny_vision()
 
 
-def with_images(row: Row, *grids: tuple[int, int], places: list[int]) -> Row:
-    pixels = random_pixels(VISION, list(grids)).numpy()
-    positions = np.stack([row.positions] * 3)
-    return row._replace(positions=positions, images=RowImages(pixels, list(grids), np.array(places)))
+def shown(row: Row, *frames: Frame) -> Row:
+    return row._replace(frames=frames, pixels=random_pixels(VISION, [(h, w) for _, h, w in frames]).numpy())
 
 
 def test_frames_of_all_rows_stand_at_their_places():
-    rows = [with_images(ROWS[0], (2, 2), (2, 2), places=[0, 2]), with_images(ROWS[1], (2, 4), places=[1, 2])]
+    rows = [shown(ROWS[0], Frame(0, 2, 2), Frame(2, 2, 2)), shown(ROWS[1], Frame(0, 2, 4))]
     batch = MicroBatch.of(rows, may_fill=True, vision=VISION)
-    assert batch.positions.shape == (3, 8)
     assert batch.patches.frames.lengths() == [4, 4, 8]
-    assert batch.patches.places.tolist() == [0, 2, 5, 6]
-    assert torch.equal(batch.patches.pixels, torch.from_numpy(np.concatenate([row.images.pixels for row in rows])))
+    assert batch.patches.places.tolist() == [0, 2, 4, 5]
+    assert torch.equal(batch.patches.pixels, torch.from_numpy(np.concatenate([row.pixels for row in rows])))
     assert batch.patches.grid[:, :8].tolist() == [[0, 0, 1, 1] * 2, [0, 1] * 4, [2] * 8, [2] * 8]
     assert batch.patches.grid[:, 8:].tolist() == [[0, 0, 1, 1] * 2, [0, 1, 0, 1, 2, 3, 2, 3], [2] * 8, [4] * 8]
+    # Time, height, width, from 0 in each document.
+    assert batch.positions.tolist() == [[0, 1, 2, 0, 0, 0, 0, 1], [0, 1, 2, 0, 0, 0, 0, 1], [0, 1, 2, 0, 0, 1, 0, 1]]
     moved = batch.to(torch.device("meta")).patches
     assert {t.device.type for t in (moved.pixels, moved.grid, moved.places, moved.frames.cu_seqlens)} == {"meta"}
 
 
 def test_without_images_there_is_a_frame_that_goes_nowhere():
-    rows = [row._replace(positions=np.stack([row.positions] * 3)) for row in ROWS]
-    patches = MicroBatch.of(rows, may_fill=True, vision=VISION).patches
+    batch = MicroBatch.of(ROWS, may_fill=True, vision=VISION)
+    patches = batch.patches
     assert (len(patches.pixels), patches.frames.lengths(), patches.places.tolist()) == (4, [4], [])
+    assert batch.positions.tolist() == [[0, 1, 2, 0, 0, 1, 0, 1]] * 3
     assert MicroBatch.of(ROWS, may_fill=True).patches is None
+
+
+def test_a_piece_holds_images_whole():
+    """Tokens 2 to 5 are one, 7 to 9 another, of which token 7 begins and 8 is the frame's own."""
+    media = [Medium(2, 6, [Frame(3, 2, 4)], list, 6), Medium(7, 10, [Frame(8, 2, 2)], list, 6)]
+    sample = Sample.of(np.arange(12, dtype=np.int32))._replace(media=media)
+    pieces, begin = [], 0
+    while begin < 12:
+        pieces.append(sample.piece(begin, 5))
+        begin += len(pieces[-1].tokens)
+    assert [piece.tokens.tolist() for piece in pieces] == [[0, 1], [2, 3, 4, 5, 6], [7, 8, 9, 10, 11]]
+    assert [[(m.begin, m.end, m.frames[0].place) for m in piece.media] for piece in pieces] == [
+        [],
+        [(0, 4, 1)],
+        [(0, 3, 1)],
+    ]
+    assert pieces[0].labels.tolist() == [1, 2]  # the token after the cut, as in any document
+    assert len(sample.piece(7, 2).tokens) == 0
