@@ -1,7 +1,7 @@
 """Images: their size from the header alone, their pixels as patches, and the rules of both from the processor's files.
 
-Pixels stay uint8 here; the model makes (x - 127.5) / 127.5 of them. With that they equal transformers' PIL image
-processor bit for bit.
+Pixels stay uint8 here; the model makes x / 127.5 - 1 of them in float32. With that they equal transformers' PIL image
+processor bit for bit; (x - 127.5) / 127.5 is off by a rounding in half of the values.
 
 Shapes: P patches, F frames, H and W height and width, C channels (3), h and w patches along a merge block's side.
 """
