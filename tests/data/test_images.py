@@ -304,12 +304,12 @@ def reason_of(source: str | bytes) -> str:
     try:
         size = fit_image(*image_size(source), SMALL)
         image_patches(source, *size, SMALL)
+        return ""
     except BadSample as error:
-        assert len(str(error).splitlines()) == 1
-        if isinstance(source, str):
-            assert repr(source).strip("'") in str(error)
-        return error.reason
-    return ""
+        bad = error
+    assert len(str(bad).splitlines()) == 1
+    assert isinstance(source, bytes) or repr(source).strip("'") in str(bad)
+    return bad.reason
 
 
 def test_what_is_no_file(tmp_path: Path) -> None:
