@@ -23,6 +23,10 @@ REASONS = (
     "unrendered",
     "unused_field",
     "ignored_field",  # the rest of it is trained on
+    "missing_file",
+    "broken_image",
+    "broken_video",
+    "oversized",
     "failed",
 )
 
