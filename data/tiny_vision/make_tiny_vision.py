@@ -29,10 +29,10 @@ COLOURS = {
     "purple": (160, 40, 190),
     "black": (15, 15, 15),
 }
-BACKGROUNDS = ((255, 255, 255), (228, 228, 228), (214, 236, 244))
+BACKGROUNDS = ((255, 255, 255), (228, 228, 228))
 SHAPES = ("circle", "square", "triangle", "cross")
 NUMBERS = ("one", "two", "three")
-HEIGHTS_AND_WIDTHS = [(64, 64)] * 7 + [(64, 96), (96, 64), (96, 96)]
+HEIGHTS_AND_WIDTHS = [(64, 64)] * 9 + [(64, 96), (96, 64), (96, 96)]
 
 # A digit is drawn on six points, two columns of three rows, by lines between them: from (row, column) to (row, column).
 LINES = {
@@ -87,7 +87,7 @@ CHAT_TEMPLATE = """\
                 {{- raise_exception("a part of a content must be a text, an image or a video") }}
             {%- endif %}
         {%- endfor %}
-    {%- else %}
+    {%- elif content is defined and content is not none %}
         {{- raise_exception("a content must be a text or a list of parts") }}
     {%- endif %}
 {%- endmacro %}
@@ -165,11 +165,11 @@ def mask(thing: Thing, height: int, width: int) -> np.ndarray:
         return (abs(below) <= radius) & (2 * abs(right) <= below + radius)
     if thing.name == "cross":
         return (np.minimum(abs(below), abs(right)) <= radius // 3) & (np.maximum(abs(below), abs(right)) <= radius)
-    covered, thick = np.zeros((height, width), bool), radius // 8 + 1
+    covered, thick = np.zeros((height, width), bool), radius // 6
     for name, line in LINES.items():
         if name not in NOT_IN_DIGIT[int(thing.name)]:
             top, bottom = ((row - 1) * (radius - thick) for row in line[::2])
-            left, far = ((2 * column - 1) * (radius // 2 - thick + 2) for column in line[1::2])
+            left, far = ((2 * column - 1) * (radius * 2 // 3 - thick) for column in line[1::2])
             in_rows = (below >= top - thick) & (below <= bottom + thick)
             covered |= in_rows & (right >= left - thick) & (right <= far + thick)
     return covered
@@ -202,9 +202,9 @@ class Artist:
             thing = Thing(
                 name or self.random.choice(SHAPES),
                 colour or self.random.choice([*COLOURS]),
-                height // 2 + self.random.randint(-4, 4),
-                width // 2 + self.random.randint(-4, 4),
-                self.random.randint(16, 26),
+                height // 2 + self.random.randint(-3, 3),
+                width // 2 + self.random.randint(-3, 3),
+                self.random.randint(20, 27),
             )
             if (picture := self._new([thing], height, width)) is not None:
                 return thing, picture
@@ -306,13 +306,13 @@ def _turn(parts: list[Part], answer: str) -> list[Message]:
 
 
 KINDS: dict[Callable[[Artist], Chat], int] = {  # and how many of a hundred chats are of each
-    Artist.colour: 30,
-    Artist.shape: 24,
-    Artist.digit: 16,
-    Artist.two_turns: 10,
+    Artist.shape: 32,
+    Artist.colour: 20,
+    Artist.digit: 18,
+    Artist.two_turns: 12,
     Artist.which: 8,
-    Artist.count: 8,
-    Artist.colour_of_two: 4,
+    Artist.count: 7,
+    Artist.colour_of_two: 3,
 }
 
 _PART = pa.struct([("type", pa.string()), ("text", pa.string())])
