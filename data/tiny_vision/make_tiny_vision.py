@@ -194,6 +194,14 @@ class Artist:
     def __init__(self, seed: int) -> None:
         self.random = random.Random(seed)
         self._drawn = set[bytes]()
+        self._decks: dict[tuple[str, ...], list[str]] = {}
+
+    def deal(self, *cards: str) -> str:
+        """One of the cards, from a deck that is shuffled again when it is empty: all come equally often."""
+        deck = self._decks.setdefault(cards, [])
+        if not deck:
+            deck += self.random.sample(cards, len(cards))
+        return deck.pop()
 
     def one_of(self, name: str | None = None, colour: str | None = None) -> tuple[Thing, bytes]:
         """One large thing near the centre: a shape, unless its name is said."""
@@ -249,22 +257,22 @@ class Artist:
         return [_text(self.random.choice(["Look at this: ", "Here is a picture: "])), image, _text(" " + question)]
 
     def colour(self) -> Chat:
-        thing, picture = self.one_of()
+        thing, picture = self.one_of(colour=self.deal(*COLOURS))
         question = self.random.choice(["What colour is it?", f"What colour is the {thing.name}?"])
         return Chat(_turn(self.ask(question), thing.colour), [picture])
 
     def shape(self) -> Chat:
-        thing, picture = self.one_of()
+        thing, picture = self.one_of(self.deal(*SHAPES))
         return Chat(_turn(self.ask("What shape is it?"), thing.name), [picture])
 
     def digit(self) -> Chat:
-        thing, picture = self.one_of(str(self.random.randrange(10)))
+        thing, picture = self.one_of(self.deal(*map(str, NOT_IN_DIGIT)))
         return Chat(_turn(self.ask("Which digit is it?"), thing.name), [picture])
 
     def count(self) -> Chat:
-        number = self.random.randint(1, 3)
-        _, picture = self.several(number)
-        return Chat(_turn(self.ask("How many shapes are there?"), NUMBERS[number - 1]), [picture])
+        number = self.deal(*NUMBERS)
+        _, picture = self.several(NUMBERS.index(number) + 1)
+        return Chat(_turn(self.ask("How many shapes are there?"), number), [picture])
 
     def colour_of_two(self) -> Chat:
         things, picture = self.several(2)
@@ -274,14 +282,14 @@ class Artist:
         """Two pictures, of which one has the colour that is asked for."""
         colours = self.random.sample([*COLOURS], 2)
         pictures = [self.one_of(colour=colour)[1] for colour in colours]
-        number = self.random.randrange(2)
-        question = _text(f"Which one is {colours[number]}, the first or the second?")
+        which = self.deal("first", "second")
+        question = _text(f"Which one is {colours[which == 'second']}, the first or the second?")
         image: Part = {"type": "image", "text": None}
         if self.random.randrange(4):
             parts = [image, image, question]
         else:
             parts = [_text("First: "), image, _text(" Second: "), image, _text(" "), question]
-        return Chat(_turn(parts, ("first", "second")[number]), pictures)
+        return Chat(_turn(parts, which), pictures)
 
     def two_turns(self) -> Chat:
         """Two questions about one picture, or the same question about two."""
@@ -305,7 +313,7 @@ def _turn(parts: list[Part], answer: str) -> list[Message]:
     return [{"role": "user", "content": parts}, {"role": "assistant", "content": [_text(answer)]}]
 
 
-KINDS: dict[Callable[[Artist], Chat], int] = {  # and how many of a hundred chats are of each
+KINDS: dict[Callable[[Artist], Chat], int] = {  # and how many of each hundred chats are of each
     Artist.shape: 32,
     Artist.colour: 20,
     Artist.digit: 18,
@@ -324,8 +332,10 @@ SCHEMA = pa.schema([("messages", pa.list_(_MESSAGE)), ("images", pa.list_(_IMAGE
 def draw_chats(seed: int = SEED) -> tuple[list[Chat], list[Chat]]:
     """The chats to train on and those held out, none of whose pictures is among the first."""
     artist = Artist(seed)
-    kinds = artist.random.choices([*KINDS], [*KINDS.values()], k=NUM_TRAIN + NUM_HELD_OUT)
-    chats = [kind(artist) for kind in kinds]
+    hundred = [kind for kind, number in KINDS.items() for _ in range(number)]
+    chats: list[Chat] = []
+    while len(chats) < NUM_TRAIN + NUM_HELD_OUT:
+        chats += [kind(artist) for kind in artist.random.sample(hundred, len(hundred))]
     return chats[:NUM_TRAIN], chats[NUM_TRAIN:]
 
 

@@ -25,7 +25,7 @@ from data.tokenizer import PROBES, load_tokenizer, verify_tokenizer
 FOLDER = Path(__file__).resolve().parents[2] / "data" / "tiny_vision"
 TINY_TOKENIZER = FOLDER.parent / "tiny" / "tokenizer"
 NAMES = {200: "red", 10: "green", 2: "blue", 220: "yellow", 102: "purple", 0: "black"}  # in which third each channel is
-SEGMENTS = "1110111 0010010 1011101 1011011 0111010 1101011 1101111 1010010 1111111 1111011".split()
+SEGMENTS = (119, 18, 93, 91, 58, 107, 111, 82, 127, 123)  # of 0 to 9: seven bits, row by row
 PICTURE, CLIP = "<|vision_start|><|image_pad|><|vision_end|>", "<|vision_start|><|video_pad|><|vision_end|>"
 
 
@@ -48,7 +48,7 @@ def digit_in(covered):
         (low, right),
         (height - 2, middle),
     ]
-    return str(SEGMENTS.index("".join(str(int(covered[point])) for point in points)))
+    return str(SEGMENTS.index(int("".join(str(int(covered[point])) for point in points), base=2)))
 
 
 def shape_in(covered):
