@@ -241,16 +241,15 @@ class ChatTemplate:
         others the marker is put after this `share` of them."""
         fields: list[Field] = []
 
-        def replace(number: int, kind: str, text: str) -> str:
-            fields.append(Field(number, kind, text, None))
+        def marker(number: int, kind: str, text: str, cut: int | None = None) -> str:
+            fields.append(Field(number, kind, text, cut))
             return f"{_OPEN}{len(fields) - 1}{_CLOSE}"
 
         def insert(number: int, kind: str, text: str) -> str:
             if not text.strip():
                 return text
             cut = len(text) - len(text.lstrip()) + int(len(text.strip()) * share)
-            fields.append(Field(number, kind, text, cut))
-            return f"{text[:cut]}{_OPEN}{len(fields) - 1}{_CLOSE}{text[cut:]}"
+            return text[:cut] + marker(number, kind, text, cut) + text[cut:]
 
         def insert_all(number: int, value: Any) -> Any:
             if isinstance(value, str):
@@ -261,13 +260,13 @@ class ChatTemplate:
 
         marked, marked_tools = copy.deepcopy(messages), copy.deepcopy(tools)
         for number, message in enumerate(marked):
-            mark = replace if message["role"] == "assistant" else insert
+            mark = marker if message["role"] == "assistant" else insert
             for kind in (self._reasoning, "content"):
                 if message.get(kind, "").strip():
                     message[kind] = mark(number, kind, message[kind])
             for call in message.get("tool_calls", []):
                 function = call["function"]
-                function["name"] = replace(number, "tool_call", function["name"])
+                function["name"] = marker(number, "tool_call", function["name"])
                 function["arguments"] = insert_all(number, function["arguments"])
         for tool in marked_tools or []:
             function = tool.get("function", tool) if isinstance(tool, dict) else None

@@ -12,10 +12,8 @@ FIELDS: dict[str, str] = {
     **dict.fromkeys(("reasoning_content", "reasoning", "thinking"), "reasoning"),
     "function_call": "tool_calls",
     **dict.fromkeys(("name", "tool_call_id"), "passed on"),
-    **dict.fromkeys(
-        ("weight", "train", "training", "trainable", "do_train", "loss", "loss_mask", "loss_weight", "loss_scale"),
-        "weight",
-    ),
+    **dict.fromkeys(("weight", "train", "training", "trainable", "do_train"), "weight"),
+    **dict.fromkeys(("loss", "loss_mask", "loss_weight", "loss_scale"), "weight"),
     "masked": "weight, the other way round",
     **dict.fromkeys(("id", "message_id", "uuid", "parent_id", "index", "metadata", "annotations"), "ignored"),
     **dict.fromkeys(("created", "created_at", "timestamp", "date", "model", "lang", "language"), "ignored"),

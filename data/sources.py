@@ -25,7 +25,6 @@ from data.tokens import TokenisedCorpus
 from errors import UserError, reading
 
 _MAX_LINE = 1 << 26  # bytes: what is longer is no document, and would not fit into memory as tokens
-_BOM = b"\xef\xbb\xbf"
 
 
 def open_sources(data: Data) -> list[Source]:
@@ -119,8 +118,7 @@ def _parsed(line: bytes, is_first: bool) -> Record:
     if len(line) > _MAX_LINE:
         raise BadSample("too_long", f"is a line of more than {_MAX_LINE:,} bytes")
     try:
-        text = line.removeprefix(_BOM if is_first else b"").decode("utf-8")
-        record = json.loads(text)
+        record = json.loads(line.decode("utf-8-sig" if is_first else "utf-8"))
     except UnicodeDecodeError as error:
         raise BadSample("undecodable", f"is not UTF-8: {error}") from None
     except (ValueError, RecursionError) as error:

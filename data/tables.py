@@ -151,18 +151,15 @@ def _plain_type(kind: "pa.DataType") -> "pa.DataType":
 
 
 def _arrow_file(file: str, key: str, name: str, others: list[str]) -> Path:
-    """The Arrow file with the needed columns of a Parquet file."""
+    """The Arrow file with the needed columns of a Parquet file that has rows."""
     import pyarrow as pa
 
     def make(path: Path) -> None:
-        writer = None
-        with open(path, "wb") as sink:
-            for batch in _parquet_batches(file, key, name, others, size=1024):
-                if writer is None:
-                    writer = pa.ipc.new_file(sink, batch.schema)
+        batches = _parquet_batches(file, key, name, others, size=1024)
+        first = next(batches)
+        with open(path, "wb") as sink, pa.ipc.new_file(sink, first.schema) as writer:
+            for batch in itertools.chain([first], batches):
                 writer.write_batch(batch)
-            if writer is not None:
-                writer.close()
 
     return cached([file], "-".join([name, *others]), ".arrow", make)
 
@@ -183,7 +180,6 @@ class SavedDataset(Whole):
 
     def __init__(self, entry: str, split: str, key: str, name: str, others: list[str]) -> None:
         self._entry, self._split, self._columns = entry, split, (key, name, others)
-        self.is_local = os.path.isdir(entry)
 
     @functools.cached_property
     def _table(self) -> "datasets.Dataset":
@@ -191,8 +187,9 @@ class SavedDataset(Whole):
 
         datasets.disable_progress_bars()
         name, _, subset = self._entry.partition(":")
+        is_local = os.path.isdir(self._entry)
         with reading(f"data.path: {self._entry}"):
-            table = datasets.load_from_disk(name) if self.is_local else datasets.load_dataset(name, subset or None)
+            table = datasets.load_from_disk(name) if is_local else datasets.load_dataset(name, subset or None)
         if isinstance(table, dict):
             if self._split not in table:
                 names = ", ".join(table)
