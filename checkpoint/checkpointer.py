@@ -18,7 +18,7 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import timedelta
 from math import prod
@@ -34,9 +34,9 @@ from torch.distributed.checkpoint.staging import BlockingAsyncStager
 from checkpoint import directories
 from checkpoint.export import export_to_hf
 from checkpoint.hf_assets import SAMPLE, read_base, write_checkpoint_assets
+from checkpoint.hf_reader import fill
 from checkpoint.identity import RUN, Run, describe_run, difference, read_run
 from checkpoint.tensors.dcp import read_dcp
-from checkpoint.tensors.stored import StoredTensor
 from config.options import Config
 from config.reading import resolved_toml
 from data.chat import end_of_turn_id
@@ -165,7 +165,8 @@ class Checkpointer:
             if not same[name.startswith(("model.", "optimizer."))]:
                 raise UserError(f"checkpoint {path}: {name!r} is of {stored[name].dtype}")
         new_data = not weights_only and self._from_rank_0(lambda: self._has_new_data(path))
-        self._on_all_ranks(lambda: _fill(state, stored))
+        # DCP itself would unpickle the checkpoint's index, and trust it.
+        self._on_all_ranks(lambda: fill(state, stored, local_region))
         self._base = read_base(path)
         if weights_only:
             logger.info(f"starts with the weights of {path}")
@@ -344,15 +345,6 @@ def _train_state(step: int, tokens_seen: int, data_cursors: torch.Tensor) -> dic
         "train.data_cursors": data_cursors,
         "train.rng_state": torch.get_rng_state(),
     }
-
-
-@torch.no_grad()
-def _fill(state: Mapping[str, torch.Tensor], stored: Mapping[str, StoredTensor]) -> None:
-    """Reads this rank's part of every tensor of `state`. (DCP would unpickle the checkpoint's index, and trust it.)"""
-    for name, tensor in state.items():
-        local, box = local_region(tensor)
-        if local.numel():
-            local.copy_(stored[name].read(box))
 
 
 def _make_folder(unfinished: Path) -> None:
