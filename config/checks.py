@@ -24,7 +24,7 @@ def check_config(config: Config, world_size: int) -> None:
     _check_schedule(config.lr_scheduler)
     _check_kernels(config, shape)
 
-    check_data(config, shape.vocab_size)
+    check_data(config, shape.vocab_size, shape.vision)
     _check_paths(config)
 
 

@@ -9,6 +9,7 @@ A loaded Config holds absolute paths only, so a stored `config.toml` means the s
 """
 
 import ast
+import contextlib
 import dataclasses
 import difflib
 import inspect
@@ -27,7 +28,7 @@ import tomli_w
 from config.options import Config
 from data.files import is_dataset, matches
 from errors import UserError
-from models.qwen35_moe.config import ModelConfig
+from models.qwen35_moe.config import ModelConfig, read_config
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -80,16 +81,33 @@ def resolved_toml(config: Config) -> str:
 
 
 def model_config(config: Config) -> ModelConfig:
-    """The model's shape, from `model.path` or `model.config`. Raises UserError."""
+    """The model's shape, from `model.path` or `model.config`, with its tower if the run uses it. Raises UserError."""
     if config.model.path and not Path(config.model.path, "config.json").is_file():
         raise UserError(f"model.path = {config.model.path!r}: expected a directory with a config.json")
+    uses_vision = bool(config.model.path) and _uses_vision(config)
     try:
         if config.model.path:
-            return ModelConfig.from_pretrained(config.model.path)
-        return ModelConfig.from_table(config.model.config)
+            return ModelConfig.from_pretrained(config.model.path, uses_vision)
+        shape = ModelConfig.from_table(config.model.config)
+        if config.model.vision == "on" and shape.vision is None:
+            raise UserError("model.vision = 'on': expected a vision_config")
+        return replace(shape, vision=None) if config.model.vision == "off" else shape
     except UserError as error:
         source = f"model.path = {config.model.path!r}" if config.model.path else "model.config"
         raise UserError(f"{source}: {str(error).removeprefix('model config: ')}") from error
+
+
+def _uses_vision(config: Config) -> bool:
+    """Whether the tower of `model.path` is part of the model."""
+    if config.model.vision != "auto":
+        return config.model.vision == "on"
+    with contextlib.suppress(UserError):  # what is wrong with the file is told by whoever reads its text part
+        has_tower = bool(read_config(Path(config.model.path, "config.json")).get("vision_config"))
+        if has_tower:
+            from data.samples import shows_media
+
+            return shows_media(config)
+    return False
 
 
 def _with_absolute_paths(config: Config) -> Config:
@@ -112,7 +130,12 @@ def _with_absolute_paths(config: Config) -> Config:
         config,
         job=replace(job, output_dir=absolute(job.output_dir)),
         model=model,
-        data=replace(data, path=entries(data.path), tokenizer=readable(data.tokenizer) or model.path),
+        data=replace(
+            data,
+            path=entries(data.path),
+            tokenizer=readable(data.tokenizer) or model.path,
+            image_folder=readable(data.image_folder or "."),
+        ),
         validation=replace(config.validation, path=entries(config.validation.path)),
         checkpoint=replace(checkpoint, resume=resume, start_from=readable(checkpoint.start_from)),
     )

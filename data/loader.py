@@ -29,6 +29,7 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 
 from config.options import Data, Training
 from data.batch import Cursor, MicroBatch, Row
+from data.media import MediaSettings
 from data.packing import NO_SAMPLE, NUM_PENDING, ChatSlot, Share, TextSlot, filler_row
 from data.samples import Samples, open_samples
 from data.tokenizer import load_tokenizer
@@ -52,12 +53,14 @@ class TokenLoader:
         num_data_ranks: int,
         seed: int,
         *,
+        media: MediaSettings | None = None,
         one_epoch: bool = False,
         skipped_dir: Path | None = None,
     ) -> None:
         """Opens the data and the tokenizer. Raises UserError, one line, if they cannot be used.
 
-        `one_epoch`: the samples once; then fillers, without end. `skipped_dir`: where to list skipped samples.
+        `media`: of images and videos, for a model with a tower. `one_epoch`: the samples once; then fillers, without
+        end. `skipped_dir`: where to list skipped samples.
         """
         self._training, self._num_slots = training, training.global_batch_size
         first, end = (rank * self._num_slots // num_data_ranks for rank in (data_rank, data_rank + 1))
@@ -72,9 +75,10 @@ class TokenLoader:
         if self._num_workers:
             _start_forkserver(data.format)  # imports while the rest is set up
         tokenizer = load_tokenizer(data.tokenizer)
-        samples = open_samples(data, tokenizer, training.sequence_length, seed)
+        self._vision = media and media.vision
+        samples = open_samples(data, tokenizer, training.sequence_length, seed, media)
         self._packer = Packer(samples, data, tokenizer.eos_token_id or 0, self._num_slots, one_epoch)
-        self._may_fill = one_epoch or data.format == "chat" or self.num_filler_rows > 0
+        self._may_fill = one_epoch or data.format == "chat" or self.num_filler_rows > 0 or media is not None
         self._shares: Iterator[list[Row] | UserError] | None = None  # of the workers in turn; None before `next`
         self._lifeline: Connection | None = None
         self._round: list[Row] = []  # a row of each own slot: what a step takes
@@ -123,7 +127,7 @@ class TokenLoader:
             self.cursors[place] = torch.tensor([row.cursor for row in rows])
         self._next = (self._next + 1) % self.num_micro_batches
         fillers = [filler_row(self._training.sequence_length, self._packer.filler)] * (size - len(rows))
-        return MicroBatch.of([*rows, *fillers], self._may_fill)
+        return MicroBatch.of([*rows, *fillers], self._may_fill, self._vision)
 
     def _count(self, rows: list[Row]) -> None:
         notes = [note for row in rows for note in row.notes]

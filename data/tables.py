@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from config.options import Data
 from data.files import cached, each_read
+from data.media import media_keys
 from data.packing import BadSample
 from data.records import Record, Whole
 from errors import UserError, reading
@@ -21,9 +22,10 @@ if TYPE_CHECKING:  # slow to import, and of no use where there are JSON Lines al
 
 def columns_of(data: Data) -> tuple[str, str, list[str]]:
     """The key that names the column a sample needs, the column, and those that it may have."""
+    media = [key for keys in media_keys(data).values() for key in keys]
     if data.format == "text":
-        return "data.text_key", data.text_key, []
-    return "data.messages_key", data.messages_key, [data.tools_key]
+        return "data.text_key", data.text_key, media
+    return "data.messages_key", data.messages_key, [data.tools_key, *media]
 
 
 def _select(key: str, name: str, others: list[str], present: list[str], where: str) -> list[str]:
