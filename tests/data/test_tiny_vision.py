@@ -166,7 +166,7 @@ def test_no_picture_is_shown_twice_and_none_held_out_is_trained_on(train, held_o
     assert sum(len(row["images"]) for row in train + held_out) == len(seen[0]) + len(seen[1])
 
 
-def test_pictures_are_rgb_of_four_sizes(train):
+def test_pictures_are_of_four_sizes(train):
     shapes = Counter(pixels(image["bytes"]).shape for row in train for image in row["images"])
     assert shapes.keys() == {(64, 64, 3), (64, 96, 3), (96, 64, 3), (96, 96, 3)}
     assert 0.7 < shapes[64, 64, 3] / shapes.total() < 0.8
