@@ -56,11 +56,12 @@ class VideoPlan(NamedTuple):
 def require_av() -> None:
     """Raises UserError where PyAV is missing or too old."""
     try:
-        from av.index import IndexEntries  # noqa: F401
+        import av
+        import av.index  # noqa: F401
     except ImportError as error:
         raise UserError(
-            f"video files are decoded by PyAV, which cannot be imported ({error}): expected the package av, 18 or later "
-            "(pip install av, or this project's extra `video`), or videos as lists of frames"
+            f"video files are decoded by PyAV, which cannot be imported ({error}): expected the package av, 18 or "
+            "later (pip install av, or this project's extra `video`), or videos as lists of frames"
         ) from error
 
 
