@@ -5,11 +5,12 @@ A file is decoded by PyAV, which is optional and imported where it is used. Fram
 Shapes: P patches, F frames, H and W height and width, C channels (3).
 """
 
+import io
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, NamedTuple
+from typing import IO, TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -53,13 +54,14 @@ class VideoPlan(NamedTuple):
 
 
 def require_av() -> None:
-    """Raises UserError where PyAV is missing."""
+    """Raises UserError where PyAV is missing or too old."""
     try:
-        import av  # noqa: F401
+        import av
+        import av.index  # noqa: F401
     except ImportError as error:
         raise UserError(
-            f"video files are decoded by PyAV, which cannot be imported ({error}): expected the package av "
-            "(pip install av, or this project's extra `video`), or videos as lists of frames"
+            f"video files are decoded by PyAV, which cannot be imported ({error}): expected the package av, 18 or "
+            "later (pip install av, or this project's extra `video`), or videos as lists of frames"
         ) from error
 
 
@@ -158,11 +160,22 @@ def _opened(source: str | bytes) -> Iterator[tuple["InputContainer", "VideoStrea
             with av.open(content, "r", container_options={"protocol_whitelist": "none"}) as container:
                 if not container.streams.video:
                     raise BadSample("broken_video", f"{name} has no video stream")
+                if container.format.name == "gif" and not _ends_as_gif(file):
+                    raise BadSample("broken_video", f"{name} is cut off")
                 stream = container.streams.video[0]
                 stream.thread_count = 1  # one thread a worker, and the same frames each time
                 yield container, stream
         except av.FFmpegError as error:  # of the library: what the system refuses to the file object is no such error
             raise BadSample("broken_video", f"{name} cannot be decoded: {error.strerror}") from error
+
+
+def _ends_as_gif(file: IO[bytes]) -> bool:
+    """Without its end FFmpeg gives the last frame of a GIF half, and no sign of it."""
+    here = file.tell()
+    file.seek(max(file.seek(0, io.SEEK_END) - 64, 0))
+    end = file.read().rstrip(b"\0")
+    file.seek(here)
+    return end.endswith(b";")
 
 
 def _read_header(source: str | bytes) -> tuple[int, float, int, int]:
