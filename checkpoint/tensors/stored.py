@@ -136,8 +136,6 @@ class StoredTensor:
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES.values():
             raise UserError(f"{self.name!r} is of {self.dtype}: expected one of {', '.join(DTYPES)}")
-        if not isinstance(self.name, str):
-            raise UserError(f"a {type(self.name).__name__} stands where a tensor's name belongs")
         boxes = [chunk.box for chunk in self.chunks]
         numbers = [*self.shape, *(edge for box in boxes for edges in box for edge in edges)]
         if not all(type(number) is int and 0 <= number < 2**48 for number in numbers) or len(self.shape) > _MAX_DIMS:
