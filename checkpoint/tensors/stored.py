@@ -164,8 +164,7 @@ class StoredTensor:
     def read(self, box: Box = ()) -> torch.Tensor:
         """The part in `box`, on the CPU. Raises UserError for bad bytes, and for copies that differ."""
         box = full_box(box, self.shape)
-        parts = ((chunk, _overlap(box, chunk.box)) for chunk in self.chunks)
-        parts_here = [(chunk, part) for chunk, part in parts if part is not None]
+        parts_here = [(chunk, part) for chunk in self.chunks if (part := _overlap(box, chunk.box)) is not None]
         if len(parts_here) == 1 and parts_here[0][1] == box:
             return self._read_chunk(parts_here[0][0], box)
         result = torch.empty([stop - start for start, stop in box], dtype=self.dtype)
