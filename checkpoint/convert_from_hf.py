@@ -12,20 +12,13 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
+from torch.distributed.checkpoint import BytesStorageMetadata, ChunkStorageMetadata, Metadata, TensorStorageMetadata
 from torch.distributed.checkpoint.filesystem import _StorageInfo
-from torch.distributed.checkpoint.metadata import (
-    BytesStorageMetadata,
-    ChunkStorageMetadata,
-    Metadata,
-    MetadataIndex,
-    StorageMeta,
-    TensorProperties,
-    TensorStorageMetadata,
-)
+from torch.distributed.checkpoint.metadata import MetadataIndex, StorageMeta, TensorProperties
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a file from anywhere
 
-from checkpoint.directories import describe_files, is_taken, new_directory, write_manifest
+from checkpoint.directories import check_is_free, describe_files, new_directory, write_manifest
 from checkpoint.export import DTYPES
 from checkpoint.hf_assets import write_checkpoint_assets
 from checkpoint.hf_reader import naming_tensors, text_tensors
@@ -96,8 +89,7 @@ def main(arguments: list[str]) -> None:
         "keep: all as stored",
     )
     options = parser.parse_args(arguments)
-    if is_taken(options.out):
-        parser.error(f"{options.out} exists: expected a new or an empty directory")
+    check_is_free(options.out)
     if not (options.source / "config.json").is_file():
         parser.error(f"{options.source} has no config.json: expected a Hugging Face directory")
     left_out = convert_from_hf(options.source, options.out, DTYPES[options.dtype])

@@ -17,7 +17,6 @@ class           what --architecture says; else image_text_to_text where a config
 import copy
 import json
 import os
-from collections.abc import Iterable
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -240,8 +239,7 @@ def verify(out: Path, plan: Plan, progress: bool = False) -> None:
     """Reads `out` again: every tensor bit for bit against the source, then with transformers. Raises UserError."""
     arrays = read_safetensors(out)
     _check(f"verify: {out}", {k: a.shape for k, a in arrays.items()}, {e.key: e.shape for e in plan.tensors})
-    bar: Iterable[Export] = tqdm(plan.tensors, desc="verify", unit="tensor", disable=None if progress else True)
-    for export in bar:
+    for export in tqdm(plan.tensors, desc="verify", unit="tensor", disable=None if progress else True):
         written = arrays[export.key].open(arrays[export.key].chunks[0])
         if written.dtype != export.dtype:
             raise UserError(f"verify: {export.key!r} is {written.dtype}, not {export.dtype}")
