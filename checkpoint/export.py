@@ -26,15 +26,8 @@ import torch
 from huggingface_hub import split_state_dict_into_shards_factory
 from tqdm import tqdm
 
+from checkpoint import hf_assets
 from checkpoint.directories import check_files, find_checkpoint, new_directory
-from checkpoint.hf_assets import (
-    check_tokenizer,
-    class_config,
-    copy_assets,
-    find_tokenizer,
-    read_base,
-    write_generation_config,
-)
 from checkpoint.hf_reader import assemble, naming_tensors
 from checkpoint.tensors.dcp import read_dcp
 from checkpoint.tensors.fsdp_shards import is_shard_directory, read_fsdp_shards
@@ -42,6 +35,7 @@ from checkpoint.tensors.safetensors import Export, read_safetensors, write_file
 from checkpoint.tensors.stored import StoredTensor
 from errors import UserError, WrongTensors, reading
 from models.qwen35_moe.config import ModelConfig, read_config
+from models.qwen35_moe.hf_config import class_config
 from models.qwen35_moe.hf_weights import (
     MTP,
     NOT_TEXT,
@@ -106,10 +100,10 @@ def export_to_hf(checkpoint: Path, out: Path, options: Options | None = None, pr
         new_directory(out, plan.source) as folder,
         tqdm(total=total, unit="B", unit_scale=True, desc=out.name, disable=None if progress else True) as bar,
     ):
-        copy_assets(folder, *plan.assets, vision="vision_config" in plan.config)
-        write_generation_config(folder, plan.config)
+        hf_assets.copy_assets(folder, *plan.assets, vision="vision_config" in plan.config)
+        hf_assets.write_generation_config(folder, plan.config)
         (folder / "config.json").write_text(json.dumps(plan.config, indent=2) + "\n", encoding="utf-8")
-        check_tokenizer(folder, plan.assets)
+        hf_assets.check_tokenizer(folder, plan.assets)
         for name, keys in files.filename_to_tensors.items():
             for num_bytes in write_file(folder / name, [tensors[key] for key in keys]):
                 bar.update(num_bytes)
@@ -153,7 +147,8 @@ def make_plan(checkpoint: Path, options: Options) -> Plan:
     exports = _text_exports(checkpoint, stored, shape, architecture, options.dtype, per_expert)
     mtp = _mtp_exports(shape, others[MTP], options.experts)
     dtype = str(options.dtype or exports[0].stored.dtype).removeprefix("torch.")
-    written = class_config(config, architecture, count_mtp_layers(others[MTP]), dtype, find_tokenizer(assets))
+    special_tokens = hf_assets.special_token_ids(hf_assets.find_tokenizer(assets))
+    written = class_config(config, architecture, count_mtp_layers(others[MTP]), dtype, special_tokens)
     vision = []
     if architecture == "image_text_to_text":
         vision = [Export(key, tensor, tensor.dtype) for key, tensor in others[VISION].items()]
@@ -176,7 +171,7 @@ def _open_checkpoint(path: Path) -> tuple[Path, dict[str, StoredTensor], list[Pa
     path = find_checkpoint(path)
     check_files(path)
     stored = {n.removeprefix("model."): t for n, t in read_dcp(path).items() if n.startswith("model.")}
-    return path, stored, [path / "hf"], read_base(path)
+    return path, stored, [path / "hf"], hf_assets.read_base(path)
 
 
 def _text_exports(

@@ -9,7 +9,6 @@ from typing import Any
 from checkpoint.tensors.stored import file_size, read_json
 from data.tokenizer import PROBES, verify_tokenizer
 from errors import UserError, reading
-from models.qwen35_moe import hf_config
 
 _TOKENIZER = (
     "tokenizer.json",
@@ -90,7 +89,7 @@ def write_checkpoint_assets(
     if end_of_turn is not None:
         text = config.get("text_config", config)
         settings = read_json(folder / _GENERATION) if (folder / _GENERATION).exists() else {}
-        ends = end_tokens(text, settings, _special_token_ids(find_tokenizer(sources)), {"eos_token_id": end_of_turn})
+        ends = end_tokens(text, settings, special_token_ids(find_tokenizer(sources)), {"eos_token_id": end_of_turn})
         if text is not config:
             config["text_config"] = text | ends
         if text is config or "eos_token_id" in config:
@@ -134,14 +133,7 @@ def read_base(checkpoint: Path) -> Path | None:
         return base
 
 
-def class_config(
-    config: dict[str, Any], architecture: str, num_mtp_layers: int, dtype: str, tokenizer: Path
-) -> dict[str, Any]:
-    """`hf_config.class_config`, with the ids of special tokens that the tokenizer's files in `tokenizer` tell."""
-    return hf_config.class_config(config, architecture, num_mtp_layers, dtype, _special_token_ids(tokenizer))
-
-
-def _special_token_ids(tokenizer: Path) -> dict[str, int]:
+def special_token_ids(tokenizer: Path) -> dict[str, int]:
     """`eos_token_id` and the like, as config.json has them, from a tokenizer's files, if it has them."""
     if not all((tokenizer / name).exists() for name in _TOKENIZER[:2]):
         return {}

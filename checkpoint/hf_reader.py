@@ -5,7 +5,6 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from torch import nn
 
 from checkpoint.tensors.safetensors import read_safetensors
 from checkpoint.tensors.stored import Chunk, StoredArray, StoredTensor
@@ -70,14 +69,20 @@ def _array(tensor: StoredTensor) -> StoredArray:
     return tensor.open(tensor.chunks[0])
 
 
-@torch.no_grad()
-def load_hf_weights(model: Qwen35Moe, folder: Path, local_part: Callable[[nn.Parameter], LocalPart]) -> None:
+def load_hf_weights(model: Qwen35Moe, folder: Path, local_part: Callable[[torch.Tensor], LocalPart]) -> None:
     """Fills every parameter's part that `local_part` says lies in this process, reading no more than that.
 
     Raises UserError naming a tensor that is missing, unexpected or of a wrong shape.
     """
-    tensors = text_tensors(model.config, read_safetensors(folder))
-    for name, parameter in model.named_parameters():
-        local, box = local_part(parameter)
+    fill(dict(model.named_parameters()), text_tensors(model.config, read_safetensors(folder)), local_part)
+
+
+@torch.no_grad()
+def fill(
+    tensors: dict[str, torch.Tensor], stored: dict[str, StoredTensor], local_part: Callable[[torch.Tensor], LocalPart]
+) -> None:
+    """Reads the part of each of `tensors` that lies in this process."""
+    for name, tensor in tensors.items():
+        local, box = local_part(tensor)
         if local.numel():
-            local.copy_(tensors[name].read(box))
+            local.copy_(stored[name].read(box))

@@ -3,7 +3,7 @@
 torch is imported where tensors are made: samples are also read by the check before a run, which it would slow down.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -11,13 +11,43 @@ import numpy as np
 from numpy.typing import NDArray
 
 from models.ops.labels import IGNORED
+from models.qwen35_moe.positions import multimodal_positions
+from models.qwen35_moe.vision_config import VisionConfig
 
 if TYPE_CHECKING:
     import torch
 
     from models.ops.documents import Documents
+    from models.qwen35_moe.patches import Patches
 
-# Shapes: n tokens of a sample, S = sequence_length, T = local_batch_size * S.
+# Shapes: n tokens of a sample, S = sequence_length, T = local_batch_size * S, P patches of images and videos.
+
+MAX_PATCHES = 2**16
+"""Of one frame: the 16,777,216 pixels that published processors allow."""
+
+
+class Frame(NamedTuple):
+    """An image, or a pair of a video's pictures: where its tokens begin, and its size in patches."""
+
+    place: int
+    height: int
+    width: int
+
+
+class Medium(NamedTuple):
+    """An image or a video in a sample: the tokens from `begin` to `end` are all of it."""
+
+    begin: int
+    end: int
+    frames: Sequence[Frame]
+    decode: Callable[[], NDArray[np.uint8]]
+    """-> [P, values of a patch] of the frames. Raises BadSample."""
+    patch_values: int
+
+    def grey(self) -> NDArray[np.uint8]:
+        """What stands for it where it cannot be decoded."""
+        num_patches = sum(height * width for _, height, width in self.frames)
+        return np.full((num_patches, self.patch_values), 127, np.uint8)
 
 
 class Sample(NamedTuple):
@@ -26,6 +56,7 @@ class Sample(NamedTuple):
     tokens: NDArray[np.int32]  # [n]
     labels: NDArray[np.int32]  # [n], what is to be predicted at each token: the next one, or IGNORED
     note: tuple[str, str] | None = None  # (reason, message): counted, although the sample is used
+    media: Sequence[Medium] = ()  # in order
 
     @classmethod
     def of(cls, tokens: NDArray[np.int32], is_trained: NDArray[np.bool_] | bool = True) -> "Sample":
@@ -36,6 +67,22 @@ class Sample(NamedTuple):
         labels = np.full(len(tokens), IGNORED, np.int32)
         labels[:-1] = np.where(is_trained, tokens, IGNORED)[1:]
         return cls(tokens, labels)
+
+    def piece(self, begin: int, room: int) -> "Sample":
+        """The tokens from `begin` on, at most `room` of them, none of them inside an image or a video that goes on
+        behind. Its last label is the token after the cut."""
+        end = min(len(self.tokens), begin + room)
+        end = next((medium.begin for medium in self.media if medium.begin < end < medium.end), end)
+        media = [
+            medium._replace(
+                begin=medium.begin - begin,
+                end=medium.end - begin,
+                frames=[frame._replace(place=frame.place - begin) for frame in medium.frames],
+            )
+            for medium in self.media
+            if begin <= medium.begin < end
+        ]
+        return Sample(self.tokens[begin:end], self.labels[begin:end], self.note, media)
 
 
 Cursor = tuple[int, ...]
@@ -52,6 +99,8 @@ class Row(NamedTuple):
     num_fillers: int  # how many of the tokens, the last ones, only fill the row
     cursor: Cursor  # after this row
     notes: list[tuple[str, str]]  # reason and message of each sample that was skipped or truncated on the way
+    frames: Sequence[Frame] = ()  # of its images and videos, in the order of their tokens
+    pixels: NDArray[np.uint8] | None = None  # [P, values of a patch] of the frames, if there are any
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,13 +109,14 @@ class MicroBatch:
 
     tokens: "torch.Tensor"  # int64 [T]
     labels: "torch.Tensor"  # int64 [T], shifted: what is to be predicted at each token, or IGNORED
-    positions: "torch.Tensor"  # int64 [T], from 0 in each document
+    positions: "torch.Tensor"  # int64 [T], from 0 in each document; [3, T] for a model with a vision tower
     documents: "Documents"  # fillers included
     is_real: "torch.Tensor | None" = None  # bool [T], False for fillers; None where there are none ever
+    patches: "Patches | None" = None  # of a model with a vision tower, never empty: see `_patches`
 
     @classmethod
-    def of(cls, rows: Sequence[Row], may_fill: bool) -> "MicroBatch":
-        """On the host. `may_fill`: whether rows can have fillers at all."""
+    def of(cls, rows: Sequence[Row], may_fill: bool, vision: VisionConfig | None = None) -> "MicroBatch":
+        """On the host. `may_fill`: whether rows can have fillers at all. `vision`: the model's tower."""
         import torch
 
         from models.ops.documents import Documents
@@ -77,9 +127,10 @@ class MicroBatch:
         return cls(
             tokens=torch.from_numpy(np.concatenate([row.tokens for row in rows])).long(),
             labels=torch.from_numpy(np.concatenate([row.labels for row in rows])).long(),
-            positions=documents.token_offsets.long(),
+            positions=_positions(rows, vision) if vision else documents.token_offsets.long(),
             documents=documents,
             is_real=torch.cat([place < length - row.num_fillers for row in rows]) if may_fill else None,
+            patches=_patches(rows, vision) if vision else None,
         )
 
     @property
@@ -98,4 +149,44 @@ class MicroBatch:
             positions=to_device(self.positions, device),
             documents=self.documents.to(device),
             is_real=None if self.is_real is None else to_device(self.is_real, device),
+            patches=None if self.patches is None else self.patches.to(device),
         )
+
+
+def _positions(rows: Sequence[Row], vision: VisionConfig) -> "torch.Tensor":
+    """int64 [3, T]."""
+    import torch
+
+    positions, merge = [], vision.spatial_merge_size
+    for row in rows:
+        begin, frames = 0, list(row.frames)
+        for length in row.lengths:
+            own = [frame for frame in frames if begin <= frame.place < begin + length]
+            places = ((place - begin, height // merge, width // merge) for place, height, width in own)
+            positions.append(multimodal_positions(length, places))
+            begin += length
+    return torch.from_numpy(np.concatenate(positions, axis=1)).long()
+
+
+def _patches(rows: Sequence[Row], vision: VisionConfig) -> "Patches":
+    """All that the rows show, end to end.
+
+    Where that is nothing, there is a grey frame of one token: every rank has to run the tower, and its backward, once
+    for each micro-batch, or the others would wait for its part of the weights and gradients for ever. The frame stands
+    at no place, so its feature goes nowhere.
+    """
+    import torch
+
+    from models.qwen35_moe.patches import Patches
+
+    length, merge = len(rows[0].tokens), vision.spatial_merge_size
+    frames = [frame._replace(place=frame.place + n * length) for n, row in enumerate(rows) for frame in row.frames]
+    tokens = [np.arange(place, place + height * width // merge**2) for place, height, width in frames]
+    pixels = [row.pixels for row in rows if row.pixels is not None]
+    return Patches.of(
+        torch.from_numpy(np.concatenate(pixels or [np.full((merge**2, vision.patch_values), 127, np.uint8)])),
+        [(height, width) for _, height, width in frames] or [(merge, merge)],
+        torch.from_numpy(np.concatenate([np.empty(0, np.int64), *tokens])),
+        merge,
+        max_patches=min(MAX_PATCHES, length * vision.patches_per_token),
+    )

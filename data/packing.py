@@ -5,8 +5,9 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from data.batch import Cursor, Row, Sample
+from data.batch import Cursor, Frame, Row, Sample
 from errors import UserError
+from models.ops.labels import IGNORED
 
 REASONS = (
     "not_json",
@@ -22,6 +23,10 @@ REASONS = (
     "unrendered",
     "unused_field",
     "ignored_field",  # the rest of it is trained on
+    "missing_file",
+    "broken_image",
+    "broken_video",
+    "oversized",
     "failed",
 )
 
@@ -77,22 +82,45 @@ class Share:
         return notes
 
 
-def _row(samples: list[Sample], sequence_length: int, filler: int, cursor: Cursor, notes: list[tuple[str, str]]) -> Row:
-    """Samples end to end, and fillers behind them."""
+def _row(samples: list[Sample], sequence_length: int, filler: int, cursor: Cursor, share: Share) -> Row:
+    """Samples end to end, and fillers behind them. Their images and videos are decoded here, so that those of samples
+    that wait for a row take no memory."""
     num_fillers = sequence_length - sum(len(sample.tokens) for sample in samples)
-    if num_fillers:
-        samples = [*samples, Sample.of(np.full(num_fillers, filler, np.int32), False)]
-    tokens, labels = (np.concatenate(parts) for parts in zip(*(sample[:2] for sample in samples)))
-    return Row(tokens, labels, [len(sample.tokens) for sample in samples], num_fillers, cursor, notes)
+    fillers = [Sample.of(np.full(num_fillers, filler, np.int32), False)] if num_fillers else []
+    parts, frames, pixels, begin = [], list[Frame](), [], 0
+    for sample in [*samples, *fillers]:
+        tokens, labels = sample.tokens, sample.labels
+        for medium in sample.media:
+            try:
+                pixels.append(medium.decode())
+            except BadSample as error:
+                # Only now, as its header was good. The row stays as it is, and so do the cursors of all to come: what
+                # they are depends on the data alone. But nothing is learnt from it.
+                if not share.skip_bad:
+                    raise
+                share.notes.append((error.reason, str(error)))
+                pixels.append(medium.grey())
+                labels = np.full_like(labels, IGNORED)
+            frames += [frame._replace(place=begin + frame.place) for frame in medium.frames]
+        parts.append((tokens, labels))
+        begin += len(tokens)
+    row_tokens, row_labels = (np.concatenate(values) for values in zip(*parts))
+    lengths = [len(tokens) for tokens, _ in parts]
+    shown = np.concatenate(pixels) if pixels else None
+    return Row(row_tokens, row_labels, lengths, num_fillers, cursor, share.take_notes(), frames, shown)
 
 
 def filler_row(sequence_length: int, filler: int) -> Row:
     """A row of nothing but fillers, for a rank that has fewer slots than another."""
-    return _row([], sequence_length, filler, (), [])
+    return _row([], sequence_length, filler, (), Share(_nothing, 1))
+
+
+def _nothing(number: int) -> Sample:
+    raise AssertionError(f"sample {number} of a share that has none")
 
 
 class TextSlot:
-    """Documents end to end, cut where the row ends. Cursor: (sample, token offset in it).
+    """Documents end to end, cut where the row ends, or before an image there. Cursor: (sample, token offset in it).
 
     A document that the row's end cuts goes on in the next row as a document of its own. Its last token before the cut
     has a label nevertheless: the token after the cut. So in an epoch each token but a document's first is a label once.
@@ -108,13 +136,14 @@ class TextSlot:
         """Raises UserError for a share without usable samples, and for a cursor of other data."""
         pieces, room = [], sequence_length
         while room and (document := self._document or self._read()):
-            piece = slice(self._offset, self._offset + room)
-            pieces.append(Sample(document.tokens[piece], document.labels[piece]))
-            room -= len(pieces[-1].tokens)
-            self._document, self._offset = document, self._offset + len(pieces[-1].tokens)
-            if self._offset == len(document.tokens):
-                self._number, self._offset, self._document = self._number + self._share.stride, 0, None
-        return _row(pieces, sequence_length, self._filler, (self._number, self._offset), self._share.take_notes())
+            piece = document.piece(self._offset, room)
+            pieces += [piece] if len(piece.tokens) else []
+            room -= len(piece.tokens)
+            self._document, self._offset = document, self._offset + len(piece.tokens)
+            if self._offset < len(document.tokens):  # cut: at the row's end, or before an image that needs more room
+                break
+            self._number, self._offset, self._document = self._number + self._share.stride, 0, None
+        return _row(pieces, sequence_length, self._filler, (self._number, self._offset), self._share)
 
     def _read(self) -> Sample | None:
         number, document = self._share.first_from(self._number)
@@ -172,7 +201,7 @@ class ChatSlot:
             self._refill()  # all of them fitted: there may be room for more
         waiting = [number for number, _ in self._pending]
         cursor = (self._number, *waiting, *[NO_SAMPLE] * (NUM_PENDING - len(waiting)))
-        return _row(chosen, sequence_length, self._filler, cursor, self._share.take_notes())
+        return _row(chosen, sequence_length, self._filler, cursor, self._share)
 
     def _refill(self) -> None:
         while len(self._pending) < NUM_PENDING:

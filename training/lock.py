@@ -39,9 +39,9 @@ class RunLock:
             ) from None
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise self._taken() from None
         except OSError as error:
-            if isinstance(error, BlockingIOError):
-                raise self._taken() from None
             logger.warning(f"{self._path}: no locks on this file system ({error.strerror})")
         host, before = socket.gethostname(), self._holder().get("host")
         if before not in (None, host):

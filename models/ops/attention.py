@@ -1,4 +1,4 @@
-"""Causal softmax attention inside each document of a packed stream."""
+"""Softmax attention inside each document of a packed stream, to the past or to all of it."""
 
 from typing import Any
 
@@ -12,8 +12,10 @@ from models.ops.documents import Documents
 _aten = torch.ops.aten
 
 
-def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, documents: Documents, *, backend: str) -> torch.Tensor:
-    """softmax(q k^T / sqrt(K)) v over the tokens of the same document up to one's own (Vaswani et al. 2017).
+def attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, documents: Documents, *, backend: str, causal: bool = True
+) -> torch.Tensor:
+    """softmax(q k^T / sqrt(K)) v over the tokens of the same document (Vaswani et al. 2017), `causal`: up to one's own.
 
     q [T, N, K]; k, v [T, Nkv, K] -> [T, N, K]. backend "sdpa": one call a document, any device and dtype, the
     reference; "varlen": one kernel over the stream, the FlashAttention 2 that PyTorch contains; "cudnn": cuDNN's kernel
@@ -21,19 +23,20 @@ def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, documents: Docu
     package flash-attn-4. All but the first need CUDA with bfloat16 or float16.
     """
     if backend == "sdpa":
-        return _sdpa(q, k, v, documents)
-    out, _ = _forward(q, k, v, documents.cu_seqlens, documents.cu_seqlens_cpu, documents.max_seqlen, backend)
+        return _sdpa(q, k, v, documents, causal)
+    bounds = (documents.cu_seqlens, documents.cu_seqlens_cpu, documents.max_seqlen)
+    out, _ = _forward(q, k, v, *bounds, backend, causal)
     return out
 
 
 @torch.compiler.disable  # a loop over documents: their number and lengths change with every batch
-def _sdpa(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, documents: Documents) -> torch.Tensor:
+def _sdpa(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, documents: Documents, causal: bool) -> torch.Tensor:
     lengths = documents.lengths()
     outs = []
     for document in zip(q.split(lengths), k.split(lengths), v.split(lengths)):
         query, key, value = (x.transpose(0, 1).unsqueeze(0) for x in document)  # [1, N or Nkv, length, K]
         grouped = query.shape[1] != key.shape[1]
-        out = F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=grouped)
+        out = F.scaled_dot_product_attention(query, key, value, is_causal=causal, enable_gqa=grouped)
         outs.append(out.squeeze(0).transpose(0, 1))
     return torch.cat(outs)
 
@@ -54,19 +57,20 @@ def _forward(
     cu_seqlens_cpu: torch.Tensor,
     max_seqlen: int,
     backend: str,
+    causal: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Out [T, N, K], and the softmax's logarithmic normalisers, float32 [N * T] in the kernel's own order."""
     if backend == "cudnn" and (length := _common_length(cu_seqlens_cpu)):
         heads_first = [_by_document(x, length) for x in (q, k, v)]
-        out, normaliser, *_ = _aten._scaled_dot_product_cudnn_attention(*heads_first, None, True, 0.0, True)
+        out, normaliser, *_ = _aten._scaled_dot_product_cudnn_attention(*heads_first, None, True, 0.0, causal)
         return _as_stream(out), normaliser.reshape(-1)
     bounds = _bounds(cu_seqlens, max_seqlen)
     if backend == "fa4":
         from flash_attn.cute.interface import _flash_attn_fwd
 
-        out, normaliser, *_ = _flash_attn_fwd(q, k, v, **bounds, causal=True, return_lse=True)
+        out, normaliser, *_ = _flash_attn_fwd(q, k, v, **bounds, causal=causal, return_lse=True)
     else:
-        out, normaliser, *_ = _aten._flash_attention_forward(q, k, v, *bounds.values(), 0.0, True, False)
+        out, normaliser, *_ = _aten._flash_attention_forward(q, k, v, *bounds.values(), 0.0, causal, False)
     return out, normaliser.reshape(-1)
 
 
@@ -88,6 +92,7 @@ def _backward(
     cu_seqlens_cpu: torch.Tensor,
     max_seqlen: int,
     backend: str,
+    causal: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The gradients of q, k and v."""
     unused = torch.zeros(2, dtype=torch.uint64, device=q.device)  # the random state of a dropout that there is not
@@ -96,7 +101,7 @@ def _backward(
         normaliser = normaliser.view(*tensors[1].shape[:3], 1)
         seed = unused.view(torch.int64)[0]
         gradients = _aten._scaled_dot_product_cudnn_attention_backward(
-            *tensors, normaliser, seed, seed, None, None, None, length, length, 0.0, True
+            *tensors, normaliser, seed, seed, None, None, None, length, length, 0.0, causal
         )
         dq, dk, dv = (_as_stream(x) for x in gradients)
         return dq, dk, dv
@@ -106,10 +111,10 @@ def _backward(
         from flash_attn.cute.interface import _flash_attn_bwd
 
         tensors = [q, k, v, out, gradient, normaliser]
-        dq, dk, dv = _flash_attn_bwd(*tensors, **bounds, causal=True, deterministic=deterministic)
+        dq, dk, dv = _flash_attn_bwd(*tensors, **bounds, causal=causal, deterministic=deterministic)
     else:
         tensors = [gradient, q, k, v, out, normaliser]
-        dq, dk, dv = _aten._flash_attention_backward(*tensors, *bounds.values(), 0.0, True, unused, unused)
+        dq, dk, dv = _aten._flash_attention_backward(*tensors, *bounds.values(), 0.0, causal, unused, unused)
     return dq, dk, dv
 
 
@@ -119,12 +124,13 @@ def _(gradient: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
 
 
 def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
-    q, k, v, cu_seqlens, cu_seqlens_cpu, ctx.max_seqlen, ctx.backend = inputs
+    q, k, v, cu_seqlens, cu_seqlens_cpu, ctx.max_seqlen, ctx.backend, ctx.causal = inputs
     ctx.save_for_backward(q, k, v, *output, cu_seqlens, cu_seqlens_cpu)
 
 
 def _autograd(ctx: Any, gradient: torch.Tensor, _: Any) -> tuple[torch.Tensor | None, ...]:
-    return *_backward(gradient, *ctx.saved_tensors, ctx.max_seqlen, ctx.backend), None, None, None, None
+    gradients = _backward(gradient, *ctx.saved_tensors, ctx.max_seqlen, ctx.backend, ctx.causal)
+    return *gradients, None, None, None, None, None
 
 
 _forward.register_autograd(_autograd, setup_context=_save_for_backward)

@@ -27,6 +27,11 @@ class Kernels(NamedTuple):
     cross_entropy: str = "torch"
     """"torch" or "compiled": see linear_cross_entropy.py."""
 
+    @property
+    def vision_attention(self) -> str:
+        """Of the vision tower: its heads (72 wide) are not for FlashAttention 4; its frames seldom have one length."""
+        return "sdpa" if self.attention == "sdpa" else "varlen"
+
 
 CHOICES = {
     "attention": ("sdpa", "varlen", "cudnn", "fa4"),

@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from errors import UserError, reading
+from models.qwen35_moe.config_values import integer, listed, same, short
+from models.qwen35_moe.vision_config import TOKEN_IDS, VisionConfig
 
 FULL, LINEAR = "full_attention", "linear_attention"
 TEXT, IMAGE_TEXT = "qwen3_5_moe_text", "qwen3_5_moe"
@@ -57,7 +59,7 @@ _LARGEST_DIM = 2**18
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """Qwen3.5-MoE text model. Field names are those of Hugging Face's `text_config`; the defaults are 35B-A3B's.
+    """Qwen3.5-MoE. Field names are those of Hugging Face's `text_config`; the defaults are 35B-A3B's.
 
     Rotary settings stand under `rope_parameters` in a config.json; here they are plain fields.
     """
@@ -85,6 +87,8 @@ class ModelConfig:
     rope_theta: float = 1e7
     partial_rotary_factor: float = 0.25
     mrope_section: tuple[int, ...] = (11, 11, 10)
+    vision: VisionConfig | None = None
+    """The tower for images and videos; None: the text model alone."""
 
     def __post_init__(self) -> None:
         def require(condition: bool, message: str) -> None:
@@ -95,21 +99,21 @@ class ModelConfig:
             value = getattr(self, field.name)
             if field.type is int:
                 largest = _LARGEST.get(field.name, _LARGEST_DIM)
-                _integer(field.name, value, largest)
+                integer(field.name, value, largest)
             if field.type is float:
                 # NaN, infinity and integers beyond every float fail the comparison
                 require(
                     type(value) in (int, float) and 0 < value < 1e30,
-                    f"{field.name} = {_short(value)} must be a positive number",
+                    f"{field.name} = {short(value)} must be a positive number",
                 )
             if field.type is bool:
-                require(type(value) is bool, f"{field.name} = {_short(value)} must be true or false")
+                require(type(value) is bool, f"{field.name} = {short(value)} must be true or false")
         require(
             type(self.layer_types) is tuple
             and len(self.layer_types) == self.num_hidden_layers
             and all(layer_type in (FULL, LINEAR) for layer_type in self.layer_types),
             f"layer_types must name {FULL!r} or {LINEAR!r} once for each of num_hidden_layers = "
-            f"{self.num_hidden_layers} layers, got {_short(self.layer_types)}",
+            f"{self.num_hidden_layers} layers, got {short(self.layer_types)}",
         )
         require(
             self.num_attention_heads % self.num_key_value_heads == 0,
@@ -134,9 +138,19 @@ class ModelConfig:
             and len(self.mrope_section) == 3
             and all(type(pairs) is int and 0 <= pairs <= _LARGEST_DIM for pairs in self.mrope_section)
             and sum(self.mrope_section) >= self.rotary_dim // 2,
-            f"mrope_section = {_short(self.mrope_section)} must be three numbers that sum to "
+            f"mrope_section = {short(self.mrope_section)} must be three numbers that sum to "
             f"head_dim * partial_rotary_factor / 2 = {self.rotary_dim // 2}",
         )
+        if self.vision is not None:
+            width, largest = self.vision.out_hidden_size, max(getattr(self.vision, name) for name in TOKEN_IDS)
+            require(
+                width == self.hidden_size,
+                f"vision_config.out_hidden_size = {width} must be hidden_size = {self.hidden_size}",
+            )
+            require(
+                largest < self.vocab_size,
+                f"the tokens of images and videos, up to {largest}, must be below vocab_size = {self.vocab_size}",
+            )
 
     @property
     def rotary_dim(self) -> int:
@@ -161,57 +175,80 @@ class ModelConfig:
 
     @classmethod
     def from_table(cls, table: Mapping[str, Any]) -> "ModelConfig":
-        """Reads the inline table `[model.config]`: what is left out is as in 35B-A3B, the defaults above."""
+        """Reads the inline table `[model.config]`: what is left out is as in 35B-A3B, the defaults above. With a
+        `vision_config` the tower is part of the model."""
         table = {"rope_theta": cls.rope_theta, **table}
         rope = table.get("rope_parameters") or {}
         if "mrope_section" in table and isinstance(rope, Mapping):
             table["rope_parameters"] = {"mrope_section": table["mrope_section"], **rope}
-        return cls.from_dict(table)
+        if "vision_config" not in table:
+            return cls.from_dict(table)
+        vision = table.pop("vision_config")
+        ids = {name: table.pop(name) for name in TOKEN_IDS if name in table}
+        hidden_size = table.get("hidden_size", cls.hidden_size)
+        outer = {
+            "model_type": IMAGE_TEXT,
+            "text_config": {**table, "model_type": table.pop("model_type", TEXT)},
+            "vision_config": {"out_hidden_size": hidden_size, **vision} if isinstance(vision, Mapping) else vision,
+            "tie_word_embeddings": table.get("tie_word_embeddings", False),
+        }
+        return cls.from_dict(outer | ids, with_vision=True)
 
     @classmethod
-    def from_dict(cls, config: Mapping[str, Any]) -> "ModelConfig":
+    def from_dict(cls, config: Mapping[str, Any], with_vision: bool = False) -> "ModelConfig":
         """What a parsed config.json means to transformers: the image-text form (the text model under `text_config`) or
-        the text-only form. What is left out has the default of transformers' class.
+        the text-only form. What is left out has the default of transformers' class. `with_vision`: its tower too.
 
         Raises UserError naming the key for another model, for arithmetic that the model does not have, and for
         impossible values.
         """
         text = _text_config(config)
-        if not _same(config.get("attribute_map", {}), {}):  # it gives keys other names, at either level
+        if not same(config.get("attribute_map", {}), {}):  # it gives keys other names, at either level
             raise UserError("model config: attribute_map is not supported, only {}")
         for key, accepted in _ACCEPTED.items():
-            if key in text and not any(_same(text[key], value) for value in accepted):
-                raise UserError(f"model config: {key} = {_short(text[key])} is not supported, only {_listed(accepted)}")
+            if key in text and not any(same(text[key], value) for value in accepted):
+                raise UserError(f"model config: {key} = {short(text[key])} is not supported, only {listed(accepted)}")
         values: dict[str, Any] = {f.name: text[f.name] for f in dataclasses.fields(cls) if f.name in text}
+        values["vision"] = VisionConfig.from_dict(config) if with_vision else None
         values |= {"mrope_section": cls.mrope_section} | _rope(text)
         if text.get("layer_types") is None:
-            interval = _integer("full_attention_interval", text.get("full_attention_interval", 4), _LARGEST_DIM)
+            interval = integer("full_attention_interval", text.get("full_attention_interval", 4), _LARGEST_DIM)
             layers = text.get("num_hidden_layers", cls.num_hidden_layers)
-            layers = _integer("num_hidden_layers", layers, _LARGEST["num_hidden_layers"])
+            layers = integer("num_hidden_layers", layers, _LARGEST["num_hidden_layers"])
             values["layer_types"] = regular_layer_types(layers, interval)
         values["tie_word_embeddings"] = _tied(config, text)
         values = {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
         return cls(**values)
 
     @classmethod
-    def from_pretrained(cls, directory: str | Path) -> "ModelConfig":
+    def from_pretrained(cls, directory: str | Path, with_vision: bool = False) -> "ModelConfig":
         """Reads `directory/config.json`. Raises UserError naming the file."""
         path = Path(directory) / "config.json"
         config = read_config(path)
         try:
-            return cls.from_dict(config)
+            return cls.from_dict(config, with_vision)
         except UserError as error:
             raise UserError(f"{path}: {str(error).removeprefix('model config: ')}") from None
 
     def to_dict(self) -> dict[str, Any]:
-        """The text-only config.json that transformers reads: the inverse of `from_dict`."""
+        """The config.json that transformers reads, text-only without a tower: the inverse of `from_dict`."""
         values = {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(self).items()}
+        del values["vision"]
         rope = {key: values.pop(key) for key in ("rope_theta", "partial_rotary_factor", "mrope_section")}
-        return {
-            "architectures": ["Qwen3_5MoeForCausalLM"],
-            "model_type": "qwen3_5_moe_text",
-            **values,
+        values |= {
+            "model_type": TEXT,
             "rope_parameters": {"rope_type": "default", "mrope_interleaved": True, **rope},
+        }
+        if self.vision is None:
+            return {"architectures": ["Qwen3_5MoeForCausalLM"], **values}
+        vision, ids = self.vision.to_dict()
+        return {
+            "architectures": ["Qwen3_5MoeForConditionalGeneration"],
+            "model_type": IMAGE_TEXT,
+            "text_config": values,
+            "vision_config": vision,
+            "tie_word_embeddings": self.tie_word_embeddings,
+            **ids,
         }
 
 
@@ -225,7 +262,7 @@ def read_config(path: Path) -> dict[str, Any]:
     with reading(path):
         config = json.loads(path.read_text(encoding="utf-8"))
     if not isinstance(config, dict):
-        raise UserError(f"{path}: a JSON object was expected, not {_short(config)}")
+        raise UserError(f"{path}: a JSON object was expected, not {short(config)}")
     if "model_type" not in config:
         raise UserError(f"{path}: model_type is missing: expected {TEXT!r} or {IMAGE_TEXT!r}")
     return config
@@ -239,12 +276,12 @@ def regular_layer_types(num_layers: int, interval: int) -> tuple[str, ...]:
 def _text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
     """The part that tells of the text model. Raises UserError for another model, or for parts of another kind."""
     if not isinstance(config, Mapping):
-        raise UserError(f"model config: a table was expected, not {_short(config)}")
+        raise UserError(f"model config: a table was expected, not {short(config)}")
     nested = "text_config" in config
     model_type = config.get("model_type", IMAGE_TEXT if nested else TEXT)
-    if not _same(model_type, TEXT) and not _same(model_type, IMAGE_TEXT):
+    if not same(model_type, TEXT) and not same(model_type, IMAGE_TEXT):
         raise UserError(
-            f"model config: model_type = {_short(model_type)} is not Qwen3.5-MoE: expected {TEXT!r} or {IMAGE_TEXT!r}"
+            f"model config: model_type = {short(model_type)} is not Qwen3.5-MoE: expected {TEXT!r} or {IMAGE_TEXT!r}"
         )
     if nested != (model_type == IMAGE_TEXT):
         raise UserError(
@@ -255,9 +292,9 @@ def _text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
     text, vision = config["text_config"], config.get("vision_config")
     for key, part in (("text_config", text), ("vision_config", vision or {})):
         if not isinstance(part, Mapping):
-            raise UserError(f"model config: {key} = {_short(part)} must be a table")
-    if not _same(text.get("model_type", TEXT), TEXT):
-        raise UserError(f"model config: text_config.model_type = {_short(text['model_type'])}: expected {TEXT!r}")
+            raise UserError(f"model config: {key} = {short(part)} must be a table")
+    if not same(text.get("model_type", TEXT), TEXT):
+        raise UserError(f"model config: text_config.model_type = {short(text['model_type'])}: expected {TEXT!r}")
     return text
 
 
@@ -266,21 +303,21 @@ def _rope(text: Mapping[str, Any]) -> dict[str, Any]:
     `rope_parameters`; what they leave out is taken from beside them."""
     for key in ("rope_scaling", "rope_parameters"):
         if text.get(key) is not None and not isinstance(text[key], Mapping):
-            raise UserError(f"model config: {key} = {_short(text[key])} must be a table")
+            raise UserError(f"model config: {key} = {short(text[key])} must be a table")
     source = "rope_scaling" if text.get("rope_scaling") else "rope_parameters"
     rope = text.get(source) or {}
     for key in rope:
         if key not in _ROPE_KEYS:
-            raise UserError(f"model config: {source}.{key} is not supported, only {_listed(_ROPE_KEYS)}")
+            raise UserError(f"model config: {source}.{key} is not supported, only {listed(_ROPE_KEYS)}")
     for key in ("rope_type", "type"):  # a wrong one behind a right one: other consumers may prefer either
-        if key in rope and not _same(rope[key], "default"):
+        if key in rope and not same(rope[key], "default"):
             raise UserError(
-                f"model config: {source}: {key} = {_short(rope[key])} is not supported, only 'default' "
+                f"model config: {source}: {key} = {short(rope[key])} is not supported, only 'default' "
                 "(no scaling of positions)"
             )
-    if not _same(rope.get("mrope_interleaved", True), True):
+    if not same(rope.get("mrope_interleaved", True), True):
         raise UserError(
-            f"model config: {source}: mrope_interleaved = {_short(rope['mrope_interleaved'])} is not supported, "
+            f"model config: {source}: mrope_interleaved = {short(rope['mrope_interleaved'])} is not supported, "
             "only True"
         )
     values = {
@@ -295,29 +332,5 @@ def _tied(config: Mapping[str, Any], text: Mapping[str, Any]) -> bool:
     for level in (text, config):
         tied = level.get("tie_word_embeddings", False)
         if type(tied) is not bool:
-            raise UserError(f"model config: tie_word_embeddings = {_short(tied)} must be true or false")
+            raise UserError(f"model config: tie_word_embeddings = {short(tied)} must be true or false")
     return tied
-
-
-def _integer(key: str, value: object, largest: int) -> int:
-    if type(value) is not int or not 0 < value <= largest:
-        raise UserError(f"model config: {key} = {_short(value)} must be a positive integer, at most {largest}")
-    return value
-
-
-def _same(value: object, accepted: object) -> bool:
-    """Equal, and not a boolean beside a number: 1 is not true."""
-    return value == accepted and isinstance(value, bool) == isinstance(accepted, bool)
-
-
-def _listed(values: tuple[object, ...]) -> str:
-    return " or ".join(map(repr, values))
-
-
-def _short(value: object) -> str:
-    """A value from a file in an error's one line, whatever its size or depth."""
-    try:
-        text = repr(list(value) if isinstance(value, tuple) else value)
-    except (RecursionError, ValueError):  # nested too deeply; an integer of too many digits to print
-        text = f"a {type(value).__name__}"
-    return text if len(text) <= 80 else text[:80] + "..."

@@ -34,6 +34,8 @@ def mtp_shapes(config: ModelConfig, num_layers: int) -> dict[str, Shape]:
 
 def hf_name(name: str, architecture: str = "causal_lm") -> str:
     """A native parameter's name in a Hugging Face checkpoint with stacked experts."""
+    if name.startswith("visual."):
+        return "model." + name
     return name if name.startswith("lm_head.") else PREFIXES[architecture] + name
 
 
@@ -46,13 +48,14 @@ def find_pieces(config: ModelConfig, available: Mapping[str, Shape]) -> dict[str
     """Which tensors of a Hugging Face checkpoint make up each native parameter.
 
     `available`: the checkpoint's tensors and their shapes. Raises UserError naming what is missing, of a wrong shape,
-    or unknown; vision and multi-token-prediction tensors are passed over, and so is a tied model's copy of the head.
+    or unknown; what is no part of the model is passed over (multi-token prediction; the tower, of a model without), and
+    so is a tied model's copy of the head.
     """
     architecture = find_architecture(available)
     keys = {hf_name(name, architecture): (name, entry.shape) for name, entry in parameters(config).items()}
     pieces = _find({key: shape for key, (_, shape) in keys.items()}, available)
     used = {piece.key for parts in pieces.values() for piece in parts}
-    spare = {key for key in available if not key.startswith(NOT_TEXT)} - used
+    spare = {key for key in available if not key.startswith((MTP,) if config.vision else NOT_TEXT)} - used
     spare -= {"lm_head.weight"} if config.tie_word_embeddings else set()
     if spare:
         raise UserError(f"weights: {min(spare)!r} (and {len(spare) - 1} more) belong to no parameter of this model")

@@ -9,6 +9,9 @@ linear_attn.A_log                                    log u, u ~ uniform(0.01, 16
 linear_attn.dt_bias                                  1
 embeddings, projections, convolution, router,        normal(0, initializer_range)
   experts (each expert's matrix drawn by itself)
+visual: norm1, norm2, merger.norm                    1       (LayerNorms, which multiply by weight)
+visual: every bias                                   0
+visual: embeddings, projections                      normal(0, vision_config's initializer_range)
 """
 
 import hashlib
@@ -38,7 +41,10 @@ def initial_value(
     name: str, shape: torch.Size, initializer_range: float, seed: int, expert: int | None = None
 ) -> torch.Tensor:
     """One full parameter (of a stacked one: the matrix of one `expert`) in float32 on the CPU; the table is above."""
-    if name.endswith("linear_attn.norm.weight") or name.endswith("dt_bias"):
+    is_visual = name.startswith("visual.")
+    if is_visual and name.endswith(".bias"):
+        return torch.zeros(shape)
+    if name.endswith(("linear_attn.norm.weight", "dt_bias")) or (is_visual and len(shape) == 1):
         return torch.ones(shape)
     if name.endswith("norm.weight"):
         return torch.zeros(shape)
@@ -54,8 +60,10 @@ def init_weights(model: Qwen35Moe, seed: int, local_part: Callable[[nn.Parameter
 
     Matrices are drawn whole, one at a time, then cut: no more than one full matrix (of one expert) is ever in memory.
     """
-    std = model.config.initializer_range
+    config = model.config
     for name, parameter in model.named_parameters():
+        of = config.vision if config.vision and name.startswith("visual.") else config
+        std = of.initializer_range
         local, box = local_part(parameter)
         index = tuple(slice(*edges) for edges in box)
         if ".experts." in name:

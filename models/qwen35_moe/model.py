@@ -1,4 +1,4 @@
-"""Qwen3.5-MoE, the text model: embedding -> blocks -> norm -> head. Plain PyTorch; knows nothing of parallelism."""
+"""Qwen3.5-MoE: embedding (and what the tower sees) -> blocks -> norm -> head. Plain PyTorch; knows no parallelism."""
 
 from typing import Protocol, cast
 
@@ -14,7 +14,9 @@ from models.qwen35_moe.config import FULL, ModelConfig
 from models.qwen35_moe.gated_delta_net import GatedDeltaNet
 from models.qwen35_moe.moe import COUNTS_OF_ALL, Measure, MixtureOfExperts, RouterStatistics
 from models.qwen35_moe.norms import RMSNorm
+from models.qwen35_moe.patches import Patches
 from models.qwen35_moe.rotary import Rotary, rotary_embedding
+from models.qwen35_moe.vision import VisionTower
 
 # Shapes: T tokens (of all documents, end to end), H hidden, V vocabulary, E experts, L layers.
 
@@ -33,6 +35,9 @@ class Batch(Protocol):
 
     @property
     def labels(self) -> torch.Tensor | None: ...  # int64 [T], already shifted, IGNORED where nothing is trained
+
+    @property
+    def patches(self) -> Patches | None: ...  # read by a model with a tower alone, which always wants some
 
 
 class Block(nn.Module):
@@ -65,8 +70,9 @@ class Block(nn.Module):
 
 
 class Qwen35Moe(nn.Module):
-    """The text model. Parameters are left uninitialised: see init.py; parameters.py makes a table of them.
+    """The model. Parameters are left uninitialised: see init.py; parameters.py makes a table of them.
 
+    With `config.vision` there is a tower, `visual`: its features stand for the embeddings at the batch's places.
     With `tie_word_embeddings` there is no `lm_head`: the head reads `embed_tokens.weight`, so nothing can come untied.
     """
 
@@ -74,6 +80,7 @@ class Qwen35Moe(nn.Module):
         super().__init__()
         self.config = config
         self.cross_entropy = kernels.cross_entropy
+        self.visual = VisionTower(config.vision, kernels.vision_attention) if config.vision else None
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Block(config, layer_type, kernels) for layer_type in config.layer_types)
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -102,6 +109,10 @@ class Qwen35Moe(nn.Module):
         """
         rotary = rotary_embedding(self.config, batch.positions)
         hidden = self.embed_tokens(batch.tokens)
+        if self.visual is not None:
+            assert batch.patches is not None
+            features, places = self.visual(batch.patches), batch.patches.places
+            hidden = hidden.index_copy(0, places, features[: len(places)])
         of_layers = []
         for layer in self.layers:
             hidden, of_layer = layer(hidden, rotary, batch.documents, measure)

@@ -1,6 +1,7 @@
 """The table of parameters (names, shapes, dtypes, experts, FLOPs), read off the model itself, built without memory."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import lru_cache
 from math import prod
 from typing import NamedTuple
@@ -35,7 +36,7 @@ def full_box(box: Box, shape: Shape) -> Box:
 
 @lru_cache(maxsize=8)
 def parameters(config: ModelConfig) -> Mapping[str, Parameter]:
-    """Every parameter of the text model by its name, in the model's order."""
+    """Every parameter of the model by its name, in the model's order."""
     with torch.device("meta"):
         model = Qwen35Moe(config, Kernels())
     return _table(model, model.float32_parameters())
@@ -55,9 +56,10 @@ def mtp_parameters(config: ModelConfig, num_layers: int) -> Mapping[str, Paramet
 
 
 def matmul_parameters_per_token(config: ModelConfig) -> int:
-    """How many parameters of matrix products a token passes: of all experts its k; the head, not the look-up."""
+    """How many of the text model's parameters, of matrix products, a token passes: of all experts its k; the head, not
+    the look-up."""
     count = config.vocab_size * config.hidden_size if config.tie_word_embeddings else 0
-    for name, parameter in parameters(config).items():
+    for name, parameter in parameters(replace(config, vision=None)).items():
         if parameter.expert_dim is not None:
             count += prod(parameter.shape) // config.num_experts * config.num_experts_per_tok
         elif len(parameter.shape) == 2 and name != "embed_tokens.weight":

@@ -3,8 +3,9 @@
 import numpy as np
 import torch
 
-from data.batch import MicroBatch, Row, Sample
+from data.batch import Frame, Medium, MicroBatch, Row, Sample
 from models.ops.labels import IGNORED
+from tests.models.qwen35_moe.vision_shapes import random_pixels, tiny_vision
 
 
 def ints(*values: int) -> np.ndarray:
@@ -46,3 +47,50 @@ def test_a_micro_batch_moves_whole():
     moved = MicroBatch.of(ROWS, may_fill=True).to(torch.device("meta"))
     assert {t.device.type for t in (moved.tokens, moved.labels, moved.positions, moved.is_real)} == {"meta"}
     assert MicroBatch.of(ROWS, may_fill=False).to(torch.device("meta")).is_real is None
+
+
+VISION = tiny_vision()
+
+
+def shown(row: Row, *frames: Frame) -> Row:
+    return row._replace(frames=frames, pixels=random_pixels(VISION, [(h, w) for _, h, w in frames]).numpy())
+
+
+def test_frames_of_all_rows_stand_at_their_places():
+    rows = [shown(ROWS[0], Frame(0, 2, 2), Frame(2, 2, 2)), shown(ROWS[1], Frame(0, 2, 4))]
+    batch = MicroBatch.of(rows, may_fill=True, vision=VISION)
+    assert batch.patches.frames.lengths() == [4, 4, 8]
+    assert batch.patches.places.tolist() == [0, 2, 4, 5]
+    assert torch.equal(batch.patches.pixels, torch.from_numpy(np.concatenate([row.pixels for row in rows])))
+    assert batch.patches.grid[:, :8].tolist() == [[0, 0, 1, 1] * 2, [0, 1] * 4, [2] * 8, [2] * 8]
+    assert batch.patches.grid[:, 8:].tolist() == [[0, 0, 1, 1] * 2, [0, 1, 0, 1, 2, 3, 2, 3], [2] * 8, [4] * 8]
+    # Time, height, width, from 0 in each document.
+    assert batch.positions.tolist() == [[0, 1, 2, 0, 0, 0, 0, 1], [0, 1, 2, 0, 0, 0, 0, 1], [0, 1, 2, 0, 0, 1, 0, 1]]
+    moved = batch.to(torch.device("meta")).patches
+    assert {t.device.type for t in (moved.pixels, moved.grid, moved.places, moved.frames.cu_seqlens)} == {"meta"}
+
+
+def test_without_images_there_is_a_frame_that_goes_nowhere():
+    batch = MicroBatch.of(ROWS, may_fill=True, vision=VISION)
+    patches = batch.patches
+    assert (len(patches.pixels), patches.frames.lengths(), patches.places.tolist()) == (4, [4], [])
+    assert batch.positions.tolist() == [[0, 1, 2, 0, 0, 1, 0, 1]] * 3
+    assert MicroBatch.of(ROWS, may_fill=True).patches is None
+
+
+def test_a_piece_holds_images_whole():
+    """Tokens 2 to 5 are one, 7 to 9 another, of which token 7 begins and 8 is the frame's own."""
+    media = [Medium(2, 6, [Frame(3, 2, 4)], list, 6), Medium(7, 10, [Frame(8, 2, 2)], list, 6)]
+    sample = Sample.of(np.arange(12, dtype=np.int32))._replace(media=media)
+    pieces, begin = [], 0
+    while begin < 12:
+        pieces.append(sample.piece(begin, 5))
+        begin += len(pieces[-1].tokens)
+    assert [piece.tokens.tolist() for piece in pieces] == [[0, 1], [2, 3, 4, 5, 6], [7, 8, 9, 10, 11]]
+    assert [[(m.begin, m.end, m.frames[0].place) for m in piece.media] for piece in pieces] == [
+        [],
+        [(0, 4, 1)],
+        [(0, 3, 1)],
+    ]
+    assert pieces[0].labels.tolist() == [1, 2]  # the token after the cut, as in any document
+    assert len(sample.piece(7, 2).tokens) == 0
