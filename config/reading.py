@@ -64,14 +64,11 @@ def load_config(argv: list[str]) -> Config:
     sections = {}
     for section, cls in SECTIONS.items():
         given = tables.get(section, {})
-        values = {}
-        for item in dataclasses.fields(cls):
-            key = item.name.rstrip("_")
-            if key in given:
-                values[item.name] = given[key]
-            elif not _default(item):
+        fields = {item.name.rstrip("_"): item for item in dataclasses.fields(cls)}
+        for key, item in fields.items():
+            if key not in given and not _default(item):
                 raise UserError(f"{section}.{key} is missing: expected {_accepted(SCHEMA[section][key])}")
-        sections[section] = cls(**values)
+        sections[section] = cls(**{fields[key].name: value for key, value in given.items()})
     return _with_absolute_paths(Config(**sections))
 
 
