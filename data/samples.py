@@ -1,6 +1,5 @@
 """Samples: the endless, shuffled stream of epochs over the sources, each sample as tokens and what is trained on."""
 
-import bisect
 import contextlib
 import copy
 import dataclasses
@@ -20,7 +19,7 @@ from data.chat import ChatTemplate, texts_in
 from data.files import is_dataset
 from data.media import Media, MediaReader, MediaSettings, has_media, show_all
 from data.packing import BadSample
-from data.records import Record, Source
+from data.records import Record, Source, part_of
 from data.shuffle import permute
 from data.sources import declared_sources, open_sources
 from errors import UserError
@@ -62,9 +61,8 @@ class Samples:
     def find(self, sample: int) -> tuple[Source, int]:
         """The source of a sample, and the record's number there."""
         if not len(self._rank):
-            index = self._permuted(sample, self.num_documents)
-            number = bisect.bisect_right(self._starts, index) - 1
-            return self._sources[number], index - self._starts[number]
+            number, index = part_of(self._permuted(sample, self.num_documents), self._starts)
+            return self._sources[number], index
         block, place = divmod(sample, _BLOCK)
         number = int(self._source_of[place])
         source = self._sources[number]

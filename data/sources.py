@@ -86,7 +86,16 @@ class JsonLines:
 
     @functools.cached_property
     def _index(self) -> Path:
-        return _line_index(self._plain)
+        """The file that says (file, offset, line number) of each line that `_lines` gives."""
+
+        def make(path: Path) -> None:
+            with open(path, "wb") as index:
+                for number, file in enumerate(self._plain):
+                    with _open_packed(file) as lines:
+                        for offset, line_number, _ in _lines(lines, file):
+                            index.write(struct.pack("<3q", number, offset, line_number))
+
+        return cached(self._plain, "", ".index", make)
 
     def _place(self, index: int) -> list[int]:
         """The file, the offset in it, and the line."""
@@ -181,16 +190,3 @@ def _unpacked(file: str) -> str:
             plain.writelines(each_read(file, iter(lambda: packed.read(1 << 20), b"")))
 
     return str(cached([file], "", ".jsonl", make))
-
-
-def _line_index(files: list[str]) -> Path:
-    """Writes (file, offset, line number) of each line that `_lines` gives."""
-
-    def make(path: Path) -> None:
-        with open(path, "wb") as index:
-            for number, file in enumerate(files):
-                with _open_packed(file) as lines:
-                    for offset, line_number, _ in _lines(lines, file):
-                        index.write(struct.pack("<3q", number, offset, line_number))
-
-    return cached(files, "", ".index", make)

@@ -1,6 +1,5 @@
 """Tables: Parquet files and what the library `datasets` keeps, of which only the needed columns are read."""
 
-import bisect
 import functools
 import itertools
 import os
@@ -12,7 +11,7 @@ from config.options import Data
 from data.files import cached, each_read
 from data.media import media_keys
 from data.packing import BadSample
-from data.records import Record, Whole
+from data.records import Record, Whole, part_of
 from errors import UserError, reading
 
 if TYPE_CHECKING:  # slow to import, and of no use where there are JSON Lines alone
@@ -83,20 +82,16 @@ class ParquetFiles:
     def __len__(self) -> int:
         return len(self._arrow) and self._starts[-1]
 
-    def _place(self, index: int) -> tuple[int, int]:
-        file = bisect.bisect_right(self._starts, index) - 1
-        return file, index - self._starts[file]
-
     def __getitem__(self, index: int) -> Record:
-        file, row = self._place(index)
+        file, row = part_of(index, self._starts)
         path = self._arrow[file]
         assert path is not None
         starts, batches = _batches(path)
-        number = bisect.bisect_right(starts, row) - 1
-        return _row(batches.get_batch(number).slice(row - starts[number], 1))
+        number, place = part_of(row, starts)
+        return _row(batches.get_batch(number).slice(place, 1))
 
     def where(self, index: int) -> str:
-        file, row = self._place(index)
+        file, row = part_of(index, self._starts)
         return f"{self._files[file]}, row {row + 1}"
 
     def head(self) -> Iterator[tuple[str, Callable[[], Record]]]:
