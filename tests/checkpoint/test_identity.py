@@ -150,6 +150,7 @@ def test_a_record_names_no_folder(tmp_path: Path) -> None:
     assert record["sources"]["entry 1 of data.path"] == "JsonLines of 4 documents"
 
 
+@pytest.mark.usefixtures("one_rank")
 def test_the_model_is_told_by_keys_in_a_row(config: Config) -> None:
     text = tiny_config()
     values = text.to_dict()
