@@ -27,6 +27,7 @@ from models.qwen35_moe.check_kernels import check_kernels
 from models.qwen35_moe.config import ModelConfig
 from models.qwen35_moe.init import init_weights
 from models.qwen35_moe.model import Qwen35Moe
+from models.qwen35_moe.parts import freeze
 from parallelisms.degrees import work_out_degrees
 from parallelisms.mesh import Meshes, build_meshes
 from parallelisms.parallelize import local_region, parallelize_fn, reduce_replicas_after, reduce_replicated_gradients
@@ -141,11 +142,14 @@ def build_model(config: Config, shape: ModelConfig, meshes: Meshes, device: torc
     dtype = compute_dtype(config.training.dtype, device.type)
     kernels = select_kernels(dataclasses.asdict(config.kernels), device.type, dtype, *shape.kernel_sizes)
     model = build_on_meta(shape, kernels, getattr(torch, config.training.master_dtype))
+    freeze(model, config.model.freeze)
     for block in model.blocks:
         block.mlp.gate.force_balanced = config.moe.force_balanced_routing
     num_parameters = sum(parameter.numel() for parameter in model.parameters())
+    num_trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    frozen = f", {num_trained / 1e6:,.1f} M of them trained" if num_trained < num_parameters else ""
     num_devices = meshes.data_parallel.size()
-    logger.info(f"{num_parameters / 1e6:,.1f} M parameters, {num_devices} x {device.type}, {dtype}, {kernels}")
+    logger.info(f"{num_parameters / 1e6:,.1f} M parameters{frozen}, {num_devices} x {device.type}, {dtype}, {kernels}")
     if config.kernels.self_test and device.type == "cuda":
         wrong = check_kernels(kernels, shape, device, dtype)
         if wrong:

@@ -155,7 +155,11 @@ class Checkpointer:
         for name in sorted(state.keys() | stored.keys()):
             if name not in stored or name not in state:
                 what = "lacks" if name not in stored else "has an unknown"
-                raise UserError(f"checkpoint {path} {what} tensor {name!r}: expected one of the same model")
+                frozen = " with the same model.freeze, or checkpoint.start_from for the weights alone"
+                raise UserError(
+                    f"checkpoint {path} {what} tensor {name!r}: expected one of the same model"
+                    + (frozen if name.startswith("optimizer.") else "")
+                )
             if stored[name].shape != tuple(state[name].shape):
                 raise UserError(
                     f"checkpoint {path}: {name!r} has shape {list(stored[name].shape)}, the model's has "

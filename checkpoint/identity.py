@@ -11,6 +11,7 @@ import dataclasses
 import hashlib
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -48,9 +49,17 @@ def describe_run(config: Config, shape: ModelConfig) -> Run:
             sources[f"{path.name} in entry {number} of data.path"] = f"{path.stat().st_size} bytes, {_hash(path)}"
         if not os.path.exists(entry) and is_dataset(entry):
             sources[f"name of entry {number} of data.path"] = entry
-    model = dict(shape.to_dict())
-    model |= {f"rope_parameters.{key}": value for key, value in model.pop("rope_parameters").items()}
+    model = dict(_flat(shape.to_dict()))
     return json.loads(json.dumps({"options": options, "sources": sources, "model": model}))
+
+
+def _flat(table: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """The values of tables in tables, by their keys one after the other."""
+    for key, value in table.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
 
 
 def _files(entry: str) -> list[Path]:

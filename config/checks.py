@@ -8,11 +8,12 @@ import os
 import sys
 from pathlib import Path
 
-from config.options import Config, Kernels, LRScheduler
+from config.options import Config, Kernels, LRScheduler, Optimizer
 from config.reading import load_config, model_config
 from data.check import check_data
 from errors import UserError, exit_on_error
 from models.qwen35_moe.config import ModelConfig
+from models.qwen35_moe.parts import check_frozen
 from parallelisms.degrees import work_out_degrees
 
 
@@ -21,6 +22,8 @@ def check_config(config: Config, world_size: int) -> None:
 
     shape = model_config(config)
     work_out_degrees(config.parallelism, shape, world_size)
+    check_frozen(config.model.freeze, shape)
+    _check_ratios(config.optimizer, shape)
     _check_schedule(config.lr_scheduler)
     _check_kernels(config, shape)
 
@@ -36,6 +39,12 @@ def _check_schedule(schedule: LRScheduler) -> None:
             raise UserError(f"{key}: expected 0 with lr_scheduler.decay = {schedule.decay!r}; only 'wsd' reads it")
     elif schedule.decay_steps < 1:
         raise UserError(f"{key}: with decay = 'wsd' expected at least 1")
+
+
+def _check_ratios(optimizer: Optimizer, shape: ModelConfig) -> None:
+    for key in ("vision_lr_ratio", "merger_lr_ratio"):
+        if shape.vision is None and getattr(optimizer, key) != 1:
+            raise UserError(f"optimizer.{key} = {getattr(optimizer, key)}: the model has no tower: expected 1.0")
 
 
 def _check_kernels(config: Config, shape: ModelConfig) -> None:

@@ -8,6 +8,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal, NamedTuple
 
+from models.qwen35_moe import parts
+
 
 class Accept(NamedTuple):
     """Narrows a field's type, as the second argument of `Annotated`."""
@@ -27,6 +29,9 @@ NotNegative = Annotated[float, Accept("a number of at least 0", lambda x: 0 <= x
 Ratio = Annotated[float, Accept("a number from 0 to 1", lambda x: 0 <= x <= 1)]
 Beta = Annotated[float, Accept("a number from 0 to below 1", lambda x: 0 <= x < 1)]
 Folder = Annotated[str, Accept("a folder", lambda path: path != "")]
+Parts = Annotated[
+    tuple[str, ...], Accept(f"a list of some of {', '.join(parts.NAMES)}", lambda names: set(names) <= set(parts.NAMES))
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,6 +61,10 @@ class Model:
     """What a run without checkpoints starts from. "none": random weights; "hf": the weights in `path`."""
     config: dict[str, Any] = field(default_factory=dict)
     """The shape as a table, with the keys of config.json's text_config; what is left out is as in 35B-A3B."""
+    freeze: Parts = ()
+    """Parts that are not trained. "vision": the tower up to its merger; "merger"; "text": all that is not the tower's,
+    of which "embeddings", "head", "router", "experts", "shared_expert", "attention", "linear_attention" and "norms",
+    those between the layers' parts, are parts too."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,6 +159,10 @@ class Optimizer:
     """Added to the root of the mean square."""
     weight_decay: NotNegative = 0.1
     """Of weight matrices; norms, biases, A_log and dt_bias do not decay."""
+    vision_lr_ratio: Positive = 1.0
+    """Learning rate of the part "vision" of the model (see model.freeze) / that of the text."""
+    merger_lr_ratio: Positive = 1.0
+    """Learning rate of the part "merger" / that of the text."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -29,21 +29,28 @@ from config.options import Config
 from data.files import is_dataset, matches
 from errors import UserError
 from models.qwen35_moe.config import ModelConfig, read_config
+from models.qwen35_moe.vision_config import TOKEN_IDS, VisionConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 
 # The schema of a TOML file: a table is a dict from its keys to schemas, everything else a type as `typing` writes it.
 # An inline model may have the keys that ModelConfig reads and no others, so that a typo there is found too.
 SECTIONS: dict[str, type] = get_type_hints(Config)
-_SHAPE = get_type_hints(ModelConfig)
+_SHAPE = {key: hint for key, hint in get_type_hints(ModelConfig).items() if key != "vision"}
 _ROPE = {key: _SHAPE[key] for key in ("rope_theta", "partial_rotary_factor", "mrope_section")}
 _HF_FORM = {"model_type": str, "full_attention_interval": int, "hidden_act": str, "attention_bias": bool}
 _ROPE_PARAMETERS = {"rope_type": str, "mrope_interleaved": bool, **_ROPE}
+_TOWER = get_type_hints(VisionConfig)
+_VISION = {key: _TOWER.pop(key) for key in TOKEN_IDS} | {
+    "vision_config": _TOWER
+    | {"model_type": str, "hidden_act": str, "rope_parameters": {"rope_type": str, "rope_theta": float}}
+}
 SCHEMA: dict[str, Any] = {
     name: {field.rstrip("_"): hint for field, hint in get_type_hints(cls, include_extras=True).items()}
     for name, cls in SECTIONS.items()
 }
-SCHEMA["model"]["config"] = _SHAPE | _HF_FORM | {"attention_dropout": float, "rope_parameters": _ROPE_PARAMETERS}
+SCHEMA["model"]["config"] = _SHAPE | _HF_FORM | _VISION
+SCHEMA["model"]["config"] |= {"attention_dropout": float, "rope_parameters": _ROPE_PARAMETERS}
 
 
 def load_config(argv: list[str]) -> Config:

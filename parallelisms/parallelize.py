@@ -14,6 +14,7 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 
 from models.qwen35_moe.init import LocalPart, whole
 from models.qwen35_moe.model import Qwen35Moe
+from models.qwen35_moe.vision import VisionTower
 from parallelisms.activation_checkpoint import apply_activation_checkpointing
 from parallelisms.expert_parallel import ExpertParallelBlock
 from parallelisms.mesh import Meshes
@@ -37,6 +38,8 @@ def parallelize_fn(
         # after that would run uncompiled. There are more: two kinds of blocks, and at ep > 1 the parts beside the
         # experts, each in training and in validation, with fillers and without.
         torch._dynamo.config.recompile_limit = 32
+    if model.visual is not None:
+        _prepare_tower(model.visual, compute_dtype, activation_checkpoint, compile_blocks)
     for block in model.blocks:
         if meshes.expert_parallel.size() > 1:
             in_parts = ExpertParallelBlock(block, meshes.expert_parallel)
@@ -51,12 +54,35 @@ def parallelize_fn(
     apply_fsdp(model, meshes, compute_dtype)
 
 
+def _trains(module: nn.Module) -> bool:
+    return any(parameter.requires_grad for parameter in module.parameters())
+
+
+def _frozen_parts(tower: VisionTower) -> list[nn.Module]:
+    """What of the tower has nothing to train, so that it needs no master weights, and no unit of FSDP."""
+    return [part for part in (*tower.before_merger, tower.merger) if not _trains(part)]
+
+
+def _prepare_tower(
+    tower: VisionTower, compute_dtype: torch.dtype, activation_checkpoint: str, compile_blocks: bool
+) -> None:
+    for part in _frozen_parts(tower):
+        part.to(compute_dtype)
+    if any(map(_trains, tower.before_merger)):  # else there is no graph, and nothing to recompute
+        apply_activation_checkpointing([(block, "forward") for block in tower.blocks], activation_checkpoint)
+    if compile_blocks:
+        for block in tower.vision_blocks:
+            block.compile()
+
+
 def apply_fsdp(model: Qwen35Moe, meshes: Meshes, compute_dtype: torch.dtype) -> None:
-    """Shards the model: one unit a block, one for the rest, and at ep > 1 one for each block's experts.
+    """Shards the model: one unit a block, one for the rest, and at ep > 1 one for each block's experts; of a vision
+    tower likewise one a block and one for the rest, of what is trained.
 
     Gradients are summed, never averaged: the loss is already divided by the global batch's number of trained tokens.
     The float32 parameters stay outside FSDP, which would round them to `compute_dtype` before the forward sees them;
-    `reduce_replicated_gradients` keeps them equal on all ranks.
+    `reduce_replicated_gradients` keeps them equal on all ranks. What is frozen of the tower stays outside too, whole on
+    each rank: half a billion numbers, which are not worth a collective.
     """
     policy = MixedPrecisionPolicy(
         # Casting inputs would round the rotary angles; activations have the right dtype from the embedding on.
@@ -65,8 +91,12 @@ def apply_fsdp(model: Qwen35Moe, meshes: Meshes, compute_dtype: torch.dtype) -> 
         cast_forward_inputs=False,
     )
 
+    outside = set(model.float32_parameters())
+    if model.visual is not None:
+        outside |= {parameter for part in _frozen_parts(model.visual) for parameter in part.parameters()}
+
     def shard(module: nn.Module, mesh: DeviceMesh, **options: Any) -> None:
-        fully_shard(module, mesh=mesh, mp_policy=policy, ignored_params=set(model.float32_parameters()), **options)
+        fully_shard(module, mesh=mesh, mp_policy=policy, ignored_params=outside, **options)
         unit = cast(FSDPModule, module)
         if mesh.size() == 1:  # nothing to divide, not even by 1, and nothing to add up
             unit.set_custom_reduce_scatter(_NothingToReduce())
@@ -84,6 +114,10 @@ def apply_fsdp(model: Qwen35Moe, meshes: Meshes, compute_dtype: torch.dtype) -> 
             # Experts alone are sharded over another mesh. The axis ep has cut their dim 0, so efsdp cuts dim 1.
             shard(block.mlp.experts, meshes.expert, shard_placement_fn=lambda _: Shard(1), reshard_after_forward=free)
         shard(block, meshes.dense, reshard_after_forward=free)
+    if model.visual is not None:
+        for part in [*model.visual.blocks, model.visual]:
+            if not outside.issuperset(part.parameters()):
+                shard(part, meshes.dense, reshard_after_forward=meshes.dense.size() > 1)
     shard(model, meshes.dense)
     if has_expert_units:
         _prefetch_neighbours(model)

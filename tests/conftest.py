@@ -52,6 +52,7 @@ SLOW: dict[str, tuple[str, ...]] = {
         "test_losses_are_in_the_gradient_and_not_in_the_loss",
     ),
     "parallelisms/test_precision.py": ("test_what_is_float32_under_bfloat16",),
+    "parallelisms/test_vision_layouts.py": ("test_equals_one_process",),
     "test_layouts.py": ("test_five_steps_of_the_tiny_run_on_seven_layouts",),
     "test_reproducibility.py": (
         "test_the_first_losses_are_those_on_record",

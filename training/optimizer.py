@@ -8,6 +8,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from config.options import LRScheduler, Optimizer
+from models.qwen35_moe.parts import part_of
 
 
 class NamedAdamW(torch.optim.AdamW):
@@ -38,13 +39,24 @@ class NamedAdamW(torch.optim.AdamW):
 
 def build_optimizer(model: nn.Module, config: Optimizer) -> NamedAdamW:
     """Fused AdamW (Loshchilov & Hutter 2019, arXiv 1711.05101) of what requires a gradient. Matrices decay, vectors
-    (norms, decays) do not."""
+    (norms, biases, decays) do not. Parts of the model with a learning rate of their own are groups of their own, whose
+    "lr_ratio" is to the rate of all others."""
     assert config.name == "adamw"  # the one there is
-    trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+    ratios = {"vision": config.vision_lr_ratio, "merger": config.merger_lr_ratio}
+    groups: dict[tuple[float, bool], list[tuple[str, nn.Parameter]]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            key = (ratios.get(part_of(name), 1.0), parameter.dim() > 1)
+            groups.setdefault(key, []).append((name, parameter))
     return NamedAdamW(
         [
-            {"params": [(n, p) for n, p in trained if p.dim() > 1], "weight_decay": config.weight_decay},
-            {"params": [(n, p) for n, p in trained if p.dim() <= 1], "weight_decay": 0.0},
+            {
+                "params": named,
+                "weight_decay": config.weight_decay if decays else 0.0,
+                "lr": config.lr * lr_ratio,
+                "lr_ratio": lr_ratio,
+            }
+            for (lr_ratio, decays), named in groups.items()
         ],
         lr=config.lr,
         betas=config.betas,
@@ -82,6 +94,6 @@ def lr_factor(step: int, total_steps: int, config: LRScheduler) -> float:
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    """Sets every group's learning rate."""
+    """Sets every group's learning rate, `lr` times the ratio that it was built with."""
     for group in optimizer.param_groups:
-        group["lr"] = lr
+        group["lr"] = lr * group["lr_ratio"]

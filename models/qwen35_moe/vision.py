@@ -112,12 +112,19 @@ class VisionTower(nn.Module):
         """`blocks` as what they are."""
         return cast(list[VisionBlock], list(self.blocks))
 
+    @property
+    def before_merger(self) -> list[nn.Module]:
+        """All that a patch passes alone or with its frame: the part "vision" of parts.py."""
+        return [self.patch_embed, self.pos_embed, *self.blocks]
+
     def forward(self, patches: Patches) -> torch.Tensor:
         """[P / m, H]: a feature for each token of the frames, in their order."""
         hidden = self.patch_embed(patches.pixels)
         hidden = hidden + self.position(patches.grid).to(hidden.dtype)
         rotary = vision_rotary(self.config, patches.grid)
         for block in self.blocks:
+            for tensor in (hidden, *rotary):
+                torch._dynamo.maybe_mark_dynamic(tensor, 0)  # P changes with every batch: one graph for all
             hidden = block(hidden, rotary, patches.frames)
         return self.merger(hidden)
 

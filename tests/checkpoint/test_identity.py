@@ -8,11 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from checkpoint.identity import describe_run
+from checkpoint.identity import describe_run, difference
 from config.options import Config, Data, Job
 from errors import UserError
 from tests.checkpoint import test_checkpointer
 from tests.checkpoint.test_checkpointer import CONFIG, TOKENIZER, build, run_config
+from tests.models.qwen35_moe.shapes import tiny_config
+from tests.models.qwen35_moe.vision_shapes import tiny_vision
 
 from tests.checkpoint.test_checkpointer import one_rank as one_rank  # isort: skip
 
@@ -146,3 +148,19 @@ def test_a_record_names_no_folder(tmp_path: Path) -> None:
     record = describe_run(dataclasses.replace(run_config(tmp_path), data=data), CONFIG)
     assert str(tmp_path) not in json.dumps(record)
     assert record["sources"]["entry 1 of data.path"] == "JsonLines of 4 documents"
+
+
+@pytest.mark.usefixtures("one_rank")
+def test_the_model_is_told_by_keys_in_a_row(config: Config) -> None:
+    text = tiny_config()
+    values = text.to_dict()
+    rope = values.pop("rope_parameters")
+    expected = values | {f"rope_parameters.{key}": value for key, value in rope.items()}
+    assert describe_run(config, text)["model"] == json.loads(json.dumps(expected))  # as ever: older files compare
+    with_tower = describe_run(config, tiny_config(vision=tiny_vision()))
+    assert with_tower["model"]["vision_config.rope_parameters.rope_theta"] == 1e4
+    assert with_tower["model"]["text_config.rope_parameters.rope_theta"] == text.rope_theta
+    assert difference(with_tower, with_tower, "model") is None
+    deeper = describe_run(config, tiny_config(vision=tiny_vision(depth=3)))
+    assert difference(with_tower, deeper, "model") == "vision_config.depth: 2 when it was saved, 3 now"
+    assert difference(describe_run(config, text), with_tower, "model") is not None

@@ -10,7 +10,7 @@ import pytest
 from tokenizers import Tokenizer, models
 
 from config.checks import check_config
-from config.reading import ROOT
+from config.reading import ROOT, load_config, model_config, resolved_toml
 from tests.config.runs import error_of, load
 
 
@@ -144,3 +144,57 @@ def test_bare_command_line_ends_in_one_line() -> None:
 )
 def test_a_short_first_try_is_no_mistake(options: tuple[str, ...]) -> None:
     check_config(load(*options), 2)
+
+
+TOWER = "--model.config={vision_config = {depth = 1}, image_token_id = 1, video_token_id = 2, "
+TOWER += "vision_start_token_id = 3, vision_end_token_id = 4}"
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (("--model.freeze=vison",), "--model.freeze = ['vison']: expected a list of some of text, vision, merger,"),
+        (("--model.freeze=[3]",), "expected a list of some of text, vision, merger,"),
+        (("--model.freeze=vision",), "model.freeze = ['vision']: the model has no part 'vision'"),
+        (("--model.freeze=text",), "model.freeze = ['text']: nothing is left to train"),
+        ((TOWER, "--model.freeze=text,vision,merger"), "nothing is left to train"),
+        (("--optimizer.merger_lr_ratio=0.5",), "optimizer.merger_lr_ratio = 0.5: the model has no tower: expected 1.0"),
+        (("--optimizer.vision_lr_ratio=2",), "optimizer.vision_lr_ratio = 2.0: the model has no tower: expected 1.0"),
+        (("--optimizer.vision_lr_ratio=0",), "optimizer.vision_lr_ratio = 0: expected a positive number"),
+    ],
+)
+def test_what_trains(folder: Path, options: tuple[str, ...], expected: str) -> None:
+    assert expected in error_of(*options)
+    check_config(load(TOWER, "--model.freeze=text,vision", "--optimizer.merger_lr_ratio=0.5"), 2)
+
+
+@pytest.mark.parametrize(
+    ("option", "expected"),
+    [
+        ("--model.config.vision_config.dept=3", "is unknown: did you mean model.config.vision_config.depth?"),
+        ("--model.config.image_token=3", "is unknown: did you mean model.config.image_token_id?"),
+        ("--model.config.vision=3", "--model.config.vision = '3' is unknown"),
+        ("--model.config.vision_config=3", "--model.config.vision_config = 3: expected a table"),
+        ("--model.config.vision_config.depth=1.5", "vision_config.depth = 1.5: expected an integer"),
+        ("--model.config.vision_config.depth=0", "model.config: vision_config.depth = 0 must be"),
+        (
+            "--model.config.vision_config.out_hidden_size=7",
+            "model.config: vision_config.out_hidden_size = 7 must be hid",
+        ),
+        ("--model.config.vision_config.hidden_act=gelu", "model.config: vision_config.hidden_act = 'gelu' is not supp"),
+        ("--model.config.video_token_id=99999", "up to 99999, must be below vocab_size = 4096"),
+        ("--model.config.vision_config.rope_parameters.rope_type=yarn", "rope_type = 'yarn' is not supported"),
+    ],
+)
+def test_a_tower_in_the_inline_table(folder: Path, option: str, expected: str) -> None:
+    (folder / "tower.toml").write_text(
+        'extends = "base.toml"\n[model.config]\nimage_token_id = 1\nvideo_token_id = 2\nvision_start_token_id = 3\n'
+        "vision_end_token_id = 4\n[model.config.vision_config]\ndepth = 1\n"
+    )
+    config = load_config(["--config", "tower.toml"])
+    shape = model_config(config)
+    assert shape.vision is not None
+    assert (shape.vision.depth, shape.vision.out_hidden_size, shape.vision.video_token_id) == (1, shape.hidden_size, 2)
+    (folder / "resolved.toml").write_text(resolved_toml(config))
+    assert load_config(["--config", "resolved.toml"]) == config
+    assert expected in error_of("--config", "tower.toml", option)

@@ -1,7 +1,7 @@
 """Trains the same tiny model in any layout, for tests that compare layouts with one process on the whole batch."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
 from config.options import MoE, Optimizer, Training
-from data.batch import MicroBatch
+from data.batch import Frame, MicroBatch, Row
 from models.ops.documents import Documents
 from models.ops.kernels import Kernels
 from models.ops.precision import at_least_float32
@@ -19,10 +19,13 @@ from models.qwen35_moe.config import ModelConfig
 from models.qwen35_moe.init import init_weights
 from models.qwen35_moe.model import Qwen35Moe
 from models.qwen35_moe.moe import Router
+from models.qwen35_moe.parts import part_of
+from models.qwen35_moe.vision_config import VisionConfig
 from parallelisms.degrees import Degrees
 from parallelisms.mesh import Meshes, build_meshes
 from parallelisms.parallelize import local_region, parallelize_fn
-from tests.models.qwen35_moe.shapes import random_stream
+from tests.models.qwen35_moe.shapes import Stream, random_stream
+from tests.models.qwen35_moe.vision_shapes import random_pixels
 from train import StepResult, reduce_result, train_step
 from training.optimizer import NamedAdamW, build_optimizer
 
@@ -74,9 +77,18 @@ def full(tensor: torch.Tensor) -> torch.Tensor:
     return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().to("cpu", copy=True)
 
 
-def rows_as_micro_batch(config: ModelConfig, rows: list[list[int]], seed: int) -> MicroBatch:
-    """Rows of documents with these lengths, laid end to end; a row's content depends on its own lengths and seed."""
+def rows_as_micro_batch(
+    config: ModelConfig, rows: list[list[int]], seed: int, frames: Sequence[Sequence[Frame]] = ()
+) -> MicroBatch:
+    """Rows of documents with these lengths, laid end to end; a row's content depends on its own lengths and seed.
+
+    `frames`: of a model with a tower, what each row shows.
+    """
     parts = [random_stream(config, lengths, seed + index) for index, lengths in enumerate(rows)]
+    if config.vision is not None:
+        streams = zip(parts, rows, frames, strict=True)
+        shown = [_row(config.vision, *stream, seed + index) for index, stream in enumerate(streams)]
+        return MicroBatch.of(shown, may_fill=False, vision=config.vision)
     tokens, positions, _, labels = (list(column) for column in zip(*parts))
     return MicroBatch(
         tokens=torch.cat(tokens),
@@ -87,6 +99,16 @@ def rows_as_micro_batch(config: ModelConfig, rows: list[list[int]], seed: int) -
             max_seqlen=max(TRAINING.sequence_length, *map(sum, rows)),
         ),
     )
+
+
+def _row(vision: VisionConfig, stream: Stream, lengths: list[int], frames: Sequence[Frame], seed: int) -> Row:
+    """Frames of noise in a stream of text: their tokens stand for text there, and nothing learns to predict them."""
+    for place, height, width in frames:
+        end = place + height * width // vision.patches_per_token
+        stream.tokens[place:end] = vision.image_token_id
+        stream.labels[max(place - 1, 0) : end - 1] = -100
+    pixels = random_pixels(vision, [(height, width) for _, height, width in frames], seed).numpy() if frames else None
+    return Row(stream.tokens.int().numpy(), stream.labels.int().numpy(), lengths, 0, (), [], frames, pixels)
 
 
 @contextmanager
@@ -150,11 +172,14 @@ def build(
     return model, meshes, optimizer
 
 
-def own_batches(config: ModelConfig, layout: Layout, rows: list[list[int]], seed: int) -> list[MicroBatch]:
-    """This rank's micro-batches of a step; `rows` as in `train`."""
+def own_batches(
+    config: ModelConfig, layout: Layout, rows: list[list[int]], seed: int, frames: Sequence[Sequence[Frame]] = ()
+) -> list[MicroBatch]:
+    """This rank's micro-batches of a step; `rows` as in `train`, `frames` of each row."""
     per_micro_batch = len(rows) // (layout.world * layout.accumulation)
     starts = range(dist.get_rank() * per_micro_batch, len(rows), layout.world * per_micro_batch)
-    return [rows_as_micro_batch(config, rows[start : start + per_micro_batch], seed + start) for start in starts]
+    parts = [slice(start, start + per_micro_batch) for start in starts]
+    return [rows_as_micro_batch(config, rows[part], seed + part.start, frames[part]) for part in parts]
 
 
 def step(
@@ -179,18 +204,22 @@ def train(
     moe: MoE = OFF,
     compute_dtype: torch.dtype = torch.float32,
     device_type: str = "cpu",
+    frames: Sequence[Sequence[Sequence[Frame]]] = (),
+    frozen: Sequence[str] = (),
 ) -> Run:
     """Runs on every rank of an initialised process group of `layout.world` ranks.
 
     `rows`: the global batch as document lengths a row, cut into as many parts as there are micro-steps; of each, rank r
-    takes the r-th part. So layouts with the same accumulation have the same tokens in each micro-step.
+    takes the r-th part. So layouts with the same accumulation have the same tokens in each micro-step. `frames`: of
+    each step, and then again from the first, what each row shows. `frozen`: parts that are not trained.
     """
-    model, meshes, optimizer = build(config, layout, compute_dtype, device_type)
+    model, meshes, optimizer = build(config, layout, compute_dtype, device_type, lambda n: part_of(n) not in frozen)
     run = Run({n: full(p) for n, p in model.named_parameters()}, {}, {}, [], [], [], [], torch.empty(0), math.inf)
 
     def keep_gradients(*_) -> None:
         if not run.first_gradients:
-            run.first_gradients.update({n: full(p.grad) for n, p in model.named_parameters()})
+            trained = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+            run.first_gradients.update({n: full(p.grad) for n, p in trained})
 
     def keep_smallest_gap(router: Router, inputs: tuple[torch.Tensor, ...], _) -> None:
         largest = torch.nn.functional.linear(at_least_float32(inputs[0]), router.weight).topk(
@@ -203,7 +232,8 @@ def train(
         for block in model.blocks:
             block.mlp.gate.register_forward_hook(keep_smallest_gap)
     for number in range(num_steps):
-        batches = own_batches(config, layout, rows, 1000 * number)
+        shown = frames[number % len(frames)] if frames else ()
+        batches = own_batches(config, layout, rows, 1000 * number, shown)
         result = reduce_result(step(model, meshes, optimizer, batches, moe))
         run.losses.append(result.losses["loss"].item())
         run.grad_norms.append(result.grad_norm.item())
@@ -224,7 +254,12 @@ def train_layouts(
     by_token: bool = False,
     compute_dtype: torch.dtype = torch.float32,
     device_type: str = "cpu",
+    frames: Sequence[Sequence[Sequence[Frame]]] = (),
+    frozen: Sequence[str] = (),
 ) -> list[Run]:
     """What one spawn of a world size does: all its layouts, one after the other; `experts` as in `forced_routing`."""
     with forced_routing(experts, by_token):
-        return [train(config, layout, rows, num_steps, OFF, compute_dtype, device_type) for layout in layouts]
+        return [
+            train(config, layout, rows, num_steps, OFF, compute_dtype, device_type, frames, frozen)
+            for layout in layouts
+        ]

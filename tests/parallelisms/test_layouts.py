@@ -116,6 +116,7 @@ def check(run: Run, expected: Run, layout: Layout, where: str) -> None:
     # to 3e-7. Weights are compared with Adam's eps at 1e-4, else Adam divides noise by noise.
     for name, weight in expected.initial_weights.items():
         assert torch.equal(run.initial_weights[name], weight), (where, name)
+    assert run.first_gradients.keys() == expected.first_gradients.keys(), where
     assert run.losses == pytest.approx(expected.losses, rel=1e-6), where
     assert run.grad_norms == pytest.approx(expected.grad_norms, rel=1e-5), where
     assert torch.equal(run.expert_counts, expected.expert_counts), where
@@ -131,6 +132,8 @@ def check(run: Run, expected: Run, layout: Layout, where: str) -> None:
             )
             assert update.item() == pytest.approx(expected_update.item(), rel=1e-3), (where, name)
             continue
-        # A zero-centred norm multiplies by 1 + weight: its scale is 1, not the few updates that it holds so far.
+        # A zero-centred norm multiplies by 1 + weight: its scale is 1, not the few updates that it holds so far. A bias
+        # starts at 0 too; what it is added to is as large as the tower's matrices at least.
         offset = 1.0 if name.endswith("norm.weight") and "linear_attn" not in name else 0.0
+        offset = 0.1 if name.endswith(".bias") and name.startswith("visual.") else offset
         assert relative_error(run.weights[name] + offset, weight + offset) < 1e-5, (where, name)

@@ -6,8 +6,12 @@ import pytest
 import torch
 
 from config.options import LRScheduler, Optimizer
+from models.ops.kernels import Kernels
+from models.qwen35_moe.init import init_weights
+from models.qwen35_moe.model import Qwen35Moe
 from tests.models.qwen35_moe.shapes import random_model, tiny_config
-from training.optimizer import build_optimizer, lr_factor, step_clipped
+from tests.models.qwen35_moe.vision_shapes import tiny_vision
+from training.optimizer import build_optimizer, lr_factor, set_learning_rate, step_clipped
 
 
 def factors(total: int, **changes) -> list[float]:
@@ -74,3 +78,33 @@ def test_a_clipped_step_is_torchs(max_norm: float) -> None:
             ours_now, theirs_now = ours.state[parameter][moment], theirs.state[expected][moment]
             assert torch.allclose(ours_now, theirs_now, rtol=2e-5, atol=0), (name, moment)
         assert torch.allclose(parameter, expected, rtol=2e-7, atol=1e-8), name
+
+
+def test_tower_and_merger_have_rates_of_their_own_on_one_schedule() -> None:
+    model = Qwen35Moe(tiny_config(vision=tiny_vision()), Kernels())
+    init_weights(model, 0)
+    config = Optimizer(lr=1e-2, eps=1e-30, weight_decay=0.1, vision_lr_ratio=0.5, merger_lr_ratio=3.0)
+    optimizer = build_optimizer(model, config)
+    assert sum(len(group["params"]) for group in optimizer.param_groups) == len(list(model.parameters()))
+    for lr in (1e-2, 2e-3):
+        set_learning_rate(optimizer, lr)
+        before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+        for parameter in model.parameters():
+            parameter.grad = torch.ones_like(parameter)
+        optimizer.step()
+        for name, parameter in model.named_parameters():
+            rate = lr * (1.0 if not name.startswith("visual.") else 3.0 if "merger" in name else 0.5)
+            decay = 0.1 if parameter.dim() > 1 else 0.0
+            # With the gradient ever the same, Adam's step is the rate.
+            expected = before[name] * (1 - rate * decay) - rate
+            assert torch.allclose(parameter, expected, rtol=1e-5, atol=1e-8), name
+
+
+def test_a_rate_holds_from_the_first_step_and_the_text_keeps_two_groups() -> None:
+    model = random_model(tiny_config())
+    assert [(group["lr"], group["lr_ratio"]) for group in build_optimizer(model, Optimizer(lr=1e-3)).param_groups] == [
+        (1e-3, 1.0)
+    ] * 2
+    model = Qwen35Moe(tiny_config(vision=tiny_vision()), Kernels())
+    groups = build_optimizer(model, Optimizer(lr=1e-3, merger_lr_ratio=2.0)).param_groups
+    assert sorted(group["lr"] for group in groups) == [1e-3, 1e-3, 2e-3, 2e-3]

@@ -1,0 +1,78 @@
+"""The model's parts, by the names of their parameters: what `model.freeze` and the learning rates speak of.
+
+A parameter trains if it requires a gradient, and nothing else decides it: what does not has no gradient, no optimizer
+state and, if nothing before it trains, no graph. `freeze` is called on the model without memory, before it is
+parallelised; whatever adds parameters later may set `requires_grad` itself. Without torch: also read before a run.
+"""
+
+import re
+from collections.abc import Collection, Iterable
+from typing import TYPE_CHECKING
+
+from errors import UserError
+from models.qwen35_moe.config import FULL, LINEAR, ModelConfig
+
+if TYPE_CHECKING:
+    from torch import nn
+
+_LAYER = r"layers\.\d+\."
+PARTS: dict[str, str] = {
+    "vision": r"visual\.(?!merger\.)",
+    "merger": r"visual\.merger\.",
+    "embeddings": r"embed_tokens\.",
+    "head": r"lm_head\.",
+    "router": rf"{_LAYER}mlp\.gate\.",
+    "experts": rf"{_LAYER}mlp\.experts\.",
+    "shared_expert": rf"{_LAYER}mlp\.shared_expert(_gate)?\.",
+    "attention": rf"{_LAYER}self_attn\.",
+    "linear_attention": rf"{_LAYER}linear_attn\.",
+    "norms": rf"({_LAYER}(input|post_attention)_layernorm|norm)\.",
+}
+"""Part -> how its parameters' names begin. Every parameter is of one part."""
+
+TEXT = "text"
+OF_TEXT = tuple(part for part in PARTS if part not in ("vision", "merger"))
+"""What "text" stands for."""
+NAMES = (TEXT, *PARTS)
+
+
+def part_of(name: str) -> str:
+    """The part that a parameter is of."""
+    return next(part for part, beginning in PARTS.items() if re.match(beginning, name))
+
+
+def parts_of_model(config: ModelConfig) -> list[str]:
+    """The parts that a model of this shape has."""
+    lacking = {
+        "vision": config.vision is None,
+        "merger": config.vision is None,
+        "head": config.tie_word_embeddings,
+        "attention": FULL not in config.layer_types,
+        "linear_attention": LINEAR not in config.layer_types,
+    }
+    return [part for part in PARTS if not lacking.get(part)]
+
+
+def check_frozen(frozen: Collection[str], config: ModelConfig) -> None:
+    """Raises UserError for parts that the model lacks, and where nothing is left to train."""
+    present = parts_of_model(config)
+    for part in frozen:
+        if part not in (TEXT, *present):
+            reasons = {"head": ": its head is its embeddings"}
+            raise UserError(
+                f"model.freeze = {list(frozen)}: the model has no part {part!r}{reasons.get(part, '')}: expected some "
+                f"of {', '.join((TEXT, *present))}"
+            )
+    if not set(present) - _single(frozen):
+        raise UserError(f"model.freeze = {list(frozen)}: nothing is left to train: expected fewer parts")
+
+
+def freeze(model: "nn.Module", frozen: Iterable[str]) -> None:
+    """Has all parameters of these parts, and no others, require no gradient."""
+    single = _single(frozen)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(part_of(name) not in single)
+
+
+def _single(parts: Iterable[str]) -> set[str]:
+    return {single for part in parts for single in (OF_TEXT if part == TEXT else (part,))}
