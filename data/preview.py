@@ -106,7 +106,7 @@ class Measured:
         steps = tokens / fill / training.sequence_length / training.global_batch_size
         return [
             *lines,
-            f"an epoch has {about}{tokens:,.0f} tokens, {steps:,.1f} steps; training.steps = {training.steps:,} are",
+            f"an epoch has {about}{tokens:,.0f} tokens, {steps:,.1f} steps; training.steps = {training.steps:,} are\n"
             f"{training.steps / steps:,.2f} epochs",
         ]
 

@@ -30,12 +30,12 @@ _STYLE = """
   --card: #181d23; --trained: #a5efb6; --tint: #14432a; --bar: #ff8a80; --fill: #4f8fba; } }
 body { margin: 0 auto; max-width: 64rem; padding: 1rem; background: var(--page); color: var(--text);
   font: 1rem/1.5 system-ui, sans-serif; overflow-wrap: anywhere; }
-h1 { font-size: 1.35rem; margin: .5rem 0; } h2 { font-size: 1.05rem; margin: 2rem 0 .5rem; }
+h1 { font-size: 1.35rem; margin: .5rem 0; } h2, h3 { font-size: 1.05rem; margin: 1.5rem 0 .5rem; }
 small, figcaption, th, summary { color: var(--quiet); font-size: .8rem; font-weight: normal; }
-ul { padding-left: 1.2rem; }
+ul { padding-left: 1.2rem; margin: .5rem 0; } li { margin: .15rem 0; }
 .document { margin: .5rem 0; padding: .4rem .7rem .6rem; background: var(--card); border: 1px solid var(--line);
   border-left: 3px solid var(--bar); border-radius: .3rem; }
-.text { font: .85rem/1.6 ui-monospace, monospace; white-space: pre-wrap; color: var(--quiet); }
+.text { margin: 0; font: .85rem/1.6 ui-monospace, monospace; white-space: pre-wrap; color: var(--quiet); }
 .text span { unicode-bidi: isolate; }
 .trained { color: var(--trained); background: var(--tint); border-radius: .2rem; box-decoration-break: clone;
   -webkit-box-decoration-break: clone; padding: .05rem .1rem; }
@@ -47,7 +47,7 @@ img:focus { max-height: none; } .small { image-rendering: pixelated; }
 figcaption { line-height: 1.3; font-family: system-ui, sans-serif; }
 table { border-collapse: collapse; } td, th { padding: .1rem .6rem .1rem 0; text-align: left; vertical-align: top; }
 .number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
-.lengths { width: 100%; } .lengths td:last-child { width: 60%; }
+.lengths { width: 100%; } .lengths td { vertical-align: middle; } .lengths td:last-child { width: 99%; }
 .fill { height: .8rem; background: var(--fill); border-radius: .15rem; min-width: 1px; }
 """
 
@@ -69,27 +69,28 @@ def page(
         '<meta http-equiv="Content-Security-Policy" content="default-src \'none\'; img-src data:; '
         "style-src 'unsafe-inline'\">\n"
         f"<title>What is trained on: {_safe(title)}</title>\n<style>{_STYLE}</style>\n"
-        f"<h1>What is trained on</h1>\n<p><small>{_safe(title)}</small></p>\n"
-        '<p class="text"><span class="trained">Trained on</span> <span>Not trained on</span></p>\n'
+        f"<h1>What is trained on</h1>\n<p><small>{_safe(title)}</small></p>\n<h2>The corpus</h2>\n<ul>\n"
     ]
-    for number, row in enumerate(rows):
-        parts += _row(number, row, tokenizer, vision)
-    parts.append("<h2>The corpus</h2>\n<ul>\n")
     parts += [f"<li>{_safe(fact)}</li>\n" for fact in facts]
-    parts.append('</ul>\n<table class="lengths">\n<tr><th>tokens</th><th>samples</th><th></th></tr>\n')
+    parts.append('</ul>\n<table class="lengths">\n')
+    parts.append('<tr><th class="number">tokens</th><th class="number">samples</th><th></th></tr>\n')
     most = max(count for _, _, count in bins)
     for first, last, count in bins:
         bar = f'<div class="fill" style="width: {count / most:.1%}"></div>' if count else ""
         parts.append(
             f'<tr><td class="number">{first:,} to {last:,}</td><td class="number">{count:,}</td><td>{bar}</td></tr>\n'
         )
-    parts.append("</table>\n")
+    parts.append(
+        "</table>\n<h2>Rows</h2>\n"
+        '<p class="text"><span class="trained">trained on</span> <span>not trained on</span></p>\n'
+    )
+    for number, row in enumerate(rows):
+        parts += _row(number, row, tokenizer, vision)
     if notes:
+        summary = f"{len(notes):,}" + f", of which the first {_MOST_NOTES} are listed" * (len(notes) > _MOST_NOTES)
         is_open = " open" * (len(notes) <= 20)
         parts.append(f"<h2>Samples that are skipped, or not used as they are</h2>\n<details{is_open}>\n")
-        parts.append(
-            f"<summary>{len(notes):,}, the first {min(len(notes), _MOST_NOTES)} are listed</summary>\n<table>\n"
-        )
+        parts.append(f"<summary>{summary}</summary>\n<table>\n")
         parts += [f"<tr><td>{_safe(reason)}</td><td>{_safe(text)}</td></tr>\n" for reason, text in notes[:_MOST_NOTES]]
         parts.append("</table>\n</details>\n")
     return "".join([*parts, "</html>\n"])
@@ -98,7 +99,7 @@ def page(
 def _row(number: int, row: Row, tokenizer: "PreTrainedTokenizerFast", vision: VisionConfig | None) -> Iterator[str]:
     documents, shown = list(documents_of(row, vision)), shown_by(row, vision)
     about = f"{len(documents)} documents, {len(row.tokens):,} tokens"
-    yield f"<h2>Row {number} <small>{about}, {row.num_fillers:,} of them fillers</small></h2>\n"
+    yield f"<h3>Row {number} <small>{about}</small></h3>\n"
     for place, spans in enumerate(documents):
         begin, end = spans[0].begin, spans[-1].end
         num_trained = sum(span.end - span.begin for span in spans if span.is_trained)

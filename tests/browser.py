@@ -13,9 +13,9 @@ from typing import Any
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
 CHROMIUM = next((path for name in NAMES if (path := shutil.which(name))), None)
 _FLAGS = (
-    "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
-    "--disable-component-update --disable-sync --disable-dev-shm-usage --remote-debugging-pipe about:blank"
-).split()
+    "headless no-sandbox disable-gpu disable-quic no-first-run disable-background-networking disable-component-update "
+    "disable-sync disable-dev-shm-usage remote-debugging-pipe"
+)
 _SECONDS = 60
 
 
@@ -29,8 +29,9 @@ class Browser:
         self._from, to_write = os.pipe()
         # It reads file descriptor 3 and writes 4. By way of 10 and up, as one of ours may be one of these two.
         shell = 'exec 10<&"$1" 11>&"$2"; shift 2; exec 3<&10 4>&11 10<&- 11>&-; exec "$@"'
+        flags = [f"--{flag}" for flag in (*_FLAGS.split(), f"user-data-dir={profile}")]
         self._process = subprocess.Popen(
-            ["bash", "-c", shell, "bash", str(to_read), str(to_write), CHROMIUM, *_FLAGS, f"--user-data-dir={profile}"],
+            ["bash", "-c", shell, "bash", str(to_read), str(to_write), CHROMIUM, *flags],
             pass_fds=(to_read, to_write),
             stderr=subprocess.DEVNULL,
         )
