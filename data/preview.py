@@ -98,7 +98,7 @@ class Measured:
             others = len(self.sizes) - len(sizes)
             lines += [
                 f"{self.num_vision / num_tokens:.1%} of the tokens are vision tokens; a sample has {images:.2f} images "
-                f"and {videos:.2f} videos, {self.most_media} at most",
+                f"and {videos:.2f} videos, {self.most_media} together at most",
                 f"sizes of images and pairs of video frames: {', '.join(sizes)}" + f", {others} others" * (others > 0),
             ]
         tokens = num_tokens / self.num_samples * num_documents

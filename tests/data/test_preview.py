@@ -120,7 +120,7 @@ def test_pictures_as_text(tmp_path, capsys):
     assert "[image 96x64, 6 tokens, all grey]" in out
     assert "_pad|>" not in out
     assert "skipped (missing_file): 1, 20.00%" in out
-    assert "a sample has 0.50 images and 0.25 videos, 1 at most" in out
+    assert "a sample has 0.50 images and 0.25 videos, 1 together at most" in out
     assert "sizes of images and pairs of video frames: 96x64 (2), 64x64 (2)\n" in out
     tokens = int(re.search(r"an epoch has ([\d,]+) tokens", out)[1].replace(",", ""))
     assert f"\n{(6 + 4 + 4 + 6) / tokens:.1%} of the tokens are vision tokens; " in out
