@@ -120,7 +120,7 @@ def _row(number: int, row: Row, tokenizer: "PreTrainedTokenizerFast", vision: Vi
                 yield _text(span, text_of(row, span, tokenizer))
         yield "</div>\n</section>\n"
     if row.num_fillers:
-        yield f"<p><small>{row.num_fillers:,} fillers</small></p>\n"
+        yield f"<p><small>{row.num_fillers:,} filler{'s' * (row.num_fillers > 1)}</small></p>\n"
 
 
 def _positions(

@@ -19,8 +19,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 _GREEN, _GREY, _BAR, _PLAIN = "\033[32m", "\033[90m", "\033[1;31m", "\033[0m"
-_CONTROLS = {code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"} | {127: 0x2421}
-_VISIBLE = _CONTROLS | dict.fromkeys((*range(128, 160), *range(0xD800, 0xE000)), 0xFFFD)
+_SIGNS = {code: chr(0x2400 + code) for code in range(32) if chr(code) not in "\n\t"}
+_CODES = (*range(127, 160), *range(0x202A, 0x202F), *range(0x2066, 0x206A), *range(0xD800, 0xE000))
+_VISIBLE = _SIGNS | {code: f"[U+{code:04X}]" for code in _CODES}
 
 
 class Span(NamedTuple):
@@ -88,7 +89,8 @@ def size_of(height: int, width: int) -> str:
 
 
 def visible(text: str) -> str:
-    """With signs for control characters, which a terminal would obey and a page would drop."""
+    """With signs for control characters, which a terminal would obey and a page drop, and for those that make what
+    follows run from right to left."""
     return text.translate(_VISIBLE)
 
 

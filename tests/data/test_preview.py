@@ -64,7 +64,8 @@ def test_text_and_colours(tmp_path, capsys, monkeypatch):
 
 # ------------------------------------------------------------------------------------------------- pictures
 
-INJECTED = "<script>window.injected = 1</script><img src=x onerror='window.injected = 1'>&amp;\x1b[2J"
+INJECTED = "<script>window.injected = 1</script><img src=x onerror='window.injected = 1'>&amp;\x1b[2J\u202e"
+SIGNS = str.maketrans({"\x1b": "␛", "\u202e": "[U+202E]"})
 
 
 def ask(*parts, answer="Noise."):
@@ -103,7 +104,7 @@ def shown_pictures(tmp_path, capsys, *options):
         "data.path": path,
         "data.image_folder": tmp_path,
         "data.shuffle": "false",
-        "training.sequence_length": 219,  # as many as the samples have: one row has all of them, in order
+        "training.sequence_length": 223,  # as many as the samples have: one row has all of them, in order
         "training.global_batch_size": 1,
         "training.local_batch_size": 1,
     }
@@ -114,10 +115,11 @@ def shown_pictures(tmp_path, capsys, *options):
 
 def test_pictures_as_text(tmp_path, capsys):
     out = shown_pictures(tmp_path, capsys)
-    assert f"See <|vision_start|>[image 96x64, 6 tokens]<|vision_end|>{INJECTED}<|im_end|>".replace("\x1b", "␛") in out
+    assert f"See <|vision_start|>[image 96x64, 6 tokens]<|vision_end|>{INJECTED}<|im_end|>".translate(SIGNS) in out
     frame = "<|vision_start|>[2 video frames 64x64, 4 tokens]<|vision_end|>"
     assert f"user\n<0.0 seconds>{frame}<0.1 seconds>{frame}What moves?" in out
     assert "[image 96x64, 6 tokens, all grey]" in out
+    assert "an epoch has 223 tokens, 1.0 steps" in out  # or the other tests have other rows than they think
     assert "_pad|>" not in out
     assert "skipped (missing_file): 1, 20.00%" in out
     assert "a sample has 0.50 images and 0.25 videos, 1 together at most" in out
@@ -201,7 +203,7 @@ def test_page(tmp_path, capsys):
     frames = [np.asarray(Image.open(tmp_path / f"{number}.png")) for number in (0, 1, 2, 2)]
     for picture, drawn in zip(page.pictures, [expected, *frames, np.full_like(expected, 127)], strict=True):
         assert np.array_equal(picture, drawn)
-    injected = INJECTED.replace("\x1b", "␛")
+    injected = INJECTED.translate(SIGNS)
     assert f"Seen: {injected}<|im_end|>" in page.spans["trained"]
     assert any(f"<|vision_end|>{injected}<|im_end|>" in text for text in page.spans[None])
     assert "<b>no.png" in page.all_text
@@ -279,7 +281,7 @@ def test_page_in_a_browser(tmp_path, capsys):
             colours.add((scheme, *on, browser.evaluate("getComputedStyle(document.body).backgroundColor")))
             assert browser.evaluate("window.injected === undefined && !document.scripts.length")
             text = browser.evaluate("document.querySelector('.trained[title*=trained]').textContent")
-            assert text == f"Seen: {INJECTED}<|im_end|>".replace("\x1b", "␛")
+            assert text == f"Seen: {INJECTED}<|im_end|>".translate(SIGNS)
         assert len(colours) == 2
         assert len({page_colour for _, _, page_colour in colours}) == 2
         assert {url.partition(",")[0] for url in browser.requests} == {
