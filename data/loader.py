@@ -33,6 +33,7 @@ from data.packing import NO_SAMPLE, NUM_PENDING, ChatSlot, Share, TextSlot, fill
 from data.samples import Samples, open_samples
 from data.tokenizer import load_tokenizer
 from errors import UserError
+from models.qwen35_moe.vision_config import VisionConfig
 
 logger = logging.getLogger("train")
 
@@ -54,11 +55,14 @@ class TokenLoader:
         *,
         one_epoch: bool = False,
         skipped_dir: Path | None = None,
+        vision: VisionConfig | None = None,
     ) -> None:
         """Opens the data and the tokenizer. Raises UserError, one line, if they cannot be used.
 
         `one_epoch`: the samples once; then fillers, without end. `skipped_dir`: where to list skipped samples.
+        `vision`: the model's tower.
         """
+        self._vision = vision
         self._training, self._num_slots = training, training.global_batch_size
         first, end = (rank * self._num_slots // num_data_ranks for rank in (data_rank, data_rank + 1))
         self._slots = range(first, end)
@@ -123,7 +127,7 @@ class TokenLoader:
             self.cursors[place] = torch.tensor([row.cursor for row in rows])
         self._next = (self._next + 1) % self.num_micro_batches
         fillers = [filler_row(self._training.sequence_length, self._packer.filler)] * (size - len(rows))
-        return MicroBatch.of([*rows, *fillers], self._may_fill)
+        return MicroBatch.of([*rows, *fillers], self._may_fill, self._vision)
 
     def _count(self, rows: list[Row]) -> None:
         notes = [note for row in rows for note in row.notes]

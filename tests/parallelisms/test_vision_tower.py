@@ -11,7 +11,7 @@ import torch
 from torch._dynamo.utils import counters
 from torch.distributed.tensor import DTensor
 
-from data.batch import Frame, MicroBatch
+from data.batch import Frame
 from models.ops.documents import Documents
 from models.ops.kernels import Kernels
 from models.qwen35_moe import vision
