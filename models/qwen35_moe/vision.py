@@ -123,8 +123,6 @@ class VisionTower(nn.Module):
         hidden = hidden + self.position(patches.grid).to(hidden.dtype)
         rotary = vision_rotary(self.config, patches.grid)
         for block in self.blocks:
-            for tensor in (hidden, *rotary):
-                torch._dynamo.maybe_mark_dynamic(tensor, 0)  # P changes with every batch: one graph for all
             hidden = block(hidden, rotary, patches.frames)
         return self.merger(hidden)
 
