@@ -157,7 +157,9 @@ def _opened(source: str | bytes) -> Iterator[tuple["InputContainer", "VideoStrea
             # Its bytes alone decide, not its name: FFmpeg would draw the letters of a .txt. And a file can name others,
             # and addresses: nothing else is opened.
             content = SimpleNamespace(read=file.read, seek=file.seek, tell=file.tell)
-            with av.open(content, "r", container_options={"protocol_whitelist": "none"}) as container:
+            # Titles may be in any encoding.
+            options = {"protocol_whitelist": "none"}
+            with av.open(content, "r", container_options=options, metadata_errors="replace") as container:
                 if not container.streams.video:
                     raise BadSample("broken_video", f"{name} has no video stream")
                 if container.format.name == "gif" and not _ends_as_gif(file):
@@ -187,16 +189,15 @@ def _read_header(source: str | bytes) -> tuple[int, float, int, int]:
         # Files that were cut without encoding them again list frames that are not shown.
         num_frames = sum(not entry.is_discard for entry in listed) if len(listed) == stream.frames else 0
         frame = next(container.decode(stream), None)
-        size = (frame.height, frame.width) if frame else (0, 0)
-        turned = frame is not None and round(frame.rotation / 90) % 2 == 1
+        if frame is None or frame.is_corrupt:
+            raise BadSample("broken_video", f"{name}: its first frame cannot be decoded")
+        turned = round(frame.rotation / 90) % 2 == 1
+        height, width = (frame.width, frame.height) if turned else (frame.height, frame.width)
     if not num_frames:
         with _opened(source) as (container, stream):
             num_frames = sum(packet.size > 0 and not packet.is_discard for packet in container.demux(stream))
-    if not num_frames or not min(size):
-        raise BadSample("broken_video", f"{name} has no frame that can be decoded")
-    if not rate:
+    if not rate or rate < 0:
         raise BadSample("broken_video", f"{name} does not tell how many frames a second it has")
-    height, width = size[::-1] if turned else size
     return num_frames, float(rate), height, width
 
 

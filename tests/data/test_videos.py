@@ -331,6 +331,22 @@ def test_what_is_no_video(tmp_path: Path, name: str, content: bytes) -> None:
 
 
 @needs_av
+def test_a_title_in_any_encoding() -> None:
+    file = io.BytesIO()
+    with av.open(io.BytesIO(film(4))) as source, av.open(file, "w", format="mp4") as container:
+        container.metadata["title"] = "cafe cafe"
+        stream = container.add_stream_from_template(source.streams.video[0])
+        for packet in source.demux(video=0):
+            if packet.dts is not None:
+                packet.stream = stream
+                container.mux(packet)
+    content = file.getvalue()
+    assert b"cafe cafe" in content
+    content = content.replace(b"cafe cafe", b"caf\xe9 caf\xe9")
+    assert plan_video(content, RULES) == plan_video(film(4), RULES)
+
+
+@needs_av
 def test_sound_alone_is_no_video() -> None:
     file = io.BytesIO()
     with av.open(file, "w", format="wav") as container:
