@@ -19,8 +19,7 @@ from PIL import Image
 from data.images import (
     ImageSource,
     PixelRules,
-    check_aspect,
-    enlarged,
+    fit,
     image_size,
     name_of,
     open_source,
@@ -28,7 +27,6 @@ from data.images import (
     patches_of,
     resized,
     rgb_image,
-    scaled,
 )
 from data.packing import BadSample
 from errors import UserError
@@ -105,19 +103,11 @@ def sample_frames(num_frames: int, fps: float, rules: PixelRules) -> list[int]:
 
 def fit_video(num_frames: int, height: int, width: int, rules: PixelRules) -> tuple[int, int]:
     """The size of each frame after the resize: as fit_image, with limits for all frames together. Raises BadSample."""
-    factor = rules.factor
-    if min(height, width) < factor:
-        scale = max(factor / height, factor / width)
+    if min(height, width) < rules.factor:
+        scale = max(rules.factor / height, rules.factor / width)
         height, width = int(height * scale), int(width * scale)
-    check_aspect(height, width, "a video")
-    new_height, new_width = (round(side / factor) * factor for side in (height, width))
     rounded = round(num_frames / rules.temporal_patch_size) * rules.temporal_patch_size
-    num_pixels = num_frames * height * width
-    if rounded * new_height * new_width > rules.video_max_pixels:
-        return scaled(height, width, math.sqrt(num_pixels / rules.video_max_pixels), factor)
-    if rounded * new_height * new_width < rules.video_min_pixels:
-        return enlarged(height, width, math.sqrt(rules.video_min_pixels / num_pixels), factor)
-    return new_height, new_width
+    return fit(height, width, rules.factor, (rules.video_min_pixels, rules.video_max_pixels), num_frames, rounded)
 
 
 def _size_of_frames(frames: tuple[ImageSource, ...]) -> tuple[int, int]:
