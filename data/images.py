@@ -226,8 +226,6 @@ def _opened(source: ImageSource) -> Iterator[Image.Image]:
         width, height = image.size
         if width * height > MAX_SOURCE_PIXELS:
             raise BadSample("oversized", f"{name}: {width} x {height} pixels: expected {MAX_SOURCE_PIXELS} at most")
-        if width < 1 or height < 1:
-            raise BadSample("broken_image", f"{name}: {width} x {height} pixels: expected some")
         yield image
 
 

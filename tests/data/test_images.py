@@ -360,6 +360,14 @@ def test_what_is_no_image(tmp_path: Path, content: bytes) -> None:
     assert reason_of(content) == reason_of(str(path)) == "broken_image"
 
 
+@pytest.mark.parametrize("offset", [2**62, 2**63 - 1, 2**63, 2**64 - 1])
+def test_a_place_that_no_file_has(tmp_path: Path, offset: int) -> None:
+    """The system refuses to go there; it is the file's fault."""
+    path = tmp_path / "a.tif"
+    path.write_bytes(b"II\x2b\0\x08\0\0\0" + offset.to_bytes(8, "little") + bytes(64))
+    assert reason_of(str(path)) == reason_of(path.read_bytes()) == "broken_image"
+
+
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "GIF", "TIFF", "BMP"])
 def test_a_truncated_file_is_never_half_decoded(tmp_path: Path, kind: str) -> None:
     """Cut anywhere, a file is refused, or gives the pixels of the whole: then only what follows them is missing."""
