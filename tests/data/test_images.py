@@ -368,6 +368,14 @@ def test_a_place_that_no_file_has(tmp_path: Path, offset: int) -> None:
     assert reason_of(str(path)) == reason_of(path.read_bytes()) == "broken_image"
 
 
+def test_pillow_writes_nothing(caplog: pytest.LogCaptureFixture) -> None:
+    content = bytearray(encoded(picture(), "TIFF"))
+    entry = content.index((277).to_bytes(2, "little") + (3).to_bytes(2, "little"))  # how many samples a pixel has
+    content[entry + 8 : entry + 10] = (9999).to_bytes(2, "little")
+    assert reason_of(bytes(content)) == "broken_image"
+    assert not caplog.records
+
+
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "GIF", "TIFF", "BMP"])
 def test_a_truncated_file_is_never_half_decoded(tmp_path: Path, kind: str) -> None:
     """Cut anywhere, a file is refused, or gives the pixels of the whole: then only what follows them is missing."""
@@ -472,6 +480,8 @@ def test_rules_of_transformers_files(tmp_path: Path) -> None:
         ("image_std", [0.5]),
         ("image_std", 1),
         *[(f"do_{what}", False) for what in ("resize", "rescale", "normalize")],
+        ("do_center_crop", True),
+        ("do_pad", True),
         ("rescale_factor", 1 / 127.5),
         ("rescale_factor", "1/255"),
         ("resample", 2),
