@@ -118,6 +118,21 @@ def test_sizes_equal_transformers(num_frames: int, height: int, width: int, low:
         assert fit_video(num_frames, height, width, rules) == expected
 
 
+def test_sizes_near_the_limits_equal_transformers() -> None:
+    """Where it matters what is counted: the frames, or those rounded to whole pairs."""
+    rng = np.random.default_rng(0)
+    for _ in range(10_000):
+        num_frames, height, width = (int(rng.integers(2, 12)), *rng.integers(20, 500, 2).tolist())
+        if max(height, width) > 15 * min(height, width):
+            continue
+        low = max(1, int(num_frames * height * width * rng.uniform(0.4, 1.2)))
+        high = int(low * rng.uniform(1, 1.5))
+        rules = PixelRules(video_min_pixels=low, video_max_pixels=high)
+        assert fit_video(num_frames, height, width, rules) == reference.smart_resize(
+            num_frames, height, width, 2, 32, low, high
+        )
+
+
 def test_sizes_on_record() -> None:
     for num_frames, size in {6: (1088, 1920), 60: (480, 832), 768: (128, 224)}.items():
         assert fit_video(num_frames, 1080, 1920, RULES) == size
