@@ -212,13 +212,14 @@ def test_every_container(tmp_path: Path, codec: str, kind: str) -> None:
 
 
 @needs_av
-def test_frames_that_are_not_shown_do_not_count() -> None:
+@pytest.mark.parametrize("shown_from", [1, 5, 7, 11, 12, 13])
+def test_frames_that_are_not_shown_do_not_count(shown_from: int) -> None:
     """Of a film that was cut without encoding it again."""
-    content = film(40, shown_from=7)
+    content = film(40, shown_from=shown_from)
     frames = decoded(content)
-    assert len(frames) == 33
+    assert len(frames) == 40 - shown_from
     plan = plan_video(content, RULES)
-    assert plan.indices == (0, 11, 21, 32)
+    assert plan.indices[-1] == len(frames) - 1
     assert_patches_are(video_patches(content, plan, RULES), [frames[index] for index in plan.indices])
 
 
@@ -338,8 +339,9 @@ def test_what_is_no_file(tmp_path: Path) -> None:
         ("a.png", as_png(pictures(1)[0])),
     ],
 )
-def test_what_is_no_video(tmp_path: Path, name: str, content: bytes) -> None:
+def test_what_is_no_video(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, content: bytes) -> None:
     """Lists that name other files among them: nothing but the file itself is opened."""
+    monkeypatch.chdir(tmp_path)
     (tmp_path / "good.mp4").write_bytes(film(4))
     path = tmp_path / name
     path.write_bytes(content)
