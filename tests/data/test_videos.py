@@ -212,10 +212,11 @@ def test_every_container(tmp_path: Path, codec: str, kind: str) -> None:
 
 
 @needs_av
-@pytest.mark.parametrize("shown_from", [1, 5, 7, 11, 12, 13])
-def test_frames_that_are_not_shown_do_not_count(shown_from: int) -> None:
-    """Of a film that was cut without encoding it again."""
-    content = film(40, shown_from=shown_from)
+@pytest.mark.parametrize("shown_from", [1, 5, 12, 13])
+@pytest.mark.parametrize("codec", ["h264", "mpeg4"])
+def test_frames_that_are_not_shown_do_not_count(codec: str, shown_from: int) -> None:
+    """Of a film that was cut without encoding it again. Its index lists all of its frames, or (h264) some."""
+    content = film(40, codec=codec, shown_from=shown_from)
     frames = decoded(content)
     assert len(frames) == 40 - shown_from
     plan = plan_video(content, RULES)
