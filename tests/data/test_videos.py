@@ -410,6 +410,21 @@ def test_a_header_that_promises_more_than_there_is() -> None:
 
 
 @needs_av
+def test_a_damaged_first_frame_is_told_by_the_plan() -> None:
+    content = bytearray(film(6, codec="mpeg4", kind="avi"))
+    start = content.index(b"movi") + 12
+    content[start + 400 : start + 460] = bytes(60)
+    with pytest.raises(BadSample, match="first frame cannot be decoded"):
+        plan_video(bytes(content), RULES)
+
+
+@needs_av
+def test_a_gif_may_be_padded() -> None:
+    content = film(4, codec="gif", kind="gif")
+    assert plan_video(content + bytes(9), RULES) == plan_video(content, RULES)
+
+
+@needs_av
 def test_a_file_that_has_become_shorter() -> None:
     plan = plan_video(film(30), RULES)
     with pytest.raises(BadSample, match="ends after 20 frames: expected 30"):
