@@ -50,7 +50,7 @@ def images_for_transformers(
         return tokens, {}
     height, width = batch.patches.grid[2:, 0].tolist()
     return tokens, {
-        "pixel_values": ((batch.patches.pixels.float() - 127.5) / 127.5).bfloat16(),
+        "pixel_values": (batch.patches.pixels.float() / 127.5 - 1).bfloat16(),
         "image_grid_thw": torch.tensor([(1, height, width)] * len(frames), device="cuda"),
         "mm_token_type_ids": (tokens == vision.image_token_id).int(),
     }

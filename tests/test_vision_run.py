@@ -76,7 +76,7 @@ def logits_of_transformers(model: torch.nn.Module, row: Row, vision: VisionConfi
         if frames:
             name, suffix = ("video", "_videos") if types.max() == 2 else ("image", "")
             grids = [(1, h, w) for _, h, w in frames] if name == "image" else [(len(frames), *frames[0][1:])]
-            extra = {f"{name}_grid_thw": torch.tensor(grids), f"pixel_values{suffix}": (own.float() - 127.5) / 127.5}
+            extra = {f"{name}_grid_thw": torch.tensor(grids), f"pixel_values{suffix}": own.float() / 127.5 - 1}
         logits.append(model(input_ids=tokens[None], mm_token_type_ids=types[None], **extra).logits[0])
         begin += length
     return torch.cat(logits)

@@ -50,8 +50,8 @@ def test_images_take_their_share(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     config = load_config(options[:-1])
     vision = model_config(config).vision
-    images = parse_images("65x64:0.1")
-    # 65 is 64 in multiples of 32; so small an image is enlarged to 256 x 256 pixels, which are 64 tokens.
+    images = parse_images("64x64:0.1")
+    # So small an image is enlarged to 256 x 256 pixels, which are 64 tokens.
     counts = []
     for number in range(10):
         batch = with_images(random_micro_batch(config, [], 4000, number), vision, images, number)
