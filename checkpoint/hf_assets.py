@@ -32,7 +32,8 @@ def copy_assets(folder: Path, *sources: Path, vision: bool = True) -> None:
     A tokenizer's files belong together: they are those of `find_tokenizer`, and no other source's.
     """
     tokenizer = find_tokenizer(sources)
-    names = {name: [tokenizer] for name in (*_TOKENIZER, *_more_templates(tokenizer))}
+    templates = [str(path.relative_to(tokenizer)) for path in tokenizer.glob("additional_chat_templates/*.jinja")]
+    names = {name: [tokenizer] for name in (*_TOKENIZER, *templates)}
     names |= {name: list(sources) for name in (_GENERATION, *(_VISION if vision else ()))}
     for name, places in names.items():
         if source := next((place for place in places if os.path.lexists(place / name)), None):
@@ -57,10 +58,6 @@ def check_tokenizer(folder: Path, sources: Sequence[Path]) -> None:
 def find_tokenizer(sources: Sequence[Path]) -> Path:
     """The first of `sources` that has a tokenizer; the first of all if none has."""
     return next((source for source in sources if os.path.lexists(source / _TOKENIZER[0])), sources[0])
-
-
-def _more_templates(tokenizer: Path) -> list[str]:
-    return [str(path.relative_to(tokenizer)) for path in tokenizer.glob("additional_chat_templates/*.jinja")]
 
 
 def _without_code(path: Path) -> bytes:

@@ -53,6 +53,11 @@ SLOW: dict[str, tuple[str, ...]] = {
     ),
     "parallelisms/test_precision.py": ("test_what_is_float32_under_bfloat16",),
     "parallelisms/test_vision_layouts.py": ("test_equals_one_process",),
+    "parallelisms/test_vision_tower.py": (
+        "test_a_block_of_the_tower_is_one_graph_however_many_patches_and_frames",
+        "test_a_frozen_tower_adds_no_collective_and_a_trained_one_its_units",
+        "test_what_is_frozen_has_no_graph_no_gradient_no_state",
+    ),
     "test_layouts.py": ("test_five_steps_of_the_tiny_run_on_seven_layouts",),
     "test_reproducibility.py": (
         "test_the_first_losses_are_those_on_record",

@@ -131,7 +131,7 @@ def test_sizes_equal_transformers_for_any_limits(height: int, width: int, low: i
     try:
         expected = smart_resize(height, width, 16 * merge, low, low + more)
     except ValueError:
-        with pytest.raises(BadSample, match="expected a longer side"):
+        with pytest.raises(BadSample, match="in a ratio of 200 at most"):
             fit_image(height, width, rules)
     else:
         assert fit_image(height, width, rules) == expected
@@ -362,6 +362,22 @@ def test_what_is_no_image(tmp_path: Path, content: bytes) -> None:
     assert reason_of(content) == reason_of(str(path)) == "broken_image"
 
 
+@pytest.mark.parametrize("offset", [2**62, 2**63 - 1, 2**63, 2**64 - 1])
+def test_a_place_that_no_file_has(tmp_path: Path, offset: int) -> None:
+    """The system refuses to go there; it is the file's fault."""
+    path = tmp_path / "a.tif"
+    path.write_bytes(b"II\x2b\0\x08\0\0\0" + offset.to_bytes(8, "little") + bytes(64))
+    assert reason_of(str(path)) == reason_of(path.read_bytes()) == "broken_image"
+
+
+def test_pillow_writes_nothing(caplog: pytest.LogCaptureFixture) -> None:
+    content = bytearray(encoded(picture(), "TIFF"))
+    entry = content.index((277).to_bytes(2, "little") + (3).to_bytes(2, "little"))  # how many samples a pixel has
+    content[entry + 8 : entry + 10] = (9999).to_bytes(2, "little")
+    assert reason_of(bytes(content)) == "broken_image"
+    assert not caplog.records
+
+
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "GIF", "TIFF", "BMP"])
 def test_a_truncated_file_is_never_half_decoded(tmp_path: Path, kind: str) -> None:
     """Cut anywhere, a file is refused, or gives the pixels of the whole: then only what follows them is missing."""
@@ -466,6 +482,8 @@ def test_rules_of_transformers_files(tmp_path: Path) -> None:
         ("image_std", [0.5]),
         ("image_std", 1),
         *[(f"do_{what}", False) for what in ("resize", "rescale", "normalize")],
+        ("do_center_crop", True),
+        ("do_pad", True),
         ("rescale_factor", 1 / 127.5),
         ("rescale_factor", "1/255"),
         ("resample", 2),
