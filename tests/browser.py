@@ -59,7 +59,7 @@ class Browser:
 
     def open(self, path: Path) -> None:
         """Waits until all of the page is loaded."""
-        self.send("Page.navigate", url=path.resolve().as_uri())
+        assert "errorText" not in self.send("Page.navigate", url=path.resolve().as_uri()), path
         while self._receive().get("method") != "Page.loadEventFired":
             pass
 
