@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from models.ops.attention import attention
+from models.ops.attention import _runs, attention
 from models.ops.documents import Documents
 from models.ops.kernels import select_kernels
 from tests.models.ops.compare import assert_close, relative_error, run
@@ -53,6 +53,16 @@ def test_equals_masked_softmax(heads: tuple[int, int], causal: bool, lengths: li
     inputs = make_inputs(sum(lengths), heads)
     expected = run(lambda q, k, v: naive(q, k, v, lengths, causal), inputs)
     assert_close(run_sdpa(inputs, lengths, causal), expected, 1e-12)
+
+
+def test_runs_of_one_length() -> None:
+    def of(lengths: list[int], causal: bool) -> list[tuple[int, int, int]]:
+        return [tuple(run) for run in _runs(Documents.from_lengths(lengths).cu_seqlens_cpu, causal)]
+
+    assert of([5, 5, 5], True) == of([5, 5, 5], False) == [(0, 15, 5)]
+    assert of([2000, 2000, 1000], True) == []
+    assert of([2000, 2000, 1000], False) == [(0, 4000, 2000), (4000, 5000, 1000)]
+    assert of([1000, 24], False) == of([2000, 1, 2000], False) == of([1, 1], True) == []
 
 
 LENGTHS = [5, 1, 33, 2, 17]
