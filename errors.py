@@ -17,19 +17,18 @@ from contextlib import contextmanager
 from typing import NoReturn
 
 
-def _one_line(text: str) -> str:
-    """Without line ends, and without the middle of what a damaged file makes endless."""
-    text = " ".join(text.splitlines())
-    return text if len(text) <= 2000 else f"{text[:1000]} ... {text[-900:]}"
+class _OneLine(Exception):
+    """Its words have no line ends, and not the middle of what a damaged file makes endless."""
+
+    def __str__(self) -> str:
+        text = " ".join(super().__str__().splitlines())
+        return text if len(text) <= 2000 else f"{text[:1000]} ... {text[-900:]}"
 
 
-class UserError(ValueError):
+class UserError(_OneLine, ValueError):
     """A user's mistake, or a file that cannot be used: what is wrong and what would be accepted, in one line."""
 
     exit_code = 2
-
-    def __str__(self) -> str:
-        return _one_line(super().__str__())
 
 
 class WrongTensors(UserError):
@@ -38,13 +37,10 @@ class WrongTensors(UserError):
     exit_code = 1
 
 
-class RunError(RuntimeError):
+class RunError(_OneLine, RuntimeError):
     """What stops a run that was started rightly, in one line."""
 
     exit_code = 1
-
-    def __str__(self) -> str:
-        return _one_line(super().__str__())
 
 
 @contextmanager

@@ -19,6 +19,7 @@ from config.options import Config, MoE, Training
 from config.reading import load_config, model_config, resolved_toml
 from data.batch import MicroBatch
 from data.loader import TokenLoader
+from data.media import media_settings
 from errors import RunError, UserError, exit_on_error
 from models.ops.kernels import Kernels, select_kernels
 from models.ops.precision import compute_dtype
@@ -187,9 +188,10 @@ def main(arguments: list[str]) -> None:
 
     # 3. Data: every data rank reads its own rows.
     skipped_dir = output_dir / "skipped"
+    media = media_settings(config, shape.vision)
     ranks = (meshes.data_rank, meshes.num_data_ranks)
-    loader = TokenLoader(config.data, training, *ranks, config.job.seed, skipped_dir=skipped_dir, vision=shape.vision)
-    validator = Validator(config, shape, meshes) if config.validation.enable else None
+    loader = TokenLoader(config.data, training, *ranks, config.job.seed, media=media, skipped_dir=skipped_dir)
+    validator = Validator(config, meshes, media) if config.validation.enable else None
 
     # 4. Model: built without memory, parallelised, then given its memory.
     model = build_model(config, shape, meshes, device)

@@ -7,9 +7,10 @@
 
 A global batch that is too small for the processes is one micro-batch of each. Memory is that of the process with most.
 Options of its own: `--documents 4096,1024` cuts every row into documents of these lengths, again and again (default: a
-row is one document); `--steps N` timed steps (default 8); `--profile N` profiles N more and prints the time by kind of
-work; `--trace FILE` also writes rank 0's trace of these, of which timeline.py makes a picture; `--json FILE` adds a
-JSON line to FILE. The other options are train.py's.
+row is one document); `--images HEIGHTxWIDTH:SHARE` has so large a share of the tokens stand for images of random pixels
+of this size, for a model with a vision tower; `--steps N` timed steps (default 8); `--profile N` profiles N more and
+prints the time by kind of work; `--trace FILE` also writes rank 0's trace of these, of which timeline.py makes a
+picture; `--json FILE` adds a JSON line to FILE. The other options are train.py's.
 """
 
 import argparse
@@ -28,6 +29,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.images import NONE, Images, parse_images, with_images
 from config.checks import check_config
 from config.options import Config
 from config.reading import load_config, model_config
@@ -113,7 +115,9 @@ def time_by_kind(profile: torch.profiler.profile, num_steps: int) -> dict[str, f
     return dict(sorted(kinds.items(), key=lambda item: -item[1]))
 
 
-def measure(config: Config, lengths: list[int], num_steps: int, profile_steps: int, trace: str) -> dict[str, Any]:
+def measure(
+    config: Config, lengths: list[int], num_steps: int, profile_steps: int, trace: str, images: Images | None = None
+) -> dict[str, Any]:
     """Runs and times optimizer steps on this rank's device; all ranks together."""
     rank, world_size = world_from_environment()
     device = init_distributed(config.job.collective_timeout_seconds)
@@ -132,6 +136,8 @@ def measure(config: Config, lengths: list[int], num_steps: int, profile_steps: i
         first = (number * meshes.num_data_ranks + meshes.data_rank) * num_micro_batches
         seeds = range(first, first + num_micro_batches)
         batches = [random_micro_batch(config, lengths, shape.vocab_size, seed) for seed in seeds]
+        if shape.vision:
+            batches = [with_images(batch, shape.vision, images or NONE, seed) for batch, seed in zip(batches, seeds)]
         return train_step(model, optimizer, batches, tokens_per_step, meshes, device, training, config.moe)
 
     def synchronize() -> None:
@@ -209,6 +215,7 @@ def report(found: dict[str, Any], json_file: str, **only_there: Any) -> None:
 def main(arguments: list[str]) -> None:
     parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--documents", default="", metavar="LENGTHS")
+    parser.add_argument("--images", type=parse_images, metavar="HEIGHTxWIDTH:SHARE")
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--profile", type=int, default=0, metavar="STEPS")
     parser.add_argument("--trace", default="", metavar="FILE", help="also write a trace for chrome://tracing there")
@@ -222,7 +229,7 @@ def main(arguments: list[str]) -> None:
     config = dataclasses.replace(config, training=training)
     check_config(config, world_size)
     lengths = [int(length) for length in options.documents.split(",") if length]
-    found = measure(config, lengths, options.steps, options.profile, options.trace)
+    found = measure(config, lengths, options.steps, options.profile, options.trace, options.images)
     if rank == 0:
         report(found, options.json, kernels=dataclasses.asdict(config.kernels))
     torch.distributed.destroy_process_group()

@@ -18,7 +18,7 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import timedelta
 from math import prod
@@ -31,21 +31,12 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.staging import BlockingAsyncStager
 
-from checkpoint.directories import (
-    complete_checkpoints,
-    describe_files,
-    find_checkpoint,
-    find_damage,
-    publish,
-    remove,
-    tidy,
-    write_manifest,
-)
+from checkpoint import directories
 from checkpoint.export import export_to_hf
 from checkpoint.hf_assets import SAMPLE, read_base, write_checkpoint_assets
+from checkpoint.hf_reader import fill
 from checkpoint.identity import RUN, Run, describe_run, difference, read_run
 from checkpoint.tensors.dcp import read_dcp
-from checkpoint.tensors.stored import StoredTensor
 from config.options import Config
 from config.reading import resolved_toml
 from data.chat import end_of_turn_id
@@ -102,7 +93,7 @@ class Checkpointer:
         if options.enable:
             self._check_folder()
             self._from_rank_0(lambda: self._run and None)  # the data as they are now are what every save records
-        existing = self._from_rank_0(lambda: complete_checkpoints(self._folder))
+        existing = self._from_rank_0(lambda: directories.complete_checkpoints(self._folder))
         if options.resume == "never" and existing:
             raise UserError(
                 f"checkpoint.resume = 'never': {str(self._folder)!r} holds {existing[-1].name} of an earlier run: "
@@ -126,7 +117,7 @@ class Checkpointer:
     def _check_folder(self) -> None:
         """Clears what a killed run left, and makes sure that all ranks see one folder."""
         seen = self._from_rank_0(self._open_folder)
-        if self._agree(lambda: os.stat(seen)):
+        if not all(self._on_all_ranks(lambda: os.path.exists(seen))):
             raise UserError(
                 f"job.output_dir = {self._config.job.output_dir!r}: expected a folder that the processes of all nodes "
                 "share and can write to"
@@ -135,20 +126,19 @@ class Checkpointer:
 
     def _open_folder(self) -> str:
         self._folder.mkdir(parents=True, exist_ok=True)
-        tidy(self._folder)
+        directories.tidy(self._folder)
         return tempfile.mkdtemp(prefix=".shared-", dir=self._folder)
 
     def _undamaged(self, path: Path, key: str) -> Path:
-        path = self._from_rank_0(lambda: find_checkpoint(path))
+        path = self._from_rank_0(lambda: directories.find_checkpoint(path))
         if damage := self._find_damage(path):
             raise UserError(f"checkpoint.{key} = {str(path)!r}: {damage}: expected an undamaged checkpoint")
         return path
 
     def _find_damage(self, path: Path) -> str | None:
         """The ranks share the reading; all have the same answer."""
-        found: list[str | None] = [None] * dist.get_world_size()
-        dist.all_gather_object(found, find_damage(path, dist.get_rank(), dist.get_world_size()), group=self._group)
-        return next((damage for damage in found if damage), None)
+        share, num_shares = dist.get_rank(), dist.get_world_size()
+        return next(filter(None, self._on_all_ranks(lambda: directories.find_damage(path, share, num_shares))), None)
 
     def _load(self, path: Path, weights_only: bool = False) -> Progress:
         stored = read_dcp(path)
@@ -179,18 +169,15 @@ class Checkpointer:
             if not same[name.startswith(("model.", "optimizer."))]:
                 raise UserError(f"checkpoint {path}: {name!r} is of {stored[name].dtype}")
         new_data = not weights_only and self._from_rank_0(lambda: self._has_new_data(path))
-        if error := self._agree(lambda: _fill(state, stored)):
-            raise UserError(error)
+        # DCP itself would unpickle the checkpoint's index, and trust it.
+        self._on_all_ranks(lambda: fill(state, stored, local_region))
         self._base = read_base(path)
         if weights_only:
             logger.info(f"starts with the weights of {path}")
             return Progress()
         step, tokens_seen, cursors = (state[f"train.{name}"] for name in ("step", "tokens_seen", "data_cursors"))
         # After the first, a cursor's numbers may be NO_SAMPLE.
-        if (
-            min(int(step), int(tokens_seen), int(cursors[:, 0].min()) if len(cursors) else 0) < 0
-            or (cursors < -1).any()
-        ):
+        if step < 0 or tokens_seen < 0 or (cursors[:, :1] < 0).any() or (cursors < -1).any():
             raise UserError(f"checkpoint {path}: its step, tokens_seen or data_cursors are negative")
         if step > self._config.training.steps:
             raise UserError(
@@ -242,9 +229,9 @@ class Checkpointer:
         self.wait()
         final = self._folder / f"step-{step:08}"
         unfinished = self._folder / f".{final.name}"
-        error = self._agree(lambda: _make_folder(unfinished) if dist.get_rank() == 0 else None)
-        write: Callable[[], object] = _write_nothing
-        if error is None:
+        saving: object
+        try:
+            self._from_rank_0(lambda: _make_folder(unfinished))
             state = self._model_state() | self._optimizer_state()
             state |= _train_state(step, tokens_seen, self._gather_cursors(own_cursors))
             if self._config.checkpoint.async_ and not last:
@@ -252,11 +239,13 @@ class Checkpointer:
                 saving = dcp.async_save(
                     state, checkpoint_id=unfinished, process_group=self._group, async_stager=self._stager
                 )
-                assert isinstance(saving, Future)
-                write = saving.result
             else:
-                write = functools.partial(dcp.save, state, checkpoint_id=unfinished, process_group=self._group)
-        self._pending = self._thread.submit(self._complete, error, write, unfinished, final, last)
+                saving = self._thread.submit(dcp.save, state, checkpoint_id=unfinished, process_group=self._group)
+        except UserError as error:
+            saving = Future()
+            saving.set_exception(error)
+        assert isinstance(saving, Future)
+        self._pending = self._thread.submit(self._complete, saving, unfinished, final, last)
         if last or not self._config.checkpoint.async_:
             self.wait()
         self.blocked_seconds += time.perf_counter() - started
@@ -265,38 +254,33 @@ class Checkpointer:
         """Waits until the save under way, if there is one, has ended. Whether the last one succeeded."""
         return self._pending is None or self._pending.result()
 
-    def _complete(
-        self, error: str | None, write: Callable[[], object], unfinished: Path, final: Path, last: bool
-    ) -> bool:
+    def _complete(self, saving: Future[object], unfinished: Path, final: Path, last: bool) -> bool:
         """Waits for DCP's files, then publishes them; in the background, on all ranks. Whether all went well."""
-        export = self._config.checkpoint.export_hf
-        gathered: list[dict[str, dict[str, int]]] = [{}] * dist.get_world_size()
 
-        def describe_own_files() -> None:
-            own = describe_files(unfinished, sorted(unfinished.glob(f"__{dist.get_rank()}_*")))
-            dist.all_gather_object(gathered, own, group=self._group)
-
-        def publish_all() -> None:
-            if dist.get_rank() == 0:
-                self._publish(unfinished, final, {name: file for files in gathered for name, file in files.items()})
+        def own_files() -> dict[str, dict[str, int]]:
+            saving.result()
+            return directories.describe_files(unfinished, sorted(unfinished.glob(f"__{dist.get_rank()}_*")))
 
         def export_hf() -> None:
-            if dist.get_rank() == 0 and (export == "all" or (export == "last" and last)):
-                out = self._folder.parent / "hf" / final.name
-                shutil.rmtree(out, ignore_errors=True)
-                export_to_hf(final, out)
-                logger.info(f"exported {out}")
+            out = self._folder.parent / "hf" / final.name
+            shutil.rmtree(out, ignore_errors=True)
+            export_to_hf(final, out)
+            logger.info(f"exported {out}")
 
-        for action in (write, describe_own_files, publish_all, export_hf):
-            error = error or self._agree(action)
-        if dist.get_rank() == 0:
-            shutil.rmtree(unfinished, ignore_errors=True)  # if it failed: what was written takes up room
-            if error:
+        try:
+            files = {name: file for own in self._on_all_ranks(own_files) for name, file in own.items()}
+            self._from_rank_0(lambda: self._publish(unfinished, final, files))
+            if self._config.checkpoint.export_hf == "all" or (self._config.checkpoint.export_hf == "last" and last):
+                self._from_rank_0(export_hf)
+        except UserError as error:
+            if dist.get_rank() == 0:
+                shutil.rmtree(unfinished, ignore_errors=True)  # what was written takes up room
                 free = shutil.disk_usage(self._folder).free / 2**20 if self._folder.exists() else 0
                 logger.error(f"cannot save {final}: {error} ({free:,.0f} MiB free); earlier checkpoints are untouched")
-            else:
-                logger.info(f"saved {final}")
-        return error is None
+            return False
+        if dist.get_rank() == 0:
+            logger.info(f"saved {final}")
+        return True
 
     def _publish(self, unfinished: Path, final: Path, files: dict[str, dict[str, int]]) -> None:
         """Adds the files that are not DCP's, gives the checkpoint its name, and removes the oldest beyond `keep`."""
@@ -305,8 +289,9 @@ class Checkpointer:
         assets = unfinished / "hf"
         assets.mkdir()
         sources = [Path(self._config.data.tokenizer)]
+        config = self._shape.to_dict()
         # No position beyond has been seen in training.
-        config = self._shape.to_dict() | {"max_position_embeddings": self._config.training.sequence_length}
+        config.get("text_config", config)["max_position_embeddings"] = self._config.training.sequence_length
         if self._config.model.path:  # it may say more than the shape
             sources.append(Path(self._config.model.path))
             config = read_config(sources[-1] / "config.json")
@@ -314,48 +299,40 @@ class Checkpointer:
         write_checkpoint_assets(assets, config, self._base, *sources, end_of_turn=end_of_turn)
         (assets / SAMPLE).write_text(json.dumps(self._sample), encoding="utf-8")
         others = [path for path in unfinished.rglob("*") if path.is_file() and path.name not in files]
-        write_manifest(unfinished, files | describe_files(unfinished, others))
-        publish(unfinished, final)
+        directories.write_manifest(unfinished, files | directories.describe_files(unfinished, others))
+        directories.publish(unfinished, final)
         # Never the one just written, which may not have the highest step.
-        keep, older = self._config.checkpoint.keep, complete_checkpoints(self._folder)
+        keep, older = self._config.checkpoint.keep, directories.complete_checkpoints(self._folder)
         older.remove(final)
         for path in older[: max(len(older) + 1 - keep, 0)] if keep else []:
             try:
-                remove(path)
+                directories.remove(path)
             except OSError as error:
                 logger.warning(f"cannot remove {path}: {error}")
 
     # What ranks do together
 
-    def _agree(self, action: Callable[[], object]) -> str | None:
-        """Runs `action` on every rank. All get one answer: the first error there is, as one line, or None."""
-        error = None
+    def _on_all_ranks(self, action: Callable[[], Any]) -> list[Any]:
+        """Runs `action` on every rank; all get the results of all, or the first error there is as a UserError."""
+        result = error = None
         try:
-            action()
+            result = action()
         except (Exception, CheckpointException) as raised:
             error = _one_line(raised)
-        errors: list[str | None] = [None] * dist.get_world_size()
-        dist.all_gather_object(errors, error, group=self._group)
-        return next((error for error in errors if error), None)
+        outcomes = [(result, error)] * dist.get_world_size()
+        dist.all_gather_object(outcomes, outcomes[0], group=self._group)
+        if error := next((error for _, error in outcomes if error), None):
+            raise UserError(error)
+        return [result for result, _ in outcomes]
 
     def _from_rank_0(self, action: Callable[[], Any]) -> Any:
-        """Runs `action` on rank 0; its result is returned, or its error raised as a UserError, on all ranks."""
-        outcome: list[Any] = [None, None]
-        if dist.get_rank() == 0:
-            try:
-                outcome[0] = action()
-            except Exception as error:
-                outcome[1] = _one_line(error)
-        dist.broadcast_object_list(outcome, group=self._group)
-        if outcome[1] is not None:
-            raise UserError(outcome[1])
-        return outcome[0]
+        """Runs `action` on rank 0 alone; all get its result, or its error as a UserError."""
+        return self._on_all_ranks(lambda: action() if dist.get_rank() == 0 else None)[0]
 
     def _gather_cursors(self, own: torch.Tensor) -> torch.Tensor:
         """[slots of this rank, C] -> [global_batch_size, C]: data ranks own consecutive slots, all as many."""
-        gathered = [(self._meshes.data_rank, own)] * dist.get_world_size()
-        dist.all_gather_object(gathered, gathered[0], group=self._group)
-        return torch.cat([cursors for _, cursors in sorted(dict(gathered).items())])
+        of_data_ranks = dict(self._on_all_ranks(lambda: (self._meshes.data_rank, own)))
+        return torch.cat([cursors for _, cursors in sorted(of_data_ranks.items())])
 
     # What a checkpoint holds
 
@@ -373,19 +350,6 @@ def _train_state(step: int, tokens_seen: int, data_cursors: torch.Tensor) -> dic
         "train.data_cursors": data_cursors,
         "train.rng_state": torch.get_rng_state(),
     }
-
-
-@torch.no_grad()
-def _fill(state: Mapping[str, torch.Tensor], stored: Mapping[str, StoredTensor]) -> None:
-    """Reads this rank's part of every tensor of `state`. (DCP would unpickle the checkpoint's index, and trust it.)"""
-    for name, tensor in state.items():
-        local, box = local_region(tensor)
-        if local.numel():
-            local.copy_(stored[name].read(box))
-
-
-def _write_nothing() -> None:
-    """In the place of a write, where the folder for it could not be made."""
 
 
 def _make_folder(unfinished: Path) -> None:

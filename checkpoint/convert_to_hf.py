@@ -12,7 +12,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a file from anywhere
 
-from checkpoint.directories import is_taken
+from checkpoint.directories import check_is_free
 from checkpoint.export import DTYPES, Options, export_to_hf
 from errors import OneLineParser, exit_on_error
 from models.qwen35_moe.hf_weights import MTP, NOT_TEXT, PREFIXES, VISION
@@ -52,8 +52,7 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--base", type=Path, metavar="HF_DIR", help=base_help)
     parser.add_argument("--verify", action="store_true", help="read OUT again and compare every tensor bit for bit")
     given = parser.parse_args(arguments)
-    if is_taken(given.out):
-        parser.error(f"{given.out} exists: expected a new or an empty directory")
+    check_is_free(given.out)
     if not given.checkpoint.is_dir():
         parser.error(f"{given.checkpoint} is no directory: expected a step-* directory, or a run's output_dir")
     if given.base and not (given.base / "config.json").is_file():

@@ -104,8 +104,7 @@ def new_directory(out: Path, source: Path) -> Iterator[Path]:
 
     Raises UserError if `out` exists, unless it is an empty directory, and if it cannot be made or lies in `source`.
     """
-    if is_taken(out):
-        raise UserError(f"{out} exists: expected a new or an empty directory")
+    check_is_free(out)
     with reading(out):
         out = out.resolve()
         if out.is_relative_to(source.resolve()):
@@ -120,10 +119,11 @@ def new_directory(out: Path, source: Path) -> Iterator[Path]:
         shutil.rmtree(unfinished, ignore_errors=True)
 
 
-def is_taken(out: Path) -> bool:
-    """Whether something stands where a new directory is to be made."""
+def check_is_free(out: Path) -> None:
+    """Raises UserError if something stands where a new directory is to be made."""
     with reading(out):
-        return os.path.lexists(out) and (not out.is_dir() or any(out.iterdir()))
+        if os.path.lexists(out) and (not out.is_dir() or any(out.iterdir())):
+            raise UserError(f"{out} exists: expected a new or an empty directory")
 
 
 def publish(unfinished: Path, final: Path) -> None:

@@ -5,8 +5,9 @@ The base is the Hugging Face directory that the checkpoint's weights came from, 
 part            taken from                                            written
 ---------------------------------------------------------------------------------------------------------------
 text            the checkpoint; all of it, or nothing is exported     in --dtype, experts as --experts says
-vision tower    the checkpoint, else the base; neither: refused.      bit for bit
-                Left out of causal_lm
+vision tower    the checkpoint                                        in --dtype
+                else the base; neither: refused. Left out of          bit for bit
+                causal_lm
 MTP             the checkpoint, else the base; neither: config.json   bit for bit, experts as --experts says
                 declares no layers of it
 
@@ -17,7 +18,6 @@ class           what --architecture says; else image_text_to_text where a config
 import copy
 import json
 import os
-from collections.abc import Iterable
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,15 +26,8 @@ import torch
 from huggingface_hub import split_state_dict_into_shards_factory
 from tqdm import tqdm
 
+from checkpoint import hf_assets
 from checkpoint.directories import check_files, find_checkpoint, new_directory
-from checkpoint.hf_assets import (
-    check_tokenizer,
-    class_config,
-    copy_assets,
-    find_tokenizer,
-    read_base,
-    write_generation_config,
-)
 from checkpoint.hf_reader import assemble, naming_tensors
 from checkpoint.tensors.dcp import read_dcp
 from checkpoint.tensors.fsdp_shards import is_shard_directory, read_fsdp_shards
@@ -42,10 +35,12 @@ from checkpoint.tensors.safetensors import Export, read_safetensors, write_file
 from checkpoint.tensors.stored import StoredTensor
 from errors import UserError, WrongTensors, reading
 from models.qwen35_moe.config import ModelConfig, read_config
+from models.qwen35_moe.hf_config import class_config
 from models.qwen35_moe.hf_weights import (
     MTP,
     NOT_TEXT,
     PREFIXES,
+    TOWER,
     VISION,
     count_mtp_layers,
     find_mtp_pieces,
@@ -106,10 +101,10 @@ def export_to_hf(checkpoint: Path, out: Path, options: Options | None = None, pr
         new_directory(out, plan.source) as folder,
         tqdm(total=total, unit="B", unit_scale=True, desc=out.name, disable=None if progress else True) as bar,
     ):
-        copy_assets(folder, *plan.assets, vision="vision_config" in plan.config)
-        write_generation_config(folder, plan.config)
+        hf_assets.copy_assets(folder, *plan.assets, vision="vision_config" in plan.config)
+        hf_assets.write_generation_config(folder, plan.config)
         (folder / "config.json").write_text(json.dumps(plan.config, indent=2) + "\n", encoding="utf-8")
-        check_tokenizer(folder, plan.assets)
+        hf_assets.check_tokenizer(folder, plan.assets)
         for name, keys in files.filename_to_tensors.items():
             for num_bytes in write_file(folder / name, [tensors[key] for key in keys]):
                 bar.update(num_bytes)
@@ -147,16 +142,18 @@ def make_plan(checkpoint: Path, options: Options) -> Plan:
             f"the model came from {base}, which is not there: expected --base with it, or --architecture causal_lm"
         )
     others = {part: _part(part, stored) or _part(part, of_base) for part in NOT_TEXT}
-    per_expert = options.experts == "per_expert" or (
-        options.experts == "keep" and any(".experts.0." in key and not key.startswith(MTP) for key in of_base)
-    )
-    exports = _text_exports(checkpoint, stored, shape, architecture, options.dtype, per_expert)
+    exports = _text_exports(checkpoint, stored, shape, architecture, options.dtype)
+    came_per_expert = any(".experts.0." in key and not key.startswith(MTP) for key in of_base)
+    if options.experts == "per_expert" or (options.experts == "keep" and came_per_expert):
+        exports = _one_by_one(exports)
     mtp = _mtp_exports(shape, others[MTP], options.experts)
     dtype = str(options.dtype or exports[0].stored.dtype).removeprefix("torch.")
-    written = class_config(config, architecture, count_mtp_layers(others[MTP]), dtype, find_tokenizer(assets))
+    special_tokens = hf_assets.special_token_ids(hf_assets.find_tokenizer(assets))
+    written = class_config(config, architecture, count_mtp_layers(others[MTP]), dtype, special_tokens)
     vision = []
     if architecture == "image_text_to_text":
-        vision = [Export(key, tensor, tensor.dtype) for key, tensor in others[VISION].items()]
+        dtype_of_tower = options.dtype if has_tower else None
+        vision = [Export(key, tensor, dtype_of_tower or tensor.dtype) for key, tensor in others[VISION].items()]
         _check("the vision tower", {e.key: e.shape for e in vision}, _vision_shapes(written))
     return Plan(source, written, [*vision, *exports, *mtp], assets)
 
@@ -172,20 +169,21 @@ def _open_checkpoint(path: Path) -> tuple[Path, dict[str, StoredTensor], list[Pa
         tensors = read_fsdp_shards(path)
         prefix = next((p for p in (*PREFIXES.values(), "") if p + "embed_tokens.weight" in tensors), "")
         stored = {k if k.startswith(NOT_TEXT) else k.removeprefix(prefix): t for k, t in tensors.items()}
+        stored = _with_tower_by_hf_name(stored)
         return path, stored, [folder for folder in (path, path / "huggingface", path / "hf") if folder.is_dir()], None
     path = find_checkpoint(path)
     check_files(path)
     stored = {n.removeprefix("model."): t for n, t in read_dcp(path).items() if n.startswith("model.")}
-    return path, stored, [path / "hf"], read_base(path)
+    return path, _with_tower_by_hf_name(stored), [path / "hf"], hf_assets.read_base(path)
+
+
+def _with_tower_by_hf_name(tensors: dict[str, StoredTensor]) -> dict[str, StoredTensor]:
+    """A run that trains the tower has it by its native name."""
+    return {hf_name(name) if name.startswith(TOWER) else name: tensor for name, tensor in tensors.items()}
 
 
 def _text_exports(
-    checkpoint: Path,
-    stored: dict[str, StoredTensor],
-    shape: ModelConfig,
-    architecture: str,
-    dtype: torch.dtype | None,
-    per_expert: bool,
+    checkpoint: Path, stored: dict[str, StoredTensor], shape: ModelConfig, architecture: str, dtype: torch.dtype | None
 ) -> list[Export]:
     expected = {name: parameter.shape for name, parameter in parameters(shape).items()}
     text = {name: tensor for name, tensor in stored.items() if not name.startswith(NOT_TEXT)}
@@ -196,7 +194,7 @@ def _text_exports(
     for name in expected:
         tensor = text[name]
         wanted = tensor.dtype if dtype is None else torch.float32 if is_published_in_float32(name) else dtype
-        exports += _experts(Export(hf_name(name, architecture), tensor, wanted), per_expert)
+        exports.append(Export(hf_name(name, architecture), tensor, wanted))
     return exports
 
 
@@ -204,22 +202,20 @@ def _mtp_exports(shape: ModelConfig, tensors: dict[str, StoredTensor], experts: 
     """Multi-token prediction as it is, bit for bit; its experts stacked or one by one as asked."""
     with naming_tensors():
         pieces = find_mtp_pieces(shape, {key: tensor.shape for key, tensor in tensors.items()})
-    if experts == "keep":
-        return [Export(key, tensor, tensor.dtype) for key, tensor in tensors.items()]
-    shapes = mtp_shapes(shape, count_mtp_layers(tensors))
-    exports = []
-    for key, parts in pieces.items():
-        tensor = assemble(key, shapes[key], parts, tensors)
-        exports += _experts(Export(key, tensor, tensor.dtype), experts == "per_expert")
-    return exports
+    if experts != "keep":
+        shapes = mtp_shapes(shape, count_mtp_layers(tensors))
+        tensors = {key: assemble(key, shapes[key], parts, tensors) for key, parts in pieces.items()}
+    exports = [Export(key, tensor, tensor.dtype) for key, tensor in tensors.items()]
+    return _one_by_one(exports) if experts == "per_expert" else exports
 
 
-def _experts(export: Export, per_expert: bool) -> list[Export]:
-    """The stacked tensor itself, or its experts one by one."""
-    if not per_expert or ".experts." not in export.key:
-        return [export]
-    pieces = pieces_of_experts(export.key, export.stored.shape)
-    return [export._replace(key=piece.key, box=piece.box) for piece in pieces]
+def _one_by_one(exports: list[Export]) -> list[Export]:
+    """The same with the experts of a stacked tensor each by itself."""
+    result = []
+    for export in exports:
+        pieces = pieces_of_experts(export.key, export.stored.shape) if ".experts." in export.key else []
+        result += [export._replace(key=piece.key, box=piece.box) for piece in pieces] or [export]
+    return result
 
 
 def _vision_shapes(config: dict[str, Any]) -> dict[str, Shape]:
@@ -245,8 +241,7 @@ def verify(out: Path, plan: Plan, progress: bool = False) -> None:
     """Reads `out` again: every tensor bit for bit against the source, then with transformers. Raises UserError."""
     arrays = read_safetensors(out)
     _check(f"verify: {out}", {k: a.shape for k, a in arrays.items()}, {e.key: e.shape for e in plan.tensors})
-    bar: Iterable[Export] = tqdm(plan.tensors, desc="verify", unit="tensor", disable=None if progress else True)
-    for export in bar:
+    for export in tqdm(plan.tensors, desc="verify", unit="tensor", disable=None if progress else True):
         written = arrays[export.key].open(arrays[export.key].chunks[0])
         if written.dtype != export.dtype:
             raise UserError(f"verify: {export.key!r} is {written.dtype}, not {export.dtype}")

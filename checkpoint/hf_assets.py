@@ -9,7 +9,6 @@ from typing import Any
 from checkpoint.tensors.stored import file_size, read_json
 from data.tokenizer import PROBES, verify_tokenizer
 from errors import UserError, reading
-from models.qwen35_moe import hf_config
 
 _TOKENIZER = (
     "tokenizer.json",
@@ -33,7 +32,8 @@ def copy_assets(folder: Path, *sources: Path, vision: bool = True) -> None:
     A tokenizer's files belong together: they are those of `find_tokenizer`, and no other source's.
     """
     tokenizer = find_tokenizer(sources)
-    names = {name: [tokenizer] for name in (*_TOKENIZER, *_more_templates(tokenizer))}
+    templates = [str(path.relative_to(tokenizer)) for path in tokenizer.glob("additional_chat_templates/*.jinja")]
+    names = {name: [tokenizer] for name in (*_TOKENIZER, *templates)}
     names |= {name: list(sources) for name in (_GENERATION, *(_VISION if vision else ()))}
     for name, places in names.items():
         if source := next((place for place in places if os.path.lexists(place / name)), None):
@@ -58,10 +58,6 @@ def check_tokenizer(folder: Path, sources: Sequence[Path]) -> None:
 def find_tokenizer(sources: Sequence[Path]) -> Path:
     """The first of `sources` that has a tokenizer; the first of all if none has."""
     return next((source for source in sources if os.path.lexists(source / _TOKENIZER[0])), sources[0])
-
-
-def _more_templates(tokenizer: Path) -> list[str]:
-    return [str(path.relative_to(tokenizer)) for path in tokenizer.glob("additional_chat_templates/*.jinja")]
 
 
 def _without_code(path: Path) -> bytes:
@@ -90,7 +86,7 @@ def write_checkpoint_assets(
     if end_of_turn is not None:
         text = config.get("text_config", config)
         settings = read_json(folder / _GENERATION) if (folder / _GENERATION).exists() else {}
-        ends = end_tokens(text, settings, _special_token_ids(find_tokenizer(sources)), {"eos_token_id": end_of_turn})
+        ends = end_tokens(text, settings, special_token_ids(find_tokenizer(sources)), {"eos_token_id": end_of_turn})
         if text is not config:
             config["text_config"] = text | ends
         if text is config or "eos_token_id" in config:
@@ -134,14 +130,7 @@ def read_base(checkpoint: Path) -> Path | None:
         return base
 
 
-def class_config(
-    config: dict[str, Any], architecture: str, num_mtp_layers: int, dtype: str, tokenizer: Path
-) -> dict[str, Any]:
-    """`hf_config.class_config`, with the ids of special tokens that the tokenizer's files in `tokenizer` tell."""
-    return hf_config.class_config(config, architecture, num_mtp_layers, dtype, _special_token_ids(tokenizer))
-
-
-def _special_token_ids(tokenizer: Path) -> dict[str, int]:
+def special_token_ids(tokenizer: Path) -> dict[str, int]:
     """`eos_token_id` and the like, as config.json has them, from a tokenizer's files, if it has them."""
     if not all((tokenizer / name).exists() for name in _TOKENIZER[:2]):
         return {}

@@ -24,14 +24,14 @@ def check_config(config: Config, world_size: int) -> None:
     work_out_degrees(config.parallelism, shape, world_size)
     check_frozen(config.model.freeze, shape)
     _check_ratios(config.optimizer, shape)
-    _check_schedule(config.lr_scheduler, config.training.steps)
+    _check_schedule(config.lr_scheduler)
     _check_kernels(config, shape)
 
-    check_data(config, shape.vocab_size)
+    check_data(config, shape.vocab_size, shape.vision)
     _check_paths(config)
 
 
-def _check_schedule(schedule: LRScheduler, steps: int) -> None:
+def _check_schedule(schedule: LRScheduler) -> None:
     # A rise that is longer than the run is no mistake: a first try of three steps is the commonest there is.
     key = f"lr_scheduler.decay_steps = {schedule.decay_steps}"
     if schedule.decay != "wsd":

@@ -54,6 +54,9 @@ class Model:
 
     path: str = ""
     """Hugging Face directory whose config.json gives the shape."""
+    vision: Literal["auto", "on", "off"] = "auto"
+    """Whether the vision tower is part of the model. "auto": if config.json has one and the data show images or videos,
+    or if `config` has a `vision_config`. Where it is no part, an export takes it as it was from `path`."""
     initial_load: Literal["none", "hf"] = "none"
     """What a run without checkpoints starts from. "none": random weights; "hf": the weights in `path`."""
     config: dict[str, Any] = field(default_factory=dict)
@@ -84,6 +87,24 @@ class Data:
     """Name of the field that holds a conversation's messages, as transformers' chat templates take them."""
     tools_key: str = "tools"
     """Name of the field that holds the tools a conversation may use, if there is one."""
+    images_key: str = "images"
+    """Name of the field that holds a sample's images, in the order in which its texts name them, if there is one;
+    "images" means "image" too."""
+    videos_key: str = "videos"
+    """The same for videos."""
+    image_folder: str = ""
+    """Where relative paths of images and videos begin. Empty: the working directory."""
+    min_pixels: Count = 0
+    """Smaller images are enlarged to so many pixels. 0: as the model's preprocessor_config.json says, else 65,536."""
+    max_pixels: Count = 0
+    """Larger images are reduced to so many pixels; 1,024 are a token. 0: as the file says, else 16,777,216."""
+    max_video_pixels: Count = 0
+    """The same for all frames of a video together; 2,048 are a token. 0: as video_preprocessor_config.json says, else
+    25,165,824."""
+    video_fps: NotNegative = 0.0
+    """Frames that are read of each second of a video. 0: as the file says, else 2."""
+    max_video_frames: Count = 0
+    """Of a video, at most so many frames are read. 0: as the file says, else 768."""
     train_on: Literal["all", "last"] = "all"
     """Which turns of the assistant are trained on."""
     train_empty_thinking: bool = False

@@ -9,6 +9,7 @@ A loaded Config holds absolute paths only, so a stored `config.toml` means the s
 """
 
 import ast
+import contextlib
 import dataclasses
 import difflib
 import inspect
@@ -16,7 +17,7 @@ import itertools
 import json
 import os
 import textwrap
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
@@ -27,7 +28,7 @@ import tomli_w
 from config.options import Config
 from data.files import is_dataset, matches
 from errors import UserError
-from models.qwen35_moe.config import ModelConfig
+from models.qwen35_moe.config import ModelConfig, read_config
 from models.qwen35_moe.vision_config import TOKEN_IDS, VisionConfig
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -60,8 +61,9 @@ def load_config(argv: list[str]) -> Config:
     if "--help" in argv or "-h" in argv:
         print(help_text())
         raise SystemExit(0)
-    path, options = _parse_command_line(argv)
-    tables = _merge(_load_toml(path) if path else {}, options)
+    options = _parse_command_line(argv)
+    name = options.pop("config", None)
+    tables = options if name is None else _merge(_load_toml(_find_config(name)), options)
     model = tables.get("model", {})
     if model.get("path") and model.get("config"):
         raise UserError(f"model.path = {model['path']!r} and model.config exclude each other: expected one of them")
@@ -70,14 +72,11 @@ def load_config(argv: list[str]) -> Config:
     sections = {}
     for section, cls in SECTIONS.items():
         given = tables.get(section, {})
-        values = {}
-        for item in dataclasses.fields(cls):
-            key = item.name.rstrip("_")
-            if key in given:
-                values[item.name] = given[key]
-            elif not _default(item):
+        fields = {item.name.rstrip("_"): item for item in dataclasses.fields(cls)}
+        for key, item in fields.items():
+            if key not in given and not _default(item):
                 raise UserError(f"{section}.{key} is missing: expected {_accepted(SCHEMA[section][key])}")
-        sections[section] = cls(**values)
+        sections[section] = cls(**{fields[key].name: value for key, value in given.items()})
     return _with_absolute_paths(Config(**sections))
 
 
@@ -87,16 +86,33 @@ def resolved_toml(config: Config) -> str:
 
 
 def model_config(config: Config) -> ModelConfig:
-    """The model's shape, from `model.path` or `model.config`. Raises UserError."""
+    """The model's shape, from `model.path` or `model.config`, with its tower if the run uses it. Raises UserError."""
     if config.model.path and not Path(config.model.path, "config.json").is_file():
         raise UserError(f"model.path = {config.model.path!r}: expected a directory with a config.json")
+    uses_vision = bool(config.model.path) and _uses_vision(config)
     try:
         if config.model.path:
-            return ModelConfig.from_pretrained(config.model.path)
-        return ModelConfig.from_table(config.model.config)
+            return ModelConfig.from_pretrained(config.model.path, uses_vision)
+        shape = ModelConfig.from_table(config.model.config)
+        if config.model.vision == "on" and shape.vision is None:
+            raise UserError("model.vision = 'on': expected a vision_config")
+        return replace(shape, vision=None) if config.model.vision == "off" else shape
     except UserError as error:
         source = f"model.path = {config.model.path!r}" if config.model.path else "model.config"
         raise UserError(f"{source}: {str(error).removeprefix('model config: ')}") from error
+
+
+def _uses_vision(config: Config) -> bool:
+    """Whether the tower of `model.path` is part of the model."""
+    if config.model.vision != "auto":
+        return config.model.vision == "on"
+    with contextlib.suppress(UserError):  # what is wrong with the file is told by whoever reads its text part
+        has_tower = bool(read_config(Path(config.model.path, "config.json")).get("vision_config"))
+        if has_tower:
+            from data.samples import shows_media
+
+            return shows_media(config)
+    return False
 
 
 def _with_absolute_paths(config: Config) -> Config:
@@ -119,7 +135,12 @@ def _with_absolute_paths(config: Config) -> Config:
         config,
         job=replace(job, output_dir=absolute(job.output_dir)),
         model=model,
-        data=replace(data, path=entries(data.path), tokenizer=readable(data.tokenizer) or model.path),
+        data=replace(
+            data,
+            path=entries(data.path),
+            tokenizer=readable(data.tokenizer) or model.path,
+            image_folder=readable(data.image_folder or "."),
+        ),
         validation=replace(config.validation, path=entries(config.validation.path)),
         checkpoint=replace(checkpoint, resume=resume, start_from=readable(checkpoint.start_from)),
     )
@@ -131,8 +152,6 @@ def _with_absolute_paths(config: Config) -> Config:
 def _find_config(name: str) -> Path:
     """The TOML file that `--config NAME` means. Raises UserError."""
     folder = ROOT / "train_configs"
-    if not _can_be_a_path(name):
-        raise UserError(f"--config = {name!r:.100}: expected {_accepted(str)}")
     for path in (Path(name), ROOT / name, folder / name, folder / f"{name}.toml"):
         if path.is_file():
             return path
@@ -162,9 +181,9 @@ def _load_toml(path: Path, below: tuple[Path, ...] = ()) -> dict[str, Any]:
     return _merge(_load_toml(path.parent / base, (*below, path)), values)
 
 
-def _parse_command_line(argv: list[str]) -> tuple[Path | None, dict[str, Any]]:
-    """The file that `--config` names, and the tables of all other options."""
-    path: Path | None = None
+def _parse_command_line(argv: list[str]) -> dict[str, Any]:
+    """The tables of all options, and what `--config` names."""
+    accepted = {"config": str, **SCHEMA}
     tables: dict[str, Any] = {}
     seen: set[str] = set()
     words = list(argv)
@@ -178,7 +197,7 @@ def _parse_command_line(argv: list[str]) -> tuple[Path | None, dict[str, Any]]:
             raise UserError(f"--{key} = {text!r} is given a second time: expected one value")
         seen.add(key)
         names = key.split(".")
-        schema: Any = {"config": str, **SCHEMA}
+        schema: Any = accepted
         for name in names:
             if not isinstance(schema, Mapping) or name not in schema:
                 raise UserError(f"--{key} = {text!r} is unknown: {_nearest(key)}")
@@ -187,17 +206,14 @@ def _parse_command_line(argv: list[str]) -> tuple[Path | None, dict[str, Any]]:
             if schema is not bool:
                 raise UserError(f"--{key} has no value: expected {_accepted(schema)}")
             text = "true"
-        if key == "config":
-            path = _find_config(text)
-            continue
         try:
             table = _parse_word(schema, text)
         except (ValueError, RecursionError):
             raise UserError(f"--{key} = {text!r}: {_expected(schema, text)}") from None
         for name in reversed(names):
             table = {name: table}
-        tables = _merge(tables, _convert_table("", SCHEMA, table, "--"))
-    return path, tables
+        tables = _merge(tables, _convert_table("", accepted, table, "--"))
+    return tables
 
 
 def _parse_word(schema: Any, text: str) -> Any:
@@ -299,13 +315,11 @@ def _expected(hint: Any, value: Any) -> str:
 def _nearest(key: str) -> str:
     """What an unknown key may have been meant to be."""
 
-    def leaves(schema: Mapping[str, Any], prefix: str) -> list[str]:
-        found = []
+    def leaves(schema: Mapping[str, Any], prefix: str) -> Iterator[str]:
         for name, inner in schema.items():
-            found += leaves(inner, f"{prefix}{name}.") if isinstance(inner, Mapping) else [prefix + name]
-        return found
+            yield from leaves(inner, f"{prefix}{name}.") if isinstance(inner, Mapping) else [prefix + name]
 
-    known = leaves(SCHEMA, "")
+    known = list(leaves(SCHEMA, ""))
     same_name = [other for other in known if other.rpartition(".")[2] == key.rpartition(".")[2]]
     nearest = difflib.get_close_matches(key, same_name or known, n=1, cutoff=0.0 if same_name else 0.6)
     if nearest:

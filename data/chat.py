@@ -20,11 +20,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from config.options import Data
 from data.batch import Sample
+from data.media import Media, MediaReader, show_all
 from data.messages import Message, read_messages
 from data.packing import BadSample
 from data.tokenizer import load_tokenizer
 from errors import UserError
+from models.ops.labels import IGNORED
 
 if TYPE_CHECKING:  # seconds to import, and of no use to workers that read text
     from transformers import PreTrainedTokenizerFast
@@ -61,11 +64,19 @@ class Place(NamedTuple):
 class ChatTemplate:
     """Renders conversations with a tokenizer's template, and knows what the template puts before an answer."""
 
-    def __init__(self, tokenizer: "PreTrainedTokenizerFast", *, train_on: str, train_empty_thinking: bool) -> None:
-        """Raises UserError for a tokenizer without a chat template."""
+    def __init__(
+        self,
+        tokenizer: "PreTrainedTokenizerFast",
+        reader: MediaReader | None = None,
+        *,
+        train_on: str,
+        train_empty_thinking: bool,
+    ) -> None:
+        """`reader`: of images and videos. Raises UserError for a tokenizer without a chat template."""
         if not tokenizer.chat_template:
             raise UserError(f"data.tokenizer = {tokenizer.name_or_path!r}: expected one with a chat template")
-        self._tokenizer, self._train_on, self._train_empty_thinking = tokenizer, train_on, train_empty_thinking
+        self._tokenizer, self._reader = tokenizer, reader
+        self._train_on, self._train_empty_thinking = train_on, train_empty_thinking
         self._num_timeouts = 0
         self._reasoning, self._shows_reasoning = "reasoning_content", False  # the name that the template knows, if any
         self.end_of_turn = ""
@@ -79,9 +90,12 @@ class ChatTemplate:
         except BadSample as error:
             raise UserError(f"data.tokenizer = {tokenizer.name_or_path!r}: its chat template fails: {error}") from None
 
-    def sample(self, messages: list[Message], tools: Any) -> Sample:
-        """The tokens of a conversation, of which the assistant's are trained on. Raises BadSample."""
-        messages, weights, unknown, ignored = read_messages(messages, self._reasoning)
+    def sample(self, messages: list[Message], tools: Any, media: Media | None = None) -> Sample:
+        """The tokens of a conversation, of which the assistant's are trained on. `media`: the images and videos that
+        the record has beside it. Raises BadSample."""
+        media = media or Media({}, Data())
+        messages, weights, unknown, ignored = read_messages(messages, self._reasoning, media)
+        sources = media.finish()
         for text in texts_in([messages, tools]):
             if found := self._special.search(text):
                 raise BadSample("special_token", f"has the special token {found[0]!r} in a text")
@@ -97,8 +111,13 @@ class ChatTemplate:
         wanted = [number for number, weight in weights.items() if weight]
         if self._train_on == "last":
             wanted = [number for number in wanted if number == max(weights)]
+        reader = self._reader
+        if sources:
+            reader, shown = show_all(sources, reader)
+            rendered, ranges, moves = reader.replace(rendered, shown)
+            spans = {number: (_moved(begin, moves), _moved(end, moves)) for number, (begin, end) in spans.items()}
         encoding = self._tokenizer.backend_tokenizer.encode(rendered, add_special_tokens=False)
-        begins, ends = np.array(encoding.offsets, np.int64).reshape(-1, 2).T
+        begins, ends = offsets = np.array(encoding.offsets, np.int64).reshape(-1, 2).T
         tokens, is_trained = np.array(encoding.ids, np.int32), np.zeros(len(encoding.ids), bool)
         for begin, end in (spans[number] for number in wanted):
             inside = (begins >= begin) & (ends <= end) & (ends > begin)
@@ -106,9 +125,13 @@ class ChatTemplate:
             decoded = self._tokenizer.decode(tokens[inside].tolist(), clean_up_tokenization_spaces=False)
             if decoded != rendered[begin:end] and decoded != unicodedata.normalize("NFC", rendered[begin:end]):
                 raise BadSample("unclear_spans", "has a token that lies across the border of a turn")
-        if not is_trained[1:].any():
+        if sources and reader:
+            sample = reader.sample(tokens, offsets, is_trained, ranges, shown)
+        else:
+            sample = Sample.of(tokens, is_trained)
+        if (sample.labels == IGNORED).all():
             raise BadSample("nothing_to_train", "has no turn of the assistant that is to be trained on")
-        return Sample.of(tokens, is_trained)
+        return sample
 
     def _render(self, messages: list[Message], tools: Any = None, **options: Any) -> str:
         try:
@@ -227,7 +250,7 @@ class ChatTemplate:
         """The rendering, and messages that have it too, with reasoning that is written inside of a content apart."""
         rendered, apart = self._render(messages, tools), list(messages)
         for number, message in enumerate(messages):
-            content = message.get("content") or ""
+            content = message["content"] if isinstance(message["content"], str) else ""
             if message["role"] == "assistant" and "</think>" in content and self._reasoning not in message:
                 reasoning, _, answer = content.rpartition("</think>")
                 reasoning = reasoning.rpartition("<think>")[2]
@@ -241,16 +264,15 @@ class ChatTemplate:
         others the marker is put after this `share` of them."""
         fields: list[Field] = []
 
-        def replace(number: int, kind: str, text: str) -> str:
-            fields.append(Field(number, kind, text, None))
+        def marker(number: int, kind: str, text: str, cut: int | None = None) -> str:
+            fields.append(Field(number, kind, text, cut))
             return f"{_OPEN}{len(fields) - 1}{_CLOSE}"
 
         def insert(number: int, kind: str, text: str) -> str:
             if not text.strip():
                 return text
             cut = len(text) - len(text.lstrip()) + int(len(text.strip()) * share)
-            fields.append(Field(number, kind, text, cut))
-            return f"{text[:cut]}{_OPEN}{len(fields) - 1}{_CLOSE}{text[cut:]}"
+            return text[:cut] + marker(number, kind, text, cut) + text[cut:]
 
         def insert_all(number: int, value: Any) -> Any:
             if isinstance(value, str):
@@ -261,13 +283,15 @@ class ChatTemplate:
 
         marked, marked_tools = copy.deepcopy(messages), copy.deepcopy(tools)
         for number, message in enumerate(marked):
-            mark = replace if message["role"] == "assistant" else insert
-            for kind in (self._reasoning, "content"):
-                if message.get(kind, "").strip():
-                    message[kind] = mark(number, kind, message[kind])
+            mark = marker if message["role"] == "assistant" else insert
+            content = message["content"]
+            parts = [(part, "text") for part in content] if isinstance(content, list) else [(message, "content")]
+            for kind, holder, key in [(self._reasoning, message, self._reasoning), *(("content", *p) for p in parts)]:
+                if holder.get(key, "").strip():
+                    holder[key] = mark(number, kind, holder[key])
             for call in message.get("tool_calls", []):
                 function = call["function"]
-                function["name"] = replace(number, "tool_call", function["name"])
+                function["name"] = marker(number, "tool_call", function["name"])
                 function["arguments"] = insert_all(number, function["arguments"])
         for tool in marked_tools or []:
             function = tool.get("function", tool) if isinstance(tool, dict) else None
@@ -354,6 +378,11 @@ def _time_limit(seconds: float) -> Iterator[None]:
     finally:
         signal.setitimer(signal.ITIMER_VIRTUAL, 0)
         signal.signal(signal.SIGVTALRM, before)
+
+
+def _moved(place: int, moves: list[tuple[int, int]]) -> int:
+    """A place in the rendering, in the text that media are put into."""
+    return place + next(distance for start, distance in reversed(moves) if start <= place)
 
 
 def _unclear() -> BadSample:

@@ -7,14 +7,16 @@ from dataclasses import replace
 
 from config.options import Config
 from data.files import check_cache, is_dataset
+from data.media import MediaReader, media_settings
 from data.records import Record, Source, Whole
-from data.samples import EncodeChat, check_source, text_of
+from data.samples import EncodeChat, EncodeText, check_source, text_of
 from data.sources import declared_sources
 from data.tokenizer import check_tokenizer, load_tokenizer
 from errors import UserError
+from models.qwen35_moe.vision_config import VisionConfig
 
 
-def check_data(config: Config, vocab_size: int) -> None:
+def check_data(config: Config, vocab_size: int, vision: VisionConfig | None = None) -> None:
     """Raises UserError for data and a tokenizer that could not be used. Takes no longer for a large corpus."""
     data = config.data
     weights = list(data.weights)
@@ -29,9 +31,14 @@ def check_data(config: Config, vocab_size: int) -> None:
             raise UserError(f"{key} = []: expected at least one file or glob")
         sources += declared_sources(replace(data, path=entries), key)
     check_tokenizer(data.tokenizer, vocab_size, data.format == "text" and data.end_of_document)
+    tokenizer, settings = load_tokenizer(data.tokenizer), media_settings(config, vision)
+    reader = settings and MediaReader(settings, data.image_folder, tokenizer)
+    max_tokens = config.training.sequence_length
     encode: Callable[[Record], object] = functools.partial(text_of, key=data.text_key)
     if data.format == "chat":
-        encode = EncodeChat(data, load_tokenizer(data.tokenizer), config.training.sequence_length)
+        encode = EncodeChat(data, tokenizer, max_tokens, reader)
+    elif reader:
+        encode = EncodeText(data, tokenizer.backend_tokenizer, None, max_tokens, reader)
     if not all(isinstance(source, Whole) for _, source in sources):
         check_cache()
     found = False

@@ -29,11 +29,11 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 
 from config.options import Data, Training
 from data.batch import Cursor, MicroBatch, Row
+from data.media import MediaSettings
 from data.packing import NO_SAMPLE, NUM_PENDING, ChatSlot, Share, TextSlot, filler_row
 from data.samples import Samples, open_samples
 from data.tokenizer import load_tokenizer
 from errors import UserError
-from models.qwen35_moe.vision_config import VisionConfig
 
 logger = logging.getLogger("train")
 
@@ -53,16 +53,15 @@ class TokenLoader:
         num_data_ranks: int,
         seed: int,
         *,
+        media: MediaSettings | None = None,
         one_epoch: bool = False,
         skipped_dir: Path | None = None,
-        vision: VisionConfig | None = None,
     ) -> None:
         """Opens the data and the tokenizer. Raises UserError, one line, if they cannot be used.
 
-        `one_epoch`: the samples once; then fillers, without end. `skipped_dir`: where to list skipped samples.
-        `vision`: the model's tower.
+        `media`: of images and videos, for a model with a tower. `one_epoch`: the samples once; then fillers, without
+        end. `skipped_dir`: where to list skipped samples.
         """
-        self._vision = vision
         self._training, self._num_slots = training, training.global_batch_size
         first, end = (rank * self._num_slots // num_data_ranks for rank in (data_rank, data_rank + 1))
         self._slots = range(first, end)
@@ -76,9 +75,10 @@ class TokenLoader:
         if self._num_workers:
             _start_forkserver(data.format)  # imports while the rest is set up
         tokenizer = load_tokenizer(data.tokenizer)
-        samples = open_samples(data, tokenizer, training.sequence_length, seed)
+        self._vision = media and media.vision
+        samples = open_samples(data, tokenizer, training.sequence_length, seed, media)
         self._packer = Packer(samples, data, tokenizer.eos_token_id or 0, self._num_slots, one_epoch)
-        self._may_fill = one_epoch or data.format == "chat" or self.num_filler_rows > 0
+        self._may_fill = one_epoch or data.format == "chat" or self.num_filler_rows > 0 or media is not None
         self._shares: Iterator[list[Row] | UserError] | None = None  # of the workers in turn; None before `next`
         self._lifeline: Connection | None = None
         self._round: list[Row] = []  # a row of each own slot: what a step takes

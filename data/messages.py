@@ -3,6 +3,7 @@
 import json
 from typing import Any, NamedTuple
 
+from data.media import Media, kind_of_part
 from data.packing import BadSample
 
 Message = dict[str, Any]
@@ -12,10 +13,8 @@ FIELDS: dict[str, str] = {
     **dict.fromkeys(("reasoning_content", "reasoning", "thinking"), "reasoning"),
     "function_call": "tool_calls",
     **dict.fromkeys(("name", "tool_call_id"), "passed on"),
-    **dict.fromkeys(
-        ("weight", "train", "training", "trainable", "do_train", "loss", "loss_mask", "loss_weight", "loss_scale"),
-        "weight",
-    ),
+    **dict.fromkeys(("weight", "train", "training", "trainable", "do_train"), "weight"),
+    **dict.fromkeys(("loss", "loss_mask", "loss_weight", "loss_scale"), "weight"),
     "masked": "weight, the other way round",
     **dict.fromkeys(("id", "message_id", "uuid", "parent_id", "index", "metadata", "annotations"), "ignored"),
     **dict.fromkeys(("created", "created_at", "timestamp", "date", "model", "lang", "language"), "ignored"),
@@ -27,10 +26,18 @@ is null or empty says nothing. docs/data.md has the same table."""
 
 _FLAGS = {"true": 1, "yes": 1, "1": 1, "1.0": 1, "false": 0, "no": 0, "0": 0, "0.0": 0}
 _PART = ("type", "text", "cache_control", "annotations")
+_ROLES = {
+    **dict.fromkeys(("human", "user"), "user"),
+    **dict.fromkeys(("gpt", "assistant", "model", "bot"), "assistant"),
+    **dict.fromkeys(("tool", "observation", "function_response"), "tool"),
+    "system": "system",
+}
+"""Of ShareGPT's and LLaVA's messages, {"from": ..., "value": ...}."""
 
 
 class Conversation(NamedTuple):
-    """Messages with `content` as one string, reasoning under one name, and calls whose arguments are tables."""
+    """Messages with `content` as one string, or as parts, texts among images and videos, if it has any of these;
+    reasoning under one name, and calls whose arguments are tables."""
 
     messages: list[Message]
     weights: dict[int, int]  # of each of the assistant's messages: 1 to train on it, or 0
@@ -38,19 +45,32 @@ class Conversation(NamedTuple):
     ignored: set[str]  # names of fields that were left out
 
 
-def read_messages(messages: Any, reasoning_key: str) -> Conversation:
-    """Messages in all the forms of FIELDS; reasoning goes by `reasoning_key`. Raises BadSample."""
+def read_messages(messages: Any, reasoning_key: str, media: Media) -> Conversation:
+    """Messages in all the forms of FIELDS; reasoning goes by `reasoning_key`. Images and videos are collected in
+    `media`, in order. Raises BadSample."""
     if not isinstance(messages, list) or not messages:
         raise BadSample("wrong_type" if messages else "empty", "has no messages: expected a list of them")
     read = Conversation([], {}, [], set())
     for number, message in enumerate(messages):
+        if isinstance(message, dict) and "from" in message and "role" not in message:
+            message = _from_sharegpt(message, number)
         if not isinstance(message, dict) or not isinstance(message.get("role"), str):
             raise BadSample("wrong_type", f"has message {number} without a role")
-        read.messages.append(_read_message(message, number, reasoning_key, read))
+        read.messages.append(_read_message(message, number, reasoning_key, read, media))
     return read
 
 
-def _read_message(message: Message, number: int, reasoning_key: str, read: Conversation) -> Message:
+def _from_sharegpt(message: Message, number: int) -> Message:
+    role = _ROLES.get(message["from"]) if isinstance(message["from"], str) else None
+    if role is None:
+        raise BadSample(
+            "wrong_type", f"has message {number} from {message['from']!r:.60}, expected {', '.join(_ROLES)}"
+        )
+    others = {key: value for key, value in message.items() if key not in ("from", "value")}
+    return {"role": role, "content": message.get("value"), **others}
+
+
+def _read_message(message: Message, number: int, reasoning_key: str, read: Conversation, media: Media) -> Message:
     out: Message = {}
     weights: dict[str, int] = {}
     for field, value in message.items():
@@ -72,7 +92,7 @@ def _read_message(message: Message, number: int, reasoning_key: str, read: Conve
                 raise BadSample("unused_field", f"has message {number} with {field} beside its tool_calls")
             out["tool_calls"] = [_read_call(value, number)]
         elif field == "content":
-            out["content"] = _text(value, number)
+            out["content"] = _content(value, number, media)
         elif field == "tool_calls":
             if not isinstance(value, list):
                 raise BadSample("wrong_type", f"has message {number} whose tool_calls are no list")
@@ -105,23 +125,35 @@ def _flag(value: Any, field: str, number: int) -> int:
     return flag
 
 
-def _text(content: Any, number: int) -> str:
-    """A content's text: a string, or parts that are texts, end to end."""
-    if isinstance(content, str):
-        return content
-    if not isinstance(content, list):
+def _content(content: Any, number: int, media: Media) -> str | list[dict[str, str]]:
+    """A content: a string, or parts that are texts, end to end; with images or videos among them, parts as templates
+    take them. These are collected in `media`."""
+    if not isinstance(content, str | list):
         raise BadSample("wrong_type", f"has message {number} whose content is no string and no list of parts")
-    texts = []
-    for part in content:
+    parts: list[dict[str, str]] = []
+    for part in [content] if isinstance(content, str) else content:
         given = {key: value for key, value in part.items() if value is not None} if isinstance(part, dict) else {}
+        if kind := kind_of_part(given):
+            parts.append({"type": media.in_part(given, kind).kind})
+            continue
         text = part if isinstance(part, str) else given.get("text")
         if not isinstance(text, str) or given.get("type", "text") != "text":
-            kind = repr(given.get("type")) if given else type(part).__name__
-            raise BadSample("unused_field", f"has message {number} with a content part of type {kind}, expected 'text'")
+            name = repr(given.get("type")) if given else type(part).__name__
+            raise BadSample(
+                "unused_field",
+                f"has message {number} with a content part of type {name}, expected 'text', 'image' or 'video'",
+            )
         if unknown := [key for key, value in given.items() if key not in _PART and value not in ("", [], {})]:
             raise BadSample("unused_field", f"has message {number} with a content part that has {unknown[0]!r:.60}")
-        texts.append(text)
-    return "".join(texts)
+        for piece in media.in_text(text):
+            if not isinstance(piece, str):
+                parts.append({"type": piece.kind})
+            elif parts and parts[-1]["type"] == "text":
+                parts[-1] = {"type": "text", "text": parts[-1]["text"] + piece}
+            else:
+                parts.append({"type": "text", "text": piece})
+    is_text = all(part["type"] == "text" for part in parts)
+    return "".join(part["text"] for part in parts) if is_text else parts
 
 
 def _read_call(call: Any, number: int) -> dict[str, Any]:

@@ -23,6 +23,8 @@ REASONS = (
     "unrendered",
     "unused_field",
     "ignored_field",  # the rest of it is trained on
+    "media_count",  # other images than its texts name
+    "no_vision",  # images, for a model without a tower
     "missing_file",
     "broken_image",
     "broken_video",

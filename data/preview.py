@@ -16,6 +16,7 @@ from config.reading import load_config, model_config
 from data.batch import Row
 from data.check import check_data
 from data.loader import Packer
+from data.media import media_settings
 from data.packing import BadSample
 from data.samples import open_samples
 from data.tokenizer import load_tokenizer
@@ -64,9 +65,11 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--samples", type=int, default=1000, help="samples to measure")
     options, rest = parser.parse_known_args(argv)
     config = load_config(rest)
-    check_data(config, model_config(config).vocab_size)
+    shape = model_config(config)
+    check_data(config, shape.vocab_size, shape.vision)
     training, tokenizer = config.training, load_tokenizer(config.data.tokenizer)
-    samples = open_samples(config.data, tokenizer, training.sequence_length, config.job.seed)
+    media = media_settings(config, shape.vision)
+    samples = open_samples(config.data, tokenizer, training.sequence_length, config.job.seed, media)
 
     noted = Counter[str]()
     packer = Packer(samples, config.data, tokenizer.eos_token_id or 0, training.global_batch_size, False)

@@ -1,5 +1,6 @@
 """What a source is: records by their number."""
 
+import bisect
 import functools
 from collections.abc import Callable, Iterator
 from typing import Any, Protocol
@@ -9,6 +10,12 @@ from numpy.typing import NDArray
 
 Record = dict[str, Any] | NDArray[np.unsignedinteger]
 """A document's fields, or, of a tokenised corpus, its tokens."""
+
+
+def part_of(index: int, starts: list[int]) -> tuple[int, int]:
+    """Of parts that begin at `starts`: which one an index falls into, and its number there."""
+    part = bisect.bisect_right(starts, index) - 1
+    return part, index - starts[part]
 
 
 class Source(Protocol):

@@ -1,25 +1,29 @@
 """Samples: the endless, shuffled stream of epochs over the sources, each sample as tokens and what is trained on."""
 
-import bisect
 import contextlib
 import copy
+import dataclasses
 import functools
 import itertools
 import json
-from collections.abc import Callable, Sequence
+import os
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 from tokenizers import Tokenizer
 
-from config.options import Data
+from config.options import Config, Data
 from data.batch import Sample
 from data.chat import ChatTemplate, texts_in
+from data.files import is_dataset
+from data.media import Media, MediaReader, MediaSettings, has_media, show_all
 from data.packing import BadSample
-from data.records import Record, Source
+from data.records import Record, Source, part_of
 from data.shuffle import permute
 from data.sources import declared_sources, open_sources
 from errors import UserError
+from models.ops.labels import IGNORED
 
 if TYPE_CHECKING:  # seconds to import, and of no use to workers that read text
     from transformers import PreTrainedTokenizerFast
@@ -57,9 +61,8 @@ class Samples:
     def find(self, sample: int) -> tuple[Source, int]:
         """The source of a sample, and the record's number there."""
         if not len(self._rank):
-            index = self._permuted(sample, self.num_documents)
-            number = bisect.bisect_right(self._starts, index) - 1
-            return self._sources[number], index - self._starts[number]
+            number, index = part_of(self._permuted(sample, self.num_documents), self._starts)
+            return self._sources[number], index
         block, place = divmod(sample, _BLOCK)
         number = int(self._source_of[place])
         source = self._sources[number]
@@ -74,10 +77,18 @@ class Samples:
         source, index = self.find(sample)
         where = functools.partial(source.where, index)
         read = read_sample(functools.partial(source.__getitem__, index), self._encode, where)
+        if read.media:
+            decoders = [functools.partial(_decode, medium.decode, where) for medium in read.media]
+            read = read._replace(media=[m._replace(decode=decode) for m, decode in zip(read.media, decoders)])
         if read.note is None:
             return read
         reason, message = read.note
         return read._replace(note=(reason, f"{where()}: {message}"))
+
+
+def _decode(decode: Callable[[], T], where: Callable[[], str]) -> T:
+    """What `decode` makes of an image or a video. Whatever it raises is the record's fault, as in `read_sample`."""
+    return read_sample(dict, lambda _: decode(), where)
 
 
 def read_sample(record: Callable[[], Record], encode: Callable[[Record], T], where: Callable[[], str]) -> T:
@@ -111,6 +122,19 @@ def check_source(source: Source, encode: Callable[[Record], object]) -> bool:
     return False
 
 
+def shows_media(config: Config) -> bool:
+    """Whether any of the first records of the data, or of what is validated with, has images or videos."""
+    entries = (*config.data.path, *(config.validation.path if config.validation.enable else ()))
+    for entry, source in declared_sources(dataclasses.replace(config.data, path=entries)):
+        if is_dataset(entry) and not os.path.isdir(entry):
+            continue  # it may have to be fetched
+        for _, record in itertools.islice(source.head(), _NUM_CHECKED):
+            with contextlib.suppress(BadSample):
+                if read_sample(record, functools.partial(has_media, data=config.data), str):
+                    return True
+    return False
+
+
 def sample_texts(data: Data) -> list[str]:
     """Some texts of the first records of each source, cut, by which tokenizers are compared. Whatever cannot be read is
     left out; a tokenised corpus has none."""
@@ -124,26 +148,60 @@ def sample_texts(data: Data) -> list[str]:
 
 
 class EncodeText:
-    """A document: every token is trained on but the first."""
+    """A document: every token is trained on but the first, and those of images and videos."""
 
-    def __init__(self, text_key: str, tokenizer: Tokenizer, end_of_document: int | None) -> None:
-        """`end_of_document`: the token to append to each document."""
-        self._text_key, self._tokenizer = text_key, tokenizer
+    def __init__(
+        self,
+        data: Data,
+        tokenizer: Tokenizer,
+        end_of_document: int | None,
+        max_tokens: int,
+        reader: MediaReader | None = None,
+    ) -> None:
+        """`end_of_document`: the token to append to each document. `max_tokens`: of an image or a video, which
+        `reader` reads."""
+        self._data, self._tokenizer, self._max_tokens, self._reader = data, tokenizer, max_tokens, reader
         self._ending = [] if end_of_document is None else [end_of_document]
 
     def __call__(self, record: Record) -> Sample:
-        tokens = self._tokenise(record) if isinstance(record, dict) else record
+        if isinstance(record, dict) and has_media(record, self._data):
+            return self._with_media(record)
+        tokens = self._tokenise(text_of(record, self._data.text_key)) if isinstance(record, dict) else record
         if not len(tokens):
             raise BadSample("empty", "has no text")
-        return Sample.of(np.concatenate([tokens, self._ending], dtype=np.int32, casting="unsafe"))
+        sample = Sample.of(np.concatenate([tokens, self._ending], dtype=np.int32, casting="unsafe"))
+        if self._reader is not None:
+            self._reader.check_placeholders(sample.tokens, 0)
+        return sample
 
-    def _tokenise(self, record: dict[str, Any]) -> list[int]:
-        try:
+    def _tokenise(self, text: str) -> list[int]:
+        with _refusing_surrogates():
             # The batch method because it alone leaves out the offsets into the text, a third of the time.
-            (encoding,) = self._tokenizer.encode_batch_fast([text_of(record, self._text_key)], add_special_tokens=False)
-        except (UnicodeEncodeError, TypeError) as error:  # half a surrogate pair
-            raise BadSample("undecodable", f"is no text: {error}") from None
+            (encoding,) = self._tokenizer.encode_batch_fast([text], add_special_tokens=False)
         return encoding.ids
+
+    def _with_media(self, record: dict[str, Any]) -> Sample:
+        media = Media(record, self._data)
+        parts = media.in_text(text_of(record, self._data.text_key))
+        reader, shown = show_all(media.finish(), self._reader)
+        text, ranges = reader.join(parts, shown)
+        with _refusing_surrogates():
+            encoding = self._tokenizer.encode(text, add_special_tokens=False)
+        tokens = np.array([*encoding.ids, *self._ending], np.int32)
+        offsets = np.array([*encoding.offsets, *[(len(text), len(text))] * len(self._ending)], np.int64).T
+        sample = reader.sample(tokens, offsets, np.ones(len(tokens), bool), ranges, shown)
+        longest = max(medium.end - medium.begin for medium in sample.media)
+        if longest > self._max_tokens:
+            raise BadSample("too_long", f"has an image or a video of {longest} tokens, a row has {self._max_tokens}")
+        return sample
+
+
+@contextlib.contextmanager
+def _refusing_surrogates() -> Iterator[None]:
+    try:
+        yield
+    except (UnicodeEncodeError, TypeError) as error:  # half a surrogate pair
+        raise BadSample("undecodable", f"is no text: {error}") from None
 
 
 def text_of(record: Record, key: str) -> str:
@@ -159,49 +217,61 @@ def text_of(record: Record, key: str) -> str:
 class EncodeChat:
     """A conversation that fits into `max_tokens`: the assistant's turns are trained on."""
 
-    def __init__(self, data: Data, tokenizer: "PreTrainedTokenizerFast", max_tokens: int) -> None:
-        self._messages_key, self._tools_key, self._too_long = data.messages_key, data.tools_key, data.too_long
-        self._max_tokens = max_tokens
-        self._template = ChatTemplate(tokenizer, train_on=data.train_on, train_empty_thinking=data.train_empty_thinking)
+    def __init__(
+        self, data: Data, tokenizer: "PreTrainedTokenizerFast", max_tokens: int, reader: MediaReader | None = None
+    ) -> None:
+        """`reader`: of images and videos."""
+        self._data, self._max_tokens = data, max_tokens
+        self._template = ChatTemplate(
+            tokenizer, reader, train_on=data.train_on, train_empty_thinking=data.train_empty_thinking
+        )
         self._named = frozenset[str]()  # the ignored fields that a note has named
 
     def __call__(self, record: Record) -> Sample:
-        if not isinstance(record, dict) or self._messages_key not in record:
+        messages_key, tools_key = self._data.messages_key, self._data.tools_key
+        if not isinstance(record, dict) or messages_key not in record:
             found = "tokens" if not isinstance(record, dict) else ", ".join(record)
-            raise BadSample("wrong_type", f"data.messages_key = {self._messages_key!r}: expected one of {found}")
-        tools = record.get(self._tools_key) or None
+            raise BadSample("wrong_type", f"data.messages_key = {messages_key!r}: expected one of {found}")
+        tools = record.get(tools_key) or None
         if isinstance(tools, str):
             try:
                 tools = json.loads(tools)
             except (ValueError, RecursionError):
-                raise BadSample("wrong_type", f"has {self._tools_key} that are not JSON") from None
+                raise BadSample("wrong_type", f"has {tools_key} that are not JSON") from None
         if not isinstance(tools, list | None):
-            raise BadSample("wrong_type", f"has {self._tools_key} that are no list")
-        sample = self._template.sample(record[self._messages_key], tools)
+            raise BadSample("wrong_type", f"has {tools_key} that are no list")
+        sample = self._template.sample(record[messages_key], tools, Media(record, self._data))
         if len(sample.tokens) <= self._max_tokens:
             if new := sorted(self._template.ignored - self._named):
                 self._named |= self._template.ignored
                 return sample._replace(note=("ignored_field", f"has {', '.join(new)}: ignored in all messages"))
             return sample
         message = f"has {len(sample.tokens)} tokens, more than the {self._max_tokens} of a row"
-        if self._too_long == "drop":
+        if self._data.too_long == "drop":
             raise BadSample("too_long", message)
-        tokens, labels = (values[: self._max_tokens] for values in sample[:2])
-        if (labels < 0).all():
+        sample = sample.piece(0, self._max_tokens)
+        if (sample.labels == IGNORED).all():
             raise BadSample("too_long", f"{message}, and none to train on among the first")
-        return Sample(tokens, labels, ("truncated", message))
+        return sample._replace(note=("truncated", message))
 
 
-def open_samples(data: Data, tokenizer: "PreTrainedTokenizerFast", max_tokens: int, seed: int) -> Samples:
+def open_samples(
+    data: Data,
+    tokenizer: "PreTrainedTokenizerFast",
+    max_tokens: int,
+    seed: int,
+    media: MediaSettings | None = None,
+) -> Samples:
     """What [data] describes, in rows of `max_tokens`. Raises UserError, one line, if it cannot be used."""
     encode: Encode
+    reader = media and MediaReader(media, data.image_folder, tokenizer)
     if data.format == "chat":
-        encode = EncodeChat(data, tokenizer, max_tokens)
+        encode = EncodeChat(data, tokenizer, max_tokens, reader)
     else:
         if data.end_of_document and tokenizer.eos_token_id is None:
             raise UserError(f"data.end_of_document = True: expected an eos_token in {data.tokenizer!r}, or false")
         ending = tokenizer.eos_token_id if data.end_of_document else None
-        encode = EncodeText(data.text_key, tokenizer.backend_tokenizer, ending)
+        encode = EncodeText(data, tokenizer.backend_tokenizer, ending, max_tokens, reader)
     sources = open_sources(data)
     for source in sources:
         check_source(source, copy.copy(encode))  # a copy, so that the workers name ignored fields themselves

@@ -25,7 +25,6 @@ from data.tokens import TokenisedCorpus
 from errors import UserError, reading
 
 _MAX_LINE = 1 << 26  # bytes: what is longer is no document, and would not fit into memory as tokens
-_BOM = b"\xef\xbb\xbf"
 
 
 def open_sources(data: Data) -> list[Source]:
@@ -87,7 +86,16 @@ class JsonLines:
 
     @functools.cached_property
     def _index(self) -> Path:
-        return _line_index(self._plain)
+        """The file that says (file, offset, line number) of each line that `_lines` gives."""
+
+        def make(path: Path) -> None:
+            with open(path, "wb") as index:
+                for number, file in enumerate(self._plain):
+                    with _open_packed(file) as lines:
+                        for offset, line_number, _ in _lines(lines, file):
+                            index.write(struct.pack("<3q", number, offset, line_number))
+
+        return cached(self._plain, "", ".index", make)
 
     def _place(self, index: int) -> list[int]:
         """The file, the offset in it, and the line."""
@@ -119,8 +127,7 @@ def _parsed(line: bytes, is_first: bool) -> Record:
     if len(line) > _MAX_LINE:
         raise BadSample("too_long", f"is a line of more than {_MAX_LINE:,} bytes")
     try:
-        text = line.removeprefix(_BOM if is_first else b"").decode("utf-8")
-        record = json.loads(text)
+        record = json.loads(line.decode("utf-8-sig" if is_first else "utf-8"))
     except UnicodeDecodeError as error:
         raise BadSample("undecodable", f"is not UTF-8: {error}") from None
     except (ValueError, RecursionError) as error:
@@ -183,16 +190,3 @@ def _unpacked(file: str) -> str:
             plain.writelines(each_read(file, iter(lambda: packed.read(1 << 20), b"")))
 
     return str(cached([file], "", ".jsonl", make))
-
-
-def _line_index(files: list[str]) -> Path:
-    """Writes (file, offset, line number) of each line that `_lines` gives."""
-
-    def make(path: Path) -> None:
-        with open(path, "wb") as index:
-            for number, file in enumerate(files):
-                with _open_packed(file) as lines:
-                    for offset, line_number, _ in _lines(lines, file):
-                        index.write(struct.pack("<3q", number, offset, line_number))
-
-    return cached(files, "", ".index", make)

@@ -1,6 +1,5 @@
 """Tables: Parquet files and what the library `datasets` keeps, of which only the needed columns are read."""
 
-import bisect
 import functools
 import itertools
 import os
@@ -10,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 from config.options import Data
 from data.files import cached, each_read
+from data.media import media_keys
 from data.packing import BadSample
-from data.records import Record, Whole
+from data.records import Record, Whole, part_of
 from errors import UserError, reading
 
 if TYPE_CHECKING:  # slow to import, and of no use where there are JSON Lines alone
@@ -21,9 +21,10 @@ if TYPE_CHECKING:  # slow to import, and of no use where there are JSON Lines al
 
 def columns_of(data: Data) -> tuple[str, str, list[str]]:
     """The key that names the column a sample needs, the column, and those that it may have."""
+    media = [key for keys in media_keys(data).values() for key in keys]
     if data.format == "text":
-        return "data.text_key", data.text_key, []
-    return "data.messages_key", data.messages_key, [data.tools_key]
+        return "data.text_key", data.text_key, media
+    return "data.messages_key", data.messages_key, [data.tools_key, *media]
 
 
 def _select(key: str, name: str, others: list[str], present: list[str], where: str) -> list[str]:
@@ -81,20 +82,16 @@ class ParquetFiles:
     def __len__(self) -> int:
         return len(self._arrow) and self._starts[-1]
 
-    def _place(self, index: int) -> tuple[int, int]:
-        file = bisect.bisect_right(self._starts, index) - 1
-        return file, index - self._starts[file]
-
     def __getitem__(self, index: int) -> Record:
-        file, row = self._place(index)
+        file, row = part_of(index, self._starts)
         path = self._arrow[file]
         assert path is not None
         starts, batches = _batches(path)
-        number = bisect.bisect_right(starts, row) - 1
-        return _row(batches.get_batch(number).slice(row - starts[number], 1))
+        number, place = part_of(row, starts)
+        return _row(batches.get_batch(number).slice(place, 1))
 
     def where(self, index: int) -> str:
-        file, row = self._place(index)
+        file, row = part_of(index, self._starts)
         return f"{self._files[file]}, row {row + 1}"
 
     def head(self) -> Iterator[tuple[str, Callable[[], Record]]]:
@@ -151,18 +148,15 @@ def _plain_type(kind: "pa.DataType") -> "pa.DataType":
 
 
 def _arrow_file(file: str, key: str, name: str, others: list[str]) -> Path:
-    """The Arrow file with the needed columns of a Parquet file."""
+    """The Arrow file with the needed columns of a Parquet file that has rows."""
     import pyarrow as pa
 
     def make(path: Path) -> None:
-        writer = None
-        with open(path, "wb") as sink:
-            for batch in _parquet_batches(file, key, name, others, size=1024):
-                if writer is None:
-                    writer = pa.ipc.new_file(sink, batch.schema)
+        batches = _parquet_batches(file, key, name, others, size=1024)
+        first = next(batches)
+        with open(path, "wb") as sink, pa.ipc.new_file(sink, first.schema) as writer:
+            for batch in itertools.chain([first], batches):
                 writer.write_batch(batch)
-            if writer is not None:
-                writer.close()
 
     return cached([file], "-".join([name, *others]), ".arrow", make)
 
@@ -183,7 +177,6 @@ class SavedDataset(Whole):
 
     def __init__(self, entry: str, split: str, key: str, name: str, others: list[str]) -> None:
         self._entry, self._split, self._columns = entry, split, (key, name, others)
-        self.is_local = os.path.isdir(entry)
 
     @functools.cached_property
     def _table(self) -> "datasets.Dataset":
@@ -191,8 +184,9 @@ class SavedDataset(Whole):
 
         datasets.disable_progress_bars()
         name, _, subset = self._entry.partition(":")
+        is_local = os.path.isdir(self._entry)
         with reading(f"data.path: {self._entry}"):
-            table = datasets.load_from_disk(name) if self.is_local else datasets.load_dataset(name, subset or None)
+            table = datasets.load_from_disk(name) if is_local else datasets.load_dataset(name, subset or None)
         if isinstance(table, dict):
             if self._split not in table:
                 names = ", ".join(table)

@@ -59,7 +59,8 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes; default: one a core")
     options, rest = parser.parse_known_args(argv)
     config = load_config(rest)
-    check_data(config, model_config(config).vocab_size)
+    shape = model_config(config)
+    check_data(config, shape.vocab_size, shape.vision)
     data, out = config.data, options.out
     if data.format != "text" or data.weights:
         raise UserError(f"data.format = {data.format!r}, weights = {list(data.weights)}: expected 'text' and none")

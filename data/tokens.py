@@ -1,6 +1,5 @@
 """Tokenised corpora: what `python -m data.tokenize` wrote, checked once and read from memory-mapped files."""
 
-import bisect
 import functools
 import hashlib
 import itertools
@@ -12,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data.files import TOKENS_META, cached
-from data.records import Whole
+from data.records import Whole, part_of
 from data.tokenizer import num_ids, read_tokenizer, tokenizer_identity
 from errors import UserError, reading
 
@@ -79,9 +78,8 @@ class TokenisedCorpus(Whole):
         return self._starts[-1]
 
     def __getitem__(self, index: int) -> NDArray[np.unsignedinteger]:
-        shard = bisect.bisect_right(self._starts, index) - 1
+        shard, place = part_of(index, self._starts)
         tokens, ends = map(_mapped, self._files(shard), (self._dtype, "<i8"))
-        place = index - self._starts[shard]
         return tokens[ends[place - 1] if place else 0 : ends[place]]
 
     def where(self, index: int) -> str:

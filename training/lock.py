@@ -34,14 +34,12 @@ class RunLock:
             output_dir.mkdir(parents=True, exist_ok=True)
             self._file = self._path.open("a+", encoding="utf-8")
         except OSError as error:
-            raise UserError(
-                f"job.output_dir = {str(output_dir)!r}: {error.strerror}: expected a folder to write to"
-            ) from None
+            raise self._refusal(f"{error.strerror}: expected a folder to write to") from None
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise self._taken() from None
         except OSError as error:
-            if isinstance(error, BlockingIOError):
-                raise self._taken() from None
             logger.warning(f"{self._path}: no locks on this file system ({error.strerror})")
         host, before = socket.gethostname(), self._holder().get("host")
         if before not in (None, host):
@@ -50,7 +48,7 @@ class RunLock:
         try:
             self._write({"host": host, "pid": os.getpid(), "since": datetime.now().isoformat("T", "seconds")})
         except OSError as error:
-            raise UserError(f"job.output_dir = {str(output_dir)!r}: {error.strerror}: expected room to write") from None
+            raise self._refusal(f"{error.strerror}: expected room to write") from None
         self._ended = threading.Event()
         threading.Thread(target=self._beat, daemon=True).start()
 
@@ -93,6 +91,7 @@ class RunLock:
     def _taken(self) -> UserError:
         holder = self._holder()
         who = f"process {holder['pid']} on {holder['host']} since {holder['since']}" if len(holder) == 3 else "another"
-        return UserError(
-            f"job.output_dir = {str(self._path.parent)!r}: a run has it ({who}): expected another folder, or its end"
-        )
+        return self._refusal(f"a run has it ({who}): expected another folder, or its end")
+
+    def _refusal(self, why: str) -> UserError:
+        return UserError(f"job.output_dir = {str(self._path.parent)!r}: {why}")

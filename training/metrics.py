@@ -131,7 +131,7 @@ class MetricsWriter:
                 for name, value in metrics.items():
                     if name != "step":
                         self._tensorboard.add_scalar(name, value, metrics["step"])
-        seconds_left = (self._total_steps - metrics["step"]) * metrics["step_seconds"]
+        time_left = timedelta(seconds=round((self._total_steps - metrics["step"]) * metrics["step_seconds"]))
         mfu = f"  mfu {metrics['mfu']:.1%}" if "mfu" in metrics else ""
         fill = f"  rows {metrics['fill_rate']:.1%} full" if "fill_rate" in metrics else ""
         skipped = sum(value for name, value in metrics.items() if name.startswith("samples_"))
@@ -140,7 +140,7 @@ class MetricsWriter:
         logger.info(
             f"step {metrics['step']:>6}  loss {metrics['loss']:.4f}  grad norm {metrics['grad_norm']:.3f}  "
             f"lr {metrics['lr']:.2e}  {metrics['tokens_per_second']:,.0f} tok/s{mfu}  "
-            f"memory {metrics['peak_memory_gib']:.2f} GiB  left {format_seconds(seconds_left)}{fill}"
+            f"memory {metrics['peak_memory_gib']:.2f} GiB  left {time_left}{fill}"
         )
 
     def close(self) -> None:
@@ -148,8 +148,3 @@ class MetricsWriter:
         if self._tensorboard is not None:
             with self._going_on():
                 self._tensorboard.close()
-
-
-def format_seconds(seconds: float) -> str:
-    """1:02:03 for 3723."""
-    return str(timedelta(seconds=round(seconds)))

@@ -9,7 +9,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from config.options import Config
 from data.loader import TokenLoader
-from models.qwen35_moe.config import ModelConfig
+from data.media import MediaSettings
 from parallelisms.mesh import Meshes
 from training.distributed import sum_over_ranks
 
@@ -17,12 +17,12 @@ from training.distributed import sum_over_ranks
 class Validator:
     """Measures the mean loss over all trained tokens of `validation.path`, the same number whatever the mesh."""
 
-    def __init__(self, config: Config, shape: ModelConfig, meshes: Meshes) -> None:
+    def __init__(self, config: Config, meshes: Meshes, media: MediaSettings | None = None) -> None:
         """Opens the data. Raises UserError, one line, if it cannot be used."""
         # In this process: the workers of the training data go on meanwhile.
         data = dataclasses.replace(config.data, path=config.validation.path, weights=(), shuffle=False, num_workers=0)
         ranks = (meshes.data_rank, meshes.num_data_ranks)
-        self._loader = TokenLoader(data, config.training, *ranks, config.job.seed, one_epoch=True, vision=shape.vision)
+        self._loader = TokenLoader(data, config.training, *ranks, config.job.seed, media=media, one_epoch=True)
         self._max_steps = config.validation.steps or sys.maxsize
 
     @torch.no_grad()

@@ -136,8 +136,6 @@ class StoredTensor:
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES.values():
             raise UserError(f"{self.name!r} is of {self.dtype}: expected one of {', '.join(DTYPES)}")
-        if not isinstance(self.name, str):
-            raise UserError(f"a {type(self.name).__name__} stands where a tensor's name belongs")
         boxes = [chunk.box for chunk in self.chunks]
         numbers = [*self.shape, *(edge for box in boxes for edges in box for edge in edges)]
         if not all(type(number) is int and 0 <= number < 2**48 for number in numbers) or len(self.shape) > _MAX_DIMS:
@@ -166,8 +164,7 @@ class StoredTensor:
     def read(self, box: Box = ()) -> torch.Tensor:
         """The part in `box`, on the CPU. Raises UserError for bad bytes, and for copies that differ."""
         box = full_box(box, self.shape)
-        parts = ((chunk, _overlap(box, chunk.box)) for chunk in self.chunks)
-        parts_here = [(chunk, part) for chunk, part in parts if part is not None]
+        parts_here = [(chunk, part) for chunk in self.chunks if (part := _overlap(box, chunk.box)) is not None]
         if len(parts_here) == 1 and parts_here[0][1] == box:
             return self._read_chunk(parts_here[0][0], box)
         result = torch.empty([stop - start for start, stop in box], dtype=self.dtype)

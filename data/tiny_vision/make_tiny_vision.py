@@ -1,5 +1,4 @@
-"""Draws the pictures in this folder, asks about them, and writes the files of a tiny model that sees: offline, the same
-each time.
+"""Draws the pictures in this folder, asks about them, and writes a tokenizer for them: offline, the same each time.
 
 python data/tiny_vision/make_tiny_vision.py        (README.md says which versions made the files)
 
@@ -7,7 +6,6 @@ Shapes: H and W are the height and width of a picture in pixels.
 """
 
 import io
-import json
 import random
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -58,78 +56,6 @@ NOT_IN_DIGIT = {  # fewer to write down than those that are
 }
 
 VISION_TOKENS = ("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
-
-# ChatML as data/tiny's template writes it, with contents that may be lists of parts, as the published ones have it.
-CHAT_TEMPLATE = """\
-{%- set seen = namespace(images=0, videos=0) %}
-{%- macro render(content, role) %}
-    {%- if content is string %}
-        {{- content }}
-    {%- elif content is iterable and content is not mapping %}
-        {%- for part in content %}
-            {%- if part is mapping and ("image" in part or "image_url" in part or part.type == "image") %}
-                {%- if role == "system" %}
-                    {{- raise_exception("a system message cannot contain images") }}
-                {%- endif %}
-                {%- set seen.images = seen.images + 1 %}
-                {{- "Picture " ~ seen.images ~ ": " if add_vision_id }}
-                {{- "<|vision_start|><|image_pad|><|vision_end|>" }}
-            {%- elif part is mapping and ("video" in part or part.type == "video") %}
-                {%- if role == "system" %}
-                    {{- raise_exception("a system message cannot contain videos") }}
-                {%- endif %}
-                {%- set seen.videos = seen.videos + 1 %}
-                {{- "Video " ~ seen.videos ~ ": " if add_vision_id }}
-                {{- "<|vision_start|><|video_pad|><|vision_end|>" }}
-            {%- elif part is mapping and part.text is string %}
-                {{- part.text }}
-            {%- else %}
-                {{- raise_exception("a part of a content must be a text, an image or a video") }}
-            {%- endif %}
-        {%- endfor %}
-    {%- elif content is defined and content is not none %}
-        {{- raise_exception("a content must be a text or a list of parts") }}
-    {%- endif %}
-{%- endmacro %}
-{%- for message in messages %}
-    {%- set content = render(message.content, message.role) %}
-    {%- if message.role == "tool" %}
-        {{- "<|im_start|>user" if loop.first or loop.previtem.role != "tool" }}
-        {{- "\\n<tool_response>\\n" ~ content ~ "\\n</tool_response>" }}
-        {{- "<|im_end|>\\n" if loop.last or loop.nextitem.role != "tool" }}
-    {%- elif message.role in ("system", "user", "assistant") %}
-        {{- "<|im_start|>" ~ message.role ~ "\\n" ~ content ~ "<|im_end|>\\n" }}
-    {%- else %}
-        {{- raise_exception("role must be system, user, assistant or tool, not " ~ message.role) }}
-    {%- endif %}
-{%- endfor %}
-{%- if add_generation_prompt %}
-    {{- "<|im_start|>assistant\\n" }}
-{%- endif %}
-"""
-
-_PROCESSOR = {
-    "processor_class": "Qwen3VLProcessor",
-    "patch_size": 16,
-    "temporal_patch_size": 2,
-    "merge_size": 2,
-    "image_mean": [0.5, 0.5, 0.5],
-    "image_std": [0.5, 0.5, 0.5],
-}
-# Limits so low that no picture here is resized: 64x64 pixels are 4 tokens, 96x96 are 9.
-IMAGE_PROCESSOR = {
-    "image_processor_type": "Qwen2VLImageProcessorFast",
-    **_PROCESSOR,
-    "size": {"shortest_edge": 1024, "longest_edge": 65536},
-}
-VIDEO_PROCESSOR = {
-    "video_processor_type": "Qwen3VLVideoProcessor",
-    **_PROCESSOR,
-    "size": {"shortest_edge": 4096, "longest_edge": 262144},  # of all frames together
-    "fps": 2,
-    "min_frames": 4,
-    "max_frames": 16,
-}
 
 
 class Thing(NamedTuple):
@@ -359,32 +285,21 @@ def write_examples(chats: list[Chat], folder: Path) -> None:
         enlarged.save(folder / f"vision_example_{number}.png", optimize=True)
 
 
-def write_model_files(tiny_tokenizer: Path, folder: Path) -> None:
-    """Writes what stands beside a model: the tiny tokenizer with four more tokens, and how pixels are read."""
+def write_tokenizer(tiny_tokenizer: Path, folder: Path) -> None:
+    """Writes tokenizer.json: the tiny tokenizer with four more tokens."""
     tokenizer = Tokenizer.from_file(str(tiny_tokenizer / "tokenizer.json"))
     tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in VISION_TOKENS])
     tokenizer.save(str(folder / "tokenizer.json"), pretty=False)
-    settings = json.loads((tiny_tokenizer / "tokenizer_config.json").read_text(encoding="utf-8"))
-    settings["additional_special_tokens"] += VISION_TOKENS
-    files = {
-        "tokenizer_config.json": settings,
-        "preprocessor_config.json": IMAGE_PROCESSOR,
-        "video_preprocessor_config.json": VIDEO_PROCESSOR,
-    }
-    for name, contents in files.items():
-        (folder / name).write_text(json.dumps(contents, indent=2) + "\n", encoding="utf-8")
-    (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE, encoding="utf-8")
 
 
 def main() -> None:
-    """Writes train.parquet, held_out.parquet and model/ beside this file, and the examples of docs/."""
+    """Writes train.parquet, held_out.parquet and model/tokenizer.json beside this file, and the examples of docs/."""
     folder = Path(__file__).resolve().parent
     train, held_out = draw_chats()
     write_chats(train, folder / "train.parquet")
     write_chats(held_out, folder / "held_out.parquet")
     write_examples(held_out, folder.parents[1] / "docs")
-    (folder / "model").mkdir(exist_ok=True)
-    write_model_files(folder.parent / "tiny" / "tokenizer", folder / "model")
+    write_tokenizer(folder.parent / "tiny" / "tokenizer", folder / "model")
 
 
 if __name__ == "__main__":

@@ -29,8 +29,8 @@ class PatchEmbed(nn.Module):
         self.proj = nn.Conv3d(config.in_channels, config.hidden_size, kernel_size=window, stride=window)
 
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:
-        """uint8 [P, values of a patch] -> [P, C]; a value x counts as (x - 127.5) / 127.5, in float32."""
-        values = (pixels.float() - 127.5) / 127.5
+        """uint8 [P, values of a patch] -> [P, C]; a value x counts as x / 127.5 - 1, in float32."""
+        values = pixels.float() / 127.5 - 1
         weight = self.proj.weight
         return F.linear(values.to(weight.dtype), weight.flatten(1), self.proj.bias)
 

@@ -7,11 +7,11 @@ import pytest
 
 from checkpoint.directories import (
     MANIFEST,
+    check_is_free,
     complete_checkpoints,
     describe_files,
     find_checkpoint,
     find_damage,
-    is_taken,
     publish,
     remove,
     tidy,
@@ -97,4 +97,8 @@ def test_what_a_killed_run_left(tmp_path: Path) -> None:
 def test_what_stands_in_the_way(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "file").write_text("")
-    assert [is_taken(tmp_path / name) for name in ("none", "empty", "file", ".")] == [False, False, True, True]
+    check_is_free(tmp_path / "none")
+    check_is_free(tmp_path / "empty")
+    for taken in ("file", "."):
+        with pytest.raises(UserError, match="exists: expected a new or an empty directory"):
+            check_is_free(tmp_path / taken)

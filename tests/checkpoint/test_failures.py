@@ -10,7 +10,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from checkpoint.directories import complete_checkpoints, find_damage
+from checkpoint import directories
+from checkpoint.directories import complete_checkpoints, describe_files, find_damage
 from tests.checkpoint.runs import Run
 from tests.checkpoint.test_checkpointer import build
 from tests.distributed import run_ranks
@@ -25,6 +26,10 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
         pytest.skip("cannot mount a small tmpfs here")
     yield folder
     subprocess.run(["umount", folder], check=True)
+
+
+def cannot_read(folder: Path, paths: list[Path]) -> None:
+    raise OSError(f"cannot read {paths}")
 
 
 def saves(folder: str, async_: bool, failures: str) -> list[bool]:
@@ -44,6 +49,8 @@ def saves(folder: str, async_: bool, failures: str) -> list[bool]:
             filler.unlink()
         elif first and failures == "read-only" and step in (2, 4):
             subprocess.run(["mount", "-o", f"remount,{'ro' if step == 2 else 'rw'}", folder], check=True)
+        elif not first and failures == "not read back" and step in (2, 4):
+            directories.describe_files = cannot_read if step == 2 else describe_files
         dist.barrier()
         checkpointer.save(step, 0, torch.zeros(2, 2, dtype=torch.int64))
         outcomes.append(checkpointer.wait())
@@ -67,6 +74,12 @@ def test_on_a_small_disk(small_disk: Path, failure: str) -> None:
 @pytest.mark.parametrize("async_", [False, True])
 def test_under_a_limit_on_the_size_of_files(tmp_path: Path, async_: bool) -> None:
     for outcomes in run_ranks(saves, 2, str(tmp_path), async_, "file size limit"):
+        assert outcomes == [True, False, False, True]
+    check(tmp_path)
+
+
+def test_files_that_one_rank_cannot_read_back(tmp_path: Path) -> None:
+    for outcomes in run_ranks(saves, 2, str(tmp_path), True, "not read back"):
         assert outcomes == [True, False, False, True]
     check(tmp_path)
 

@@ -370,7 +370,16 @@ def test_a_template_that_makes_too_much(monkeypatch):
         ([{"role": 3, "content": "x"}], "wrong_type", "message 0 without a role"),
         ([user("x"), {"role": "assistant"}], "wrong_type", "message 1 without content"),
         ([user({"type": "text", "text": "x"})], "wrong_type", "message 0 whose content is no string and no list"),
-        ([user([{"type": "image", "image": "x"}])], "unused_field", "a content part of type 'image', expected 'text'"),
+        (
+            [user([{"type": "audio", "audio": "x"}])],
+            "unused_field",
+            "a content part of type 'audio', expected 'text', ",
+        ),
+        (
+            [user([{"type": "image", "image": "x"}])],
+            "no_vision",
+            "has 1 images and videos, but the model is built with",
+        ),
         ([user([{"type": "text", "text": "x", "bbox": [1]}])], "unused_field", "a content part that has 'bbox'"),
         ([user("x"), assistant("y", reasoning=3)], "wrong_type", "message 1 whose reasoning_content is no string"),
         ([user("x"), assistant("y", calls=[("f", "{")])], "wrong_type", "whose arguments are not JSON"),

@@ -95,8 +95,6 @@ def test_parts_that_are_texts_are_one_text():
 @pytest.mark.parametrize(
     "part",
     [
-        {"type": "image"},
-        {"type": "image_url", "image_url": {"url": "x"}},
         {"type": "text", "text": "x", "video": "y"},
         {"type": "thinking", "thinking": "x"},
         {"type": "text", "text": 3},

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from training.metrics import MetricsWriter, format_seconds, setup_logging
+from training.metrics import MetricsWriter, setup_logging
 
 
 def line(step: int) -> dict:
@@ -43,8 +43,12 @@ def test_tensorboard_has_the_same_numbers(tmp_path: Path) -> None:
     assert [(event.step, event.value) for event in events.Scalars("loss")] == [(1, 2.5)]
 
 
-def test_format_seconds() -> None:
-    assert [format_seconds(s) for s in (0.4, 59.6, 3723)] == ["0:00:00", "0:01:00", "1:02:03"]
+def test_the_log_tells_the_time_that_is_left(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    writer = MetricsWriter(tmp_path, tensorboard=False, start_step=0, total_steps=2)
+    with caplog.at_level("INFO"):
+        for seconds in (0.4, 59.6, 3723):
+            writer.write({**line(1), "step_seconds": seconds})
+    assert [text.split("left ")[1] for text in caplog.messages] == ["0:00:00", "0:01:00", "1:02:03"]
 
 
 @pytest.mark.parametrize(("log_rank", "shown"), [("0", True), ("1,0", True), ("1", False), ("10", False)])

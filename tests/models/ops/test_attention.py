@@ -24,29 +24,35 @@ def make_inputs(num_tokens: int, heads: tuple[int, int], dtype: torch.dtype = to
     return [torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype) for shape in shapes]
 
 
-def naive(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lengths: list[int]) -> torch.Tensor:
-    """One [T, T] softmax over the whole stream; all that is not the same document's past is masked."""
+def naive(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lengths: list[int], causal: bool = True) -> torch.Tensor:
+    """One [T, T] softmax over the whole stream; all that is not the same document's past is masked, or not the same
+    document's."""
     group = q.shape[1] // k.shape[1]
     k, v = (x.repeat_interleave(group, dim=1) for x in (k, v))
     document = torch.arange(len(lengths), device=q.device).repeat_interleave(torch.tensor(lengths, device=q.device))
-    allowed = (document[:, None] == document[None, :]).tril()
+    allowed = document[:, None] == document[None, :]
+    allowed = allowed.tril() if causal else allowed
     scores = torch.einsum("qnk,snk->nqs", q, k) * q.shape[-1] ** -0.5
     weights = scores.masked_fill(~allowed, float("-inf")).softmax(dim=-1)
     return torch.einsum("nqs,snk->qnk", weights, v)
 
 
-def run_sdpa(inputs: list[torch.Tensor], lengths: list[int]) -> tuple[torch.Tensor, list[torch.Tensor]]:
+def run_sdpa(
+    inputs: list[torch.Tensor], lengths: list[int], causal: bool = True
+) -> tuple[torch.Tensor, list[torch.Tensor]]:
     documents = Documents.from_lengths(lengths)
-    return run(lambda q, k, v: attention(q, k, v, documents, backend="sdpa"), inputs)
+    return run(lambda q, k, v: attention(q, k, v, documents, backend="sdpa", causal=causal), inputs)
 
 
+@pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("heads", [(1, 1), (4, 4), (4, 2), (6, 2), (8, 1)])
 @settings(deadline=None, max_examples=15)
 @given(lengths=st.lists(st.integers(1, 20), min_size=1, max_size=5))
-def test_equals_masked_softmax(heads: tuple[int, int], lengths: list[int]) -> None:
+def test_equals_masked_softmax(heads: tuple[int, int], causal: bool, lengths: list[int]) -> None:
     # 1e-12: float64 sums of at most 100 terms.
     inputs = make_inputs(sum(lengths), heads)
-    assert_close(run_sdpa(inputs, lengths), run(lambda q, k, v: naive(q, k, v, lengths), inputs), 1e-12)
+    expected = run(lambda q, k, v: naive(q, k, v, lengths, causal), inputs)
+    assert_close(run_sdpa(inputs, lengths, causal), expected, 1e-12)
 
 
 LENGTHS = [5, 1, 33, 2, 17]
@@ -162,7 +168,9 @@ def skip_unless_it_runs(backend: str, dtype: torch.dtype, dim: int) -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="the kernels run on CUDA alone")
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize(("heads", "dim"), [((16, 2), 256), ((4, 4), 64)])
+@pytest.mark.parametrize(
+    ("heads", "dim", "causal"), [((16, 2), 256, True), ((4, 4), 64, True), ((16, 16), 72, False), ((4, 2), 128, False)]
+)
 @pytest.mark.parametrize(
     ("backend", "lengths"),
     [
@@ -175,7 +183,7 @@ def skip_unless_it_runs(backend: str, dtype: torch.dtype, dim: int) -> None:
     ],
 )
 def test_kernels_equal_masked_softmax(
-    backend: str, lengths: list[int], heads: tuple[int, int], dim: int, dtype: torch.dtype, compiled: bool
+    backend: str, lengths: list[int], heads: tuple[int, int], dim: int, causal: bool, dtype: torch.dtype, compiled: bool
 ) -> None:
     skip_unless_it_runs(backend, dtype, dim)
     # 1%: bfloat16 keeps 8 bits (0.4%), and the weights and the output are each rounded to it once.
@@ -186,10 +194,10 @@ def test_kernels_equal_masked_softmax(
     ]
 
     def kernel(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        return attention(q, k, v, documents, backend=backend)
+        return attention(q, k, v, documents, backend=backend, causal=causal)
 
     out, gradients = run(torch.compile(kernel, fullgraph=True) if compiled else kernel, inputs)
-    expected, gradients_expected = run(lambda q, k, v: naive(q, k, v, lengths), [x.double() for x in inputs])
+    expected, gradients_expected = run(lambda q, k, v: naive(q, k, v, lengths, causal), [x.double() for x in inputs])
     assert_close((out, gradients), (expected, gradients_expected), 1e-2)
 
     # Isolation: other documents' content changes nothing, forward and backward.

@@ -1,0 +1,328 @@
+"""Images and videos of a record, in the forms that people write them: which there are, their tokens, their pixels.
+
+A medium is named by a content part ({"type": "image", "image": "a.jpg"}; also "video"), or by a tag, <image> or
+<video>, in a text whose record has a field with images or videos. A part without a source takes the field's next.
+docs/vision.md has the table.
+"""
+
+import base64
+import binascii
+import functools
+import os
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+from urllib.parse import unquote, urlsplit
+
+import numpy as np
+from numpy.typing import NDArray
+
+from config.options import Config, Data
+from data.batch import MAX_PATCHES, Frame, Medium, Sample
+from data.images import ImageSource, PixelRules, fit_image, image_patches, image_size, pixel_rules
+from data.packing import BadSample
+from data.records import Record
+from data.videos import VideoSource, plan_video, video_patches
+from errors import UserError
+from models.qwen35_moe.vision_config import TOKEN_IDS, VisionConfig
+
+if TYPE_CHECKING:  # seconds to import
+    from transformers import PreTrainedTokenizerFast
+
+Range = tuple[int, int]
+"""Where something begins and ends in a text."""
+
+KINDS = ("image", "video")
+PART_KEYS = {kind: (kind, f"{kind}_url", "path", "url", "base64", "bytes") for kind in KINDS}
+"""Of a content part: where its source may stand."""
+_TAG = re.compile("<(image|video)>")
+
+
+class Source(NamedTuple):
+    """One of KINDS, and what the record has for it: a path, bytes, a table with one of these; of a video also a list
+    of pictures."""
+
+    kind: str
+    value: Any
+    fps: float | None = None
+    """Of a video that is a list of pictures: how many of them make a second."""
+
+
+def media_keys(data: Data) -> dict[str, tuple[str, ...]]:
+    """The fields of a record that may hold images, and videos. The usual name in the plural means the singular too."""
+    keys = {"image": data.images_key, "video": data.videos_key}
+    return {kind: (key, kind) if key == f"{kind}s" else (key,) for kind, key in keys.items()}
+
+
+def has_media(record: Record, data: Data) -> bool:
+    """Whether a record shows anything; of one in an unknown form, no."""
+    if not isinstance(record, dict):
+        return False
+    if any(record.get(key) for keys in media_keys(data).values() for key in keys):
+        return True
+    messages = record.get(data.messages_key) if data.format == "chat" else None
+    contents = [message.get("content") for message in messages if isinstance(message, dict)] if messages else []
+    parts = [part for content in contents if isinstance(content, list) for part in content if isinstance(part, dict)]
+    return any(kind_of_part(part) for part in parts)
+
+
+def kind_of_part(part: dict[str, Any]) -> str | None:
+    """What a content part shows, if it shows anything."""
+    if part.get("type") is not None:
+        return {"image": "image", "image_url": "image", "video": "video", "video_url": "video"}.get(part["type"])
+    return next((kind for kind in KINDS if kind in part or f"{kind}_url" in part), None)
+
+
+class Media:
+    """The images and videos of one record, collected in the order in which its texts name them."""
+
+    def __init__(self, record: dict[str, Any], data: Data) -> None:
+        self.sources: list[Source] = []
+        self._waiting: dict[str, list[Any]] = {}
+        for kind, keys in media_keys(data).items():
+            given = [record[key] for key in keys if record.get(key) not in (None, "", [], {})]
+            if len(given) > 1:
+                raise BadSample("unused_field", f"has both {' and '.join(map(repr, keys))}")
+            # One alone stands without a list around it.
+            values = given[0] if given and isinstance(given[0], list) else given
+            self._waiting[kind] = list(values)
+        self._tagged = tuple(kind for kind in KINDS if self._waiting[kind])
+
+    def in_text(self, text: str) -> list[str | Source]:
+        """A text and what its tags name, in order; a tag of a kind that the record has no field of is text."""
+        parts: list[str | Source] = []
+        end = 0
+        for tag in _TAG.finditer(text):
+            if tag[1] in self._tagged:
+                parts += [text[end : tag.start()], self._next(tag[1])]
+                end = tag.end()
+        return [part for part in [*parts, text[end:]] if part != ""]
+
+    def in_part(self, part: dict[str, Any], kind: str) -> Source:
+        """What a content part shows. Raises BadSample."""
+        given = [part[key] for key in PART_KEYS[kind] if part.get(key) is not None]
+        if len(given) > 1:
+            raise BadSample("unused_field", f"has a content part with more than one {kind}")
+        fps = part.get("fps") if given and isinstance(given[0], list) else None
+        known = {"type", *PART_KEYS[kind]} | ({"fps"} if fps is not None else set())
+        if unknown := [key for key, value in part.items() if key not in known and value not in (None, "", [], {})]:
+            raise BadSample("unused_field", f"has a content part of type {kind!r} that has {unknown[0]!r:.60}")
+        if fps is not None and (isinstance(fps, bool) or not isinstance(fps, int | float) or not 0 < fps < 1e6):
+            raise BadSample("wrong_type", f"has a video with fps {fps!r:.60}, expected a positive number")
+        if not given:
+            return self._next(kind)
+        source = Source(kind, {"base64": given[0]} if part.get("base64") is not None else given[0], fps)
+        self.sources.append(source)
+        return source
+
+    def _next(self, kind: str) -> Source:
+        if not self._waiting[kind]:
+            raise BadSample("media_count", f"names more {kind}s than it has")
+        source = Source(kind, self._waiting[kind].pop(0))
+        self.sources.append(source)
+        return source
+
+    def finish(self) -> list[Source]:
+        """All of them. Raises BadSample if the record has some that no text names."""
+        for kind, waiting in self._waiting.items():
+            if waiting:
+                raise BadSample("media_count", f"has {len(waiting)} {kind}s more than its texts name")
+        return self.sources
+
+
+class Shown(NamedTuple):
+    """A medium as the model is to see it."""
+
+    kind: str
+    text: str
+    """What stands for it, with one placeholder a frame."""
+    grids: list[tuple[int, int]]
+    """Of each frame, in patches."""
+    decode: Callable[[], NDArray[np.uint8]]
+
+
+class MediaSettings(NamedTuple):
+    """What the model and the processor's files say of images and videos."""
+
+    vision: VisionConfig
+    rules: PixelRules
+
+
+class MediaReader:
+    """How images and videos become tokens and pixels. Small to pickle."""
+
+    def __init__(self, settings: MediaSettings, folder: str, tokenizer: "PreTrainedTokenizerFast") -> None:
+        """`folder`: where relative paths begin. Raises UserError for a tokenizer without the model's vision tokens."""
+        vision, self._rules = settings
+        self._vision, self._folder = vision, folder
+        texts: dict[str, str] = {}
+        for name in TOKEN_IDS:
+            number = getattr(vision, name)
+            added = tokenizer.added_tokens_decoder.get(number)
+            if added is None or not added.special:
+                raise UserError(
+                    f"data.tokenizer = {tokenizer.name_or_path!r}: the model's {name} = {number} is "
+                    f"{tokenizer.backend_tokenizer.id_to_token(number)!r}: expected one of its special tokens"
+                )
+            texts[name] = added.content
+        pads = {"image": texts["image_token_id"], "video": texts["video_token_id"]}
+        self._start, self._end = texts["vision_start_token_id"], texts["vision_end_token_id"]
+        self._pads = pads
+        start, end, *both = (re.escape(text) for text in (self._start, self._end, *pads.values()))
+        self._placeholder = re.compile(f"(?:{start})?({'|'.join(both)})(?:{end})?")
+
+    def show(self, source: Source) -> Shown:
+        """Reads headers alone. Raises BadSample for what is missing, or no image or video."""
+        if source.kind == "image":
+            picture = self._file(source.value, "image")
+            height, width = fit_image(*image_size(picture), self._rules)
+            decode = functools.partial(image_patches, picture, height, width, self._rules)
+            return self._shown("image", height, width, [""], decode)
+        is_list = isinstance(source.value, list)
+        video: VideoSource = (
+            tuple(self._file(value, "image") for value in source.value)
+            if is_list
+            else self._file(source.value, "video")
+        )
+        plan = plan_video(video, self._rules, source.fps)
+        # The time, as text, before each frame. The template's own start and end are not kept around all of them: the
+        # models were trained without, and vLLM serves them so. (transformers up to 4.57 took them away; from 5 on it
+        # keeps them.)
+        times = [f"<{timestamp:.1f} seconds>" for timestamp in plan.timestamps]
+        decode = functools.partial(video_patches, video, plan, self._rules)
+        return self._shown("video", plan.height, plan.width, times, decode)
+
+    def _shown(
+        self, kind: str, height: int, width: int, times: Sequence[str], decode: Callable[[], NDArray[np.uint8]]
+    ) -> Shown:
+        grid = height // self._rules.patch_size, width // self._rules.patch_size
+        if grid[0] * grid[1] > MAX_PATCHES:
+            raise BadSample("oversized", f"has a frame of {grid} patches, expected {MAX_PATCHES} at most")
+        text = "".join(f"{time}{self._start}{self._pads[kind]}{self._end}" for time in times)
+        return Shown(kind, text, [grid] * len(times), decode)
+
+    def _file(self, value: Any, kind: str) -> ImageSource:
+        """A path, or a file's content."""
+        while isinstance(value, dict):  # {"bytes": ..., "path": ...} of `datasets`, {"url": ...} of chat services
+            given = [(key, inner) for key, inner in value.items() if inner is not None]
+            preferred = next((pair for pair in given if pair[0] in ("bytes", "base64")), None)
+            key, value = preferred or next((pair for pair in given if pair[0] in ("path", "url")), ("", None))
+            if key == "base64":
+                return _decoded(value, kind)
+        if isinstance(value, bytes):
+            return value
+        if not isinstance(value, str) or not value:
+            raise BadSample("wrong_type", f"has {value!r:.60} as {kind}: expected a path, or a file's content")
+        if value.startswith("data:"):
+            return _decoded(value.partition(",")[2], kind)
+        if re.match("[a-zA-Z][a-zA-Z0-9+.-]+://", value):
+            url = urlsplit(value)
+            if url.scheme != "file":
+                raise BadSample("missing_file", f"has {value!r:.80} as {kind}: expected a file, nothing is fetched")
+            value = unquote(url.path)
+        return os.path.join(self._folder, value)
+
+    def replace(self, rendered: str, shown: Sequence[Shown]) -> tuple[str, list[Range], list[tuple[int, int]]]:
+        """The rendering with each medium's text in the place of the template's placeholder for it.
+
+        Also where each of these texts begins and ends in the result, and how far what stands from a place on has moved:
+        (place in the rendering, distance). Raises BadSample if the placeholders are others.
+        """
+        found = list(self._placeholder.finditer(rendered))
+        kinds = [next(kind for kind in KINDS if self._pads[kind] == match[1]) for match in found]
+        if kinds != [each.kind for each in shown]:
+            raise BadSample("unrendered", f"has {len(shown)} images and videos; the chat template shows others")
+        parts: list[str | Source] = []
+        ends = [0]
+        for match in found:
+            parts += [rendered[ends[-1] : match.start()], Source(match[1], None)]
+            ends.append(match.end())
+        text, ranges = self.join([*parts, rendered[ends[-1] :]], shown)
+        moves = [(end, moved - end) for end, moved in zip(ends, [0, *(end for _, end in ranges)])]
+        return text, ranges, moves
+
+    def join(self, parts: Sequence[str | Source], shown: Sequence[Shown]) -> tuple[str, list[Range]]:
+        """The text that these parts make, `shown` in the place of the sources, and where in it each of them stands."""
+        texts, ranges, length, following = [], [], 0, iter(shown)
+        for part in parts:
+            texts.append(part if isinstance(part, str) else next(following).text)
+            if not isinstance(part, str):
+                ranges.append((length, length + len(texts[-1])))
+            length += len(texts[-1])
+        return "".join(texts), ranges
+
+    def check_placeholders(self, tokens: NDArray[np.int32], expected: int) -> NDArray[np.bool_]:
+        """Which of the tokens are placeholders. Raises BadSample unless there are as many as expected."""
+        is_pad = np.isin(tokens, (self._vision.image_token_id, self._vision.video_token_id))
+        if is_pad.sum() != expected:
+            raise BadSample("special_token", "has a placeholder for an image or a video in a text")
+        return is_pad
+
+    def sample(
+        self,
+        tokens: NDArray[np.int32],
+        offsets: NDArray[np.int64],
+        is_trained: NDArray[np.bool_],
+        ranges: Sequence[Range],
+        shown: Sequence[Shown],
+    ) -> Sample:
+        """The sample in which as many placeholders stand for a frame as it has tokens, none of them trained on.
+
+        tokens [n] with one placeholder a frame, offsets [2, n] of each in the text, `ranges` of the media there. Raises
+        BadSample if a text holds placeholders of its own.
+        """
+        grids = [grid for each in shown for grid in each.grids]
+        is_pad = self.check_placeholders(tokens, len(grids))
+        repeats = np.ones(len(tokens), np.int64)
+        repeats[is_pad] = [height * width // self._vision.patches_per_token for height, width in grids]
+        starts = np.concatenate([[0], np.cumsum(repeats)])  # of each token, and of what would follow the last
+        tokens, is_trained = np.repeat(tokens, repeats), np.repeat(is_trained, repeats)
+        places = iter(zip(starts[:-1][is_pad].tolist(), grids))
+        media = []
+        for (begin, end), each in zip(ranges, shown):
+            first, last = np.searchsorted(offsets[1], begin, "right"), np.searchsorted(offsets[0], end, "left")
+            frames = [Frame(place, *grid) for place, grid in (next(places) for _ in each.grids)]
+            media.append(Medium(int(starts[first]), int(starts[last]), frames, each.decode, self._vision.patch_values))
+            is_trained[media[-1].begin : media[-1].end] = False
+        return Sample.of(tokens, is_trained)._replace(media=media)
+
+
+def _decoded(text: Any, kind: str) -> bytes:
+    try:
+        return base64.b64decode(text, validate=True)
+    except (binascii.Error, ValueError, TypeError) as error:
+        raise BadSample(f"broken_{kind}", f"has {kind} data that are not base64: {error}") from None
+
+
+def show_all(sources: Sequence[Source], reader: MediaReader | None) -> tuple[MediaReader, list[Shown]]:
+    """The reader, and what it shows. Raises BadSample, also if there is none."""
+    if reader is None:
+        raise BadSample(
+            "no_vision",
+            f"has {len(sources)} images and videos, but the model is built without its vision tower: expected "
+            "model.vision = 'on' and a config.json with a vision_config",
+        )
+    return reader, [reader.show(source) for source in sources]
+
+
+def media_settings(config: Config, vision: VisionConfig | None) -> MediaSettings | None:
+    """What [data] and the processor's files beside the model say; None without a tower. Raises UserError."""
+    if vision is None:
+        return None
+    data = config.data
+    folders = [Path(folder) for folder in (config.model.path, data.tokenizer) if folder]
+    names = ("preprocessor_config.json", "video_preprocessor_config.json", "processor_config.json")
+    folder = next((folder for folder in folders if any((folder / name).exists() for name in names)), None)
+    rules = pixel_rules(
+        folder,
+        patch_size=vision.patch_size,
+        temporal_patch_size=vision.temporal_patch_size,
+        merge_size=vision.spatial_merge_size,
+        min_pixels=data.min_pixels,
+        max_pixels=data.max_pixels,
+        video_max_pixels=data.max_video_pixels,
+        fps=data.video_fps,
+        max_frames=data.max_video_frames,
+    )
+    return MediaSettings(vision, rules)
