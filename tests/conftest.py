@@ -80,6 +80,7 @@ SLOW: dict[str, tuple[str, ...]] = {
         "test_sigterm_saves_and_a_second_start_goes_on",
         "test_two_nodes",
     ),
+    "test_vision_training.py": ("test_one_process_and_two_and_what_is_frozen",),
     "training/test_distributed.py": ("test_the_missing_rank_is_named",),
     "training/test_load_balancing.py": (
         "test_fillers_count_nowhere",
