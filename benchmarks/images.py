@@ -22,6 +22,11 @@ class Images(NamedTuple):
     width: int
     share: float
 
+    def grid(self, vision: VisionConfig) -> tuple[int, int]:
+        """Height and width in patches, by the published limits."""
+        height, width = fit_image(self.height, self.width, PixelRules())
+        return height // vision.patch_size, width // vision.patch_size
+
 
 NONE = Images(32, 32, 0.0)
 
@@ -37,7 +42,7 @@ def parse_images(text: str) -> Images | None:
 def with_images(batch: MicroBatch, vision: VisionConfig, images: Images, number: int) -> MicroBatch:
     """The micro-batch of this number with images in the place of some tokens, which are not trained on. Each document
     has one at its second token at most; over many micro-batches they are as many as their share says."""
-    height, width = (side // vision.patch_size for side in fit_image(images.height, images.width, PixelRules()))
+    height, width = images.grid(vision)
     num_tokens, merge = height * width // vision.patches_per_token, vision.spatial_merge_size
     lengths = batch.documents.lengths()
     wanted = images.share * len(batch.tokens) / num_tokens  # in a micro-batch, maybe a fraction

@@ -41,10 +41,11 @@ from parallelisms.degrees import work_out_degrees
 from parallelisms.mesh import build_meshes
 from parallelisms.parallelize import local_region
 from train import build_model, reduce_result, train_step
-from training.distributed import init_distributed, world_from_environment
+from training.distributed import init_distributed, sum_over_ranks, world_from_environment
 from training.flops import flops_per_token, peak_flops
 from training.metrics import expert_load, setup_logging
 from training.optimizer import build_optimizer
+from training.vision_work import VisionWork
 
 NUM_WARMUP_STEPS = 4
 
@@ -130,6 +131,7 @@ def measure(
     optimizer = build_optimizer(model, config.optimizer)
     num_micro_batches = training.global_batch_size // (meshes.num_data_ranks * training.local_batch_size)
     tokens_per_step = training.global_batch_size * training.sequence_length
+    vision_work = VisionWork(model, meshes)
 
     def step(number: int) -> Any:
         # What the training loop gets from its loader, and on fresh data as there: routing differs from step to step.
@@ -138,6 +140,8 @@ def measure(
         batches = [random_micro_batch(config, lengths, shape.vocab_size, seed) for seed in seeds]
         if shape.vision:
             batches = [with_images(batch, shape.vision, images or NONE, seed) for batch, seed in zip(batches, seeds)]
+        if shape.vision:
+            vision_work.add(sum_over_ranks(torch.tensor(vision_work.of(batches))).tolist())
         return train_step(model, optimizer, batches, tokens_per_step, meshes, device, training, config.moe)
 
     def synchronize() -> None:
@@ -146,6 +150,8 @@ def measure(
 
     for number in range(NUM_WARMUP_STEPS):
         step(number)
+    if shape.vision:
+        vision_work.read()  # of the warm-up
     gc.collect()
     gc.freeze()  # as train.py does
     synchronize()
@@ -160,6 +166,8 @@ def measure(
     median = sorted(seconds)[len(seconds) // 2]
     rate = tokens_per_step / median
     flops = flops_per_token(shape, training.sequence_length if not lengths else max(lengths))
+    of_vision, vision_flops = vision_work.read() if shape.vision else ({}, 0.0)
+    flops += vision_flops / tokens_per_step
     found: dict[str, Any] = {
         "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
         "torch": torch.__version__,
@@ -177,6 +185,7 @@ def measure(
         "tokens_per_second_per_device": round(rate / world_size),
         "gflop_per_token": round(flops / 1e9, 3),
         "tflops_per_device": round(flops * rate / world_size / 1e12, 1),
+        **of_vision,
         "loss": round(result.losses["loss"].item(), 4),
         "expert_load_max_over_mean": round(float(expert_load(result.expert_counts)["expert_load_max_over_mean"]), 2),
     }

@@ -23,7 +23,7 @@ from config.options import Config
 from config.reading import load_config, model_config
 from errors import OneLineParser, exit_on_error
 from models.qwen35_moe.vision_config import VisionConfig
-from training.flops import flops_per_token, peak_flops
+from training.flops import flops_per_token, peak_flops, vision_flops
 
 
 def use_fast_convolution() -> None:
@@ -105,6 +105,11 @@ def measure(config: Config, num_steps: int, images: Images | None = None) -> dic
     median = sorted(seconds)[len(seconds) // 2]
     rate = size[0] * size[1] / median
     flops = flops_per_token(shape, training.sequence_length)
+    if shape.vision and images:
+        trains = not config.model.freeze
+        height, width = images.grid(shape.vision)
+        tower = vision_flops(shape.vision, [height * width], trains, trains)
+        flops += tower / (height * width // shape.vision.patches_per_token) * images.share
     peak = peak_flops(torch.cuda.get_device_name())
     return {
         "device": torch.cuda.get_device_name(),
