@@ -293,3 +293,11 @@ def patches_of(frames: NDArray[np.uint8], rules: PixelRules) -> NDArray[np.uint8
     )
     ordered = split.transpose(0, 2, 5, 3, 6, 8, 1, 4, 7)  # pair, block row and column, h, w, channel, time, y, x
     return ordered.reshape(-1, num_channels * time * side * side)
+
+
+def pictures_of(patches: NDArray[np.uint8], height: int, width: int, rules: PixelRules) -> NDArray[np.uint8]:
+    """The way back of `patches_of`, for frames of `height` x `width` patches: [F, H, W, C]."""
+    time, side, merge = rules.temporal_patch_size, rules.patch_size, rules.merge_size
+    split = patches.reshape(-1, height // merge, width // merge, merge, merge, 3, time, side, side)
+    ordered = split.transpose(0, 6, 1, 3, 7, 2, 4, 8, 5)  # pair, time, block row, h, y, block column, w, x, channel
+    return ordered.reshape(-1, height * side, width * side, 3)

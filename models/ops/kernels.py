@@ -28,9 +28,10 @@ class Kernels(NamedTuple):
     """"torch" or "compiled": see linear_cross_entropy.py."""
 
     def vision_attention(self, head_dim: int) -> str:
-        """Of the vision tower, whose heads (72 wide) are not for FlashAttention 4, and whose frames seldom have one
-        length."""
-        return "sdpa" if self.attention == "sdpa" or head_dim % 8 or head_dim > 256 else "varlen"
+        """Of the vision tower, whose heads (72 wide) are not for FlashAttention 4."""
+        if self.attention == "sdpa" or head_dim % 8 or head_dim > 256:
+            return "sdpa"
+        return "varlen" if self.attention == "varlen" else "cudnn"
 
 
 CHOICES = {

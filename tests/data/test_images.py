@@ -20,7 +20,7 @@ from transformers.image_utils import load_image
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil, smart_resize
 
 from data import images
-from data.images import PixelRules, fit_image, image_patches, image_size, patches_of, pixel_rules, to_rgb
+from data.images import PixelRules, fit_image, image_patches, image_size, patches_of, pictures_of, pixel_rules, to_rgb
 from data.packing import BadSample
 from errors import UserError
 
@@ -285,6 +285,8 @@ def test_a_header_is_read_without_decoding(monkeypatch: pytest.MonkeyPatch) -> N
 def test_the_order_of_patches(pairs: int, rows: int, columns: int, merge: int, time: int) -> None:
     rules = PixelRules(merge_size=merge, temporal_patch_size=time, patch_size=2)
     frames = noise(pairs * time * rows * merge * 2, columns * merge * 2).reshape(pairs * time, rows * merge * 2, -1, 3)
+    restored = pictures_of(patches_of(frames, rules), rows * merge, columns * merge, rules)
+    np.testing.assert_array_equal(restored, frames)
     patches = iter(patches_of(frames, rules))
     for pair in range(pairs):
         for row in range(rows):

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from models.ops.attention import attention
+from models.ops.attention import _runs, attention
 from models.ops.documents import Documents
 from models.ops.kernels import select_kernels
 from tests.models.ops.compare import assert_close, relative_error, run
@@ -53,6 +53,16 @@ def test_equals_masked_softmax(heads: tuple[int, int], causal: bool, lengths: li
     inputs = make_inputs(sum(lengths), heads)
     expected = run(lambda q, k, v: naive(q, k, v, lengths, causal), inputs)
     assert_close(run_sdpa(inputs, lengths, causal), expected, 1e-12)
+
+
+def test_runs_of_one_length() -> None:
+    def of(lengths: list[int], causal: bool) -> list[tuple[int, int, int]]:
+        return [tuple(run) for run in _runs(Documents.from_lengths(lengths).cu_seqlens_cpu, causal)]
+
+    assert of([5, 5, 5], True) == of([5, 5, 5], False) == [(0, 15, 5)]
+    assert of([2000, 2000, 1000], True) == []
+    assert of([2000, 2000, 1000], False) == [(0, 4000, 2000), (4000, 5000, 1000)]
+    assert of([1000, 24], False) == of([2000, 1, 2000], False) == of([1, 1], True) == []
 
 
 LENGTHS = [5, 1, 33, 2, 17]
@@ -177,6 +187,7 @@ def skip_unless_it_runs(backend: str, dtype: torch.dtype, dim: int) -> None:
         ("varlen", [1, 200, 63, 64, 184]),
         ("cudnn", [201, 311]),
         ("cudnn", [256, 256]),
+        ("cudnn", [1500, 1500, 1100]),
         ("cudnn", [1] * 512),
         ("fa4", [1, 200, 63, 64, 184]),
         ("fa4", [1] * 300 + [212]),  # from 257 documents on it finds a tile's document in another way
@@ -187,10 +198,12 @@ def test_kernels_equal_masked_softmax(
 ) -> None:
     skip_unless_it_runs(backend, dtype, dim)
     # 1%: bfloat16 keeps 8 bits (0.4%), and the weights and the output are each rounded to it once.
-    documents = Documents.from_lengths(lengths, torch.device("cuda"), max_seqlen=512)
+    torch.compiler.reset()
+    documents = Documents.from_lengths(lengths, torch.device("cuda"), max_seqlen=max(512, *lengths))
     generator = torch.Generator("cuda").manual_seed(0)
     inputs = [
-        torch.randn(512, n, dim, generator=generator, device="cuda", dtype=dtype) for n in (heads[0], *2 * heads[1:])
+        torch.randn(sum(lengths), n, dim, generator=generator, device="cuda", dtype=dtype)
+        for n in (heads[0], *2 * heads[1:])
     ]
 
     def kernel(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
