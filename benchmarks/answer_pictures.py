@@ -21,7 +21,7 @@ from errors import OneLineParser, exit_on_error
 
 
 class Answerer:
-    """A model, its tokenizer and its image processor, as transformers loads them; AutoProcessor would want torchvision."""
+    """A model, its tokenizer and its image processor in transformers; AutoProcessor would want torchvision."""
 
     def __init__(self, folder: Path) -> None:
         self.model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
