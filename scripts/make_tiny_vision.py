@@ -293,7 +293,7 @@ def write_tokenizer(tiny_tokenizer: Path, folder: Path) -> None:
 
 
 def main() -> None:
-    """Writes train.parquet, held_out.parquet and model/tokenizer.json into data/tiny_vision, and the examples of docs/."""
+    """Writes both Parquet files and model/tokenizer.json of data/tiny_vision, and the examples of docs/."""
     folder = Path(__file__).resolve().parents[1] / "data/tiny_vision"
     train, held_out = draw_chats()
     write_chats(train, folder / "train.parquet")
