@@ -101,6 +101,10 @@ class ChatTemplate:
                 raise BadSample("special_token", f"has the special token {found[0]!r} in a text")
             if _SURROGATE.search(text):
                 raise BadSample("undecodable", "has half a surrogate pair in a text")
+        reader = self._reader
+        if sources:
+            reader, shown = show_all(sources, reader)
+            reader.replace(self._render(messages, tools), shown)  # says so of a template that knows of texts alone
         rendered, spans = self._spans(messages, tools)
         for number, field in unknown:
             without = [dict(message) for message in messages]
@@ -111,9 +115,7 @@ class ChatTemplate:
         wanted = [number for number, weight in weights.items() if weight]
         if self._train_on == "last":
             wanted = [number for number in wanted if number == max(weights)]
-        reader = self._reader
-        if sources:
-            reader, shown = show_all(sources, reader)
+        if sources and reader:
             rendered, ranges, moves = reader.replace(rendered, shown)
             spans = {number: (moved(begin, moves), moved(end, moves)) for number, (begin, end) in spans.items()}
         encoding = self._tokenizer.backend_tokenizer.encode(rendered, add_special_tokens=False)

@@ -234,7 +234,7 @@ DROPPING = {
         "message 2 whose content the chat template leaves out: 'is 3'",
     ),
     "system": (
-        lambda text: text.replace('~ messages[0].content|trim', ""),
+        lambda text: text.replace('~ shown(messages[0].content, "system")|trim', ""),
         "message 0 whose content the chat template leaves out: 'Be brief.'",
     ),
     "reasoning": (lambda text: text.replace("reasoning|trim", '""'), "whose reasoning_content the chat template"),
