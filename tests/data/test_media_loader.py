@@ -83,8 +83,8 @@ def _one_tokenizer() -> Iterator[None]:
 
 def make_loader(
     path: Path, images: Path, rank: int = 0, ranks: int = 1, *, workers: int = 0, micro: int = 1,
-    slots: int = NUM_SLOTS, sequence_length: int = SEQUENCE_LENGTH, one_epoch: bool = False, skipped_dir: Path | None = None,
-    **data: Any,
+    slots: int = NUM_SLOTS, sequence_length: int = SEQUENCE_LENGTH, one_epoch: bool = False,
+    skipped_dir: Path | None = None, **data: Any,
 ) -> TokenLoader:  # fmt: skip
     training = Training(steps=1, sequence_length=sequence_length, local_batch_size=micro, global_batch_size=slots)
     data = {"format": path.stem if path.stem in KINDS else "chat", "num_workers": workers, **data}
