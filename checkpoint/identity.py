@@ -44,7 +44,8 @@ def describe_run(config: Config, shape: ModelConfig) -> Run:
         "job.seed": config.job.seed,
     }
     if media := media_settings(config, shape.vision):
-        options["rules of pixels"] = media.rules._asdict()  # they decide how many tokens an image has
+        # They decide how many tokens an image has, and may stand in the processor's files.
+        options |= {f"pixels.{name}": value for name, value in media.rules._asdict().items()}
     sources: dict[str, Any] = {}
     for number, (entry, source) in enumerate(declared_sources(config.data), 1):
         kind, num_documents = type(source).__name__.strip("_"), len(source)

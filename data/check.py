@@ -31,10 +31,10 @@ def check_data(config: Config, vocab_size: int, vision: VisionConfig | None = No
             raise UserError(f"{key} = []: expected at least one file or glob")
         sources += declared_sources(replace(data, path=entries), key)
     check_tokenizer(data.tokenizer, vocab_size, data.format == "text" and data.end_of_document)
-    if not os.path.isdir(data.image_folder):
-        raise UserError(f"data.image_folder = {data.image_folder!r}: expected a folder")
     tokenizer, settings = load_tokenizer(data.tokenizer), media_settings(config, vision)
     reader = settings and MediaReader(settings, data.image_folder, tokenizer)
+    if reader and not os.path.isdir(data.image_folder):
+        raise UserError(f"data.image_folder = {data.image_folder!r}: expected a folder")
     max_tokens = config.training.sequence_length
     encode: Callable[[Record], object] = functools.partial(text_of, key=data.text_key)
     if data.format == "chat":

@@ -55,13 +55,22 @@ def media_keys(data: Data) -> dict[str, tuple[str, ...]]:
     return {kind: (key, kind) if key == f"{kind}s" else (key,) for kind, key in keys.items()}
 
 
+def has_fields(record: dict[str, Any], data: Data) -> bool:
+    """Whether there is anything in the fields for images and videos."""
+    return any(not _is_nothing(record.get(key)) for keys in media_keys(data).values() for key in keys)
+
+
 def has_media(record: Record, data: Data) -> bool:
-    """Whether a record shows anything; of one in an unknown form, no."""
+    """Whether a record shows anything; of one in an unknown form, no. Of a document its text decides: many have a
+    field "image" that is none of the model's business."""
     if not isinstance(record, dict):
         return False
-    if any(not _is_nothing(record.get(key)) for keys in media_keys(data).values() for key in keys):
+    if data.format == "text":
+        text = record.get(data.text_key)
+        return isinstance(text, str) and bool(_TAG.search(text)) and has_fields(record, data)
+    if has_fields(record, data):
         return True
-    messages = record.get(data.messages_key) if data.format == "chat" else None
+    messages = record.get(data.messages_key)
     contents = [
         message.get(key)
         for message in (messages if isinstance(messages, list) else [])
@@ -74,9 +83,9 @@ def has_media(record: Record, data: Data) -> bool:
 
 def _is_nothing(value: Any) -> bool:
     """Whether a field says nothing, as with the nulls by which a table fills it up."""
-    if isinstance(value, list):
-        return all(map(_is_nothing, value))
-    return value is None or (isinstance(value, str | dict) and not value)
+    if isinstance(value, list | dict):
+        return all(map(_is_nothing, value.values() if isinstance(value, dict) else value))
+    return not value
 
 
 def kind_of_part(part: dict[str, Any]) -> str | None:

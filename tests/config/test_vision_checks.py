@@ -138,6 +138,11 @@ def test_auto_knows_each_form_and_kind_of_source(capsys: pytest.CaptureFixture[s
     write("text.jsonl", {"text": "a"}, {"text": "<image>", "pictures": ["a.png"]})
     text = ("--data.format=text", "--data.path=text.jsonl", "--data.end_of_document=false")
     assert not has_tower(*text)
+    unrelated = [option.replace("text.jsonl", "unrelated.jsonl") for option in text]
+    write("unrelated.jsonl", {"text": "a", "image": "https://example.org/a.jpg", "images": 3})
+    assert not has_tower(*unrelated)
+    fine(capsys, *unrelated)
+    assert "has both" in line_of(capsys, *unrelated, "--model.vision=on")
     assert has_tower(*text, "--data.images_key=pictures")
     fine(capsys, *text, "--data.images_key=pictures")
 
@@ -246,8 +251,9 @@ def test_options_of_pixels(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_a_folder_of_images_that_is_not_there(capsys: pytest.CaptureFixture[str], folder: Path) -> None:
-    assert f"data.image_folder = '{folder}/none': expected a folder" in line_of(capsys, "--data.image_folder=none")
+    fine(capsys, "--data.image_folder=none")  # without images nobody asks for it
     write("chats.jsonl", SHOWN)
+    assert f"data.image_folder = '{folder}/none': expected a folder" in line_of(capsys, "--data.image_folder=none")
     other = line_of(capsys, "--data.image_folder=.")
     assert f"line 1: '{folder}/a.png': No such file or directory: expected the path of an image" in other
 

@@ -469,6 +469,17 @@ def test_a_model_without_a_tower_refuses_images_sample_by_sample(folder: Path, r
     assert caught.value.reason == "no_vision"
 
 
+def test_a_field_that_no_tag_of_a_document_names(folder: Path) -> None:
+    """For a model that sees, an image would be lost; for another the field is one of many that say nothing to it."""
+    record = {"text": "no tag", "image": A}
+    with pytest.raises(BadSample, match="has 1 images more than its texts name by <image>"):
+        encode_text(record, folder)
+    encoder = EncodeText(Data(), TOKENIZERS["chatml"].backend_tokenizer, None, 1000)
+    assert encoder(record).tokens.tolist() == encoder({"text": "no tag"}).tokens.tolist()
+    assert not has_media(record, Data())
+    assert has_media({"text": "a <image>", "image": A}, Data())
+
+
 @pytest.mark.parametrize(
     "content", ["<|image_pad|>", "a<|vision_start|><|video_pad|><|vision_end|>", "<image><|image_pad|>"]
 )
@@ -503,6 +514,7 @@ def test_tags_without_a_field_are_text(folder: Path) -> None:
     [
         {"messages": 5}, {"messages": None}, {"messages": "x"}, {"messages": [5, None]}, {}, [1], 5,
         {"messages": [{"content": [{"text": "a", "image": None}]}]}, {"images": [None, {}]}, {"image": ""},
+        {"image": {"bytes": None, "path": None}}, {"image": False},
         {"messages": [{"content": [{"type": "text", "text": "a", "image": None}]}]},
     ],
 )  # fmt: skip
