@@ -167,6 +167,7 @@ def test_the_model_is_told_by_keys_in_a_row(config: Config) -> None:
     assert difference(describe_run(config, text), with_tower, "model") is not None
 
 
+@pytest.mark.usefixtures("one_rank")
 def test_images_may_be_moved_but_not_made_smaller(config: Config, tmp_path: Path) -> None:
     """What decides how many tokens an image has is told as it is, whether options or the processor's files say it."""
     see, read = tiny_config(vision=tiny_vision()), tiny_config()
