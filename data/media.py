@@ -90,8 +90,8 @@ def _is_nothing(value: Any) -> bool:
 
 def kind_of_part(part: dict[str, Any]) -> str | None:
     """What a content part shows, if it shows anything."""
-    if part.get("type") is not None:
-        return {"image": "image", "image_url": "image", "video": "video", "video_url": "video"}.get(part["type"])
+    if (name := part.get("type")) is not None:
+        return next((kind for kind in KINDS if name in (kind, f"{kind}_url")), None)
     return next((kind for kind in KINDS if kind in part or f"{kind}_url" in part), None)
 
 

@@ -418,6 +418,8 @@ REFUSED: list[tuple[dict[str, Any], str, str]] = [
     (chat(video(CLIP, fps=True)), "wrong_type", "fps True"),
     (chat({"type": "audio", "audio": "x.wav"}), "unused_field", "of type 'audio', expected 'text', 'image' or 'video'"),
     (chat({"type": "image_file", "image": A}), "unused_field", "'image_file'"),
+    (chat({"type": {"image": A}, "image": A}), "unused_field", "of type {'image': 'a.png'}"),
+    (chat({"type": ["image"], "image": A}), "unused_field", "of type ['image']"),
     (chat(image("https://example.org/a.jpg")), "missing_file", "nothing is fetched"),
     (chat(image("s3://bucket/a.jpg")), "missing_file", "nothing is fetched"),
     (chat(image("file://host/a.jpg")), "missing_file", "'file://host/a.jpg' as image"),
