@@ -14,6 +14,7 @@ from PIL import Image
 
 from config.checks import main
 from config.reading import ROOT, load_config, model_config
+from data import tokenize
 from tests.commands import status_of
 
 TINY_VISION = ROOT / "data" / "tiny_vision" / "model"
@@ -256,6 +257,24 @@ def test_a_folder_of_images_that_is_not_there(capsys: pytest.CaptureFixture[str]
     assert f"data.image_folder = '{folder}/none': expected a folder" in line_of(capsys, "--data.image_folder=none")
     other = line_of(capsys, "--data.image_folder=.")
     assert f"line 1: '{folder}/a.png': No such file or directory: expected the path of an image" in other
+
+
+def test_videos_without_what_decodes_them(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    Path("pictures/a.mp4").write_bytes(b"no matter what")
+    write("chats.jsonl", chat([{"type": "video", "video": "a.mp4"}]))
+    monkeypatch.setitem(sys.modules, "av", None)
+    assert "expected the package av, 18 or later" in line_of(capsys)
+    write("chats.jsonl", chat([{"type": "video", "video": ["a.png", "a.png"]}]))
+    fine(capsys)
+
+
+def test_images_are_not_tokenised_ahead(capsys: pytest.CaptureFixture[str]) -> None:
+    write("text.jsonl", {"text": "a <image>", "images": ["a.png"]}, {"text": "b"})
+    options = ["--out", "tokens", "--workers", "1", "--config", "vision.toml", "--data.format=text"]
+    options += ["--data.path=text.jsonl", "--data.end_of_document=false"]
+    assert status_of(tokenize.main, options) == 2
+    assert "which cannot be tokenised ahead: expected texts alone" in capsys.readouterr().err
+    assert not Path("tokens").exists()
 
 
 def test_the_command_itself(folder: Path) -> None:
