@@ -39,7 +39,7 @@ from training.distributed import (
     sum_over_ranks,
     world_from_environment,
 )
-from training.flops import mfu_of_one_token_a_second
+from training.flops import flops_per_token, peak_flops_of_all
 from training.gradients import gradient_norm, last_nonfinite
 from training.load_balancing import measure_for, router_losses
 from training.lock import RunLock
@@ -47,6 +47,7 @@ from training.metrics import MetricsWriter, data_quality, expert_load, peak_memo
 from training.optimizer import build_optimizer, lr_factor, set_learning_rate, step_clipped
 from training.signals import StopRequest
 from training.validation import Validator
+from training.vision_work import VisionWork
 
 logger = logging.getLogger("train")
 
@@ -220,7 +221,8 @@ def main(arguments: list[str]) -> None:
         except OSError as error:
             raise UserError(f"job.output_dir = {str(output_dir)!r}: {error.strerror}: expected room to write") from None
         writer = MetricsWriter(output_dir, config.metrics.tensorboard, step, training.steps)
-    mfu_per_token = mfu_of_one_token_a_second(shape, training.sequence_length, world_size, device)
+    flops_of_token, peak = flops_per_token(shape, training.sequence_length), peak_flops_of_all(world_size, device)
+    vision_work = VisionWork(model, meshes)
     logger.info(f"from step {step} to {training.steps}, {loader.num_micro_batches} micro-batches a rank and step")
     if (warmup_steps := config.lr_scheduler.warmup_steps) > training.steps:
         logger.info(f"lr_scheduler.warmup_steps = {warmup_steps}: the rise is not finished in {training.steps} steps")
@@ -241,9 +243,11 @@ def main(arguments: list[str]) -> None:
         micro_batches = [next(loader) for _ in range(loader.num_micro_batches)]
         data_seconds += time.perf_counter() - data_clock
         num_trained = sum(batch.num_trained for batch in micro_batches)
-        # The one place where ranks agree: how many tokens the global batch trains, and whether anyone was told to stop.
-        # On the host, so that no rank waits here for its GPU to finish the step before.
-        num_trained, num_stops = sum_over_ranks(torch.tensor([num_trained, int(stop.requested)])).tolist()
+        # The one place where ranks agree: how many tokens the global batch trains, whether anyone was told to stop, and
+        # what the tower does. On the host, so that no rank waits here for its GPU to finish the step before.
+        own = [num_trained, int(stop.requested), *vision_work.of(micro_batches)]
+        num_trained, num_stops, *of_tower = sum_over_ranks(torch.tensor(own)).tolist()
+        vision_work.add(of_tower)
         stopping = num_stops > 0
 
         lr = config.optimizer.lr * lr_factor(step, training.steps, config.lr_scheduler)
@@ -266,6 +270,7 @@ def main(arguments: list[str]) -> None:
         if last or validates or step % config.metrics.log_interval == 0:
             result = reduce_result(result)
             step_seconds = (time.perf_counter() - clock) / (step - clock_step)
+            of_vision, vision_flops = vision_work.read()
             metrics = {
                 "step": step,
                 "loss": result.losses["loss"].item(),
@@ -278,6 +283,7 @@ def main(arguments: list[str]) -> None:
                 "peak_memory_gib": peak_memory_gib(device),
                 **expert_load(result.expert_counts),
                 **data_quality(loader.counts, device),
+                **of_vision,
             }
             if training.nonfinite == "skip":
                 metrics["skipped_steps"] = num_skipped
@@ -285,8 +291,8 @@ def main(arguments: list[str]) -> None:
                 metrics["aux_loss"] = result.losses["aux_loss"].item()
             if config.moe.z_loss_coef > 0:
                 metrics["z_loss"] = result.losses["z_loss"].item()
-            if mfu_per_token is not None:
-                metrics["mfu"] = mfu_per_token * metrics["tokens_per_second"]
+            if peak is not None:
+                metrics["mfu"] = (flops_of_token * tokens_per_step + vision_flops) / step_seconds / peak
             if config.checkpoint.enable:  # how long saves kept the training waiting since the last line
                 metrics["checkpoint_seconds"], checkpointer.blocked_seconds = checkpointer.blocked_seconds, 0.0
             if validator is not None and validates:

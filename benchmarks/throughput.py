@@ -7,9 +7,10 @@
 
 A global batch that is too small for the processes is one micro-batch of each. Memory is that of the process with most.
 Options of its own: `--documents 4096,1024` cuts every row into documents of these lengths, again and again (default: a
-row is one document); `--steps N` timed steps (default 8); `--profile N` profiles N more and prints the time by kind of
-work; `--trace FILE` also writes rank 0's trace of these, of which timeline.py makes a picture; `--json FILE` adds a
-JSON line to FILE. The other options are train.py's.
+row is one document); `--images HEIGHTxWIDTH:SHARE` has so large a share of the tokens stand for images of random pixels
+of this size, for a model with a vision tower; `--steps N` timed steps (default 8); `--profile N` profiles N more and
+prints the time by kind of work; `--trace FILE` also writes rank 0's trace of these, of which timeline.py makes a
+picture; `--json FILE` adds a JSON line to FILE. The other options are train.py's.
 """
 
 import argparse
@@ -28,6 +29,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.images import NONE, Images, parse_images, with_images
 from config.checks import check_config
 from config.options import Config
 from config.reading import load_config, model_config
@@ -39,10 +41,11 @@ from parallelisms.degrees import work_out_degrees
 from parallelisms.mesh import build_meshes
 from parallelisms.parallelize import local_region
 from train import build_model, reduce_result, train_step
-from training.distributed import init_distributed, world_from_environment
+from training.distributed import init_distributed, sum_over_ranks, world_from_environment
 from training.flops import flops_per_token, peak_flops
 from training.metrics import expert_load, setup_logging
 from training.optimizer import build_optimizer
+from training.vision_work import VisionWork
 
 NUM_WARMUP_STEPS = 4
 
@@ -113,7 +116,9 @@ def time_by_kind(profile: torch.profiler.profile, num_steps: int) -> dict[str, f
     return dict(sorted(kinds.items(), key=lambda item: -item[1]))
 
 
-def measure(config: Config, lengths: list[int], num_steps: int, profile_steps: int, trace: str) -> dict[str, Any]:
+def measure(
+    config: Config, lengths: list[int], num_steps: int, profile_steps: int, trace: str, images: Images | None = None
+) -> dict[str, Any]:
     """Runs and times optimizer steps on this rank's device; all ranks together."""
     rank, world_size = world_from_environment()
     device = init_distributed(config.job.collective_timeout_seconds)
@@ -126,12 +131,17 @@ def measure(config: Config, lengths: list[int], num_steps: int, profile_steps: i
     optimizer = build_optimizer(model, config.optimizer)
     num_micro_batches = training.global_batch_size // (meshes.num_data_ranks * training.local_batch_size)
     tokens_per_step = training.global_batch_size * training.sequence_length
+    vision_work = VisionWork(model, meshes)
 
     def step(number: int) -> Any:
         # What the training loop gets from its loader, and on fresh data as there: routing differs from step to step.
         first = (number * meshes.num_data_ranks + meshes.data_rank) * num_micro_batches
         seeds = range(first, first + num_micro_batches)
         batches = [random_micro_batch(config, lengths, shape.vocab_size, seed) for seed in seeds]
+        if shape.vision:
+            batches = [with_images(batch, shape.vision, images or NONE, seed) for batch, seed in zip(batches, seeds)]
+        if shape.vision:
+            vision_work.add(sum_over_ranks(torch.tensor(vision_work.of(batches))).tolist())
         return train_step(model, optimizer, batches, tokens_per_step, meshes, device, training, config.moe)
 
     def synchronize() -> None:
@@ -140,6 +150,8 @@ def measure(config: Config, lengths: list[int], num_steps: int, profile_steps: i
 
     for number in range(NUM_WARMUP_STEPS):
         step(number)
+    if shape.vision:
+        vision_work.read()  # of the warm-up
     gc.collect()
     gc.freeze()  # as train.py does
     synchronize()
@@ -154,6 +166,8 @@ def measure(config: Config, lengths: list[int], num_steps: int, profile_steps: i
     median = sorted(seconds)[len(seconds) // 2]
     rate = tokens_per_step / median
     flops = flops_per_token(shape, training.sequence_length if not lengths else max(lengths))
+    of_vision, vision_flops = vision_work.read() if shape.vision else ({}, 0.0)
+    flops += vision_flops / tokens_per_step
     found: dict[str, Any] = {
         "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
         "torch": torch.__version__,
@@ -171,6 +185,7 @@ def measure(config: Config, lengths: list[int], num_steps: int, profile_steps: i
         "tokens_per_second_per_device": round(rate / world_size),
         "gflop_per_token": round(flops / 1e9, 3),
         "tflops_per_device": round(flops * rate / world_size / 1e12, 1),
+        **of_vision,
         "loss": round(result.losses["loss"].item(), 4),
         "expert_load_max_over_mean": round(float(expert_load(result.expert_counts)["expert_load_max_over_mean"]), 2),
     }
@@ -209,6 +224,7 @@ def report(found: dict[str, Any], json_file: str, **only_there: Any) -> None:
 def main(arguments: list[str]) -> None:
     parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--documents", default="", metavar="LENGTHS")
+    parser.add_argument("--images", type=parse_images, metavar="HEIGHTxWIDTH:SHARE")
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--profile", type=int, default=0, metavar="STEPS")
     parser.add_argument("--trace", default="", metavar="FILE", help="also write a trace for chrome://tracing there")
@@ -222,7 +238,7 @@ def main(arguments: list[str]) -> None:
     config = dataclasses.replace(config, training=training)
     check_config(config, world_size)
     lengths = [int(length) for length in options.documents.split(",") if length]
-    found = measure(config, lengths, options.steps, options.profile, options.trace)
+    found = measure(config, lengths, options.steps, options.profile, options.trace, options.images)
     if rank == 0:
         report(found, options.json, kernels=dataclasses.asdict(config.kernels))
     torch.distributed.destroy_process_group()

@@ -17,11 +17,13 @@ import torch
 import transformers
 from transformers.models.qwen3_5_moe import modeling_qwen3_5_moe
 
-from benchmarks.throughput import NUM_WARMUP_STEPS, report
+from benchmarks.images import NONE, Images, parse_images, with_images
+from benchmarks.throughput import NUM_WARMUP_STEPS, random_micro_batch, report
 from config.options import Config
 from config.reading import load_config, model_config
 from errors import OneLineParser, exit_on_error
-from training.flops import flops_per_token, peak_flops
+from models.qwen35_moe.vision_config import VisionConfig
+from training.flops import flops_per_token, peak_flops, vision_flops
 
 
 def use_fast_convolution() -> None:
@@ -35,27 +37,58 @@ def use_fast_convolution() -> None:
     modeling_qwen3_5_moe.causal_conv1d_fn = convolution
 
 
-def measure(config: Config, num_steps: int) -> dict[str, Any]:
-    """Times optimizer steps on rows of one random document each, waiting for the GPU after each."""
+def images_for_transformers(
+    config: Config, vision: VisionConfig, images: Images, number: int
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """The tokens [rows, S] of throughput.py's micro-batch of this number, and what transformers takes beside them."""
+    batch = random_micro_batch(config, [], model_config(config).vocab_size, number)
+    batch = with_images(batch, vision, images, number).to(torch.device("cuda"))
+    assert batch.patches is not None
+    tokens = batch.tokens.view(config.training.local_batch_size, -1)
+    frames = batch.patches.frames.lengths()
+    if not len(batch.patches.places):
+        return tokens, {}
+    height, width = batch.patches.grid[2:, 0].tolist()
+    return tokens, {
+        "pixel_values": (batch.patches.pixels.float() / 127.5 - 1).bfloat16(),
+        "image_grid_thw": torch.tensor([(1, height, width)] * len(frames), device="cuda"),
+        "mm_token_type_ids": (tokens == vision.image_token_id).int(),
+    }
+
+
+def measure(config: Config, num_steps: int, images: Images | None = None) -> dict[str, Any]:
+    """Times optimizer steps on rows of one random document each, waiting for the GPU after each. The parts that
+    `model.freeze` names are "vision" and "merger" together, or none."""
     from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
 
     training, shape = config.training, model_config(config)
     use_fast_convolution()
-    hf_config = transformers.Qwen3_5MoeTextConfig(**shape.to_dict())
+    if shape.vision:
+        hf_config = transformers.Qwen3_5MoeConfig(**shape.to_dict())
+        hf_config.text_config._experts_implementation = "grouped_mm"
+        cls = transformers.Qwen3_5MoeForConditionalGeneration
+    else:
+        hf_config = transformers.Qwen3_5MoeTextConfig(**shape.to_dict())
+        cls = transformers.Qwen3_5MoeForCausalLM
     hf_config._attn_implementation, hf_config._experts_implementation = "sdpa", "grouped_mm"
     torch.manual_seed(config.job.seed)
     torch.set_default_dtype(torch.bfloat16)
     with torch.device("cuda"):
-        model = transformers.Qwen3_5MoeForCausalLM(hf_config).train()
+        model = cls(hf_config).train()
+    if shape.vision:
+        model.model.visual.requires_grad_(not config.model.freeze)
     torch.set_default_dtype(torch.float32)
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    optimizer = torch.optim.AdamW(model.parameters(), lr=config.optimizer.lr, fused=True)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=config.optimizer.lr, fused=True)
     cross_entropy = LigerFusedLinearCrossEntropyLoss()
     size = (training.local_batch_size, training.sequence_length)
 
-    def step() -> torch.Tensor:
-        tokens = torch.randint(shape.vocab_size, size, device="cuda")
-        hidden = model.model(input_ids=tokens, use_cache=False).last_hidden_state
+    def step(number: int) -> torch.Tensor:
+        tokens, extra = torch.randint(shape.vocab_size, size, device="cuda"), {}
+        if shape.vision:
+            tokens, extra = images_for_transformers(config, shape.vision, images or NONE, number)
+        hidden = model.model(input_ids=tokens, use_cache=False, **extra).last_hidden_state
         loss = cross_entropy(model.lm_head.weight, hidden.flatten(0, 1), tokens.roll(-1, dims=1).flatten())
         loss.backward()
         optimizer.step()
@@ -66,12 +99,17 @@ def measure(config: Config, num_steps: int) -> dict[str, Any]:
     seconds = []
     for number in range(NUM_WARMUP_STEPS + num_steps):
         start = time.perf_counter()
-        loss = step()
+        loss = step(number)
         if number >= NUM_WARMUP_STEPS:
             seconds.append(time.perf_counter() - start)
     median = sorted(seconds)[len(seconds) // 2]
     rate = size[0] * size[1] / median
     flops = flops_per_token(shape, training.sequence_length)
+    if shape.vision and images:
+        trains = not config.model.freeze
+        height, width = images.grid(shape.vision)
+        tower = vision_flops(shape.vision, [height * width], trains, trains)
+        flops += tower / (height * width // shape.vision.patches_per_token) * images.share
     peak = peak_flops(torch.cuda.get_device_name())
     return {
         "device": torch.cuda.get_device_name(),
@@ -89,12 +127,13 @@ def measure(config: Config, num_steps: int) -> dict[str, Any]:
 def main(arguments: list[str]) -> None:
     parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--images", type=parse_images, metavar="HEIGHTxWIDTH:SHARE", help="as in throughput.py")
     parser.add_argument("--json", default="", metavar="FILE", help="also add a JSON line to FILE")
     options, rest = parser.parse_known_args(arguments)
     missing = [name for name in ("fla", "liger_kernel") if importlib.util.find_spec(name) is None]
     if missing or not torch.cuda.is_available():
         parser.error(f"expected a CUDA GPU and the packages fla and liger_kernel; not here: {missing or 'the GPU'}")
-    report(measure(load_config(rest), options.steps), options.json)
+    report(measure(load_config(rest), options.steps, options.images), options.json)
 
 
 if __name__ == "__main__":

@@ -289,8 +289,9 @@ class Checkpointer:
         assets = unfinished / "hf"
         assets.mkdir()
         sources = [Path(self._config.data.tokenizer)]
+        config = self._shape.to_dict()
         # No position beyond has been seen in training.
-        config = self._shape.to_dict() | {"max_position_embeddings": self._config.training.sequence_length}
+        config.get("text_config", config)["max_position_embeddings"] = self._config.training.sequence_length
         if self._config.model.path:  # it may say more than the shape
             sources.append(Path(self._config.model.path))
             config = read_config(sources[-1] / "config.json")

@@ -5,8 +5,9 @@ The base is the Hugging Face directory that the checkpoint's weights came from, 
 part            taken from                                            written
 ---------------------------------------------------------------------------------------------------------------
 text            the checkpoint; all of it, or nothing is exported     in --dtype, experts as --experts says
-vision tower    the checkpoint, else the base; neither: refused.      bit for bit
-                Left out of causal_lm
+vision tower    the checkpoint                                        in --dtype
+                else the base; neither: refused. Left out of          bit for bit
+                causal_lm
 MTP             the checkpoint, else the base; neither: config.json   bit for bit, experts as --experts says
                 declares no layers of it
 
@@ -39,6 +40,7 @@ from models.qwen35_moe.hf_weights import (
     MTP,
     NOT_TEXT,
     PREFIXES,
+    TOWER,
     VISION,
     count_mtp_layers,
     find_mtp_pieces,
@@ -150,7 +152,8 @@ def make_plan(checkpoint: Path, options: Options) -> Plan:
     written = class_config(config, architecture, count_mtp_layers(others[MTP]), dtype, special_tokens)
     vision = []
     if architecture == "image_text_to_text":
-        vision = [Export(key, tensor, tensor.dtype) for key, tensor in others[VISION].items()]
+        dtype_of_tower = options.dtype if has_tower else None
+        vision = [Export(key, tensor, dtype_of_tower or tensor.dtype) for key, tensor in others[VISION].items()]
         _check("the vision tower", {e.key: e.shape for e in vision}, _vision_shapes(written))
     return Plan(source, written, [*vision, *exports, *mtp], assets)
 
@@ -166,11 +169,17 @@ def _open_checkpoint(path: Path) -> tuple[Path, dict[str, StoredTensor], list[Pa
         tensors = read_fsdp_shards(path)
         prefix = next((p for p in (*PREFIXES.values(), "") if p + "embed_tokens.weight" in tensors), "")
         stored = {k if k.startswith(NOT_TEXT) else k.removeprefix(prefix): t for k, t in tensors.items()}
+        stored = _with_tower_by_hf_name(stored)
         return path, stored, [folder for folder in (path, path / "huggingface", path / "hf") if folder.is_dir()], None
     path = find_checkpoint(path)
     check_files(path)
     stored = {n.removeprefix("model."): t for n, t in read_dcp(path).items() if n.startswith("model.")}
-    return path, stored, [path / "hf"], hf_assets.read_base(path)
+    return path, _with_tower_by_hf_name(stored), [path / "hf"], hf_assets.read_base(path)
+
+
+def _with_tower_by_hf_name(tensors: dict[str, StoredTensor]) -> dict[str, StoredTensor]:
+    """A run that trains the tower has it by its native name."""
+    return {hf_name(name) if name.startswith(TOWER) else name: tensor for name, tensor in tensors.items()}
 
 
 def _text_exports(

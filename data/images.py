@@ -36,6 +36,14 @@ MAX_SOURCE_PIXELS = 2 * (1024**3 // 4 // 3)  # Pillow's own limit, whatever anot
 _ORIENTATION = 0x0112
 _NO_FILE = (FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError)
 _NO_NAME = (errno.ENAMETOOLONG, errno.ELOOP)
+_ARITHMETIC: dict[str, tuple[Any, ...]] = {  # of the keys of a processor file, what is done here
+    **dict.fromkeys(("image_mean", "image_std"), ([0.5] * 3, 0.5)),
+    **dict.fromkeys(("do_resize", "do_rescale", "do_normalize", "do_sample_frames"), (True,)),
+    **dict.fromkeys(("do_center_crop", "do_pad", "cap_pixels_per_frame"), (False,)),
+    "num_frames": (None,),
+    "resample": (Image.Resampling.BICUBIC.value,),
+    "rescale_factor": (1 / 255,),
+}
 
 
 class PixelRules(NamedTuple):
@@ -118,29 +126,10 @@ def _processor(folder: Path | None, section: str, name: str) -> tuple[dict[str, 
 
 
 def _refuse_other_arithmetic(values: dict[str, Any], file: str, sides: dict[str, int]) -> None:
-    half, yes, no = [0.5] * 3, [True, 1], [False, 0]
-    accepted: dict[str, list[Any]] = {
-        "image_mean": [half, 0.5],
-        "image_std": [half, 0.5],
-        "do_resize": yes,
-        "do_rescale": yes,
-        "do_normalize": yes,
-        "do_sample_frames": yes,
-        "do_center_crop": no,
-        "do_pad": no,
-        "cap_pixels_per_frame": no,
-        "num_frames": [],
-        "resample": [Image.Resampling.BICUBIC.value],
-        **{key: [side] for key, side in sides.items()},
-    }
-    for key, allowed in accepted.items():
+    for key, accepted in (_ARITHMETIC | {key: (side,) for key, side in sides.items()}).items():
         value = values.get(key)
-        if value is not None and value not in allowed:
-            expected = json.dumps(allowed[0]) if allowed else "no such key"
-            raise UserError(f"{file}: {key} = {json.dumps(value)}: expected {expected}")
-    factor = values.get("rescale_factor")
-    if factor is not None and not (isinstance(factor, float) and math.isclose(factor, 1 / 255, rel_tol=1e-9)):
-        raise UserError(f"{file}: rescale_factor = {json.dumps(factor)}: expected {1 / 255}")
+        if value is not None and value not in accepted:
+            raise UserError(f"{file}: {key} = {json.dumps(value)}: expected {json.dumps(accepted[0])}")
 
 
 def _limit(values: dict[str, Any], file: str, older: str, edge: str) -> float:
@@ -165,32 +154,23 @@ def _number(values: dict[str, Any], file: str, key: str, kinds: tuple[type, ...]
 
 def fit_image(height: int, width: int, rules: PixelRules) -> tuple[int, int]:
     """The size after the resize: sides are whole merge blocks, pixels are between the limits. Raises BadSample."""
-    check_aspect(height, width, "image")
-    new_height, new_width = (round(side / rules.factor) * rules.factor for side in (height, width))
-    if new_height * new_width > rules.max_pixels:
-        return scaled(height, width, math.sqrt(height * width / rules.max_pixels), rules.factor)
-    if new_height * new_width < rules.min_pixels:
-        return enlarged(height, width, math.sqrt(rules.min_pixels / (height * width)), rules.factor)
-    return new_height, new_width
+    return fit(height, width, rules.factor, (rules.min_pixels, rules.max_pixels))
 
 
-def check_aspect(height: int, width: int, what: str) -> None:
-    """Raises BadSample for a strip."""
+def fit(
+    height: int, width: int, factor: int, limits: tuple[int, int], num_frames: int = 1, rounded: int = 1
+) -> tuple[int, int]:
+    """As fit_image, with limits for all frames together; whether they are kept is asked of the `rounded` number."""
     if max(height, width) / min(height, width) > MAX_ASPECT:
-        raise BadSample(
-            "oversized", f"{what} of {width} x {height} pixels: expected a longer side of {MAX_ASPECT} shorter at most"
-        )
-
-
-def scaled(height: int, width: int, divisor: float, factor: int) -> tuple[int, int]:
-    """Both sides divided, then down to whole merge blocks, one at least."""
-    high, wide = (max(factor, math.floor(side / divisor / factor) * factor) for side in (height, width))
-    return high, wide
-
-
-def enlarged(height: int, width: int, multiplier: float, factor: int) -> tuple[int, int]:
-    """Both sides multiplied, then up to whole merge blocks."""
-    high, wide = (math.ceil(side * multiplier / factor) * factor for side in (height, width))
+        raise BadSample("oversized", f"{width} x {height} pixels: expected sides in a ratio of {MAX_ASPECT} at most")
+    high, wide = (round(side / factor) * factor for side in (height, width))
+    lowest, highest = limits
+    if rounded * high * wide > highest:
+        divisor = math.sqrt(num_frames * height * width / highest)
+        high, wide = (max(factor, math.floor(side / divisor / factor) * factor) for side in (height, width))
+    elif rounded * high * wide < lowest:
+        multiplier = math.sqrt(lowest / (num_frames * height * width))
+        high, wide = (math.ceil(side * multiplier / factor) * factor for side in (height, width))
     return high, wide
 
 
@@ -246,8 +226,6 @@ def _opened(source: ImageSource) -> Iterator[Image.Image]:
         width, height = image.size
         if width * height > MAX_SOURCE_PIXELS:
             raise BadSample("oversized", f"{name}: {width} x {height} pixels: expected {MAX_SOURCE_PIXELS} at most")
-        if width < 1 or height < 1:
-            raise BadSample("broken_image", f"{name}: {width} x {height} pixels: expected some")
         yield image
 
 
@@ -281,7 +259,6 @@ def _orientation_may_follow(image: PngImagePlugin.PngImageFile) -> bool:
 def rgb_image(source: ImageSource) -> Image.Image:
     """The decoded image as it is shown, of an animation the first frame; what is transparent is white."""
     with _opened(source) as image:
-        image.load()
         ImageOps.exif_transpose(image, in_place=True)
         return to_rgb(image)
 
@@ -316,3 +293,11 @@ def patches_of(frames: NDArray[np.uint8], rules: PixelRules) -> NDArray[np.uint8
     )
     ordered = split.transpose(0, 2, 5, 3, 6, 8, 1, 4, 7)  # pair, block row and column, h, w, channel, time, y, x
     return ordered.reshape(-1, num_channels * time * side * side)
+
+
+def pictures_of(patches: NDArray[np.uint8], height: int, width: int, rules: PixelRules) -> NDArray[np.uint8]:
+    """The way back of `patches_of`, for frames of `height` x `width` patches: [F, H, W, C]."""
+    time, side, merge = rules.temporal_patch_size, rules.patch_size, rules.merge_size
+    split = patches.reshape(-1, height // merge, width // merge, merge, merge, 3, time, side, side)
+    ordered = split.transpose(0, 6, 1, 3, 7, 2, 4, 8, 5)  # pair, time, block row, h, y, block column, w, x, channel
+    return ordered.reshape(-1, height * side, width * side, 3)

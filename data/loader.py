@@ -16,7 +16,7 @@ import signal
 import threading
 import warnings
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from multiprocessing import forkserver, resource_tracker
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -28,7 +28,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 from config.options import Data, Training
-from data.batch import Cursor, MicroBatch, Row
+from data.batch import Cursor, MicroBatch, Row, Sample
 from data.media import MediaSettings
 from data.packing import NO_SAMPLE, NUM_PENDING, ChatSlot, Share, TextSlot, filler_row
 from data.samples import Samples, open_samples
@@ -199,11 +199,11 @@ class Packer(NamedTuple):
         """Where slot `number` begins."""
         return (number, 0) if self.data.format == "text" else (number, *[NO_SAMPLE] * NUM_PENDING)
 
-    def slot(self, cursor: Cursor) -> TextSlot | ChatSlot:
-        """The one that stands at `cursor`."""
+    def slot(self, cursor: Cursor, read: Callable[[int], Sample] | None = None) -> TextSlot | ChatSlot:
+        """The one that stands at `cursor`. `read`: gives the samples instead of `samples.read`."""
         num_documents = self.samples.num_documents
         share = Share(
-            self.samples.read,
+            read or self.samples.read,
             self.num_slots,
             end=num_documents if self.one_epoch else None,
             skip_bad=self.data.on_bad_sample == "skip",

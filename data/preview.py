@@ -1,61 +1,153 @@
 """Shows what will be trained on, before it costs anything: the packed rows, decoded, and what an epoch comes to.
 
-    python -m data.preview --config X.toml [--rows N] [--samples N] [--section.key value ...]
+    python -m data.preview --config X.toml [--rows N] [--samples N] [--html FILE] [--section.key value ...]
 
-Trained tokens are green, all others grey; a bar begins each document of a row, and fillers are shown by their number.
+Trained tokens are green, all others grey; a bar begins each document of a row. Images and fillers are shown by their
+numbers; a page that --html writes has the pictures themselves.
 """
 
+import os
 import sys
 from collections import Counter
-from itertools import groupby
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, field
 
 import numpy as np
 
+from config.options import Config
 from config.reading import load_config, model_config
-from data.batch import Row
+from data.batch import Sample
 from data.check import check_data
 from data.loader import Packer
 from data.media import media_settings
 from data.packing import BadSample
-from data.samples import open_samples
+from data.preview_html import page
+from data.preview_rows import show_row, size_of
+from data.samples import Samples, open_samples
 from data.tokenizer import load_tokenizer
 from errors import OneLineParser, UserError, exit_on_error
 from models.ops.labels import IGNORED
+from models.qwen35_moe.vision_config import VisionConfig
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast
-
-_GREEN, _GREY, _BAR, _PLAIN = "\033[32m", "\033[90m", "\033[1;31m", "\033[0m"
+_MOST_SIZES = 8
 
 
-def show_row(row: Row, tokenizer: "PreTrainedTokenizerFast", colours: bool) -> str:
-    """A row as text. Without colours, what is trained on stands in «guillemets»."""
-    # A label stands at the token before: the first of a document is never trained on.
-    is_trained = np.concatenate(([False], row.labels[:-1] != IGNORED))
-    on, off, bar, plain = (_GREEN, _GREY, _BAR, _PLAIN) if colours else ("«", "", "", "")
-    parts, start = [], 0
-    for length in row.lengths:
-        parts.append(f"{bar}|{plain}")
-        if start == len(row.tokens) - row.num_fillers:
-            parts.append(f"{off}({row.num_fillers} fillers){plain}")
-            break
-        is_trained[start] = False
-        for trained, places in groupby(range(start, start + length), lambda place: bool(is_trained[place])):
-            text = tokenizer.decode(row.tokens[list(places)].tolist())
-            parts.append(f"{on if trained else off}{text}{plain if colours else '»' if trained else ''}")
-        start += length
-    return "".join(parts)
+@dataclass
+class Measured:
+    """What the first `num_samples` samples are. No image or video of theirs is decoded."""
+
+    num_samples: int
+    lengths: list[int] = field(default_factory=list)  # of those that can be used
+    num_trained: int = 0
+    num_vision: int = 0  # tokens
+    num_images: int = 0
+    num_videos: int = 0
+    most_media: int = 0  # of a sample
+    sizes: Counter[str] = field(default_factory=Counter)  # of images and of pairs of video frames
+    notes: list[tuple[str, str]] = field(default_factory=list)  # reason and message
+    skipped: Counter[str] = field(default_factory=Counter)
+    noted: Counter[str] = field(default_factory=Counter)  # of those that can be used
+
+    @classmethod
+    def of(cls, samples: Samples, num_samples: int, vision: VisionConfig | None) -> "Measured":
+        """Reads them. Raises UserError if none can be used."""
+        found = cls(num_samples)
+        for number in range(num_samples):
+            try:
+                sample = samples.read(number)
+            except BadSample as error:
+                found.skipped[error.reason] += 1
+                found.notes.append((error.reason, str(error)))
+                continue
+            if sample.note is not None:
+                found.noted[sample.note[0]] += 1
+                found.notes.append(sample.note)
+            found.lengths.append(len(sample.tokens))
+            found.num_trained += int((sample.labels != IGNORED).sum())
+            if vision is not None:
+                found._see(sample, vision)
+        if not found.lengths:
+            raise UserError(f"data.path: none of {num_samples} samples can be used: {dict(found.skipped)}")
+        return found
+
+    def _see(self, sample: Sample, vision: VisionConfig) -> None:
+        frames = [frame for medium in sample.media for frame in medium.frames]
+        self.num_vision += sum(height * width for _, height, width in frames) // vision.patches_per_token
+        self.sizes.update(size_of(*(side * vision.patch_size for side in frame[1:])) for frame in frames)
+        firsts = [sample.tokens[medium.frames[0].place] for medium in sample.media]
+        num_videos = sum(first == vision.video_token_id for first in firsts)
+        self.num_videos += num_videos
+        self.num_images += len(firsts) - num_videos
+        self.most_media = max(self.most_media, len(firsts))
+
+    def bins(self) -> list[tuple[int, int, int]]:
+        """How many samples have 1, 2 to 3, 4 to 7, ... tokens: (least, most, how many)."""
+        bins = Counter(length.bit_length() for length in self.lengths)
+        return [(1 << bits - 1, (1 << bits) - 1, bins[bits]) for bits in range(min(bins), max(bins) + 1)]
+
+    def facts(self, num_documents: int, fill: float, config: Config) -> list[str]:
+        """What there is to say, a line each. `num_documents`: of the corpus. `fill`: how full rows are, of 1."""
+        training, num_tokens = config.training, sum(self.lengths)
+        lines = [
+            *(f"skipped ({what}): {n:,}, {n / self.num_samples:.2%}" for what, n in sorted(self.skipped.items())),
+            *(f"used, but {reason}: {count:,}" for reason, count in sorted(self.noted.items())),
+            f"rows are {fill:.1%} full, and {self.num_trained / num_tokens:.1%} of the tokens in them are trained on",
+        ]
+        if self.sizes:
+            images, videos = (number / len(self.lengths) for number in (self.num_images, self.num_videos))
+            sizes = [f"{size} ({count:,})" for size, count in self.sizes.most_common(_MOST_SIZES)]
+            others = len(self.sizes) - len(sizes)
+            lines += [
+                f"{self.num_vision / num_tokens:.1%} of the tokens are vision tokens; a sample has {images:.2f} images "
+                f"and {videos:.2f} videos, {self.most_media} together at most",
+                f"sizes of images and pairs of video frames: {', '.join(sizes)}" + f", {others} others" * (others > 0),
+            ]
+        tokens = num_tokens / self.num_samples * num_documents
+        about = "" if self.num_samples == num_documents else "about "
+        steps = tokens / fill / training.sequence_length / training.global_batch_size
+        return [
+            *lines,
+            f"an epoch has {about}{tokens:,.0f} tokens, {steps:,.1f} steps; training.steps = {training.steps:,} are\n"
+            f"{training.steps / steps:,.2f} epochs",
+        ]
 
 
-def histogram(lengths: list[int]) -> str:
-    """How many samples have 1, 2 to 3, 4 to 7, ... tokens."""
-    bins = Counter(length.bit_length() for length in lengths)
-    lines = []
-    for bits in range(min(bins), max(bins) + 1):
-        bar = "#" * round(50 * bins[bits] / max(bins.values()))
-        lines.append(f"{1 << bits - 1:>9,} to {(1 << bits) - 1:>9,} tokens  {bins[bits]:>7,}  {bar}")
-    return "\n".join(lines)
+def histogram(bins: list[tuple[int, int, int]]) -> str:
+    """Lengths of samples, a bar each."""
+    most = max(count for _, _, count in bins)
+    return "\n".join(
+        f"{a:>9,} to {b:>9,} tokens  {count:>7,}  {'#' * round(50 * count / most)}" for a, b, count in bins
+    )
+
+
+def _fill(packer: Packer, num_rows: int, sequence_length: int) -> float:
+    """How full rows are, of 1: those of one slot that reads all samples, and decodes none of their pictures."""
+
+    def unseen(number: int) -> Sample:
+        sample = packer.samples.read(number)
+        empty = [medium._replace(decode=lambda: np.empty((0, 0), np.uint8)) for medium in sample.media]
+        return sample._replace(media=empty)
+
+    slot = packer._replace(num_slots=1).slot(packer.first_cursor(0), unseen)
+    num_fillers = sum(slot.next_row(sequence_length).num_fillers for _ in range(num_rows))
+    return 1 - num_fillers / (num_rows * sequence_length)
+
+
+def _check_writable(file: str) -> None:
+    """Raises UserError now rather than after the work. Leaves the file as it is."""
+    existed = os.path.lexists(file)
+    _write(file, b"", "ab")
+    if not existed:
+        os.unlink(file)
+
+
+def _write(file: str, content: bytes, mode: str) -> None:
+    try:
+        with open(file, mode) as opened:
+            opened.write(content)
+    except OSError as error:
+        raise UserError(
+            f"--html {file!r} cannot be written: {error.strerror}: expected the name of a file in a folder that exists"
+        ) from error
 
 
 def main(argv: list[str]) -> None:
@@ -63,50 +155,39 @@ def main(argv: list[str]) -> None:
     parser = OneLineParser(prog="python -m data.preview", description="Shows what will be trained on.")
     parser.add_argument("--rows", type=int, default=2, help="rows to show")
     parser.add_argument("--samples", type=int, default=1000, help="samples to measure")
+    parser.add_argument("--html", metavar="FILE", help="write a page with the rows and their pictures")
     options, rest = parser.parse_known_args(argv)
     config = load_config(rest)
     shape = model_config(config)
+    if options.html is not None:
+        _check_writable(options.html)
     check_data(config, shape.vocab_size, shape.vision)
     training, tokenizer = config.training, load_tokenizer(config.data.tokenizer)
     media = media_settings(config, shape.vision)
     samples = open_samples(config.data, tokenizer, training.sequence_length, config.job.seed, media)
 
-    noted = Counter[str]()
     packer = Packer(samples, config.data, tokenizer.eos_token_id or 0, training.global_batch_size, False)
+    rows = []
     for number in range(min(options.rows, training.global_batch_size)):
         row = packer.slot(packer.first_cursor(number)).next_row(training.sequence_length)
-        noted.update(reason for reason, _ in row.notes if reason == "ignored_field")  # told once, so it may be here
-        print(f"Row {number}: {len(row.lengths)} documents\n{show_row(row, tokenizer, sys.stdout.isatty())}\n")
+        rows.append(row)
+        text = show_row(row, tokenizer, shape.vision, sys.stdout.isatty())
+        print(f"Row {number}: {len(row.lengths)} documents\n{text}\n")
 
-    lengths, num_trained, skipped = [], 0, Counter[str]()
-    num_measured = min(options.samples, samples.num_documents)
-    for number in range(num_measured):
-        try:
-            sample = samples.read(number)
-        except BadSample as error:
-            skipped[error.reason] += 1
-            continue
-        if sample.note is not None:
-            noted[sample.note[0]] += 1
-        lengths.append(len(sample.tokens))
-        num_trained += int((sample.labels != IGNORED).sum())
-    if not lengths:
-        raise UserError(f"data.path: none of {num_measured} samples can be used: {dict(skipped)}")
-    slot = Packer(samples, config.data, 0, 1, False).slot(packer.first_cursor(0))
-    rows = [slot.next_row(training.sequence_length) for _ in range(-(-sum(lengths) // training.sequence_length))]
-    fill = 1 - sum(row.num_fillers for row in rows) / (len(rows) * training.sequence_length)
-    tokens = sum(lengths) / num_measured * samples.num_documents
-    about = "" if num_measured == samples.num_documents else "about "
-    print(f"{num_measured:,} of {samples.num_documents:,} samples measured:")
-    print(histogram(lengths))
-    for reason, count in sorted(skipped.items()):
-        print(f"skipped ({reason}): {count:,}, {count / num_measured:.2%}")
-    for reason, count in sorted(noted.items()):
-        print(f"used, but {reason}: {count:,}")
-    print(f"rows are {fill:.1%} full, and {num_trained / sum(lengths):.1%} of the tokens in them are trained on")
-    steps = tokens / fill / training.sequence_length / training.global_batch_size
-    print(f"an epoch has {about}{tokens:,.0f} tokens, {steps:,.1f} steps; training.steps = {training.steps:,} are")
-    print(f"{training.steps / steps:,.2f} epochs")
+    measured = Measured.of(samples, min(options.samples, samples.num_documents), shape.vision)
+    notes = [note for row in rows for note in row.notes]
+    # Told once, so it may have been told of a row.
+    measured.noted.update(reason for reason, _ in notes if reason == "ignored_field")
+    fill = _fill(packer, -(-sum(measured.lengths) // training.sequence_length), training.sequence_length)
+    heading = f"{measured.num_samples:,} of {samples.num_documents:,} samples measured"
+    facts = measured.facts(samples.num_documents, fill, config)
+    print("\n".join([f"{heading}:", histogram(measured.bins()), *facts]))
+    if options.html is not None:
+        notes = [*dict.fromkeys([*notes, *measured.notes])]
+        html = page(" ".join(rest), rows, tokenizer, shape.vision, [heading, *facts], measured.bins(), notes)
+        content = html.encode(errors="replace")
+        _write(options.html, content, "wb")
+        print(f"{options.html}: {len(content):,} bytes")
 
 
 if __name__ == "__main__":

@@ -19,8 +19,7 @@ from PIL import Image
 from data.images import (
     ImageSource,
     PixelRules,
-    check_aspect,
-    enlarged,
+    fit,
     image_size,
     name_of,
     open_source,
@@ -28,7 +27,6 @@ from data.images import (
     patches_of,
     resized,
     rgb_image,
-    scaled,
 )
 from data.packing import BadSample
 from errors import UserError
@@ -105,19 +103,11 @@ def sample_frames(num_frames: int, fps: float, rules: PixelRules) -> list[int]:
 
 def fit_video(num_frames: int, height: int, width: int, rules: PixelRules) -> tuple[int, int]:
     """The size of each frame after the resize: as fit_image, with limits for all frames together. Raises BadSample."""
-    factor = rules.factor
-    if min(height, width) < factor:
-        scale = max(factor / height, factor / width)
+    if min(height, width) < rules.factor:
+        scale = max(rules.factor / height, rules.factor / width)
         height, width = int(height * scale), int(width * scale)
-    check_aspect(height, width, "a video")
-    new_height, new_width = (round(side / factor) * factor for side in (height, width))
     rounded = round(num_frames / rules.temporal_patch_size) * rules.temporal_patch_size
-    num_pixels = num_frames * height * width
-    if rounded * new_height * new_width > rules.video_max_pixels:
-        return scaled(height, width, math.sqrt(num_pixels / rules.video_max_pixels), factor)
-    if rounded * new_height * new_width < rules.video_min_pixels:
-        return enlarged(height, width, math.sqrt(rules.video_min_pixels / num_pixels), factor)
-    return new_height, new_width
+    return fit(height, width, rules.factor, (rules.video_min_pixels, rules.video_max_pixels), num_frames, rounded)
 
 
 def _size_of_frames(frames: tuple[ImageSource, ...]) -> tuple[int, int]:
@@ -157,7 +147,9 @@ def _opened(source: str | bytes) -> Iterator[tuple["InputContainer", "VideoStrea
             # Its bytes alone decide, not its name: FFmpeg would draw the letters of a .txt. And a file can name others,
             # and addresses: nothing else is opened.
             content = SimpleNamespace(read=file.read, seek=file.seek, tell=file.tell)
-            with av.open(content, "r", container_options={"protocol_whitelist": "none"}) as container:
+            # Titles may be in any encoding.
+            options = {"protocol_whitelist": "none"}
+            with av.open(content, "r", container_options=options, metadata_errors="replace") as container:
                 if not container.streams.video:
                     raise BadSample("broken_video", f"{name} has no video stream")
                 if container.format.name == "gif" and not _ends_as_gif(file):
@@ -187,16 +179,15 @@ def _read_header(source: str | bytes) -> tuple[int, float, int, int]:
         # Files that were cut without encoding them again list frames that are not shown.
         num_frames = sum(not entry.is_discard for entry in listed) if len(listed) == stream.frames else 0
         frame = next(container.decode(stream), None)
-        size = (frame.height, frame.width) if frame else (0, 0)
-        turned = frame is not None and round(frame.rotation / 90) % 2 == 1
+        if frame is None or frame.is_corrupt:
+            raise BadSample("broken_video", f"{name}: its first frame cannot be decoded")
+        turned = round(frame.rotation / 90) % 2 == 1
+        height, width = (frame.width, frame.height) if turned else (frame.height, frame.width)
     if not num_frames:
         with _opened(source) as (container, stream):
             num_frames = sum(packet.size > 0 and not packet.is_discard for packet in container.demux(stream))
-    if not num_frames or not min(size):
-        raise BadSample("broken_video", f"{name} has no frame that can be decoded")
-    if not rate:
+    if not rate or rate < 0:
         raise BadSample("broken_video", f"{name} does not tell how many frames a second it has")
-    height, width = size[::-1] if turned else size
     return num_frames, float(rate), height, width
 
 

@@ -1,6 +1,6 @@
 """parallelize_fn: expert parallelism -> activation checkpointing -> compile -> FSDP2, in that order."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import torch
@@ -12,8 +12,10 @@ from torch.distributed.fsdp._fully_shard._fsdp_api import ReduceScatter
 from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
+from models.ops.documents import Documents
 from models.qwen35_moe.init import LocalPart, whole
 from models.qwen35_moe.model import Qwen35Moe
+from models.qwen35_moe.rotary import Rotary
 from models.qwen35_moe.vision import VisionTower
 from parallelisms.activation_checkpoint import apply_activation_checkpointing
 from parallelisms.expert_parallel import ExpertParallelBlock
@@ -72,7 +74,21 @@ def _prepare_tower(
         apply_activation_checkpointing([(block, "forward") for block in tower.blocks], activation_checkpoint)
     if compile_blocks:
         for block in tower.vision_blocks:
-            block.compile()
+            setattr(block, "forward", _compiled_for_any_length(block.forward))  # noqa: B010 (of a method)
+
+
+def _compiled_for_any_length(forward: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """One graph however many patches there are. What is marked is the tensors that arrive here: FSDP makes new ones of
+    a module's inputs. (With `dynamic=True` a first batch with as many patches as channels would be taken for a rule.)
+    """
+    compiled = torch.compile(forward)
+
+    def run(hidden: torch.Tensor, rotary: Rotary, frames: Documents) -> torch.Tensor:
+        for tensor in (hidden, *rotary):
+            torch._dynamo.maybe_mark_dynamic(tensor, 0)
+        return compiled(hidden, rotary, frames)
+
+    return run
 
 
 def apply_fsdp(model: Qwen35Moe, meshes: Meshes, compute_dtype: torch.dtype) -> None:

@@ -10,6 +10,10 @@ SLOW: dict[str, tuple[str, ...]] = {
     "checkpoint/tensors/test_dcp.py": ("test_reads_chunks_of_several_mesh_axes",),
     "checkpoint/test_chat_export.py": ("test_generation_stops_at_the_end_of_a_trained_turn",),
     "checkpoint/test_checkpointer.py": ("test_any_layout_resumes_any_other_bit_for_bit",),
+    "checkpoint/test_frozen_tower.py": (
+        "test_a_frozen_tower_is_written_once_and_restored_on_any_layout",
+        "test_another_choice_takes_the_weights_alone",
+    ),
     "checkpoint/test_hf_reader.py": ("test_each_rank_reads_its_part_of_any_directory",),
     "checkpoint/test_runs.py": (
         "test_five_steps_after_a_move_are_those_of_the_run_that_stayed",
@@ -53,6 +57,11 @@ SLOW: dict[str, tuple[str, ...]] = {
     ),
     "parallelisms/test_precision.py": ("test_what_is_float32_under_bfloat16",),
     "parallelisms/test_vision_layouts.py": ("test_equals_one_process",),
+    "parallelisms/test_vision_tower.py": (
+        "test_a_block_of_the_tower_is_one_graph_however_many_patches_and_frames",
+        "test_a_frozen_tower_adds_no_collective_and_a_trained_one_its_units",
+        "test_what_is_frozen_has_no_graph_no_gradient_no_state",
+    ),
     "test_layouts.py": ("test_five_steps_of_the_tiny_run_on_seven_layouts",),
     "test_reproducibility.py": (
         "test_the_first_losses_are_those_on_record",
@@ -71,6 +80,7 @@ SLOW: dict[str, tuple[str, ...]] = {
         "test_sigterm_saves_and_a_second_start_goes_on",
         "test_two_nodes",
     ),
+    "test_vision_training.py": ("test_one_process_and_two_and_what_is_frozen",),
     "training/test_distributed.py": ("test_the_missing_rank_is_named",),
     "training/test_load_balancing.py": (
         "test_fillers_count_nowhere",

@@ -82,9 +82,9 @@ def stored_tensors(checkpoint: Path) -> dict[str, torch.Tensor]:
     return {name: tensor.read() for name, tensor in read_dcp(checkpoint).items()}
 
 
-def native_model(checkpoint: Path) -> Qwen35Moe:
+def native_model(checkpoint: Path, with_vision: bool = False) -> Qwen35Moe:
     """The model of a checkpoint in this one process."""
-    shape = ModelConfig.from_pretrained(checkpoint / "hf")
+    shape = ModelConfig.from_pretrained(checkpoint / "hf", with_vision)
     model = Qwen35Moe(shape, Kernels(attention="sdpa"))
     tensors = {n.removeprefix("model."): t for n, t in stored_tensors(checkpoint).items() if n.startswith("model.")}
     model.load_state_dict(tensors)

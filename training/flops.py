@@ -1,9 +1,12 @@
-"""How many floating-point operations a token costs, and what the hardware could do."""
+"""How many floating-point operations tokens and images cost, and what the hardware could do."""
+
+from collections.abc import Sequence
 
 import torch
 
 from models.qwen35_moe.config import FULL, ModelConfig
 from models.qwen35_moe.parameters import matmul_parameters_per_token
+from models.qwen35_moe.vision_config import VisionConfig
 
 # Dense bf16 peak of one device in FLOP/s, from the vendor's datasheets.
 _PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "H800": 989e12, "B200": 2250e12, "A100": 312e12}
@@ -28,9 +31,24 @@ def peak_flops(device_name: str) -> float | None:
     return next((peak for name, peak in _PEAK_FLOPS.items() if name in device_name), None)
 
 
-def mfu_of_one_token_a_second(
-    config: ModelConfig, sequence_length: int, num_devices: int, device: torch.device
-) -> float | None:
-    """Model FLOPs utilisation at one token a second over all devices; None on CPUs and unknown GPUs."""
+def peak_flops_of_all(num_devices: int, device: torch.device) -> float | None:
+    """The dense bf16 peak of all devices together, FLOP/s; None on CPUs and unknown GPUs."""
     peak = peak_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
-    return None if peak is None else flops_per_token(config, sequence_length) / (peak * num_devices)
+    return None if peak is None else peak * num_devices
+
+
+def vision_flops(config: VisionConfig, frames: Sequence[int], trains_blocks: bool, trains_merger: bool) -> int:
+    """FLOPs that the tower needs for frames of so many patches each; recomputation is not counted.
+
+    Forward: 2 for each parameter of a matrix product that a patch passes (its embedding, the blocks) or a token (the
+    merger), and 4 * hidden * patches^2 for a frame's attention in each block. The backward pass is twice that, of what
+    it reaches: nothing of a frozen tower, the merger alone where nothing before it is trained.
+    """
+    width, merged = config.hidden_size, config.patches_per_token * config.hidden_size
+    of_block = 4 * width**2 + 2 * width * config.intermediate_size
+    of_merger = merged**2 + merged * config.out_hidden_size
+    num_patches = sum(frames)
+    blocks = 2 * num_patches * (config.patch_values * width + config.depth * of_block)
+    blocks += config.depth * 4 * width * sum(length**2 for length in frames)
+    merger = 2 * (num_patches // config.patches_per_token) * of_merger
+    return blocks * (3 if trains_blocks else 1) + merger * (3 if trains_blocks or trains_merger else 1)

@@ -1,6 +1,7 @@
 """Softmax attention inside each document of a packed stream, to the past or to all of it."""
 
-from typing import Any
+import itertools
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -19,8 +20,8 @@ def attention(
 
     q [T, N, K]; k, v [T, Nkv, K] -> [T, N, K]. backend "sdpa": one call a document, any device and dtype, the
     reference; "varlen": one kernel over the stream, the FlashAttention 2 that PyTorch contains; "cudnn": cuDNN's kernel
-    where all documents have one length, faster there, else as "varlen"; "fa4": one kernel over the stream, of the
-    package flash-attn-4. All but the first need CUDA with bfloat16 or float16.
+    where all documents have one length, faster there, and for long ones without `causal`, else as "varlen"; "fa4": one
+    kernel over the stream, of the package flash-attn-4. All but the first need CUDA with bfloat16 or float16.
     """
     if backend == "sdpa":
         return _sdpa(q, k, v, documents, causal)
@@ -60,10 +61,14 @@ def _forward(
     causal: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Out [T, N, K], and the softmax's logarithmic normalisers, float32 [N * T] in the kernel's own order."""
-    if backend == "cudnn" and (length := _common_length(cu_seqlens_cpu)):
-        heads_first = [_by_document(x, length) for x in (q, k, v)]
-        out, normaliser, *_ = _aten._scaled_dot_product_cudnn_attention(*heads_first, None, True, 0.0, causal)
-        return _as_stream(out), normaliser.reshape(-1)
+    if backend == "cudnn" and (runs := _runs(cu_seqlens_cpu, causal)):
+        outs, normalisers = [], []
+        for run in runs:
+            heads_first = [_by_document(run.of(x), run.length) for x in (q, k, v)]
+            out, normaliser, *_ = _aten._scaled_dot_product_cudnn_attention(*heads_first, None, True, 0.0, causal)
+            outs.append(_as_stream(out))
+            normalisers.append(normaliser.reshape(-1))
+        return _joined(outs), _joined(normalisers)
     bounds = _bounds(cu_seqlens, max_seqlen)
     if backend == "fa4":
         from flash_attn.cute.interface import _flash_attn_fwd
@@ -96,14 +101,16 @@ def _backward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The gradients of q, k and v."""
     unused = torch.zeros(2, dtype=torch.uint64, device=q.device)  # the random state of a dropout that there is not
-    if backend == "cudnn" and (length := _common_length(cu_seqlens_cpu)):
-        tensors = [_by_document(x, length) for x in (gradient, q, k, v, out)]
-        normaliser = normaliser.view(*tensors[1].shape[:3], 1)
-        seed = unused.view(torch.int64)[0]
-        gradients = _aten._scaled_dot_product_cudnn_attention_backward(
-            *tensors, normaliser, seed, seed, None, None, None, length, length, 0.0, causal
-        )
-        dq, dk, dv = (_as_stream(x) for x in gradients)
+    if backend == "cudnn" and (runs := _runs(cu_seqlens_cpu, causal)):
+        of_runs, seed = [], unused.view(torch.int64)[0]
+        for run in runs:
+            tensors = [_by_document(run.of(x), run.length) for x in (gradient, q, k, v, out)]
+            of_run = normaliser[run.start * q.shape[1] : run.stop * q.shape[1]].view(*tensors[1].shape[:3], 1)
+            gradients = _aten._scaled_dot_product_cudnn_attention_backward(
+                *tensors, of_run, seed, seed, None, None, None, run.length, run.length, 0.0, causal
+            )
+            of_runs.append([_as_stream(x) for x in gradients])
+        dq, dk, dv = (_joined(list(parts)) for parts in zip(*of_runs))
         return dq, dk, dv
     bounds, deterministic = _bounds(cu_seqlens, max_seqlen), torch.are_deterministic_algorithms_enabled()
     gradient, normaliser = gradient.contiguous(), normaliser.view(q.shape[1], q.shape[0])
@@ -146,10 +153,39 @@ def _bounds(cu_seqlens: torch.Tensor, max_seqlen: int) -> dict[str, Any]:
     }
 
 
-def _common_length(cu_seqlens_cpu: torch.Tensor) -> int:
-    """The length of all documents; 0 if they differ, or have one token: cuDNN takes two and more."""
-    lengths = cu_seqlens_cpu.diff()
-    return int(lengths[0]) if lengths[0] > 1 and bool((lengths == lengths[0]).all()) else 0
+class _Run(NamedTuple):
+    """Neighbouring documents of one length: the tokens from `start` to `stop`."""
+
+    start: int
+    stop: int
+    length: int
+
+    def of(self, x: torch.Tensor) -> torch.Tensor:
+        return x[self.start : self.stop]
+
+
+# On an H100, three frames of 8,160 patches and 16 heads of 72 took FlashAttention 2 3.9 ms forward and 12.0 backward,
+# and cuDNN 3.0 and 8.0 (benchmarks/vision_attention.py). Short documents would be more launches than work.
+_TOKENS_OF_A_RUN = 1024
+
+
+def _runs(cu_seqlens_cpu: torch.Tensor, causal: bool) -> list[_Run]:
+    """What cuDNN computes, in as many calls; none if that would be slower than one kernel over the stream."""
+    bounds = cu_seqlens_cpu.tolist()
+    most = 1 if causal else max(1, bounds[-1] // _TOKENS_OF_A_RUN)
+    runs: list[_Run] = []
+    for start, stop in itertools.pairwise(bounds):
+        if stop - start == 1 or len(runs) > most:  # cuDNN takes two tokens and more
+            return []
+        if runs and runs[-1].length == stop - start:
+            runs[-1] = runs[-1]._replace(stop=stop)
+        else:
+            runs.append(_Run(start, stop, stop - start))
+    return runs if len(runs) <= most else []
+
+
+def _joined(parts: list[torch.Tensor]) -> torch.Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def _by_document(x: torch.Tensor, length: int) -> torch.Tensor:

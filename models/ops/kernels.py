@@ -27,10 +27,11 @@ class Kernels(NamedTuple):
     cross_entropy: str = "torch"
     """"torch" or "compiled": see linear_cross_entropy.py."""
 
-    @property
-    def vision_attention(self) -> str:
-        """Of the vision tower: its heads (72 wide) are not for FlashAttention 4; its frames seldom have one length."""
-        return "sdpa" if self.attention == "sdpa" else "varlen"
+    def vision_attention(self, head_dim: int) -> str:
+        """Of the vision tower, whose heads (72 wide) are not for FlashAttention 4."""
+        if self.attention == "sdpa" or head_dim % 8 or head_dim > 256:
+            return "sdpa"
+        return "varlen" if self.attention == "varlen" else "cudnn"
 
 
 CHOICES = {

@@ -5,6 +5,7 @@ flash-linear-attention). Heads and widths are the model's own, since libraries c
 what is compiled here is what training runs.
 """
 
+import functools
 import logging
 import math
 import time
@@ -92,6 +93,11 @@ def _cases(kernels: Kernels, shape: ModelConfig, device: torch.device, dtype: to
             heads = {"q": shape.num_attention_heads, "k": shape.num_key_value_heads, "v": shape.num_key_value_heads}
             inputs = {name: random(sum(lengths), number, shape.head_dim) for name, number in heads.items()}
             yield _Case("attention", kernels.attention, attention, inputs, (Documents.from_lengths(lengths, device),))
+
+    if shape.vision and (backend := kernels.vision_attention(shape.vision.head_dim)) != CHOICES["attention"][0]:
+        size = (num_tokens, shape.vision.num_heads, shape.vision.head_dim)
+        inputs = {name: random(*size) for name in "qkv"}
+        yield _Case("attention", backend, functools.partial(attention, causal=False), inputs, (documents,))
 
     if kernels.gated_delta_rule != CHOICES["gated_delta_rule"][0]:
 

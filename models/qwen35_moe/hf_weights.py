@@ -14,7 +14,9 @@ from models.qwen35_moe.parameters import Box, Shape, mtp_parameters, parameters
 
 PREFIXES = {"image_text_to_text": "model.language_model.", "causal_lm": "model."}
 """Before every name but `lm_head.weight`, for each of the two classes that share the text model."""
-VISION, MTP = "model.visual.", "mtp."
+TOWER = "visual."
+"""Before the native names of the vision tower."""
+VISION, MTP = "model." + TOWER, "mtp."
 NOT_TEXT = (VISION, MTP)
 """Tensors of a Hugging Face model that are no part of the text model: vision tower, multi-token prediction."""
 
@@ -34,7 +36,7 @@ def mtp_shapes(config: ModelConfig, num_layers: int) -> dict[str, Shape]:
 
 def hf_name(name: str, architecture: str = "causal_lm") -> str:
     """A native parameter's name in a Hugging Face checkpoint with stacked experts."""
-    if name.startswith("visual."):
+    if name.startswith(TOWER):
         return "model." + name
     return name if name.startswith("lm_head.") else PREFIXES[architecture] + name
 
@@ -52,6 +54,8 @@ def find_pieces(config: ModelConfig, available: Mapping[str, Shape]) -> dict[str
     so is a tied model's copy of the head.
     """
     architecture = find_architecture(available)
+    if config.vision and not any(key.startswith(VISION) for key in available):
+        raise UserError("weights: there is no vision tower: expected model.vision = 'off', or weights with one")
     keys = {hf_name(name, architecture): (name, entry.shape) for name, entry in parameters(config).items()}
     pieces = _find({key: shape for key, (_, shape) in keys.items()}, available)
     used = {piece.key for parts in pieces.values() for piece in parts}

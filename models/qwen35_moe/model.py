@@ -80,7 +80,9 @@ class Qwen35Moe(nn.Module):
         super().__init__()
         self.config = config
         self.cross_entropy = kernels.cross_entropy
-        self.visual = VisionTower(config.vision, kernels.vision_attention) if config.vision else None
+        self.visual: VisionTower | None = None
+        if config.vision:
+            self.visual = VisionTower(config.vision, kernels.vision_attention(config.vision.head_dim))
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Block(config, layer_type, kernels) for layer_type in config.layer_types)
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)

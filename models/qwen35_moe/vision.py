@@ -29,8 +29,8 @@ class PatchEmbed(nn.Module):
         self.proj = nn.Conv3d(config.in_channels, config.hidden_size, kernel_size=window, stride=window)
 
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:
-        """uint8 [P, values of a patch] -> [P, C]; a value x counts as (x - 127.5) / 127.5, in float32."""
-        values = (pixels.float() - 127.5) / 127.5
+        """uint8 [P, values of a patch] -> [P, C]; a value x counts as x / 127.5 - 1, in float32."""
+        values = pixels.float() / 127.5 - 1
         weight = self.proj.weight
         return F.linear(values.to(weight.dtype), weight.flatten(1), self.proj.bias)
 
@@ -123,8 +123,6 @@ class VisionTower(nn.Module):
         hidden = hidden + self.position(patches.grid).to(hidden.dtype)
         rotary = vision_rotary(self.config, patches.grid)
         for block in self.blocks:
-            for tensor in (hidden, *rotary):
-                torch._dynamo.maybe_mark_dynamic(tensor, 0)  # P changes with every batch: one graph for all
             hidden = block(hidden, rotary, patches.frames)
         return self.merger(hidden)
 

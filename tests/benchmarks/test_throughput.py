@@ -8,6 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks.images import parse_images, with_images
+from benchmarks.throughput import random_micro_batch
+from config.reading import load_config, model_config
+
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -37,6 +41,25 @@ def test_it_measures_a_training_step(tmp_path: Path) -> None:
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2
     assert done.stderr == f"{tmp_path}/trace.json: no GPU kernels in this trace, expected one that was made on a GPU\n"
+
+
+def test_images_take_their_share(tmp_path: Path) -> None:
+    options = ["--config", "qwen35moe_vision_tiny.toml", "--training.local_batch_size=2", "--images=64x64:0.1"]
+    command = [sys.executable, "-m", "benchmarks.throughput", *options, f"--json={tmp_path}/found.jsonl", "--steps=1"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    config = load_config(options[:-1])
+    vision = model_config(config).vision
+    images = parse_images("64x64:0.1")
+    # So small an image is enlarged to 256 x 256 pixels, which are 64 tokens.
+    counts = []
+    for number in range(10):
+        batch = with_images(random_micro_batch(config, [], 4000, number), vision, images, number)
+        counts.append(len(batch.patches.places) / 64)
+        assert (batch.tokens[batch.patches.places] == vision.image_token_id).all()
+        assert batch.positions.shape == (3, 512)
+    assert sum(counts) == 8  # 10 * 512 * 0.1 / 64
+    assert set(counts) == {0, 1}
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="tells what is missing where there is no GPU")

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from checkpoint.hf_reader import load_hf_weights, text_tensors
+from checkpoint.hf_reader import load_hf_weights, native_tensors
 from checkpoint.tensors.safetensors import read_safetensors
 from errors import UserError
 from models.ops.kernels import Kernels
@@ -108,6 +108,6 @@ def test_a_tied_models_own_head_must_equal_its_embedding(tmp_path: Path, fault: 
     arrays = read_safetensors(tmp_path / "hf")
     if fault:
         with pytest.raises(UserError, match=r"'lm_head.weight' (differs from the embedding|has shape)"):
-            text_tensors(config, arrays)
+            native_tensors(config, arrays)
     else:
-        assert "lm_head.weight" not in text_tensors(config, arrays)
+        assert "lm_head.weight" not in native_tensors(config, arrays)

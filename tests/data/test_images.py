@@ -20,7 +20,7 @@ from transformers.image_utils import load_image
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil, smart_resize
 
 from data import images
-from data.images import PixelRules, fit_image, image_patches, image_size, patches_of, pixel_rules, to_rgb
+from data.images import PixelRules, fit_image, image_patches, image_size, patches_of, pictures_of, pixel_rules, to_rgb
 from data.packing import BadSample
 from errors import UserError
 
@@ -131,7 +131,7 @@ def test_sizes_equal_transformers_for_any_limits(height: int, width: int, low: i
     try:
         expected = smart_resize(height, width, 16 * merge, low, low + more)
     except ValueError:
-        with pytest.raises(BadSample, match="expected a longer side"):
+        with pytest.raises(BadSample, match="in a ratio of 200 at most"):
             fit_image(height, width, rules)
     else:
         assert fit_image(height, width, rules) == expected
@@ -285,6 +285,8 @@ def test_a_header_is_read_without_decoding(monkeypatch: pytest.MonkeyPatch) -> N
 def test_the_order_of_patches(pairs: int, rows: int, columns: int, merge: int, time: int) -> None:
     rules = PixelRules(merge_size=merge, temporal_patch_size=time, patch_size=2)
     frames = noise(pairs * time * rows * merge * 2, columns * merge * 2).reshape(pairs * time, rows * merge * 2, -1, 3)
+    restored = pictures_of(patches_of(frames, rules), rows * merge, columns * merge, rules)
+    np.testing.assert_array_equal(restored, frames)
     patches = iter(patches_of(frames, rules))
     for pair in range(pairs):
         for row in range(rows):
@@ -358,6 +360,22 @@ def test_what_is_no_image(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "a.png"
     path.write_bytes(content)
     assert reason_of(content) == reason_of(str(path)) == "broken_image"
+
+
+@pytest.mark.parametrize("offset", [2**62, 2**63 - 1, 2**63, 2**64 - 1])
+def test_a_place_that_no_file_has(tmp_path: Path, offset: int) -> None:
+    """The system refuses to go there; it is the file's fault."""
+    path = tmp_path / "a.tif"
+    path.write_bytes(b"II\x2b\0\x08\0\0\0" + offset.to_bytes(8, "little") + bytes(64))
+    assert reason_of(str(path)) == reason_of(path.read_bytes()) == "broken_image"
+
+
+def test_pillow_writes_nothing(caplog: pytest.LogCaptureFixture) -> None:
+    content = bytearray(encoded(picture(), "TIFF"))
+    entry = content.index((277).to_bytes(2, "little") + (3).to_bytes(2, "little"))  # how many samples a pixel has
+    content[entry + 8 : entry + 10] = (9999).to_bytes(2, "little")
+    assert reason_of(bytes(content)) == "broken_image"
+    assert not caplog.records
 
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "GIF", "TIFF", "BMP"])
@@ -464,6 +482,8 @@ def test_rules_of_transformers_files(tmp_path: Path) -> None:
         ("image_std", [0.5]),
         ("image_std", 1),
         *[(f"do_{what}", False) for what in ("resize", "rescale", "normalize")],
+        ("do_center_crop", True),
+        ("do_pad", True),
         ("rescale_factor", 1 / 127.5),
         ("rescale_factor", "1/255"),
         ("resample", 2),

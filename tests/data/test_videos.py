@@ -33,6 +33,7 @@ needs_av = pytest.mark.skipif(av is None, reason="decodes video files: needs the
 reference = importlib.import_module("transformers.models.qwen3_vl.video_processing_qwen3_vl")
 RULES = PixelRules()
 HEIGHT, WIDTH = 64, 96
+SIDES = st.integers(1, 40) | st.integers(1, 5000)
 
 
 def pictures(num_frames: int, height: int = HEIGHT, width: int = WIDTH) -> NDArray[np.uint8]:
@@ -104,17 +105,32 @@ def test_frames_and_times_equal_transformers(total: int, fps: float, rate: float
     assert sample_frames(total, fps, rules) == expected
 
 
-@given(st.integers(2, 900), st.integers(1, 5000), st.integers(1, 5000), st.integers(1, 10**6), st.integers(0, 10**8))
+@given(st.integers(2, 900), SIDES, SIDES, st.integers(1, 10**6), st.integers(0, 10**8))
 @settings(max_examples=400, deadline=None)
 def test_sizes_equal_transformers(num_frames: int, height: int, width: int, low: int, more: int) -> None:
     rules = PixelRules(video_min_pixels=low, video_max_pixels=low + more)
     try:
         expected = reference.smart_resize(num_frames, height, width, 2, 32, low, low + more)
     except ValueError:
-        with pytest.raises(BadSample, match="expected a longer side"):
+        with pytest.raises(BadSample, match="in a ratio of 200 at most"):
             fit_video(num_frames, height, width, rules)
     else:
         assert fit_video(num_frames, height, width, rules) == expected
+
+
+def test_sizes_near_the_limits_equal_transformers() -> None:
+    """Where it matters what is counted: the frames, or those rounded to whole pairs."""
+    rng = np.random.default_rng(0)
+    for _ in range(10_000):
+        num_frames, height, width = (int(rng.integers(2, 12)), *rng.integers(20, 500, 2).tolist())
+        if max(height, width) > 15 * min(height, width):
+            continue
+        low = max(1, int(num_frames * height * width * rng.uniform(0.4, 1.2)))
+        high = int(low * rng.uniform(1, 1.5))
+        rules = PixelRules(video_min_pixels=low, video_max_pixels=high)
+        assert fit_video(num_frames, height, width, rules) == reference.smart_resize(
+            num_frames, height, width, 2, 32, low, high
+        )
 
 
 def test_sizes_on_record() -> None:
@@ -196,13 +212,15 @@ def test_every_container(tmp_path: Path, codec: str, kind: str) -> None:
 
 
 @needs_av
-def test_frames_that_are_not_shown_do_not_count() -> None:
-    """Of a film that was cut without encoding it again."""
-    content = film(40, shown_from=7)
+@pytest.mark.parametrize("shown_from", [1, 5, 12, 13])
+@pytest.mark.parametrize("codec", ["h264", "mpeg4"])
+def test_frames_that_are_not_shown_do_not_count(codec: str, shown_from: int) -> None:
+    """Of a film that was cut without encoding it again. Its index lists all of its frames, or (h264) some."""
+    content = film(40, codec=codec, shown_from=shown_from)
     frames = decoded(content)
-    assert len(frames) == 33
+    assert len(frames) == 40 - shown_from
     plan = plan_video(content, RULES)
-    assert plan.indices == (0, 11, 21, 32)
+    assert plan.indices[-1] == len(frames) - 1
     assert_patches_are(video_patches(content, plan, RULES), [frames[index] for index in plan.indices])
 
 
@@ -322,12 +340,29 @@ def test_what_is_no_file(tmp_path: Path) -> None:
         ("a.png", as_png(pictures(1)[0])),
     ],
 )
-def test_what_is_no_video(tmp_path: Path, name: str, content: bytes) -> None:
+def test_what_is_no_video(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, content: bytes) -> None:
     """Lists that name other files among them: nothing but the file itself is opened."""
+    monkeypatch.chdir(tmp_path)
     (tmp_path / "good.mp4").write_bytes(film(4))
     path = tmp_path / name
     path.write_bytes(content)
     assert reason_of(str(path)) == reason_of(content) == "broken_video"
+
+
+@needs_av
+def test_a_title_in_any_encoding() -> None:
+    file = io.BytesIO()
+    with av.open(io.BytesIO(film(4))) as source, av.open(file, "w", format="mp4") as container:
+        container.metadata["title"] = "cafe cafe"
+        stream = container.add_stream_from_template(source.streams.video[0])
+        for packet in source.demux(video=0):
+            if packet.dts is not None:
+                packet.stream = stream
+                container.mux(packet)
+    content = file.getvalue()
+    assert b"cafe cafe" in content
+    content = content.replace(b"cafe cafe", b"caf\xe9 caf\xe9")
+    assert plan_video(content, RULES) == plan_video(film(4), RULES)
 
 
 @needs_av
@@ -372,6 +407,21 @@ def test_a_header_that_promises_more_than_there_is() -> None:
     with pytest.raises(BadSample) as caught:
         video_patches(bytes(content), plan, RULES)
     assert caught.value.reason == "broken_video"
+
+
+@needs_av
+def test_a_damaged_first_frame_is_told_by_the_plan() -> None:
+    content = bytearray(film(6, codec="mpeg4", kind="avi"))
+    start = content.index(b"movi") + 12
+    content[start + 400 : start + 460] = bytes(60)
+    with pytest.raises(BadSample, match="first frame cannot be decoded"):
+        plan_video(bytes(content), RULES)
+
+
+@needs_av
+def test_a_gif_may_be_padded() -> None:
+    content = film(4, codec="gif", kind="gif")
+    assert plan_video(content + bytes(9), RULES) == plan_video(content, RULES)
 
 
 @needs_av

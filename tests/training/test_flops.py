@@ -2,11 +2,16 @@
 
 import pytest
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 from models.ops.kernels import Kernels
 from models.qwen35_moe.config import FULL, ModelConfig
 from models.qwen35_moe.model import Qwen35Moe
-from training.flops import flops_per_token, peak_flops
+from models.qwen35_moe.vision import VisionTower
+from models.qwen35_moe.vision_config import VisionConfig
+from tests.models.qwen35_moe.vision_shapes import random_patches, tiny_vision
+from training.flops import flops_per_token, peak_flops, vision_flops
 
 
 def test_counts_every_matrix_that_a_token_passes() -> None:
@@ -39,3 +44,32 @@ def test_the_35b_model_to_the_digit() -> None:
 def test_peak_is_looked_up_by_name() -> None:
     assert peak_flops("NVIDIA H100 80GB HBM3") == 989e12
     assert peak_flops("some other device") is None
+
+
+@pytest.mark.parametrize(
+    "config", [tiny_vision(), tiny_vision(depth=3, spatial_merge_size=1, num_heads=4, patch_size=6)], ids=str
+)
+def test_the_tower_is_as_torch_counts_it(config: VisionConfig) -> None:
+    """With attention as matrix products: its CPU kernel is unknown to the counter. There is no gradient of pixels."""
+    frames = [(2, 2), (4, 6), (6, 10), (6, 10)]
+    patches = random_patches(config, frames)
+    tower = VisionTower(config, "sdpa")
+    lengths = [height * width for height, width in frames]
+    with sdpa_kernel(SDPBackend.MATH):
+        with FlopCounterMode(display=False) as forward:
+            features = tower(patches)
+        with FlopCounterMode(display=False) as backward:
+            features.sum().backward()
+    assert vision_flops(config, lengths, False, False) == forward.get_total_flops()
+    of_pixels = 2 * sum(lengths) * config.patch_values * config.hidden_size
+    both = forward.get_total_flops() + backward.get_total_flops() + of_pixels
+    assert vision_flops(config, lengths, True, True) == both
+
+
+def test_the_tower_of_the_35b_to_the_digit() -> None:
+    lengths = [68 * 120]
+    forward = 2 * (412839936 * 8160 + 30670848 * 2040) + 27 * 4 * 1152 * 8160**2
+    assert vision_flops(VisionConfig(), lengths, False, False) == forward
+    assert vision_flops(VisionConfig(), lengths, True, True) == 3 * forward == pytest.approx(45.4e12, rel=1e-3)
+    of_merger = 2 * 30670848 * 2040
+    assert vision_flops(VisionConfig(), lengths, False, True) == forward + 2 * of_merger

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from models.ops.attention import attention
+from models.ops.attention import _runs, attention
 from models.ops.documents import Documents
 from models.ops.kernels import select_kernels
 from tests.models.ops.compare import assert_close, relative_error, run
@@ -24,29 +24,45 @@ def make_inputs(num_tokens: int, heads: tuple[int, int], dtype: torch.dtype = to
     return [torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype) for shape in shapes]
 
 
-def naive(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lengths: list[int]) -> torch.Tensor:
-    """One [T, T] softmax over the whole stream; all that is not the same document's past is masked."""
+def naive(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lengths: list[int], causal: bool = True) -> torch.Tensor:
+    """One [T, T] softmax over the whole stream; all that is not the same document's past is masked, or not the same
+    document's."""
     group = q.shape[1] // k.shape[1]
     k, v = (x.repeat_interleave(group, dim=1) for x in (k, v))
     document = torch.arange(len(lengths), device=q.device).repeat_interleave(torch.tensor(lengths, device=q.device))
-    allowed = (document[:, None] == document[None, :]).tril()
+    allowed = document[:, None] == document[None, :]
+    allowed = allowed.tril() if causal else allowed
     scores = torch.einsum("qnk,snk->nqs", q, k) * q.shape[-1] ** -0.5
     weights = scores.masked_fill(~allowed, float("-inf")).softmax(dim=-1)
     return torch.einsum("nqs,snk->qnk", weights, v)
 
 
-def run_sdpa(inputs: list[torch.Tensor], lengths: list[int]) -> tuple[torch.Tensor, list[torch.Tensor]]:
+def run_sdpa(
+    inputs: list[torch.Tensor], lengths: list[int], causal: bool = True
+) -> tuple[torch.Tensor, list[torch.Tensor]]:
     documents = Documents.from_lengths(lengths)
-    return run(lambda q, k, v: attention(q, k, v, documents, backend="sdpa"), inputs)
+    return run(lambda q, k, v: attention(q, k, v, documents, backend="sdpa", causal=causal), inputs)
 
 
+@pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("heads", [(1, 1), (4, 4), (4, 2), (6, 2), (8, 1)])
 @settings(deadline=None, max_examples=15)
 @given(lengths=st.lists(st.integers(1, 20), min_size=1, max_size=5))
-def test_equals_masked_softmax(heads: tuple[int, int], lengths: list[int]) -> None:
+def test_equals_masked_softmax(heads: tuple[int, int], causal: bool, lengths: list[int]) -> None:
     # 1e-12: float64 sums of at most 100 terms.
     inputs = make_inputs(sum(lengths), heads)
-    assert_close(run_sdpa(inputs, lengths), run(lambda q, k, v: naive(q, k, v, lengths), inputs), 1e-12)
+    expected = run(lambda q, k, v: naive(q, k, v, lengths, causal), inputs)
+    assert_close(run_sdpa(inputs, lengths, causal), expected, 1e-12)
+
+
+def test_runs_of_one_length() -> None:
+    def of(lengths: list[int], causal: bool) -> list[tuple[int, int, int]]:
+        return [tuple(run) for run in _runs(Documents.from_lengths(lengths).cu_seqlens_cpu, causal)]
+
+    assert of([5, 5, 5], True) == of([5, 5, 5], False) == [(0, 15, 5)]
+    assert of([2000, 2000, 1000], True) == []
+    assert of([2000, 2000, 1000], False) == [(0, 4000, 2000), (4000, 5000, 1000)]
+    assert of([1000, 24], False) == of([2000, 1, 2000], False) == of([1, 1], True) == []
 
 
 LENGTHS = [5, 1, 33, 2, 17]
@@ -162,34 +178,39 @@ def skip_unless_it_runs(backend: str, dtype: torch.dtype, dim: int) -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="the kernels run on CUDA alone")
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize(("heads", "dim"), [((16, 2), 256), ((4, 4), 64)])
+@pytest.mark.parametrize(
+    ("heads", "dim", "causal"), [((16, 2), 256, True), ((4, 4), 64, True), ((16, 16), 72, False), ((4, 2), 128, False)]
+)
 @pytest.mark.parametrize(
     ("backend", "lengths"),
     [
         ("varlen", [1, 200, 63, 64, 184]),
         ("cudnn", [201, 311]),
         ("cudnn", [256, 256]),
+        ("cudnn", [1500, 1500, 1100]),
         ("cudnn", [1] * 512),
         ("fa4", [1, 200, 63, 64, 184]),
         ("fa4", [1] * 300 + [212]),  # from 257 documents on it finds a tile's document in another way
     ],
 )
 def test_kernels_equal_masked_softmax(
-    backend: str, lengths: list[int], heads: tuple[int, int], dim: int, dtype: torch.dtype, compiled: bool
+    backend: str, lengths: list[int], heads: tuple[int, int], dim: int, causal: bool, dtype: torch.dtype, compiled: bool
 ) -> None:
     skip_unless_it_runs(backend, dtype, dim)
     # 1%: bfloat16 keeps 8 bits (0.4%), and the weights and the output are each rounded to it once.
-    documents = Documents.from_lengths(lengths, torch.device("cuda"), max_seqlen=512)
+    torch.compiler.reset()
+    documents = Documents.from_lengths(lengths, torch.device("cuda"), max_seqlen=max(512, *lengths))
     generator = torch.Generator("cuda").manual_seed(0)
     inputs = [
-        torch.randn(512, n, dim, generator=generator, device="cuda", dtype=dtype) for n in (heads[0], *2 * heads[1:])
+        torch.randn(sum(lengths), n, dim, generator=generator, device="cuda", dtype=dtype)
+        for n in (heads[0], *2 * heads[1:])
     ]
 
     def kernel(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        return attention(q, k, v, documents, backend=backend)
+        return attention(q, k, v, documents, backend=backend, causal=causal)
 
     out, gradients = run(torch.compile(kernel, fullgraph=True) if compiled else kernel, inputs)
-    expected, gradients_expected = run(lambda q, k, v: naive(q, k, v, lengths), [x.double() for x in inputs])
+    expected, gradients_expected = run(lambda q, k, v: naive(q, k, v, lengths, causal), [x.double() for x in inputs])
     assert_close((out, gradients), (expected, gradients_expected), 1e-2)
 
     # Isolation: other documents' content changes nothing, forward and backward.

@@ -70,7 +70,7 @@ def test_equals_transformers(name: str) -> None:
     tower = make_tower(config)
     model = reference(config, tower)
     patches = random_patches(config, grids)
-    values = ((patches.pixels.float() - 127.5) / 127.5).requires_grad_()
+    values = (patches.pixels.float() / 127.5 - 1).requires_grad_()
     expected = model(values, grid_thw=torch.tensor([(1, height, width) for height, width in grids])).pooler_output
     actual = tower(patches)
     assert actual.shape == (sum(h * w for h, w in grids) // config.patches_per_token, config.out_hidden_size)
@@ -91,7 +91,7 @@ def test_no_further_from_float64_than_transformers() -> None:
     tower, patches = make_tower(config), random_patches(config, grids)
     model, exact = reference(config, tower), reference(config, tower, torch.float64)
     grid_thw = torch.tensor([(1, height, width) for height, width in grids])
-    values = (patches.pixels.float() - 127.5) / 127.5
+    values = patches.pixels.float() / 127.5 - 1
     expected = exact(values.double(), grid_thw=grid_thw).pooler_output
     ours, theirs = error(tower(patches), expected), error(model(values, grid_thw=grid_thw).pooler_output, expected)
     assert ours < 2 * theirs
@@ -102,7 +102,7 @@ def test_a_video_is_its_frames() -> None:
     config = CONFIGS["tiny"]
     tower = make_tower(config)
     patches = random_patches(config, [(4, 6)] * 3)
-    values = (patches.pixels.float() - 127.5) / 127.5
+    values = patches.pixels.float() / 127.5 - 1
     video = reference(config, tower)(values, grid_thw=torch.tensor([(3, 4, 6)])).pooler_output
     assert error(tower(patches), video) < 1e-5
 

@@ -97,7 +97,7 @@ def reference_model(config: ModelConfig, native: Qwen35Moe) -> torch.nn.Module:
 def run_reference(model: torch.nn.Module, document: Reading, pixels: torch.Tensor) -> torch.Tensor:
     """transformers on one document by itself; `pixels` of its frames in order, images and videos mixed."""
     arguments = {"input_ids": torch.tensor([document.tokens]), "mm_token_type_ids": torch.tensor([document.types])}
-    values = (pixels.float() - 127.5) / 127.5
+    values = pixels.float() / 127.5 - 1
     parts = values.split([height * width for _, height, width in document.frames])
     starts = [document.types[place] for place, _, _ in document.frames]
     for kind, grids, name in ((1, document.image_grids, "image"), (2, document.video_grids, "video")):

@@ -1,0 +1,66 @@
+"""Images of random pixels in the benchmarks' micro-batches: `--images 1080x1920:0.3`."""
+
+import dataclasses
+import re
+from typing import NamedTuple
+
+import torch
+
+from data.batch import MAX_PATCHES, MicroBatch
+from data.images import PixelRules, fit_image
+from errors import UserError
+from models.ops.labels import IGNORED
+from models.qwen35_moe.patches import Patches
+from models.qwen35_moe.positions import multimodal_positions
+from models.qwen35_moe.vision_config import VisionConfig
+
+
+class Images(NamedTuple):
+    """Their height and width in pixels, and the share of the tokens that stands for them."""
+
+    height: int
+    width: int
+    share: float
+
+    def grid(self, vision: VisionConfig) -> tuple[int, int]:
+        """Height and width in patches, by the published limits."""
+        height, width = fit_image(self.height, self.width, PixelRules())
+        return height // vision.patch_size, width // vision.patch_size
+
+
+NONE = Images(32, 32, 0.0)
+
+
+def parse_images(text: str) -> Images | None:
+    """HEIGHTxWIDTH:SHARE; None for an empty text. Raises UserError."""
+    found = re.fullmatch(r"(\d+)x(\d+):(0?\.\d+)", text)
+    if text and found is None:
+        raise UserError(f"--images = {text!r}: expected as 1080x1920:0.3")
+    return Images(int(found[1]), int(found[2]), float(found[3])) if found else None
+
+
+def with_images(batch: MicroBatch, vision: VisionConfig, images: Images, number: int) -> MicroBatch:
+    """The micro-batch of this number with images in the place of some tokens, which are not trained on. Each document
+    has one at its second token at most; over many micro-batches they are as many as their share says."""
+    height, width = images.grid(vision)
+    num_tokens, merge = height * width // vision.patches_per_token, vision.spatial_merge_size
+    lengths = batch.documents.lengths()
+    wanted = images.share * len(batch.tokens) / num_tokens  # in a micro-batch, maybe a fraction
+    count = round(wanted * (number + 1)) - round(wanted * number)
+    positions, starts, begin = [], [], 0
+    for length in lengths:
+        is_shown = len(starts) < count and num_tokens < length
+        starts += [begin + 1] if is_shown else []
+        frames = [(1, height // merge, width // merge)] if is_shown else []
+        positions.append(torch.from_numpy(multimodal_positions(length, frames)).long())
+        begin += length
+    if len(starts) < count:
+        raise UserError(f"--images: {count} images of {num_tokens} tokens have no room in documents of {lengths}")
+    grids = [(height, width)] * count or [(merge, merge)]
+    size = (sum(high * wide for high, wide in grids), vision.patch_values)
+    pixels = torch.randint(256, size, dtype=torch.uint8, generator=torch.Generator().manual_seed(number))
+    places = torch.cat([torch.empty(0, dtype=torch.int64), *(torch.arange(s, s + num_tokens) for s in starts)])
+    tokens, labels = batch.tokens.clone(), batch.labels.clone()
+    tokens[places], labels[places - 1], labels[places] = vision.image_token_id, IGNORED, IGNORED
+    patches = Patches.of(pixels, grids, places, merge, max_patches=MAX_PATCHES)
+    return dataclasses.replace(batch, tokens=tokens, labels=labels, positions=torch.cat(positions, 1), patches=patches)
