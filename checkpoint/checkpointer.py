@@ -40,6 +40,7 @@ from checkpoint.tensors.dcp import read_dcp
 from config.options import Config
 from config.reading import resolved_toml
 from data.chat import end_of_turn_id
+from data.media import processor_of
 from data.samples import sample_texts
 from errors import UserError, reading
 from models.qwen35_moe.config import ModelConfig, read_config
@@ -296,7 +297,8 @@ class Checkpointer:
             sources.append(Path(self._config.model.path))
             config = read_config(sources[-1] / "config.json")
         end_of_turn = end_of_turn_id(str(sources[0])) if self._config.data.format == "chat" else None
-        write_checkpoint_assets(assets, config, self._base, *sources, end_of_turn=end_of_turn)
+        processor = processor_of(self._config)
+        write_checkpoint_assets(assets, config, self._base, *sources, processor=processor, end_of_turn=end_of_turn)
         (assets / SAMPLE).write_text(json.dumps(self._sample), encoding="utf-8")
         others = [path for path in unfinished.rglob("*") if path.is_file() and path.name not in files]
         directories.write_manifest(unfinished, files | directories.describe_files(unfinished, others))

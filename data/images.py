@@ -14,7 +14,7 @@ import math
 import os
 import stat
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, NamedTuple
@@ -30,6 +30,8 @@ logging.getLogger("PIL").setLevel(logging.CRITICAL)  # what is wrong with a file
 
 ImageSource = str | bytes
 """A path, or the content of an image file."""
+
+PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json")
 
 MAX_ASPECT = 200
 MAX_SOURCE_PIXELS = 2 * (1024**3 // 4 // 3)  # Pillow's own limit, whatever another library has set it to
@@ -64,6 +66,11 @@ class PixelRules(NamedTuple):
     def factor(self) -> int:
         """The pixels along a side of a vision token."""
         return self.patch_size * self.merge_size
+
+
+def find_processor(folders: Iterable[Path]) -> Path | None:
+    """The first of `folders` that has any of a processor's files. These belong together: none is taken from another."""
+    return next((folder for folder in folders if any((folder / name).exists() for name in PROCESSOR_FILES)), None)
 
 
 def pixel_rules(
