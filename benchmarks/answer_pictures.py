@@ -55,7 +55,7 @@ class Answerer:
 def text_of(message: dict) -> str:
     """A message's text parts, end to end."""
     content = message["content"]
-    return content if isinstance(content, str) else "".join(part["text"] or "" for part in content)
+    return content if isinstance(content, str) else "".join(part.get("text", "") for part in content)
 
 
 def without_nulls(message: dict) -> dict:
