@@ -27,6 +27,7 @@ SLOW: dict[str, tuple[str, ...]] = {
         "test_workers_end_when_their_parent_is_killed",
         "test_workers_outlive_stop_signals_to_the_group_and_end_with_close",
     ),
+    "data/test_media_loader.py": ("test_interrupted_anywhere", "test_interrupted_with_workers"),
     "models/ops/test_gated_delta_rule.py": (
         "test_equals_recurrence_for_any_documents",
         "test_gradcheck",
