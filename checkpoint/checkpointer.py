@@ -44,6 +44,7 @@ from data.media import processor_of
 from data.samples import sample_texts
 from errors import UserError, reading
 from models.qwen35_moe.config import ModelConfig, read_config
+from models.qwen35_moe.hf_weights import TOWER
 from models.qwen35_moe.model import Qwen35Moe
 from parallelisms.mesh import Meshes
 from parallelisms.parallelize import local_region
@@ -156,11 +157,12 @@ class Checkpointer:
         for name in sorted(state.keys() | stored.keys()):
             if name not in stored or name not in state:
                 what = "lacks" if name not in stored else "has an unknown"
-                frozen = " with the same model.freeze, or checkpoint.start_from for the weights alone"
-                raise UserError(
-                    f"checkpoint {path} {what} tensor {name!r}: expected one of the same model"
-                    + (frozen if name.startswith("optimizer.") else "")
-                )
+                hints = {
+                    "optimizer.": " with the same model.freeze, or checkpoint.start_from for the weights alone",
+                    f"model.{TOWER}": f", or model.vision = {'off' if name not in stored else 'on'!r}",
+                }
+                hint = next((hint for prefix, hint in hints.items() if name.startswith(prefix)), "")
+                raise UserError(f"checkpoint {path} {what} tensor {name!r}: expected one of the same model{hint}")
             if stored[name].shape != tuple(state[name].shape):
                 raise UserError(
                     f"checkpoint {path}: {name!r} has shape {list(stored[name].shape)}, the model's has "
