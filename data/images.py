@@ -46,6 +46,8 @@ _ARITHMETIC: dict[str, tuple[Any, ...]] = {  # of the keys of a processor file, 
     "resample": (Image.Resampling.BICUBIC.value,),
     "rescale_factor": (1 / 255,),
 }
+_NEEDED = ("patch_size", "image_mean", "image_std")
+"""Of an image processor's file: for these transformers' class has CLIP's defaults, and exports are served so."""
 
 
 class PixelRules(NamedTuple):
@@ -128,6 +130,9 @@ def _processor(folder: Path | None, section: str, name: str) -> tuple[dict[str, 
                     continue
             if not isinstance(values, dict):
                 raise UserError(f"{path}: {key or 'its content'} is a {type(values).__name__}: expected an object")
+            for needed in _NEEDED if section == "image_processor" else ():
+                if values.get(needed) is None:
+                    raise UserError(f"{path}: {needed} is left out: expected it, as transformers would take CLIP's")
             return values, str(path)
     return {}, name
 
