@@ -7,6 +7,7 @@ tells what to add.
 import pytest
 
 SLOW: dict[str, tuple[str, ...]] = {
+    "benchmarks/test_throughput.py": ("test_images_take_their_share",),
     "checkpoint/tensors/test_dcp.py": ("test_reads_chunks_of_several_mesh_axes",),
     "checkpoint/test_chat_export.py": ("test_generation_stops_at_the_end_of_a_trained_turn",),
     "checkpoint/test_checkpointer.py": ("test_any_layout_resumes_any_other_bit_for_bit",),
@@ -71,6 +72,11 @@ SLOW: dict[str, tuple[str, ...]] = {
     "test_run_train.py": (
         "test_a_scheduler_that_starts_several_runs_of_one_process",
         "test_what_only_a_rank_finds_is_one_line_and_status_2",
+    ),
+    "test_vision_run.py": (
+        "test_a_model_of_100_m_parameters_reloads",
+        "test_runs_go_on_from_an_image_text_model",
+        "test_transformers_computes_the_same_from_an_export",
     ),
     "test_train.py": (
         "test_bare_torchrun_tells_a_mistake_in_one_line_too",
