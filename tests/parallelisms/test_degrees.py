@@ -57,4 +57,4 @@ def test_the_largest_expert_degree_that_fits(world_size: int, shard: int, num_ex
         options.append(f"--parallelism.data_parallel_replicate_degree={world_size // shard}")
     config = load(*options)
     check_config(config, world_size)
-    assert work_out_degrees(config.parallelism, model_config(config), world_size).expert == expected
+    assert work_out_degrees(config.parallelism, config.training, model_config(config), world_size).expert == expected
