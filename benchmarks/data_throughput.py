@@ -1,15 +1,20 @@
 """How fast one rank's data comes, and what a large corpus costs at the start and in memory.
 
     python -m benchmarks.data_throughput [--seconds 10] [--workers 2] [--documents 10000000]
+    python -m benchmarks.data_throughput --images 10000 [--seconds 10]
 
 Prints one line a measurement. The embedded text and tokenizer, copied to about 100 MB; rows of 4,096 tokens, 8 slots.
 The large corpus is generated in a temporary folder (about 40 bytes a document), and read with the index made anew and
 then with the index of before.
+
+With --images: chats about so many photos of 1080 x 1920, hard links to a few that are drawn here. First what their
+lengths cost, from headers alone, for all of them; then one worker that decodes, in rows of 16,384 tokens.
 """
 
 import argparse
 import itertools
 import json
+import multiprocessing
 import os
 import resource
 import subprocess
@@ -18,9 +23,16 @@ import tempfile
 import time
 from pathlib import Path
 
+import numpy as np
+from PIL import Image
+
 from config.options import Data, Training
+from config.reading import load_config, model_config
 from data import tokenize
 from data.loader import TokenLoader
+from data.media import media_settings
+from data.samples import open_samples
+from data.tokenizer import load_tokenizer
 from errors import OneLineParser, exit_on_error
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -56,11 +68,71 @@ def start_of(path: str) -> None:
     print(f"{time.perf_counter() - start:.2f} s to the first micro-batch, peak memory {peak:,.0f} MiB")
 
 
+def draw_photos(folder: Path, number: int) -> Path:
+    """So many files, of which each holds one of sixteen photos of noise on colours, and the chats about them."""
+    random = np.random.default_rng(0)
+    for place in range(16):
+        colours = Image.fromarray(random.integers(0, 256, (9, 16, 3), np.uint8)).resize((1920, 1080))
+        grain = random.integers(-12, 13, (1080, 1920, 1))
+        photo = np.clip(np.asarray(colours, np.int16) + grain, 0, 255).astype(np.uint8)
+        Image.fromarray(photo).save(folder / f"{place}.jpg", quality=85)
+    with open(folder / "chats.jsonl", "w") as file:
+        for place in range(number):
+            if place >= 16:
+                os.link(folder / f"{place % 16}.jpg", folder / f"{place}.jpg")
+            content = [{"type": "image", "image": f"{place}.jpg"}, {"type": "text", "text": f"What is photo {place}?"}]
+            turns = [{"role": "user", "content": content}, {"role": "assistant", "content": "Colours and noise."}]
+            file.write(json.dumps({"messages": turns}) + "\n")
+    return folder / "chats.jsonl"
+
+
+def peak_memory(process: int) -> str:
+    lines = Path(f"/proc/{process}/status").read_text().splitlines()
+    return f"{int(next(line for line in lines if line.startswith('VmHWM')).split()[1]) / 2**10:,.0f} MiB"
+
+
+def measure_images(folder: Path, number: int, seconds: float) -> None:
+    """Lengths from headers, then rows from one worker: images a second, and the most memory it has had."""
+    path = draw_photos(folder, number)
+    arguments = ["--data.path", str(path), "--data.image_folder", str(folder), "--data.max_pixels=16777216"]
+    arguments += ["--training.sequence_length=16384", "--training.global_batch_size=1", "--training.local_batch_size=1"]
+    config = load_config(["--config", "qwen35moe_vision_tiny.toml", "--data.num_workers=1", *arguments])
+    media = media_settings(config, model_config(config).vision)
+    samples = open_samples(config.data, load_tokenizer(config.data.tokenizer), 16384, 0, media)
+    before, start = peak_memory(os.getpid()), time.perf_counter()
+    num_tokens = sum(len(samples.read(place).tokens) for place in range(number))
+    rate = number / (time.perf_counter() - start)
+    print(
+        f"lengths of {number:,} photos: {rate:,.0f} a second, {num_tokens:,} tokens, peak memory {before} before, "
+        f"{peak_memory(os.getpid())} after",
+        flush=True,
+    )
+    loader = TokenLoader(config.data, config.training, 0, 1, 0, media=media, one_epoch=True)
+    next(loader)
+    (worker,) = multiprocessing.active_children()
+    assert worker.pid is not None
+    num_images, next_line, start = 0, 1.0, time.perf_counter()
+    while num_images < number:
+        patches = next(loader).patches
+        if patches is None or not len(patches.places):
+            break
+        num_images += len(patches.frames.lengths())
+        passed = time.perf_counter() - start
+        if passed > seconds * next_line / 5 or num_images >= number - 8:
+            next_line += 1
+            rate = num_images / passed
+            print(f"{num_images:,} photos: {rate:.2f} a second, peak memory of the worker {peak_memory(worker.pid)}")
+        if passed > seconds:
+            break
+    loader.close()
+
+
 def main() -> None:
     parser = OneLineParser()
     parser.add_argument("--seconds", type=float, default=10)
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--documents", type=int, default=10_000_000)
+    parser.add_argument("--images", type=int, default=0)
     parser.add_argument("--start-of", help=argparse.SUPPRESS)
     parser.add_argument("--cache", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -69,6 +141,9 @@ def main() -> None:
         os.environ["HF_DATASETS_CACHE"] = str(folder / "cache")
         if options.start_of:
             start_of(options.start_of)
+            return
+        if options.images:
+            measure_images(folder, options.images, options.seconds)
             return
         text = (TINY / "python_reference.jsonl").read_bytes()
         (folder / "text.jsonl").write_bytes(text * 100)

@@ -1,6 +1,7 @@
 """Images of random pixels in the benchmarks' micro-batches: `--images 1080x1920:0.3`."""
 
 import dataclasses
+import functools
 import re
 from typing import NamedTuple
 
@@ -39,6 +40,13 @@ def parse_images(text: str) -> Images | None:
     return Images(int(found[1]), int(found[2]), float(found[3])) if found else None
 
 
+@functools.cache
+def _noise(num_patches: int, patch_values: int) -> torch.Tensor:
+    """uint8 [P, values of a patch]; made once, as a loader's workers would make it beside the training."""
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(256, (num_patches, patch_values), dtype=torch.uint8, generator=generator)
+
+
 def with_images(batch: MicroBatch, vision: VisionConfig, images: Images, number: int) -> MicroBatch:
     """The micro-batch of this number with images in the place of some tokens, which are not trained on. Each document
     has one at its second token at most; over many micro-batches they are as many as their share says."""
@@ -57,8 +65,7 @@ def with_images(batch: MicroBatch, vision: VisionConfig, images: Images, number:
     if len(starts) < count:
         raise UserError(f"--images: {count} images of {num_tokens} tokens have no room in documents of {lengths}")
     grids = [(height, width)] * count or [(merge, merge)]
-    size = (sum(high * wide for high, wide in grids), vision.patch_values)
-    pixels = torch.randint(256, size, dtype=torch.uint8, generator=torch.Generator().manual_seed(number))
+    pixels = _noise(sum(high * wide for high, wide in grids), vision.patch_values)
     places = torch.cat([torch.empty(0, dtype=torch.int64), *(torch.arange(s, s + num_tokens) for s in starts)])
     tokens, labels = batch.tokens.clone(), batch.labels.clone()
     tokens[places], labels[places - 1], labels[places] = vision.image_token_id, IGNORED, IGNORED

@@ -18,6 +18,7 @@ from typing import Any
 from checkpoint.tensors.stored import read_json
 from config.options import Config
 from data.files import find_files, is_dataset
+from data.media import media_settings
 from data.sources import declared_sources
 from data.tokenizer import tokenizer_identity
 from errors import UserError, reading
@@ -26,7 +27,8 @@ from models.qwen35_moe.config import ModelConfig
 RUN = "run.json"
 Run = dict[str, dict[str, Any]]
 
-_INDIFFERENT = {"path", "tokenizer", "num_workers", "on_bad_sample"}
+_PIXELS = {"min_pixels", "max_pixels", "max_video_pixels", "video_fps", "max_video_frames"}
+_INDIFFERENT = {"path", "image_folder", "tokenizer", "num_workers", "on_bad_sample", *_PIXELS}
 """Options of the data that are told in other ways, or that change no sample's place."""
 _ENDS = 2**16
 
@@ -41,6 +43,9 @@ def describe_run(config: Config, shape: ModelConfig) -> Run:
         "training.global_batch_size": config.training.global_batch_size,
         "job.seed": config.job.seed,
     }
+    if media := media_settings(config, shape.vision):
+        # They decide how many tokens an image has, and may stand in the processor's files.
+        options |= {f"pixels.{name}": value for name, value in media.rules._asdict().items()}
     sources: dict[str, Any] = {}
     for number, (entry, source) in enumerate(declared_sources(config.data), 1):
         kind, num_documents = type(source).__name__.strip("_"), len(source)

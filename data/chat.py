@@ -22,8 +22,8 @@ import numpy as np
 
 from config.options import Data
 from data.batch import Sample
-from data.media import Media, MediaReader, show_all
-from data.messages import Message, read_messages
+from data.media import Media, MediaReader, moved, show_all
+from data.messages import Message, only_shows, read_messages
 from data.packing import BadSample
 from data.tokenizer import load_tokenizer
 from errors import UserError
@@ -101,6 +101,10 @@ class ChatTemplate:
                 raise BadSample("special_token", f"has the special token {found[0]!r} in a text")
             if _SURROGATE.search(text):
                 raise BadSample("undecodable", "has half a surrogate pair in a text")
+        reader = self._reader
+        if sources:
+            reader, shown = show_all(sources, reader)
+            reader.replace(self._render(messages, tools), shown)  # says so of a template that knows of texts alone
         rendered, spans = self._spans(messages, tools)
         for number, field in unknown:
             without = [dict(message) for message in messages]
@@ -111,15 +115,13 @@ class ChatTemplate:
         wanted = [number for number, weight in weights.items() if weight]
         if self._train_on == "last":
             wanted = [number for number in wanted if number == max(weights)]
-        reader = self._reader
-        if sources:
-            reader, shown = show_all(sources, reader)
+        if sources and reader:
             rendered, ranges, moves = reader.replace(rendered, shown)
-            spans = {number: (_moved(begin, moves), _moved(end, moves)) for number, (begin, end) in spans.items()}
+            spans = {number: (moved(begin, moves), moved(end, moves)) for number, (begin, end) in spans.items()}
         encoding = self._tokenizer.backend_tokenizer.encode(rendered, add_special_tokens=False)
         begins, ends = offsets = np.array(encoding.offsets, np.int64).reshape(-1, 2).T
         tokens, is_trained = np.array(encoding.ids, np.int32), np.zeros(len(encoding.ids), bool)
-        for begin, end in (spans[number] for number in wanted):
+        for begin, end in (spans[number] for number in wanted if number in spans):
             inside = (begins >= begin) & (ends <= end) & (ends > begin)
             is_trained |= inside
             decoded = self._tokenizer.decode(tokens[inside].tolist(), clean_up_tokenization_spaces=False)
@@ -192,7 +194,7 @@ class ChatTemplate:
         spans = {
             number: self._turn(rendered, places, number)
             for number, message in enumerate(messages)
-            if message["role"] == "assistant"
+            if message["role"] == "assistant" and not only_shows(message)
         }
         for number, message in enumerate(messages):
             begin, end = spans.get(number, (0, len(rendered)))
@@ -225,7 +227,9 @@ class ChatTemplate:
 
         # The end: nothing but the rest of a tool call may stand before the token.
         end = rendered.find(self.end_of_turn, last.end, following)
-        if end < 0 or (last.kind != "tool_call" and rendered[last.end : end].strip()):
+        rest = rendered[last.end : max(end, last.end)]
+        rest = self._reader.without_placeholders(rest) if self._reader else rest
+        if end < 0 or (last.kind != "tool_call" and rest.strip()):
             raise _unclear()
         end += len(self.end_of_turn)
 
@@ -378,11 +382,6 @@ def _time_limit(seconds: float) -> Iterator[None]:
     finally:
         signal.setitimer(signal.ITIMER_VIRTUAL, 0)
         signal.signal(signal.SIGVTALRM, before)
-
-
-def _moved(place: int, moves: list[tuple[int, int]]) -> int:
-    """A place in the rendering, in the text that media are put into."""
-    return place + next(distance for start, distance in reversed(moves) if start <= place)
 
 
 def _unclear() -> BadSample:

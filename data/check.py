@@ -33,6 +33,8 @@ def check_data(config: Config, vocab_size: int, vision: VisionConfig | None = No
     check_tokenizer(data.tokenizer, vocab_size, data.format == "text" and data.end_of_document)
     tokenizer, settings = load_tokenizer(data.tokenizer), media_settings(config, vision)
     reader = settings and MediaReader(settings, data.image_folder, tokenizer)
+    if reader and not os.path.isdir(data.image_folder):
+        raise UserError(f"data.image_folder = {data.image_folder!r}: expected a folder")
     max_tokens = config.training.sequence_length
     encode: Callable[[Record], object] = functools.partial(text_of, key=data.text_key)
     if data.format == "chat":

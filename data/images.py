@@ -192,9 +192,9 @@ def open_source(source: str | bytes, what: str) -> Iterator[IO[bytes]]:
         if isinstance(error, OSError) and not isinstance(error, _NO_FILE) and error.errno not in _NO_NAME:
             raise UserError(f"{source} cannot be read: {error.strerror}") from error
         why = error.strerror if isinstance(error, OSError) else str(error)
-        raise BadSample("missing_file", f"{source!r}: {why}: expected the path of {what}") from error
+        raise BadSample("missing_file", f"{source!r:.300}: {why}: expected the path of {what}") from error
     if file is None:
-        raise BadSample("missing_file", f"{source!r} is no file: expected the path of {what}")
+        raise BadSample("missing_file", f"{source!r:.300} is no file: expected the path of {what}")
     with file:
         yield file
 

@@ -55,22 +55,43 @@ def media_keys(data: Data) -> dict[str, tuple[str, ...]]:
     return {kind: (key, kind) if key == f"{kind}s" else (key,) for kind, key in keys.items()}
 
 
+def has_fields(record: dict[str, Any], data: Data) -> bool:
+    """Whether there is anything in the fields for images and videos."""
+    return any(not _is_nothing(record.get(key)) for keys in media_keys(data).values() for key in keys)
+
+
 def has_media(record: Record, data: Data) -> bool:
-    """Whether a record shows anything; of one in an unknown form, no."""
+    """Whether a record shows anything; of one in an unknown form, no. Of a document its text decides: many have a
+    field "image" that is none of the model's business."""
     if not isinstance(record, dict):
         return False
-    if any(record.get(key) for keys in media_keys(data).values() for key in keys):
+    if data.format == "text":
+        text = record.get(data.text_key)
+        return isinstance(text, str) and bool(_TAG.search(text)) and has_fields(record, data)
+    if has_fields(record, data):
         return True
-    messages = record.get(data.messages_key) if data.format == "chat" else None
-    contents = [message.get("content") for message in messages if isinstance(message, dict)] if messages else []
+    messages = record.get(data.messages_key)
+    contents = [
+        message.get(key)
+        for message in (messages if isinstance(messages, list) else [])
+        if isinstance(message, dict)
+        for key in ("content", "value")
+    ]
     parts = [part for content in contents if isinstance(content, list) for part in content if isinstance(part, dict)]
-    return any(kind_of_part(part) for part in parts)
+    return any(kind_of_part({key: value for key, value in part.items() if value is not None}) for part in parts)
+
+
+def _is_nothing(value: Any) -> bool:
+    """Whether a field says nothing, as with the nulls by which a table fills it up."""
+    if isinstance(value, list | dict):
+        return all(map(_is_nothing, value.values() if isinstance(value, dict) else value))
+    return not value
 
 
 def kind_of_part(part: dict[str, Any]) -> str | None:
     """What a content part shows, if it shows anything."""
-    if part.get("type") is not None:
-        return {"image": "image", "image_url": "image", "video": "video", "video_url": "video"}.get(part["type"])
+    if (name := part.get("type")) is not None:
+        return next((kind for kind in KINDS if name in (kind, f"{kind}_url")), None)
     return next((kind for kind in KINDS if kind in part or f"{kind}_url" in part), None)
 
 
@@ -79,9 +100,10 @@ class Media:
 
     def __init__(self, record: dict[str, Any], data: Data) -> None:
         self.sources: list[Source] = []
+        self._num_taken = dict.fromkeys(KINDS, 0)  # from the fields
         self._waiting: dict[str, list[Any]] = {}
         for kind, keys in media_keys(data).items():
-            given = [record[key] for key in keys if record.get(key) not in (None, "", [], {})]
+            given = [record[key] for key in keys if not _is_nothing(record.get(key))]
             if len(given) > 1:
                 raise BadSample("unused_field", f"has both {' and '.join(map(repr, keys))}")
             # One alone stands without a list around it.
@@ -105,7 +127,9 @@ class Media:
         if len(given) > 1:
             raise BadSample("unused_field", f"has a content part with more than one {kind}")
         fps = part.get("fps") if given and isinstance(given[0], list) else None
-        known = {"type", *PART_KEYS[kind]} | ({"fps"} if fps is not None else set())
+        known = {"type", "cache_control", "annotations", *PART_KEYS[kind]} | ({"fps"} if fps is not None else set())
+        if not given and part.get("index") == self._num_taken[kind]:  # which of the field's it is: the next
+            known.add("index")
         if unknown := [key for key, value in part.items() if key not in known and value not in (None, "", [], {})]:
             raise BadSample("unused_field", f"has a content part of type {kind!r} that has {unknown[0]!r:.60}")
         if fps is not None and (isinstance(fps, bool) or not isinstance(fps, int | float) or not 0 < fps < 1e6):
@@ -118,7 +142,8 @@ class Media:
 
     def _next(self, kind: str) -> Source:
         if not self._waiting[kind]:
-            raise BadSample("media_count", f"names more {kind}s than it has")
+            raise BadSample("media_count", f"names more {kind}s than the {self._num_taken[kind]} that it has")
+        self._num_taken[kind] += 1
         source = Source(kind, self._waiting[kind].pop(0))
         self.sources.append(source)
         return source
@@ -127,7 +152,7 @@ class Media:
         """All of them. Raises BadSample if the record has some that no text names."""
         for kind, waiting in self._waiting.items():
             if waiting:
-                raise BadSample("media_count", f"has {len(waiting)} {kind}s more than its texts name")
+                raise BadSample("media_count", f"has {len(waiting)} {kind}s more than its texts name by <{kind}>")
         return self.sources
 
 
@@ -208,8 +233,8 @@ class MediaReader:
             given = [(key, inner) for key, inner in value.items() if inner is not None]
             preferred = next((pair for pair in given if pair[0] in ("bytes", "base64")), None)
             key, value = preferred or next((pair for pair in given if pair[0] in ("path", "url")), ("", None))
-            if key == "base64":
-                return _decoded(value, kind)
+            if key == "base64" and isinstance(value, str):
+                return _decoded(value.partition(",")[2] if value.startswith("data:") else value, kind)
         if isinstance(value, bytes):
             return value
         if not isinstance(value, str) or not value:
@@ -218,10 +243,16 @@ class MediaReader:
             return _decoded(value.partition(",")[2], kind)
         if re.match("[a-zA-Z][a-zA-Z0-9+.-]+://", value):
             url = urlsplit(value)
-            if url.scheme != "file":
+            if url.scheme != "file" or url.netloc not in ("", "localhost"):
                 raise BadSample("missing_file", f"has {value!r:.80} as {kind}: expected a file, nothing is fetched")
-            value = unquote(url.path)
+            # As a path that somebody put file:// before, or as the standard has it, with %20 for a space.
+            plain = value[value.index("://") + 3 + len(url.netloc) :]
+            value = plain if os.path.lexists(plain) else unquote(url.path)
         return os.path.join(self._folder, value)
+
+    def without_placeholders(self, rendered: str) -> str:
+        """What a rendering says beside images and videos."""
+        return self._placeholder.sub("", rendered)
 
     def replace(self, rendered: str, shown: Sequence[Shown]) -> tuple[str, list[Range], list[tuple[int, int]]]:
         """The rendering with each medium's text in the place of the template's placeholder for it.
@@ -288,11 +319,16 @@ class MediaReader:
         return Sample.of(tokens, is_trained)._replace(media=media)
 
 
-def _decoded(text: Any, kind: str) -> bytes:
+def _decoded(text: str, kind: str) -> bytes:
     try:
-        return base64.b64decode(text, validate=True)
-    except (binascii.Error, ValueError, TypeError) as error:
+        return base64.b64decode("".join(text.split()), validate=True)  # some write it in lines
+    except (binascii.Error, ValueError) as error:
         raise BadSample(f"broken_{kind}", f"has {kind} data that are not base64: {error}") from None
+
+
+def moved(place: int, moves: list[tuple[int, int]]) -> int:
+    """A place in the rendering, in the text that media are put into."""
+    return place + next(distance for start, distance in reversed(moves) if start <= place)
 
 
 def show_all(sources: Sequence[Source], reader: MediaReader | None) -> tuple[MediaReader, list[Shown]]:

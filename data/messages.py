@@ -117,6 +117,13 @@ def _read_message(message: Message, number: int, reasoning_key: str, read: Conve
     return out
 
 
+def only_shows(message: Message) -> bool:
+    """Whether a turn is images and videos alone, of which nothing can be trained on."""
+    content = message["content"]
+    is_silent = isinstance(content, list) and not any(part.get("text", "").strip() for part in content)
+    return is_silent and message.keys() <= {"role", "content", "name"}
+
+
 def _flag(value: Any, field: str, number: int) -> int:
     """Whether to train on a message, in any of the spellings of 0 and 1."""
     flag = _FLAGS.get(value.strip().lower()) if isinstance(value, str) else int(value) if value in (0, 1) else None

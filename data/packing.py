@@ -91,10 +91,10 @@ def _row(samples: list[Sample], sequence_length: int, filler: int, cursor: Curso
     fillers = [Sample.of(np.full(num_fillers, filler, np.int32), False)] if num_fillers else []
     parts, frames, pixels, begin = [], list[Frame](), [], 0
     for sample in [*samples, *fillers]:
-        tokens, labels = sample.tokens, sample.labels
+        tokens, labels, is_good = sample.tokens, sample.labels, True
         for medium in sample.media:
             try:
-                pixels.append(medium.decode())
+                pixels.append(medium.decode() if is_good else medium.grey())
             except BadSample as error:
                 # Only now, as its header was good. The row stays as it is, and so do the cursors of all to come: what
                 # they are depends on the data alone. But nothing is learnt from it.
@@ -102,7 +102,7 @@ def _row(samples: list[Sample], sequence_length: int, filler: int, cursor: Curso
                     raise
                 share.notes.append((error.reason, str(error)))
                 pixels.append(medium.grey())
-                labels = np.full_like(labels, IGNORED)
+                labels, is_good = np.full_like(labels, IGNORED), False
             frames += [frame._replace(place=begin + frame.place) for frame in medium.frames]
         parts.append((tokens, labels))
         begin += len(tokens)

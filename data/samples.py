@@ -17,7 +17,7 @@ from config.options import Config, Data
 from data.batch import Sample
 from data.chat import ChatTemplate, texts_in
 from data.files import is_dataset
-from data.media import Media, MediaReader, MediaSettings, has_media, show_all
+from data.media import Media, MediaReader, MediaSettings, has_fields, has_media, show_all
 from data.packing import BadSample
 from data.records import Record, Source, part_of
 from data.shuffle import permute
@@ -164,7 +164,7 @@ class EncodeText:
         self._ending = [] if end_of_document is None else [end_of_document]
 
     def __call__(self, record: Record) -> Sample:
-        if isinstance(record, dict) and has_media(record, self._data):
+        if isinstance(record, dict) and (has_fields if self._reader else has_media)(record, self._data):
             return self._with_media(record)
         tokens = self._tokenise(text_of(record, self._data.text_key)) if isinstance(record, dict) else record
         if not len(tokens):

@@ -28,7 +28,7 @@ from config.reading import load_config, model_config
 from data.check import check_data
 from data.files import TOKENS_META
 from data.packing import Share
-from data.samples import Samples, open_samples
+from data.samples import Samples, open_samples, shows_media
 from data.tokenizer import load_tokenizer, num_ids, tokenizer_identity
 from errors import OneLineParser, UserError, exit_on_error
 
@@ -64,6 +64,8 @@ def main(argv: list[str]) -> None:
     data, out = config.data, options.out
     if data.format != "text" or data.weights:
         raise UserError(f"data.format = {data.format!r}, weights = {list(data.weights)}: expected 'text' and none")
+    if shape.vision is not None and shows_media(config):
+        raise UserError("data.path: shows images or videos, which cannot be tokenised ahead: expected texts alone")
     if out.exists():
         raise UserError(f"--out = {str(out)!r} exists: expected a folder that does not")
     tokenizer = load_tokenizer(data.tokenizer)

@@ -10,6 +10,10 @@ SLOW: dict[str, tuple[str, ...]] = {
     "checkpoint/tensors/test_dcp.py": ("test_reads_chunks_of_several_mesh_axes",),
     "checkpoint/test_chat_export.py": ("test_generation_stops_at_the_end_of_a_trained_turn",),
     "checkpoint/test_checkpointer.py": ("test_any_layout_resumes_any_other_bit_for_bit",),
+    "checkpoint/test_frozen_tower.py": (
+        "test_a_frozen_tower_is_written_once_and_restored_on_any_layout",
+        "test_another_choice_takes_the_weights_alone",
+    ),
     "checkpoint/test_hf_reader.py": ("test_each_rank_reads_its_part_of_any_directory",),
     "checkpoint/test_runs.py": (
         "test_five_steps_after_a_move_are_those_of_the_run_that_stayed",
@@ -23,6 +27,7 @@ SLOW: dict[str, tuple[str, ...]] = {
         "test_workers_end_when_their_parent_is_killed",
         "test_workers_outlive_stop_signals_to_the_group_and_end_with_close",
     ),
+    "data/test_media_loader.py": ("test_interrupted_anywhere", "test_interrupted_with_workers"),
     "models/ops/test_gated_delta_rule.py": (
         "test_equals_recurrence_for_any_documents",
         "test_gradcheck",
@@ -76,6 +81,7 @@ SLOW: dict[str, tuple[str, ...]] = {
         "test_sigterm_saves_and_a_second_start_goes_on",
         "test_two_nodes",
     ),
+    "test_vision_training.py": ("test_one_process_and_two_and_what_is_frozen",),
     "training/test_distributed.py": ("test_the_missing_rank_is_named",),
     "training/test_load_balancing.py": (
         "test_fillers_count_nowhere",

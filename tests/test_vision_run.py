@@ -158,3 +158,52 @@ log_interval = 1
     for key, tensor in before.items():
         if key.startswith("model.visual."):
             assert torch.equal(tensor, after[key]), key
+
+
+def test_a_model_of_100_m_parameters_reloads(tmp_path: Path) -> None:
+    """Four processes with experts spread over all, ten steps with images, and transformers' class loads the result."""
+    config = tmp_path / "100m.toml"
+    config.write_text(
+        f"""extends = "{ROOT / "train_configs/qwen35moe_100m.toml"}"
+[model.config]
+vocab_size = 4112
+image_token_id = 4098
+video_token_id = 4099
+vision_start_token_id = 4096
+vision_end_token_id = 4097
+[model.config.vision_config]
+depth = 4
+hidden_size = 256
+intermediate_size = 512
+num_heads = 4
+[data]
+format = "chat"
+path = ["{ROOT / "data/tiny_vision/train.parquet"}"]
+tokenizer = "{MODEL}"
+num_workers = 0
+[training]
+steps = 10
+sequence_length = 128
+local_batch_size = 1
+global_batch_size = 4
+[lr_scheduler]
+warmup_steps = 2
+[checkpoint]
+interval = 100
+[metrics]
+log_interval = 1
+"""
+    )
+    run(config, tmp_path / "run", "--parallelism.expert_parallel_degree=4", ranks=4)
+    lines = metrics(tmp_path / "run")
+    assert [line["step"] for line in lines] == list(range(1, 11))
+    assert lines[-1]["loss"] < lines[0]["loss"] - 0.5
+    assert all(line["vision_tokens"] > 0 for line in lines)
+    export_to_hf(tmp_path / "run", tmp_path / "hf")
+    model, loading = AutoModelForImageTextToText.from_pretrained(
+        tmp_path / "hf", output_loading_info=True, dtype="auto"
+    )
+    assert not any(loading.values()), loading
+    assert 95e6 < sum(parameter.numel() for parameter in model.parameters()) < 105e6
+    for layer in model.model.language_model.layers:
+        assert layer.mlp.experts.gate_up_proj.shape == (32, 2 * 192, 512)  # (E, 2I, H)

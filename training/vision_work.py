@@ -24,8 +24,9 @@ class VisionWork:
         self._steps: list[Sequence[int]] = []
 
     def of(self, micro_batches: Sequence[MicroBatch]) -> list[int]:
-        """This rank's step, on the host, to be added up over all ranks: tokens, FLOPs, and in the place of each
-        rank its patches (those of the frame that a rank without any looks at too, which otherwise counts nowhere)."""
+        """This rank's step, on the host, to be added up over all ranks: tokens, FLOPs in thousands (a large step of a
+        thousand GPUs has more than 2**63), and in the place of each rank its patches (those of the frame that a rank
+        without any looks at too, which otherwise counts nowhere)."""
         if self._vision is None:
             return []
         num_tokens, flops, of_ranks = 0, 0, [0] * self._num_ranks
@@ -37,7 +38,7 @@ class VisionWork:
             num_tokens += shown
             flops += vision_flops(self._vision, frames, *self._trains)
             of_ranks[self._rank] += sum(lengths)
-        return [num_tokens, flops, *of_ranks]
+        return [num_tokens, flops // 1000, *of_ranks]
 
     def add(self, of_all: Sequence[int]) -> None:
         """A step's sums over all ranks."""
@@ -53,4 +54,4 @@ class VisionWork:
             "vision_tokens": sum(step[0] for step in steps) / len(steps),
             "patches_max_over_mean": sum(uneven) / len(steps),
         }
-        return metrics, sum(step[1] for step in steps) / len(steps)
+        return metrics, 1000 * sum(step[1] for step in steps) / len(steps)

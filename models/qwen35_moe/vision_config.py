@@ -8,17 +8,16 @@ from typing import Any
 from errors import UserError
 from models.qwen35_moe.config_values import integer, listed, same, short
 
+_OTHER_NAMES = {"num_attention_heads": "num_heads", "num_hidden_layers": "depth"}
 # As in config.py: what transformers' class reads, or another consumer would read as other arithmetic.
 _ACCEPTED: dict[str, tuple[object, ...]] = {
     "hidden_act": ("gelu_pytorch_tanh",),
-    "attribute_map": ({},),
+    "attribute_map": (_OTHER_NAMES,),
     "deepstack_visual_indexes": ([], None),  # of Qwen3-VL: features of inner blocks, added to the text's layers
     "window_size": (None,),  # of Qwen2.5-VL
     "fullatt_block_indexes": ([], None),
 }
 _ROPE_KEYS = ("rope_type", "type", "rope_theta")
-_OTHER_NAMES = {"num_attention_heads": "num_heads", "num_hidden_layers": "depth"}
-_SQUARES = ("patch_size", "temporal_patch_size")  # may be written as a list of equal numbers
 _LARGEST = {"depth": 1000, "num_position_embeddings": 2**24, "patch_size": 256, "temporal_patch_size": 16}
 _LARGEST_DIM = 2**18
 
@@ -114,10 +113,6 @@ class VisionConfig:
         for other, name in _OTHER_NAMES.items():
             if other in vision and not same(vision.setdefault(name, vision[other]), vision[other]):
                 raise UserError(f"model config: vision_config: {other} and {name} contradict each other")
-        for key in _SQUARES:
-            value = vision.get(key)
-            if isinstance(value, list | tuple) and value and all(same(each, value[0]) for each in value):
-                vision[key] = value[0]
         values = {f.name: vision[f.name] for f in dataclasses.fields(cls) if f.name in vision}
         values |= {name: config[name] for name in TOKEN_IDS if name in config}
         values |= _rope(vision)
@@ -149,7 +144,7 @@ TOKEN_IDS = ("image_token_id", "video_token_id", "vision_start_token_id", "visio
 
 
 def _rope(vision: Mapping[str, Any]) -> dict[str, Any]:
-    found: dict[str, Any] = {}
+    """As in config.py: a `rope_scaling` that is not empty stands for all of `rope_parameters`."""
     for source in ("rope_scaling", "rope_parameters"):
         rope = vision.get(source)
         if rope is None:
@@ -162,7 +157,6 @@ def _rope(vision: Mapping[str, Any]) -> dict[str, Any]:
                     f"model config: vision_config.{source}: {key} = {short(value)} is not supported, only "
                     "rope_type = 'axial' and rope_theta"
                 )
-        found |= {"rope_theta": rope["rope_theta"]} if "rope_theta" in rope else {}
-    if not found and "rope_theta" in vision:
-        found = {"rope_theta": vision["rope_theta"]}
-    return found
+    chosen = vision.get("rope_scaling") or vision.get("rope_parameters") or {}
+    values = chosen if "rope_theta" in chosen else vision
+    return {"rope_theta": values["rope_theta"]} if "rope_theta" in values else {}

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import logging
+import shutil
 from pathlib import Path
 
 import pytest
@@ -164,3 +165,23 @@ def test_the_model_is_told_by_keys_in_a_row(config: Config) -> None:
     deeper = describe_run(config, tiny_config(vision=tiny_vision(depth=3)))
     assert difference(with_tower, deeper, "model") == "vision_config.depth: 2 when it was saved, 3 now"
     assert difference(describe_run(config, text), with_tower, "model") is not None
+
+
+@pytest.mark.usefixtures("one_rank")
+def test_images_may_be_moved_but_not_made_smaller(config: Config, tmp_path: Path) -> None:
+    """What decides how many tokens an image has is told as it is, whether options or the processor's files say it."""
+    see, read = tiny_config(vision=tiny_vision()), tiny_config()
+    before = describe_run(config, see)
+    moved = with_data(config, image_folder=str(tmp_path))
+    assert describe_run(moved, see) == before
+    smaller = with_data(config, max_pixels=100_000)
+    expected = "pixels.max_pixels: 16777216 when it was saved, 100000 now"
+    assert difference(before, describe_run(smaller, see), "options") == expected
+    assert difference(describe_run(config, read), describe_run(smaller, read), "options") is None
+    same = with_data(config, max_pixels=16_777_216)
+    assert describe_run(same, see) == before
+    folder = tmp_path / "model"
+    shutil.copytree(config.data.tokenizer, folder)
+    (folder / "preprocessor_config.json").write_text('{"max_pixels": 100000, "patch_size": 4}')
+    there = with_data(config, tokenizer=str(folder))
+    assert difference(before, describe_run(there, see), "options") == expected

@@ -1,6 +1,7 @@
 """Chat: the text that is trained on, decoded and compared, for three styles of templates; the unclear is refused."""
 
 import itertools
+import unicodedata
 from pathlib import Path
 
 import numpy as np
@@ -234,7 +235,7 @@ DROPPING = {
         "message 2 whose content the chat template leaves out: 'is 3'",
     ),
     "system": (
-        lambda text: text.replace('~ messages[0].content|trim', ""),
+        lambda text: text.replace('~ shown(messages[0].content, "system")|trim', ""),
         "message 0 whose content the chat template leaves out: 'Be brief.'",
     ),
     "reasoning": (lambda text: text.replace("reasoning|trim", '""'), "whose reasoning_content the chat template"),
@@ -497,7 +498,8 @@ def test_what_is_trained_on_is_the_assistants_texts(style, turns):
         expected = [content + END[style]]
         if style == "qwen35_style" and reasoning:
             expected.append(f"{reasoning}\n</think>\n\n{content}{END[style]}")
-        assert text in expected
+        # The tokenizer composes characters, which hypothesis finds one in a thousand times.
+        assert unicodedata.normalize("NFC", text) in [unicodedata.normalize("NFC", each) for each in expected]
 
 
 def test_two_renderings_cost_little():

@@ -12,8 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-from data.tiny.make_tiny import module_documentation, python_documents, train_tokenizer
 from data.tokenizer import PROBES, verify_tokenizer
+from scripts.make_tiny import module_documentation, python_documents, train_tokenizer
 
 TINY = Path(__file__).resolve().parents[2] / "data" / "tiny"
 

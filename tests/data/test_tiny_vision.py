@@ -19,8 +19,8 @@ import pytest
 from PIL import Image
 from transformers import AutoImageProcessor, AutoTokenizer
 
-from data.tiny_vision import make_tiny_vision as make
 from data.tokenizer import PROBES, load_tokenizer, verify_tokenizer
+from scripts import make_tiny_vision as make
 
 FOLDER = Path(__file__).resolve().parents[2] / "data" / "tiny_vision"
 TINY_TOKENIZER = FOLDER.parent / "tiny" / "tokenizer"

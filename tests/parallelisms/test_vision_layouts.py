@@ -57,6 +57,7 @@ FROZEN: dict[str, tuple[tuple[str, ...], list[Layout]]] = {
     "tower": (("vision", "merger"), SOME),
     "tower but its merger": (("vision",), [*SOME, COMPILED]),
     "merger alone trained": (("vision", "text"), SOME),
+    "merger, and experts": (("merger", "experts"), SOME[1:]),
     "text": (("text",), SOME),
 }
 

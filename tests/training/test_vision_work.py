@@ -54,7 +54,8 @@ def test_tokens_flops_and_unevenness_of_two_ranks_and_steps(frozen: tuple[str, .
         assert metrics["vision_tokens"] == (4 + 3 + 16 + 1) / 2
         # The first rank 92 patches and the second two grey frames; then one each.
         assert metrics["patches_max_over_mean"] == pytest.approx((92 / 50 + 1) / 2)
-        assert mean_flops == flops / 2
+        assert mean_flops == pytest.approx(flops / 2, abs=2000)
+        assert mean_flops > 1e6
         work.add(sums.tolist())
         assert work.read()[0]["vision_tokens"] == 1  # since the last time alone
 

@@ -1,6 +1,6 @@
 """Makes the text and the tokenizer in this folder from what every CPython carries: offline, the same each time.
 
-python data/tiny/make_tiny.py        (another Python version has other text; README.md says which one made the files)
+python scripts/make_tiny.py        (another Python version has other text; README.md says which one made the files)
 """
 
 import ast
@@ -80,8 +80,8 @@ def train_tokenizer(documents: list[str]) -> Tokenizer:
 
 
 def main() -> None:
-    """Writes python_reference.jsonl, its licence and tokenizer/tokenizer.json beside this file."""
-    folder, library = Path(__file__).resolve().parent, Path(sysconfig.get_path("stdlib"))
+    """Writes python_reference.jsonl, its licence and tokenizer/tokenizer.json into data/tiny."""
+    folder, library = Path(__file__).resolve().parents[1] / "data/tiny", Path(sysconfig.get_path("stdlib"))
     documents = python_documents(library)
     with open(folder / "python_reference.jsonl", "w", encoding="utf-8") as file:
         file.writelines(json.dumps({"text": document}, ensure_ascii=False) + "\n" for document in documents)

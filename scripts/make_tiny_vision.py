@@ -1,6 +1,6 @@
 """Draws the pictures in this folder, asks about them, and writes a tokenizer for them: offline, the same each time.
 
-python data/tiny_vision/make_tiny_vision.py        (README.md says which versions made the files)
+python scripts/make_tiny_vision.py        (README.md says which versions made the files)
 
 Shapes: H and W are the height and width of a picture in pixels.
 """
@@ -293,8 +293,8 @@ def write_tokenizer(tiny_tokenizer: Path, folder: Path) -> None:
 
 
 def main() -> None:
-    """Writes train.parquet, held_out.parquet and model/tokenizer.json beside this file, and the examples of docs/."""
-    folder = Path(__file__).resolve().parent
+    """Writes both Parquet files and model/tokenizer.json of data/tiny_vision, and the examples of docs/."""
+    folder = Path(__file__).resolve().parents[1] / "data/tiny_vision"
     train, held_out = draw_chats()
     write_chats(train, folder / "train.parquet")
     write_chats(held_out, folder / "held_out.parquet")
