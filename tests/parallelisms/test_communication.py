@@ -303,3 +303,16 @@ def test_gradients_of_experts_that_are_whole_on_their_rank_are_not_divided(
     of_experts = [name for name, size in zip(names, sizes) if size == num_parameters]
     assert "aten::empty" in of_experts  # FSDP lays the two parameters' gradients end to end
     assert not [name for name in of_experts if "div" in name or "mul" in name], of_experts
+
+
+def test_selective_sends_nothing_again_and_keeps_no_product_that_was_sent() -> None:
+    modes = ("none", "selective", "full")
+    layouts = [Layout(world=2, cp=2, activation_checkpoint=mode) for mode in modes]
+    names = dict(zip(modes, (names for names, _ in run_ranks(operations_of_a_step, 2, layouts)[0])))
+    exchanges = {mode: names[mode].count("_c10d_functional::all_to_all_single") for mode in modes}
+    num_full = CONFIG.layer_types.count(FULL)
+    num_linear = CONFIG.num_hidden_layers - num_full
+    assert exchanges["none"] == exchanges["selective"] == 6 * num_linear + 4 * num_full
+    assert exchanges["full"] == 9 * num_linear + 6 * num_full
+    # What linear attention has sent is made again; the compiler, which sees that nothing reads it, leaves it out.
+    assert names["selective"].count("aten::mm") == names["none"].count("aten::mm") + num_linear
