@@ -47,8 +47,17 @@ SLOW: dict[str, tuple[str, ...]] = {
     "parallelisms/test_activation_checkpoint.py": (
         "test_a_checkpointed_block_is_one_graph_however_many_documents",
         "test_at_ep_2_all_but_exchanges_is_compiled_and_stays_so",
+        "test_the_exchange_of_tokens_for_heads_breaks_no_graph",
     ),
-    "parallelisms/test_communication.py": ("test_a_step_communicates_as_documented",),
+    "parallelisms/test_communication.py": (
+        "test_a_step_communicates_as_documented",
+        "test_features_travel_once_each_way",
+    ),
+    "parallelisms/test_context_parallel.py": (
+        "test_equals_one_process",
+        "test_many_key_heads_and_one",
+        "test_with_images_equals_one_process",
+    ),
     "parallelisms/test_layouts.py": (
         "test_equals_one_process",
         "test_unequal_routing_equals_one_process",
@@ -63,6 +72,11 @@ SLOW: dict[str, tuple[str, ...]] = {
         "test_a_block_of_the_tower_is_one_graph_however_many_patches_and_frames",
         "test_a_frozen_tower_adds_no_collective_and_a_trained_one_its_units",
         "test_what_is_frozen_has_no_graph_no_gradient_no_state",
+    ),
+    "test_context_parallel_run.py": (
+        "test_conversations_with_fillers_and_bad_samples",
+        "test_images",
+        "test_text_and_its_validation",
     ),
     "test_layouts.py": ("test_five_steps_of_the_tiny_run_on_seven_layouts",),
     "test_reproducibility.py": (
