@@ -310,7 +310,7 @@ def reason_of(source: str | bytes) -> str:
     except BadSample as error:
         bad = error
     assert len(str(bad).splitlines()) == 1
-    assert isinstance(source, bytes) or repr(source).strip("'") in str(bad)
+    assert isinstance(source, bytes) or repr(source).strip("'")[:100] in str(bad)  # a giant name is cut
     return bad.reason
 
 
