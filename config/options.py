@@ -196,8 +196,7 @@ class MoE:
 
 @dataclass(frozen=True, kw_only=True)
 class Parallelism:
-    """How many processes share what. replicate * shard = number of processes; expert divides shard; context divides the
-    number of processes, and shares nothing out of these."""
+    """How many processes share what. replicate * shard = their number; expert divides shard, context their number."""
 
     data_parallel_replicate_degree: PositiveInt = 1
     """Groups of processes that each hold the whole model between them (HSDP)."""
