@@ -140,8 +140,14 @@ def apply_fsdp(model: Qwen35Moe, meshes: Meshes, compute_dtype: torch.dtype) -> 
         # the cast.
         free = meshes.dense.size() > 1 and block is not blocks[-1]
         if has_expert_units:
-            # Experts alone are sharded over another mesh. The axis ep has cut their dim 0, so efsdp cuts dim 1.
-            shard(block.mlp.experts, meshes.expert, shard_placement_fn=lambda _: Shard(1), reshard_after_forward=free)
+            # Experts alone are sharded over another mesh. The axis ep has cut their dim 0, so efsdp cuts another.
+            experts = block.mlp.experts
+            rows = {parameter for name, parameter in experts.named_parameters() if not name.endswith("lora_A")}
+
+            def dim_to_cut(parameter: nn.Parameter, rows: set[nn.Parameter] = rows) -> Shard:
+                return Shard(1 if parameter in rows else 2)  # not an adapter's rank, which may be small
+
+            shard(experts, meshes.expert, shard_placement_fn=dim_to_cut, reshard_after_forward=free)
         shard(block, meshes.dense, reshard_after_forward=free)
     if model.visual is not None:
         for part in [*model.visual.blocks, model.visual]:
