@@ -11,6 +11,7 @@ from torch import nn
 
 from models.ops.kernels import Kernels
 from models.qwen35_moe.config import FULL, ModelConfig
+from models.qwen35_moe.lora import add_adapters, is_adapter
 from models.qwen35_moe.model import Block, Qwen35Moe
 from models.qwen35_moe.moe import Experts
 
@@ -40,6 +41,15 @@ def parameters(config: ModelConfig) -> Mapping[str, Parameter]:
     with torch.device("meta"):
         model = Qwen35Moe(config, Kernels())
     return _table(model, model.float32_parameters())
+
+
+@lru_cache(maxsize=8)
+def adapter_shapes(config: ModelConfig, rank: int, targets: tuple[str, ...]) -> Mapping[str, Shape]:
+    """Every adapter of such a model by its name."""
+    with torch.device("meta"):
+        model = Qwen35Moe(config, Kernels())
+    add_adapters(model, rank, 1.0, targets)
+    return {name: tuple(parameter.shape) for name, parameter in model.named_parameters() if is_adapter(name)}
 
 
 @lru_cache(maxsize=8)
