@@ -65,10 +65,10 @@ def read_adapter(checkpoint: Path) -> Adapter | None:
             raise ValueError(f"alpha = {alpha!r:.60}: expected a positive number")
         if not isinstance(targets, list) or not targets or not set(targets) <= set(ADAPTABLE):
             raise ValueError(f"targets = {targets!r:.60}: expected some of {', '.join(ADAPTABLE)}")
-        if not isinstance(base, str) or not all(isinstance(value, str) for value in dict(files).values()):
+        hashes = dict(files)
+        if not isinstance(base, str) or len(base) > 4096 or not all(isinstance(each, str) for each in hashes.values()):
             raise ValueError("expected the base's directory and its files' hashes")
-        Path(base).exists()  # or it is no path: too long, for one
-        return Adapter(rank, float(alpha), tuple(targets), base, dict(files))
+        return Adapter(rank, float(alpha), tuple(targets), base, hashes)
 
 
 def hash_base(folder: Path, share: int = 0, num_shares: int = 1) -> dict[str, str]:
@@ -210,9 +210,7 @@ def merge(
     merged = dict(weights)
     for name, a in adapters.items():
         if "lora_A" in name:
-            layer = (
-                name.removesuffix(".lora_A.weight") + ".weight" if ".lora_A" in name else name.removesuffix("_lora_A")
-            )
+            layer = name.replace(".lora_A", "").replace("_lora_A", "")
             b = adapters[name.replace("lora_A", "lora_B")]
             merged[layer] = _sum(weights[layer], a, b, scale)
     return merged

@@ -4,7 +4,7 @@ python checkpoint/convert_to_hf.py CHECKPOINT OUT [--architecture causal_lm|imag
     [--dtype bfloat16|float32|keep] [--experts keep|stacked|per_expert] [--max-shard-size 5GB]
     [--base HF_DIR] [--merge] [--verify]
 
-A checkpoint of adapters becomes peft's adapter_config.json and adapter_model.safetensors, or with --merge a whole model.
+Adapters become peft's adapter_config.json and adapter_model.safetensors, or with --merge a whole model.
 """
 
 import argparse
@@ -39,8 +39,8 @@ def main(arguments: list[str]) -> None:
     parser.add_argument(
         "--dtype",
         choices=DTYPES,
-        help="of the trained tensors, a few of them float32 as published (default: bfloat16; of adapters and what they are "
-        "merged into: keep); keep: as trained, or of merged weights as in their base",
+        help="of the trained tensors, a few of them float32 as published (default: bfloat16; of "
+        "adapters keep); keep: as trained, or of what adapters are merged into as in their base",
     )
     parser.add_argument(
         "--experts",
@@ -69,9 +69,8 @@ def main(arguments: list[str]) -> None:
     plan = export_to_hf(given.checkpoint, given.out, options, progress=True)
     verified = ", verified" if given.verify else ""
     if adapter and not given.merge:
-        print(
-            f"{len(plan.tensors)} tensors of adapters of rank {adapter.rank}{verified}; {serving_note(adapter.targets)}"
-        )
+        note = serving_note(adapter.targets)
+        print(f"{len(plan.tensors)} tensors of adapters of rank {adapter.rank}{verified}; {note}")
         return
     counts = {kind: sum(tensor.key.startswith(kind) for tensor in plan.tensors) for kind in NOT_TEXT}
     text = len(plan.tensors) - sum(counts.values())

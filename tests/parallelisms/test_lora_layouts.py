@@ -73,10 +73,10 @@ def storage(layout: Layout, targets: tuple[str, ...]) -> tuple[dict[str, str], s
 
     optimizer.register_step_pre_hook(keep)
     step(model, meshes, optimizer, own_batches(CONFIG, layout, ROWS[:4], 0))
-    lies = {
-        name: f"{str(parameter.dtype).removeprefix('torch.')} {'sharded' if isinstance(parameter, DTensor) else 'plain'}"
-        for name, parameter in model.named_parameters()
-    }
+    lies = {}
+    for name, parameter in model.named_parameters():
+        how = "sharded" if isinstance(parameter, DTensor) else "plain"
+        lies[name] = f"{str(parameter.dtype).removeprefix('torch.')} {how}"
     return lies, with_gradient, {name.rpartition(".")[0] for name in optimizer.named_state()}
 
 
