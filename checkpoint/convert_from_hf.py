@@ -95,7 +95,7 @@ def main(arguments: list[str]) -> None:
         parser.error(f"{options.source} has no config.json: expected a Hugging Face directory")
     left_out = convert_from_hf(options.source, options.out, DTYPES[options.dtype], options.vision)
     if left_out:
-        print(f"{len(left_out)} tensors are no part of the text model and were left out: {left_out[0]}, ...")
+        print(f"{len(left_out)} tensors are no part of the model and were left out: {left_out[0]}, ...")
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from torch.distributed.fsdp import FSDPModule
 from config.options import Config
 from data.loader import TokenLoader
 from data.media import MediaSettings
+from parallelisms.context_parallel import own_share
 from parallelisms.mesh import Meshes
 from training.distributed import sum_over_ranks
 
@@ -24,6 +25,7 @@ class Validator:
         ranks = (meshes.data_rank, meshes.num_data_ranks)
         self._loader = TokenLoader(data, config.training, *ranks, config.job.seed, media=media, one_epoch=True)
         self._max_steps = config.validation.steps or sys.maxsize
+        self._context, self._vision = meshes.context_parallel, media and media.vision
 
     @torch.no_grad()
     def loss(self, model: nn.Module, device: torch.device) -> float:
@@ -31,7 +33,8 @@ class Validator:
         total = torch.zeros(2, dtype=torch.float64, device=device)  # losses, tokens
         self._loader.rewind()
         for _ in range(self._max_steps):
-            batches = [next(self._loader) for _ in range(self._loader.num_micro_batches)]
+            of_readers = [next(self._loader) for _ in range(self._loader.num_micro_batches)]
+            batches = [own_share(batch, self._context, self._vision) for batch in of_readers]
             num_real = sum(int(batch.is_real.sum()) for batch in batches if batch.is_real is not None)
             # A rank without rows runs the model on fillers as long as another has some, which needs its weights.
             if not int(sum_over_ranks(torch.tensor(num_real, device=device))):
