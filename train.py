@@ -226,7 +226,10 @@ def main(arguments: list[str]) -> None:
         except OSError as error:
             raise UserError(f"job.output_dir = {str(output_dir)!r}: {error.strerror}: expected room to write") from None
         writer = MetricsWriter(output_dir, config.metrics.tensorboard, step, training.steps)
-    flops_of_token, peak = flops_per_token(shape, training.sequence_length), peak_flops_of_all(world_size, device)
+    flops_of_token, peak = (
+        flops_per_token(shape, training.sequence_length, config.lora),
+        peak_flops_of_all(world_size, device),
+    )
     vision_work = VisionWork(model, meshes)
     logger.info(f"from step {step} to {training.steps}, {loader.num_micro_batches} micro-batches a rank and step")
     if (warmup_steps := config.lr_scheduler.warmup_steps) > training.steps:

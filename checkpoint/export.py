@@ -48,6 +48,7 @@ from models.qwen35_moe.hf_weights import (
     TOWER,
     VISION,
     count_mtp_layers,
+    find_architecture,
     find_mtp_pieces,
     hf_name,
     is_published_in_float32,
@@ -133,12 +134,15 @@ def adapter_of(checkpoint: Path) -> Adapter | None:
 
 
 def _export_adapter(checkpoint: Path, adapter: Adapter, out: Path, options: Options) -> Plan:
-    """Writes adapters as peft does."""
-    source, stored, assets, _ = _open_checkpoint(checkpoint)
+    """Writes adapters as peft does, for the class that their base's tensors are named for."""
+    source, stored, assets, recorded_base = _open_checkpoint(checkpoint)
+    base = options.base or recorded_base
     model = read_config(assets[0] / "config.json")
     _check_adapters(checkpoint, stored, adapter, ModelConfig.from_dict(model))
     architecture = options.architecture or ("image_text_to_text" if "vision_config" in model else "causal_lm")
-    config = peft_config(adapter, stored)
+    if not options.architecture and base and any(base.glob("*.safetensors")):
+        architecture = find_architecture(read_safetensors(base))
+    config = peft_config(adapter._replace(base=str(options.base.resolve())) if options.base else adapter, stored)
     plan = Plan(source, config, peft_exports(stored, architecture, options.dtype), assets)
     with new_directory(out, source) as folder:
         (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

@@ -14,6 +14,7 @@ from models.qwen35_moe.config import FULL, ModelConfig
 from models.qwen35_moe.lora import add_adapters, is_adapter
 from models.qwen35_moe.model import Block, Qwen35Moe
 from models.qwen35_moe.moe import Experts
+from models.qwen35_moe.parts import part_of
 
 Shape = tuple[int, ...]
 Box = tuple[tuple[int, int], ...]
@@ -74,6 +75,15 @@ def matmul_parameters_per_token(config: ModelConfig) -> int:
             count += prod(parameter.shape) // config.num_experts * config.num_experts_per_tok
         elif len(parameter.shape) == 2 and name != "embed_tokens.weight":
             count += prod(parameter.shape)
+    return count
+
+
+def adapter_parameters_per_token(config: ModelConfig, rank: int, targets: tuple[str, ...]) -> int:
+    """How many parameters of adapters a token passes: of all experts' those of its k."""
+    count = 0
+    for name, shape in adapter_shapes(replace(config, vision=None), rank, targets).items():
+        is_stacked = part_of(name) == "experts"
+        count += prod(shape) // config.num_experts * config.num_experts_per_tok if is_stacked else prod(shape)
     return count
 
 

@@ -11,12 +11,15 @@ from models.qwen35_moe.lora import is_adapter
 from models.qwen35_moe.parts import ADAPTABLE
 from tests.distributed import run_ranks
 from tests.models.qwen35_moe.shapes import tiny_config
+from tests.parallelisms import test_context_parallel
 from tests.parallelisms.layouts import Layout, Run, build, own_batches, step, train_layouts
 from tests.parallelisms.test_layouts import ROWS, check
 
 CONFIG = tiny_config(vocab_size=47, linear_num_key_heads=1, linear_num_value_heads=5, initializer_range=0.05)
 NUM_STEPS = 4
-TARGETS = {"all": ADAPTABLE, "experts": ("experts",), "default": Lora().targets}
+TARGETS = {"all": ADAPTABLE, "experts": ("experts",), "default": Lora().targets, "shared rows": ADAPTABLE}
+DATA = dict.fromkeys(TARGETS, (CONFIG, ROWS))
+DATA["shared rows"] = test_context_parallel.CONFIG, test_context_parallel.ROWS
 LAYOUTS = {
     "all": [
         Layout(accumulation=4, activation_checkpoint="full"),
@@ -32,6 +35,11 @@ LAYOUTS = {
     # The first block's experts read what needs no gradient.
     "experts": [Layout(world=2, ep=2, activation_checkpoint="selective"), Layout(world=4, ep=2)],
     "default": [Layout(world=2, ep=2, accumulation=2, activation_checkpoint="full"), Layout(world=4, ep=2)],
+    "shared rows": [
+        Layout(world=2, cp=2, ep=2, activation_checkpoint="selective", compile=True),
+        Layout(world=2, cp=2, accumulation=2, activation_checkpoint="full"),
+        Layout(world=4, cp=2, ep=4),
+    ],
 }
 
 
@@ -46,7 +54,8 @@ def expected(name: str) -> dict[float, Run]:
 
 def run(layouts: list[Layout], name: str) -> list[Run]:
     lora = Lora(rank=8, alpha=12.0, targets=TARGETS[name])
-    return train_layouts(CONFIG, layouts, ROWS, NUM_STEPS, lora=lora)
+    config, rows = DATA[name]
+    return train_layouts(config, layouts, rows, NUM_STEPS, lora=lora)
 
 
 @pytest.mark.parametrize("world", [1, 2, 4])
