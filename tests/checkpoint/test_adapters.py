@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, Qwen3_5MoeConfig, Qwen3_5MoeForConditionalGeneration
 from transformers.models.qwen3_5_moe import modeling_qwen3_5_moe
 
 from checkpoint import convert_to_hf as to_hf
@@ -27,6 +27,7 @@ from models.qwen35_moe.parts import ADAPTABLE
 from parallelisms.parallelize import local_region
 from tests.checkpoint.test_checkpointer import run_config
 from tests.checkpoint.test_convert_to_hf import CONFIG, load_hf, per_expert, write_hf
+from tests.checkpoint.test_export import IMAGE_TEXT
 from tests.commands import status_of
 from tests.distributed import run_ranks
 from tests.models.qwen35_moe.shapes import random_model, random_stream, run_model
@@ -222,6 +223,26 @@ def test_peft_loads_the_export_and_computes_the_same(
     merged, of_peft = load_hf(tmp_path / "merged"), wrapped.merge_and_unload().state_dict()
     for key, tensor in merged.items():
         assert torch.allclose(tensor.float(), of_peft[key], rtol=0, atol=1e-6), key
+
+
+def test_keys_of_an_image_text_model_are_those_of_its_class(saved: tuple[Path, dict], tmp_path: Path) -> None:
+    step = tmp_path / "step"
+    shutil.copytree(saved[0] / "checkpoints/step-00000003", step)
+    for name in ("manifest.json", "config.toml", "hf/base.json"):  # as if no run had written it
+        (step / name).unlink()
+    config = IMAGE_TEXT | {"text_config": CONFIG.to_dict()}
+    (step / "hf/config.json").write_text(json.dumps(config))
+    assert status_of(to_hf.main, [str(step), str(tmp_path / "out")]) == 0
+    written = load_file(tmp_path / "out/adapter_model.safetensors")
+    model = Qwen3_5MoeForConditionalGeneration(Qwen3_5MoeConfig(**config))
+    loaded = peft.get_peft_model_state_dict(
+        peft.PeftModel.from_pretrained(model, tmp_path / "out"), save_embedding_layers=False
+    )
+    assert loaded.keys() == written.keys()
+    assert all(torch.equal(loaded[key], tensor) for key, tensor in written.items())
+    assert status_of(to_hf.main, [str(step), str(tmp_path / "causal"), "--architecture", "causal_lm"]) == 0
+    keys = set(load_file(tmp_path / "causal/adapter_model.safetensors"))
+    assert keys == {key.replace("language_model.", "") for key in written}
 
 
 @pytest.mark.parametrize("experts", ["stacked", "per_expert"])
