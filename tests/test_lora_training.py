@@ -9,13 +9,14 @@ import torch
 from checkpoint.export import Options, export_to_hf
 from tests.test_train import ROOT, SMALL, metrics, run, stored_tensors
 
-LORA = ("--lora.rank=8", "--lora.targets=attention,linear_attention,shared_expert,experts,head", "--optimizer.lr=2e-3")
+LORA = ("--lora.rank=8", "--lora.targets=attention,linear_attention,shared_expert,experts,head", "--optimizer.lr=1e-2")
 
 
 def test_adapters_train_and_resume_on_another_layout(tmp_path: Path) -> None:
     config_file = tmp_path / "small.toml"
     config_file.write_text(SMALL.format(root=ROOT))
-    run(config_file, tmp_path / "whole", "--training.steps=2")
+    # Weights that know no batch better than another.
+    run(config_file, tmp_path / "whole", "--training.steps=1", "--lr_scheduler.warmup_steps=1", "--optimizer.lr=1e-12")
     base = tmp_path / "base"
     export_to_hf(tmp_path / "whole", base, Options(dtype=torch.float32))
     options = [f"--model.path={base}", "--model.initial_load=hf", *LORA]
@@ -29,7 +30,7 @@ def test_adapters_train_and_resume_on_another_layout(tmp_path: Path) -> None:
     middle = tmp_path / "two/checkpoints/step-00000003"
     saved = stored_tensors(middle)
     assert all("lora_" in name for name in saved if not name.startswith("train."))
-    assert two[-1]["loss"] < two[0]["loss"]
+    assert two[-1]["loss"] < two[0]["loss"] - 0.1
 
     moved = tmp_path / "moved"
     shutil.copytree(base, moved)
