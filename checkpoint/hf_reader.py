@@ -12,6 +12,7 @@ from errors import UserError, WrongTensors
 from models.qwen35_moe.config import ModelConfig
 from models.qwen35_moe.hf_weights import MTP, NOT_TEXT, Piece, find_pieces
 from models.qwen35_moe.init import LocalPart
+from models.qwen35_moe.lora import is_adapter
 from models.qwen35_moe.model import Qwen35Moe
 from models.qwen35_moe.parameters import Shape, full_box, parameters
 
@@ -70,11 +71,13 @@ def _array(tensor: StoredTensor) -> StoredArray:
 
 
 def load_hf_weights(model: Qwen35Moe, folder: Path, local_part: Callable[[torch.Tensor], LocalPart]) -> None:
-    """Fills every parameter's part that `local_part` says lies in this process, reading no more than that.
-
-    Raises UserError naming a tensor that is missing, unexpected or of a wrong shape.
+    """Fills every parameter's part that `local_part` says lies in this process, reading no more than that; not those of
+    adapters. Raises UserError naming a tensor that is missing, unexpected or of a wrong shape.
     """
-    fill(dict(model.named_parameters()), native_tensors(model.config, read_safetensors(folder)), local_part)
+    weights: dict[str, torch.Tensor] = {
+        name: parameter for name, parameter in model.named_parameters() if not is_adapter(name)
+    }
+    fill(weights, native_tensors(model.config, read_safetensors(folder)), local_part)
 
 
 @torch.no_grad()

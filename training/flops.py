@@ -4,26 +4,34 @@ from collections.abc import Sequence
 
 import torch
 
+from config.options import Lora
 from models.qwen35_moe.config import FULL, ModelConfig
-from models.qwen35_moe.parameters import matmul_parameters_per_token
+from models.qwen35_moe.parameters import adapter_parameters_per_token, matmul_parameters_per_token
 from models.qwen35_moe.vision_config import VisionConfig
+
+WITHOUT = Lora()
 
 # Dense bf16 peak of one device in FLOP/s, from the vendor's datasheets.
 _PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "H800": 989e12, "B200": 2250e12, "A100": 312e12}
 
 
-def flops_per_token(config: ModelConfig, sequence_length: int) -> float:
+def flops_per_token(config: ModelConfig, sequence_length: int, lora: Lora = WITHOUT) -> float:
     """Forward and backward FLOPs a trained token needs; recomputation is not counted.
 
     6 for each parameter of a matrix product that the token passes (its k experts, the shared expert, the router, the
     head; not the embedding look-up), 6 * S * heads * head_dim for each full-attention layer (causal: half of S on
-    average, forward and backward), and 18 * value_heads * K * Kv for each gated-delta-rule layer.
+    average, forward and backward), and 18 * value_heads * K * Kv for each gated-delta-rule layer. With adapters the
+    weights are frozen and have no gradient: 4 for each of their parameters, 6 for each of the adapters'.
     """
     num_full = config.layer_types.count(FULL)
     attention = num_full * 6 * sequence_length * config.num_attention_heads * config.head_dim
     state = config.linear_num_value_heads * config.linear_key_head_dim * config.linear_value_head_dim
     delta_rule = (config.num_hidden_layers - num_full) * 18 * state
-    return 6 * matmul_parameters_per_token(config) + attention + delta_rule
+    products = 6 * matmul_parameters_per_token(config)
+    if lora.rank:
+        products = 4 * matmul_parameters_per_token(config)
+        products += 6 * adapter_parameters_per_token(config, lora.rank, lora.targets)
+    return products + attention + delta_rule
 
 
 def peak_flops(device_name: str) -> float | None:

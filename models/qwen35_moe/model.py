@@ -12,6 +12,7 @@ from models.ops.linear_cross_entropy import linear_cross_entropy
 from models.qwen35_moe.attention import GatedAttention
 from models.qwen35_moe.config import FULL, ModelConfig
 from models.qwen35_moe.gated_delta_net import GatedDeltaNet
+from models.qwen35_moe.lora import LoraLinear
 from models.qwen35_moe.moe import COUNTS_OF_ALL, Measure, MixtureOfExperts, RouterStatistics
 from models.qwen35_moe.norms import RMSNorm
 from models.qwen35_moe.patches import Patches
@@ -122,6 +123,9 @@ class Qwen35Moe(nn.Module):
         statistics = RouterStatistics.stack(of_layers)
         hidden = self.norm(hidden)
         head = self.embed_tokens if self.config.tie_word_embeddings else self.lm_head
+        low_rank = head.low_rank(hidden) if isinstance(head, LoraLinear) else None
         if batch.labels is None:
-            return F.linear(hidden, head.weight), statistics
-        return linear_cross_entropy(hidden, head.weight, batch.labels, backend=self.cross_entropy), statistics
+            logits = F.linear(hidden, head.weight)
+            return logits if low_rank is None else logits + F.linear(*low_rank), statistics
+        loss = linear_cross_entropy(hidden, head.weight, batch.labels, low_rank=low_rank, backend=self.cross_entropy)
+        return loss, statistics
