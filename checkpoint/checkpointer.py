@@ -283,8 +283,9 @@ class Checkpointer:
         def export_hf() -> None:
             out = self._folder.parent / "hf" / final.name
             shutil.rmtree(out, ignore_errors=True)
-            export_to_hf(final, out, Options(dtype=None) if self._config.lora.rank else None)
-            logger.info(f"exported {out}")
+            lora = self._config.lora
+            export_to_hf(final, out, Options(dtype=None) if lora.rank else None)
+            logger.info(f"exported {out}" + (f": {serving_note(lora.targets)}" if lora.rank else ""))
 
         try:
             files = {name: file for own in self._on_all_ranks(own_files) for name, file in own.items()}

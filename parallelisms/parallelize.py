@@ -130,7 +130,7 @@ def apply_fsdp(model: Qwen35Moe, meshes: Meshes, compute_dtype: torch.dtype) -> 
     of_experts = {parameter for block in blocks for parameter in block.mlp.experts.parameters()}
     for parameter in model.parameters():
         mesh = meshes.expert if has_expert_units and parameter in of_experts else meshes.dense
-        if not parameter.requires_grad and mesh.size() == 1:
+        if not parameter.requires_grad and mesh.size(mesh.ndim - 1) == 1:  # replicas do not shard
             outside.add(parameter)
 
     def shard(module: nn.Module, mesh: DeviceMesh, **options: Any) -> None:

@@ -84,6 +84,7 @@ SLOW: dict[str, tuple[str, ...]] = {
         "test_text_and_its_validation",
     ),
     "test_layouts.py": ("test_five_steps_of_the_tiny_run_on_seven_layouts",),
+    "test_lora_training.py": ("test_adapters_train_and_resume_on_another_layout",),
     "test_reproducibility.py": (
         "test_the_first_losses_are_those_on_record",
         "test_two_deterministic_runs_are_equal_bit_for_bit",

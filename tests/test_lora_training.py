@@ -9,7 +9,12 @@ import torch
 from checkpoint.export import Options, export_to_hf
 from tests.test_train import ROOT, SMALL, metrics, run, stored_tensors
 
-LORA = ("--lora.rank=8", "--lora.targets=attention,linear_attention,shared_expert,experts,head", "--optimizer.lr=1e-2")
+LORA = (
+    "--lora.rank=8",
+    "--lora.alpha=64",
+    "--lora.targets=attention,linear_attention,shared_expert,experts,head",
+    "--optimizer.lr=1e-2",
+)
 
 
 def test_adapters_train_and_resume_on_another_layout(tmp_path: Path) -> None:

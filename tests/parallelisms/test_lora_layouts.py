@@ -17,6 +17,7 @@ from tests.parallelisms.test_layouts import ROWS, check
 
 CONFIG = tiny_config(vocab_size=47, linear_num_key_heads=1, linear_num_value_heads=5, initializer_range=0.05)
 NUM_STEPS = 4
+REPLICAS = Layout(world=2, replicate=2)
 TARGETS = {"all": ADAPTABLE, "experts": ("experts",), "default": Lora().targets, "shared rows": ADAPTABLE}
 DATA = dict.fromkeys(TARGETS, (CONFIG, ROWS))
 DATA["shared rows"] = test_context_parallel.CONFIG, test_context_parallel.ROWS
@@ -89,7 +90,7 @@ def storage(layout: Layout, targets: tuple[str, ...]) -> tuple[dict[str, str], s
     return lies, with_gradient, {name.rpartition(".")[0] for name in optimizer.named_state()}
 
 
-@pytest.mark.parametrize("layout", [Layout(), Layout(world=2), Layout(world=2, ep=2)], ids=str)
+@pytest.mark.parametrize("layout", [Layout(), Layout(world=2), Layout(world=2, ep=2), REPLICAS], ids=str)
 @pytest.mark.parametrize("targets", [ADAPTABLE, Lora().targets], ids=["all", "default"])
 def test_frozen_weights_are_stored_once_as_they_are_computed_with(layout: Layout, targets: tuple[str, ...]) -> None:
     # Plain parameters are outside FSDP, which would gather (here: copy) them beside.
@@ -103,4 +104,4 @@ def test_frozen_weights_are_stored_once_as_they_are_computed_with(layout: Layout
                 assert how == "float32 plain", name
             else:
                 # At ep 2 of 2 an expert lies whole on its rank: a DTensor of the axis ep, which FSDP does not touch.
-                assert how == ("bfloat16 plain" if layout.world == 1 else "bfloat16 sharded"), name
+                assert how == ("bfloat16 plain" if layout in (Layout(), REPLICAS) else "bfloat16 sharded"), name
