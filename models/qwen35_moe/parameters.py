@@ -10,8 +10,9 @@ import torch
 from torch import nn
 
 from models.ops.kernels import Kernels
+from models.qwen35_moe.block import Block
 from models.qwen35_moe.config import FULL, ModelConfig
-from models.qwen35_moe.model import Block, Qwen35Moe
+from models.qwen35_moe.model import Qwen35Moe
 from models.qwen35_moe.moe import Experts
 
 Shape = tuple[int, ...]
