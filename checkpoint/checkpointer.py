@@ -156,9 +156,10 @@ class Checkpointer:
             if name not in stored or name not in state:
                 what = "lacks" if name not in stored else "has an unknown"
                 frozen = " with the same model.freeze, or checkpoint.start_from for the weights alone"
+                mtp = f" with or without multi-token prediction, as mtp.train = {self._config.mtp.train!r} says"
                 raise UserError(
                     f"checkpoint {path} {what} tensor {name!r}: expected one of the same model"
-                    + (frozen if name.startswith("optimizer.") else "")
+                    + (mtp if name.startswith("model.mtp.") else frozen if name.startswith("optimizer.") else "")
                 )
             if stored[name].shape != tuple(state[name].shape):
                 raise UserError(

@@ -10,7 +10,7 @@ from checkpoint.tensors.safetensors import read_safetensors
 from checkpoint.tensors.stored import Chunk, StoredArray, StoredTensor
 from errors import UserError, WrongTensors
 from models.qwen35_moe.config import ModelConfig
-from models.qwen35_moe.hf_weights import MTP, NOT_TEXT, Piece, find_pieces
+from models.qwen35_moe.hf_weights import Piece, find_pieces, left_out
 from models.qwen35_moe.init import LocalPart
 from models.qwen35_moe.model import Qwen35Moe
 from models.qwen35_moe.parameters import Shape, full_box, parameters
@@ -21,7 +21,7 @@ PLAIN_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 def native_tensors(config: ModelConfig, stored: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
     """Native parameters from a directory's tensors. Raises UserError naming one that is missing, odd or unknown."""
     for key, tensor in stored.items():
-        if not key.startswith(MTP if config.vision else NOT_TEXT) and tensor.dtype not in PLAIN_DTYPES:
+        if not key.startswith(left_out(config)) and tensor.dtype not in PLAIN_DTYPES:
             raise UserError(f"weights: {key!r} is {tensor.dtype}, quantised: dequantise the model to bfloat16 first")
     pieces = find_pieces(config, {key: tensor.shape for key, tensor in stored.items()})
     tensors = {name: assemble(name, p.shape, pieces[name], stored) for name, p in parameters(config).items()}

@@ -23,6 +23,7 @@ def check_config(config: Config, world_size: int) -> None:
     shape = model_config(config)
     work_out_degrees(config.parallelism, shape, world_size)
     check_frozen(config.model.freeze, shape)
+    _check_mtp(config)
     _check_ratios(config.optimizer, shape)
     _check_schedule(config.lr_scheduler)
     _check_kernels(config, shape)
@@ -45,6 +46,14 @@ def _check_ratios(optimizer: Optimizer, shape: ModelConfig) -> None:
     for key in ("vision_lr_ratio", "merger_lr_ratio"):
         if shape.vision is None and getattr(optimizer, key) != 1:
             raise UserError(f"optimizer.{key} = {getattr(optimizer, key)}: the model has no tower: expected 1.0")
+
+
+def _check_mtp(config: Config) -> None:
+    if config.mtp.train == "head" and "mtp" in config.model.freeze:
+        raise UserError(
+            f"model.freeze = {list(config.model.freeze)}: with mtp.train = 'head' nothing is left to train: expected no "
+            "'mtp' in it"
+        )
 
 
 def _check_kernels(config: Config, shape: ModelConfig) -> None:
