@@ -76,8 +76,8 @@ def train_step(
     device: torch.device,
     training: Training,
     moe: MoE,
-    mtp: Mtp | None = None,
-    num_drafted: int = 0,
+    mtp: Mtp,
+    num_drafted: int,
 ) -> StepResult:
     """One optimizer step over this rank's micro-batches; `num_trained` counts the GLOBAL batch's trained tokens,
     `num_drafted` those of multi-token prediction, which `mtp` is for."""
@@ -92,7 +92,6 @@ def train_step(
         share = loss_sum / max(num_trained, 1)
         total = share
         if mtp_loss_sum is not None:
-            assert mtp is not None
             mtp_share = mtp_loss_sum / max(num_drafted, 1)
             total = total + mtp.loss_weight * mtp_share
             losses["mtp"] += mtp_share.detach()

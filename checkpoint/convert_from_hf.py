@@ -39,7 +39,8 @@ def convert_from_hf(
 
     dtype: of all parameters but the few that are float32 in training; None keeps what is stored. `with_vision`: the
     tower too; `with_mtp`: multi-token prediction too. Returns the tensors that were left out, which an export takes
-    from `source` again. `out` is new or empty; it appears when it is complete. Raises UserError naming a tensor that is missing, odd or unknown.
+    from `source` again. `out` is new or empty; it appears when it is complete. Raises UserError naming a tensor that is
+    missing, odd or unknown.
     """
     stored = read_safetensors(source)
     config, shape = read_config(source / "config.json"), ModelConfig.from_pretrained(source, with_vision, with_mtp)

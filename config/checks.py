@@ -50,10 +50,8 @@ def _check_ratios(optimizer: Optimizer, shape: ModelConfig) -> None:
 
 def _check_mtp(config: Config) -> None:
     if config.mtp.train == "head" and "mtp" in config.model.freeze:
-        raise UserError(
-            f"model.freeze = {list(config.model.freeze)}: with mtp.train = 'head' nothing is left to train: expected no "
-            "'mtp' in it"
-        )
+        frozen = f"model.freeze = {list(config.model.freeze)}"
+        raise UserError(f"{frozen}: with mtp.train = 'head' nothing is left to train: expected it without 'mtp'")
 
 
 def _check_kernels(config: Config, shape: ModelConfig) -> None:
