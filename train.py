@@ -28,7 +28,8 @@ from models.qwen35_moe.config import ModelConfig
 from models.qwen35_moe.init import init_weights
 from models.qwen35_moe.model import Qwen35Moe
 from models.qwen35_moe.parts import freeze, frozen_parts
-from parallelisms.degrees import work_out_degrees
+from parallelisms.context_parallel import own_share
+from parallelisms.degrees import shape_on_a_rank, work_out_degrees
 from parallelisms.mesh import Meshes, build_meshes
 from parallelisms.parallelize import local_region, parallelize_fn, reduce_replicas_after, reduce_replicated_gradients
 from training.distributed import (
@@ -97,7 +98,8 @@ def train_step(
             losses["mtp"] += mtp_share.detach()
         if measure.probabilities or measure.logsumexp:
             top_k = shape.num_experts_per_tok
-            aux, z = router_losses(statistics, moe, top_k, meshes.num_data_ranks, sum_over_ranks)
+            over = (meshes.num_data_ranks, sum_over_ranks, meshes.sum_over_context)
+            aux, z = router_losses(statistics, moe, top_k, *over)
             total = total + (moe.aux_loss_coef * aux + moe.z_loss_coef * z) / len(micro_batches)
             losses["aux_loss"] += aux.detach() / len(micro_batches)
             losses["z_loss"] += z.detach() / len(micro_batches)
@@ -160,7 +162,7 @@ def build_model(config: Config, shape: ModelConfig, meshes: Meshes, device: torc
     num_devices = meshes.data_parallel.size()
     logger.info(f"{num_parameters / 1e6:,.1f} M parameters{frozen}, {num_devices} x {device.type}, {dtype}, {kernels}")
     if config.kernels.self_test and device.type == "cuda":
-        wrong = check_kernels(kernels, shape, device, dtype)
+        wrong = check_kernels(kernels, shape_on_a_rank(shape, meshes.degrees.context), device, dtype)
         if wrong:
             raise RunError("; ".join(wrong))
     parallelize_fn(
@@ -191,11 +193,11 @@ def main(arguments: list[str]) -> None:
     device = init_distributed(config.job.collective_timeout_seconds)
     torch.manual_seed(config.job.seed)
     shape = model_config(config)
-    meshes = build_meshes(device.type, work_out_degrees(config.parallelism, shape, world_size))
+    meshes = build_meshes(device.type, work_out_degrees(config.parallelism, config.training, shape, world_size))
     set_timeout(meshes.all, config.job.collective_timeout_seconds)
 
-    # 3. Data: every data rank reads its own rows.
-    skipped_dir = output_dir / "skipped"
+    # 3. Data: every data rank reads its own rows; where it is several ranks, the first tells of them.
+    skipped_dir = output_dir / "skipped" if meshes.is_first_reader else None
     media = media_settings(config, shape.vision)
     ranks = (meshes.data_rank, meshes.num_data_ranks)
     mtp = config.mtp.train != "off"
@@ -237,7 +239,8 @@ def main(arguments: list[str]) -> None:
     if (warmup_steps := config.lr_scheduler.warmup_steps) > training.steps:
         logger.info(f"lr_scheduler.warmup_steps = {warmup_steps}: the rise is not finished in {training.steps} steps")
     if loader.num_filler_rows:
-        rows = f"{meshes.num_data_ranks} processes in rows of {training.local_batch_size}"
+        readers = "processes" if meshes.context_parallel is None else "groups of processes"
+        rows = f"{meshes.num_data_ranks} {readers} in rows of {training.local_batch_size}"
         logger.info(
             f"training.global_batch_size = {training.global_batch_size} cannot be dealt evenly to {rows}: "
             f"{loader.num_filler_rows} more rows a step are computed for nothing"
@@ -250,7 +253,8 @@ def main(arguments: list[str]) -> None:
     while step < training.steps and not stopping:
         step += 1
         data_clock = time.perf_counter()
-        micro_batches = [next(loader) for _ in range(loader.num_micro_batches)]
+        of_readers = [next(loader) for _ in range(loader.num_micro_batches)]
+        micro_batches = [own_share(batch, meshes.context_parallel, shape.vision) for batch in of_readers]
         data_seconds += time.perf_counter() - data_clock
         num_trained = sum(batch.num_trained for batch in micro_batches)
         num_drafted = sum(batch.num_drafted for batch in micro_batches)
@@ -294,7 +298,7 @@ def main(arguments: list[str]) -> None:
                 "data_seconds": data_seconds / (step - clock_step),
                 "peak_memory_gib": peak_memory_gib(device),
                 **expert_load(result.expert_counts),
-                **data_quality(loader.counts, device),
+                **data_quality(loader.counts if meshes.is_first_reader else {}, device),
                 **of_vision,
             }
             if training.nonfinite == "skip":

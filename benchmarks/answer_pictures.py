@@ -1,6 +1,6 @@
 """How many questions about held-out pictures transformers answers rightly with a model that was exported here.
 
-    python -m benchmarks.answer_pictures HF_DIR [--data data/tiny_vision/held_out.parquet] [--limit N] [--show FILE]
+    python -m benchmarks.answer_pictures HF_DIR [--data data/tiny_vision/held_out.parquet] [--limit N]
 
 Each answer is generated greedily from all that stands before it in its chat, and has to be the whole of the given one.
 """

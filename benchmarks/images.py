@@ -34,7 +34,7 @@ NONE = Images(32, 32, 0.0)
 
 def parse_images(text: str) -> Images | None:
     """HEIGHTxWIDTH:SHARE; None for an empty text. Raises UserError."""
-    found = re.fullmatch(r"(\d+)x(\d+):(0?\.\d+)", text)
+    found = re.fullmatch(r"([1-9]\d*)x([1-9]\d*):(0?\.\d+)", text)
     if text and found is None:
         raise UserError(f"--images = {text!r}: expected as 1080x1920:0.3")
     return Images(int(found[1]), int(found[2]), float(found[3])) if found else None

@@ -37,6 +37,7 @@ from data.batch import MicroBatch
 from errors import OneLineParser, exit_on_error
 from models.ops.documents import Documents
 from models.qwen35_moe.init import init_weights
+from parallelisms.context_parallel import own_share
 from parallelisms.degrees import work_out_degrees
 from parallelisms.mesh import build_meshes
 from parallelisms.parallelize import local_region
@@ -123,7 +124,7 @@ def measure(
     rank, world_size = world_from_environment()
     device = init_distributed(config.job.collective_timeout_seconds)
     training, shape = config.training, model_config(config)
-    degrees = work_out_degrees(config.parallelism, shape, world_size)
+    degrees = work_out_degrees(config.parallelism, config.training, shape, world_size)
     meshes = build_meshes(device.type, degrees)
     torch.manual_seed(config.job.seed)
     model = build_model(config, shape, meshes, device)
@@ -140,6 +141,7 @@ def measure(
         batches = [random_micro_batch(config, lengths, shape.vocab_size, seed) for seed in seeds]
         if shape.vision:
             batches = [with_images(batch, shape.vision, images or NONE, seed) for batch, seed in zip(batches, seeds)]
+        batches = [own_share(batch, meshes.context_parallel, shape.vision) for batch in batches]
         if shape.vision:
             vision_work.add(sum_over_ranks(torch.tensor(vision_work.of(batches))).tolist())
         if shape.mtp_num_hidden_layers:
@@ -177,6 +179,7 @@ def measure(
         "torch": torch.__version__,
         "world_size": world_size,
         "expert_parallel_degree": degrees.expert,
+        "context_parallel_degree": degrees.context,
         "layers": shape.num_hidden_layers,
         "experts": shape.num_experts,
         "tokens_per_step": tokens_per_step,

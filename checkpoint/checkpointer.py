@@ -40,9 +40,11 @@ from checkpoint.tensors.dcp import read_dcp
 from config.options import Config
 from config.reading import resolved_toml
 from data.chat import end_of_turn_id
+from data.media import processor_of
 from data.samples import sample_texts
 from errors import UserError, reading
 from models.qwen35_moe.config import ModelConfig, read_config
+from models.qwen35_moe.hf_weights import TOWER
 from models.qwen35_moe.model import Qwen35Moe
 from parallelisms.mesh import Meshes
 from parallelisms.parallelize import local_region
@@ -155,12 +157,13 @@ class Checkpointer:
         for name in sorted(state.keys() | stored.keys()):
             if name not in stored or name not in state:
                 what = "lacks" if name not in stored else "has an unknown"
-                frozen = " with the same model.freeze, or checkpoint.start_from for the weights alone"
-                mtp = f" with or without multi-token prediction, as mtp.train = {self._config.mtp.train!r} says"
-                raise UserError(
-                    f"checkpoint {path} {what} tensor {name!r}: expected one of the same model"
-                    + (mtp if name.startswith("model.mtp.") else frozen if name.startswith("optimizer.") else "")
-                )
+                hints = {
+                    "optimizer.": " with the same model.freeze, or checkpoint.start_from for the weights alone",
+                    f"model.{TOWER}": f", or model.vision = {'off' if name not in stored else 'on'!r}",
+                    "model.mtp.": f", or mtp.train = {'off' if name not in stored else 'joint'!r}",
+                }
+                hint = next((hint for prefix, hint in hints.items() if name.startswith(prefix)), "")
+                raise UserError(f"checkpoint {path} {what} tensor {name!r}: expected one of the same model{hint}")
             if stored[name].shape != tuple(state[name].shape):
                 raise UserError(
                     f"checkpoint {path}: {name!r} has shape {list(stored[name].shape)}, the model's has "
@@ -297,7 +300,8 @@ class Checkpointer:
             sources.append(Path(self._config.model.path))
             config = read_config(sources[-1] / "config.json")
         end_of_turn = end_of_turn_id(str(sources[0])) if self._config.data.format == "chat" else None
-        write_checkpoint_assets(assets, config, self._base, *sources, end_of_turn=end_of_turn)
+        processor = processor_of(self._config)
+        write_checkpoint_assets(assets, config, self._base, *sources, processor=processor, end_of_turn=end_of_turn)
         (assets / SAMPLE).write_text(json.dumps(self._sample), encoding="utf-8")
         others = [path for path in unfinished.rglob("*") if path.is_file() and path.name not in files]
         directories.write_manifest(unfinished, files | directories.describe_files(unfinished, others))

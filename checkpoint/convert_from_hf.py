@@ -99,7 +99,7 @@ def main(arguments: list[str]) -> None:
         parser.error(f"{options.source} has no config.json: expected a Hugging Face directory")
     spare = convert_from_hf(options.source, options.out, DTYPES[options.dtype], options.vision, options.mtp)
     if spare:
-        print(f"{len(spare)} tensors are no part of the text model and were left out: {spare[0]}, ...")
+        print(f"{len(spare)} tensors are no part of the model and were left out: {spare[0]}, ...")
 
 
 if __name__ == "__main__":

@@ -12,8 +12,8 @@ MTP             the checkpoint                                        in --dtype
                 else the base; neither: config.json declares no       bit for bit, experts as --experts says
                 layers of it
 
-class           what --architecture says; else image_text_to_text where a config.json has a vision_config and there is
-                a base or the checkpoint has a tower; else causal_lm
+class           what --architecture says; else image_text_to_text where a config.json has a vision_config and the
+                checkpoint has a tower, or the base that it came from has, or there is a --base; else causal_lm
 """
 
 import copy
@@ -143,6 +143,8 @@ def make_plan(checkpoint: Path, options: Options) -> Plan:
         raise UserError(
             f"the model came from {base}, which is not there: expected --base with it, or --architecture causal_lm"
         )
+    if not options.architecture and not options.base and of_base and not (has_tower or _part(VISION, of_base)):
+        architecture = "causal_lm"  # the run came from a text model beside the config.json of a whole one
     others = {part: _part(part, stored) or _part(part, of_base) for part in NOT_TEXT}
     exports = _text_exports(checkpoint, stored, shape, architecture, options.dtype)
     came_per_expert = any(".experts.0." in key and not key.startswith(MTP) for key in of_base)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from checkpoint.tensors.stored import file_size, read_json
+from data.images import PROCESSOR_FILES, find_processor
 from data.tokenizer import PROBES, verify_tokenizer
 from errors import UserError, reading
 
@@ -19,22 +20,24 @@ _TOKENIZER = (
     "vocab.json",
     "merges.txt",
 )
-_VISION = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")
 _GENERATION = "generation_config.json"
 SAMPLE = "tokenizer_sample.json"
 """Of a checkpoint: a list of texts of its training data, by which an export's tokenizer is compared."""
 _SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
-def copy_assets(folder: Path, *sources: Path, vision: bool = True) -> None:
+def copy_assets(folder: Path, *sources: Path, vision: bool = True, processor: Path | None = None) -> None:
     """Copies the files other than config.json. One that several of `sources` have is taken from the first.
 
-    A tokenizer's files belong together: they are those of `find_tokenizer`, and no other source's.
+    A tokenizer's files belong together: they are those of `find_tokenizer`, and no other source's. So do an image
+    processor's: those in `processor`, by which a run reads its images, else of the first source that has some.
     """
     tokenizer = find_tokenizer(sources)
     templates = [str(path.relative_to(tokenizer)) for path in tokenizer.glob("additional_chat_templates/*.jinja")]
     names = {name: [tokenizer] for name in (*_TOKENIZER, *templates)}
-    names |= {name: list(sources) for name in (_GENERATION, *(_VISION if vision else ()))}
+    names[_GENERATION] = list(sources)
+    if vision and (processor := processor or find_processor(sources)):
+        names |= {name: [processor] for name in PROCESSOR_FILES}
     for name, places in names.items():
         if source := next((place for place in places if os.path.lexists(place / name)), None):
             (folder / name).parent.mkdir(exist_ok=True)
@@ -74,14 +77,20 @@ def _as_json(values: dict[str, Any]) -> bytes:
 
 
 def write_checkpoint_assets(
-    folder: Path, config: dict[str, Any], base: Path | None, *sources: Path, end_of_turn: int | None = None
+    folder: Path,
+    config: dict[str, Any],
+    base: Path | None,
+    *sources: Path,
+    processor: Path | None = None,
+    end_of_turn: int | None = None,
 ) -> None:
-    """Writes a checkpoint's `hf/`: `config`, the other files, and where the model's weights came from.
+    """Writes a checkpoint's `hf/`: `config`, the other files as `copy_assets` does, and where the model's weights came
+    from.
 
     `end_of_turn`: the token that ends the trained turns of chats. It is told as one that ends generation, beside those
     that the config, the generation's settings and the tokenizer name; else they are left as they are.
     """
-    copy_assets(folder, *sources)
+    copy_assets(folder, *sources, processor=processor)
     config = {key: value for key, value in config.items() if key != "auto_map"}
     if end_of_turn is not None:
         text = config.get("text_config", config)

@@ -21,7 +21,7 @@ def check_config(config: Config, world_size: int) -> None:
     """Raises UserError for what `world_size` processes on this machine could not run."""
 
     shape = model_config(config)
-    work_out_degrees(config.parallelism, shape, world_size)
+    work_out_degrees(config.parallelism, config.training, shape, world_size)
     check_frozen(config.model.freeze, shape)
     _check_mtp(config)
     _check_ratios(config.optimizer, shape)

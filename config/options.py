@@ -207,7 +207,8 @@ class Mtp:
 
 @dataclass(frozen=True, kw_only=True)
 class Parallelism:
-    """How many processes share what. replicate * shard = number of processes; expert divides shard."""
+    """How many processes share what. replicate * shard = number of processes; expert divides shard; context divides the
+    number of processes, and shares nothing out of these."""
 
     data_parallel_replicate_degree: PositiveInt = 1
     """Groups of processes that each hold the whole model between them (HSDP)."""
@@ -216,6 +217,9 @@ class Parallelism:
     expert_parallel_degree: Degree = 1
     """Processes over which the experts are spread; tokens travel to them. 1: experts are sharded like the rest; -1: as
     many as fit the processes and the model."""
+    context_parallel_degree: PositiveInt = 1
+    """Processes that read the same rows and share their tokens, for documents too long for one process. Attention of
+    either kind then trades tokens for heads, so it divides their numbers."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -184,9 +184,8 @@ def _positions(rows: Sequence[Row], vision: VisionConfig) -> "torch.Tensor":
 def _patches(rows: Sequence[Row], vision: VisionConfig) -> "Patches":
     """All that the rows show, end to end.
 
-    Where that is nothing, there is a grey frame of one token: every rank has to run the tower, and its backward, once
-    for each micro-batch, or the others would wait for its part of the weights and gradients for ever. The frame stands
-    at no place, so its feature goes nowhere.
+    Where that is nothing, there is a grey frame: every rank has to run the tower, and its backward, once for each
+    micro-batch, or the others would wait for its part of the weights and gradients for ever.
     """
     import torch
 
@@ -194,12 +193,14 @@ def _patches(rows: Sequence[Row], vision: VisionConfig) -> "Patches":
 
     length, merge = len(rows[0].tokens), vision.spatial_merge_size
     frames = [frame._replace(place=frame.place + n * length) for n, row in enumerate(rows) for frame in row.frames]
+    max_patches = min(MAX_PATCHES, length * vision.patches_per_token)
+    if not frames:
+        return Patches.grey(vision.patch_values, merge, max_patches)
     tokens = [np.arange(place, place + height * width // merge**2) for place, height, width in frames]
-    pixels = [row.pixels for row in rows if row.pixels is not None]
     return Patches.of(
-        torch.from_numpy(np.concatenate(pixels or [np.full((merge**2, vision.patch_values), 127, np.uint8)])),
-        [(height, width) for _, height, width in frames] or [(merge, merge)],
-        torch.from_numpy(np.concatenate([np.empty(0, np.int64), *tokens])),
+        torch.from_numpy(np.concatenate([row.pixels for row in rows if row.pixels is not None])),
+        [(height, width) for _, height, width in frames],
+        torch.from_numpy(np.concatenate(tokens)),
         merge,
-        max_patches=min(MAX_PATCHES, length * vision.patches_per_token),
+        max_patches,
     )

@@ -14,7 +14,7 @@ import math
 import os
 import stat
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, NamedTuple
@@ -31,6 +31,8 @@ logging.getLogger("PIL").setLevel(logging.CRITICAL)  # what is wrong with a file
 ImageSource = str | bytes
 """A path, or the content of an image file."""
 
+PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json")
+
 MAX_ASPECT = 200
 MAX_SOURCE_PIXELS = 2 * (1024**3 // 4 // 3)  # Pillow's own limit, whatever another library has set it to
 _ORIENTATION = 0x0112
@@ -44,6 +46,8 @@ _ARITHMETIC: dict[str, tuple[Any, ...]] = {  # of the keys of a processor file, 
     "resample": (Image.Resampling.BICUBIC.value,),
     "rescale_factor": (1 / 255,),
 }
+_NEEDED = ("patch_size", "image_mean", "image_std")
+"""Of an image processor's file: for these transformers' class has CLIP's defaults, and exports are served so."""
 
 
 class PixelRules(NamedTuple):
@@ -64,6 +68,11 @@ class PixelRules(NamedTuple):
     def factor(self) -> int:
         """The pixels along a side of a vision token."""
         return self.patch_size * self.merge_size
+
+
+def find_processor(folders: Iterable[Path]) -> Path | None:
+    """The first of `folders` that has any of a processor's files. These belong together: none is taken from another."""
+    return next((folder for folder in folders if any((folder / name).exists() for name in PROCESSOR_FILES)), None)
 
 
 def pixel_rules(
@@ -121,6 +130,9 @@ def _processor(folder: Path | None, section: str, name: str) -> tuple[dict[str, 
                     continue
             if not isinstance(values, dict):
                 raise UserError(f"{path}: {key or 'its content'} is a {type(values).__name__}: expected an object")
+            for needed in _NEEDED if section == "image_processor" else ():
+                if values.get(needed) is None:
+                    raise UserError(f"{path}: {needed} is left out: expected it, as transformers would take CLIP's")
             return values, str(path)
     return {}, name
 

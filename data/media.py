@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from config.options import Config, Data
 from data.batch import MAX_PATCHES, Frame, Medium, Sample
-from data.images import ImageSource, PixelRules, fit_image, image_patches, image_size, pixel_rules
+from data.images import ImageSource, PixelRules, find_processor, fit_image, image_patches, image_size, pixel_rules
 from data.packing import BadSample
 from data.records import Record
 from data.videos import VideoSource, plan_video, video_patches
@@ -342,16 +342,18 @@ def show_all(sources: Sequence[Source], reader: MediaReader | None) -> tuple[Med
     return reader, [reader.show(source) for source in sources]
 
 
+def processor_of(config: Config) -> Path | None:
+    """Where the processor's files are: beside the model, else beside the tokenizer."""
+    return find_processor(Path(folder) for folder in (config.model.path, config.data.tokenizer) if folder)
+
+
 def media_settings(config: Config, vision: VisionConfig | None) -> MediaSettings | None:
     """What [data] and the processor's files beside the model say; None without a tower. Raises UserError."""
     if vision is None:
         return None
     data = config.data
-    folders = [Path(folder) for folder in (config.model.path, data.tokenizer) if folder]
-    names = ("preprocessor_config.json", "video_preprocessor_config.json", "processor_config.json")
-    folder = next((folder for folder in folders if any((folder / name).exists() for name in names)), None)
     rules = pixel_rules(
-        folder,
+        processor_of(config),
         patch_size=vision.patch_size,
         temporal_patch_size=vision.temporal_patch_size,
         merge_size=vision.spatial_merge_size,

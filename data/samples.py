@@ -16,7 +16,7 @@ from tokenizers import Tokenizer
 from config.options import Config, Data
 from data.batch import Sample
 from data.chat import ChatTemplate, texts_in
-from data.files import is_dataset
+from data.files import find_files, is_dataset
 from data.media import Media, MediaReader, MediaSettings, has_fields, has_media, show_all
 from data.packing import BadSample
 from data.records import Record, Source, part_of
@@ -33,6 +33,7 @@ T = TypeVar("T")
 
 _BLOCK = 8191  # a prime: whatever the number of slots, each of them meets all places
 _NUM_CHECKED = 100
+_NUM_FILES, _NUM_OF_EACH = 16, 10  # looked into for images: a Parquet file's first group of rows may be large
 _NUM_SAMPLED, _SAMPLED_LENGTH = 20, 2000
 _OTHER_SEEDS = 2**64  # seeds are below
 
@@ -123,15 +124,20 @@ def check_source(source: Source, encode: Callable[[Record], object]) -> bool:
 
 
 def shows_media(config: Config) -> bool:
-    """Whether any of the first records of the data, or of what is validated with, has images or videos."""
-    entries = (*config.data.path, *(config.validation.path if config.validation.enable else ()))
-    for entry, source in declared_sources(dataclasses.replace(config.data, path=entries)):
-        if is_dataset(entry) and not os.path.isdir(entry):
-            continue  # it may have to be fetched
-        for _, record in itertools.islice(source.head(), _NUM_CHECKED):
-            with contextlib.suppress(BadSample):
-                if read_sample(record, functools.partial(has_media, data=config.data), str):
-                    return True
+    """Whether any of the first records of the data, or of what is validated with, has images or videos. Looks into each
+    file, or into some of many: those of one entry may be texts here and images there."""
+    shows = functools.partial(has_media, data=config.data)
+    for entry in (*config.data.path, *(config.validation.path if config.validation.enable else ())):
+        if is_dataset(entry):
+            files = [entry] if os.path.isdir(entry) else []  # what is on the Hub may have to be fetched
+        else:
+            files = find_files(entry)
+            files = files[:: -(-len(files) // _NUM_FILES)]
+        for _, source in declared_sources(dataclasses.replace(config.data, path=tuple(files))):
+            for _, record in itertools.islice(source.head(), max(_NUM_CHECKED // len(files), _NUM_OF_EACH)):
+                with contextlib.suppress(BadSample):
+                    if read_sample(record, shows, str):
+                        return True
     return False
 
 

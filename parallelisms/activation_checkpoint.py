@@ -1,7 +1,7 @@
 """Activation checkpointing of blocks: what the backward pass recomputes, and what it must not."""
 
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ _aten = torch.ops.aten
 _ROUTING = {_aten.topk.default, _aten.sort.stable, torch.ops.qwen35_moe.splits.default}
 _ALL_TO_ALL = torch.ops._c10d_functional.all_to_all_single.default
 
-# Dear to compute, cheap to keep: matrix products and attention.
+# Dear to compute or to send, cheap to keep: matrix products, attention, and what came from other ranks.
 _DEAR = {
     _aten.mm.default,
     _aten.addmm.default,
@@ -30,12 +30,17 @@ _DEAR = {
     _aten._scaled_dot_product_cudnn_attention.default,
     torch.ops.qwen35_moe.attention.default,
     torch.ops.qwen35_moe.gated_delta_rule.default,
+    _ALL_TO_ALL,
 }
 
 _SAVED = {"selective": _ROUTING | _DEAR, "full": _ROUTING}
 
 
-def _policy(saved: set[Any], context: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+def _policy(
+    saved: set[Any], unused: Collection[torch.Size], context: Any, operation: Any, *args: Any, **kwargs: Any
+) -> CheckpointPolicy:
+    if operation is _aten.mm.default and args[1].shape in unused:
+        return CheckpointPolicy.PREFER_RECOMPUTE
     if operation is _aten._grouped_mm.default and args[1].shape[-1] > args[0].shape[-1]:
         # The experts' down_proj: k rows of H a token, the largest tensor there is, and no gradient needs it.
         return CheckpointPolicy.PREFER_RECOMPUTE
@@ -43,15 +48,20 @@ def _policy(saved: set[Any], context: Any, operation: Any, *args: Any, **kwargs:
     return CheckpointPolicy.MUST_SAVE if operation in saved or is_count else CheckpointPolicy.PREFER_RECOMPUTE
 
 
-def apply_activation_checkpointing(parts: Iterable[tuple[object, str]], mode: str) -> None:
+def apply_activation_checkpointing(
+    parts: Iterable[tuple[object, str]], mode: str, unused_products: Collection[torch.Size] = ()
+) -> None:
     """Replaces these methods (object, name) by ones that keep less. Names of parameters do not change.
 
-    mode "none": keep every activation; "selective": keep matrix products and attention, recompute the rest; "full":
-    keep each part's input and its routing.
+    mode "none": keep every activation; "selective": keep matrix products, attention and what came from other ranks,
+    recompute the rest; "full": keep each part's input and its routing. `unused_products`: by the shapes of their
+    weights [in, out], products that no gradient needs, as only what is made of them is read; never kept.
     """
     if mode == "none":
         return
-    contexts = functools.partial(create_selective_checkpoint_contexts, functools.partial(_policy, _SAVED[mode]))
+    contexts = functools.partial(
+        create_selective_checkpoint_contexts, functools.partial(_policy, _SAVED[mode], unused_products)
+    )
     for owner, name in parts:
         setattr(owner, name, _checkpointed(getattr(owner, name), contexts))
 

@@ -3,15 +3,16 @@
 Without torch, as the check before a run needs them too.
 """
 
+from dataclasses import replace
 from typing import NamedTuple
 
-from config.options import Parallelism
+from config.options import Parallelism, Training
 from errors import UserError
-from models.qwen35_moe.config import ModelConfig
+from models.qwen35_moe.config import FULL, LINEAR, ModelConfig
 
 
 class Degrees(NamedTuple):
-    """replicate * shard = number of processes; expert divides shard."""
+    """replicate * shard = number of processes; expert divides shard, context the number of processes."""
 
     replicate: int
     """Groups of processes that each hold the whole model between them."""
@@ -19,15 +20,17 @@ class Degrees(NamedTuple):
     """Processes over which FSDP shards."""
     expert: int
     """Processes over which the experts are spread."""
+    context: int = 1
+    """Processes that share the tokens of a micro-batch."""
 
     @property
     def num_data_ranks(self) -> int:
-        """How many ranks read data of their own: all of them."""
-        return self.replicate * self.shard
+        """How many read data of their own: ranks, or groups of ranks that share it."""
+        return self.replicate * self.shard // self.context
 
 
-def work_out_degrees(parallelism: Parallelism, shape: ModelConfig, world_size: int) -> Degrees:
-    """The degrees for `world_size` processes. Raises UserError for those that do not fit them or the model."""
+def work_out_degrees(parallelism: Parallelism, training: Training, shape: ModelConfig, world_size: int) -> Degrees:
+    """The degrees for `world_size` processes. Raises UserError for those that do not fit them, the model, the rows."""
     replicate, shard = parallelism.data_parallel_replicate_degree, parallelism.data_parallel_shard_degree
     if shard == -1:
         shard = world_size // replicate
@@ -41,7 +44,10 @@ def work_out_degrees(parallelism: Parallelism, shape: ModelConfig, world_size: i
         expert = next(e for e in range(shard, 0, -1) if not _hindrance(e, shard, shape, world_size))
     if hindrance := _hindrance(expert, shard, shape, world_size):
         raise UserError(f"parallelism.expert_parallel_degree = {expert}: {hindrance}")
-    return Degrees(replicate, shard, expert)
+    context = parallelism.context_parallel_degree
+    if hindrance := _hindrance_of_context(context, training, shape, world_size):
+        raise UserError(f"parallelism.context_parallel_degree = {context}: {hindrance}")
+    return Degrees(replicate, shard, expert, context)
 
 
 def _hindrance(expert: int, shard: int, shape: ModelConfig, world_size: int) -> str:
@@ -59,3 +65,35 @@ def _hindrance(expert: int, shard: int, shape: ModelConfig, world_size: int) -> 
                     f"{name} = {size}: expected degrees whose quotient does"
                 )
     return ""
+
+
+def _hindrance_of_context(context: int, training: Training, shape: ModelConfig, world_size: int) -> str:
+    """Why this context degree cannot be; empty if it can."""
+    if world_size % context:
+        return f"expected a divisor of {world_size}, the number of processes"
+    heads = {}  # each rank has as many
+    if FULL in shape.layer_types:
+        heads["num_attention_heads"] = shape.num_attention_heads
+    if LINEAR in shape.layer_types:  # whose value heads are a multiple of its key heads
+        heads["linear_num_key_heads"] = shape.linear_num_key_heads
+    for name, number in heads.items():
+        if number % context:
+            return f"expected a divisor of the model's {name} = {number}"
+    keys = shape.num_key_value_heads
+    if FULL in shape.layer_types and keys % context and context % keys:
+        return f"expected a divisor or a multiple of the model's num_key_value_heads = {keys}"
+    num_tokens = training.local_batch_size * training.sequence_length
+    if num_tokens % context:
+        return f"expected a divisor of training.local_batch_size * sequence_length = {num_tokens}"
+    return ""
+
+
+def shape_on_a_rank(shape: ModelConfig, context: int) -> ModelConfig:
+    """The model's shape with as many heads as attention of either kind sees on a rank."""
+    return replace(
+        shape,
+        num_attention_heads=max(shape.num_attention_heads // context, 1),
+        num_key_value_heads=max(shape.num_key_value_heads // context, 1),
+        linear_num_key_heads=max(shape.linear_num_key_heads // context, 1),
+        linear_num_value_heads=max(shape.linear_num_value_heads // context, 1),
+    )

@@ -117,7 +117,7 @@ class ExpertParallelBlock:
         self, hidden: torch.Tensor, rotary: Rotary, documents: Documents, measure: Measure
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, Plan, RouterStatistics]:
         """hidden [T, H] -> hidden after attention and what the experts read, both [T, H]; weights [T, k], plan."""
-        hidden = hidden + self.block.mix(self.block.input_layernorm(hidden), rotary, documents)
+        hidden = hidden + self.block.attend(self.block.input_layernorm(hidden), rotary, documents)
         x = self.block.post_attention_layernorm(hidden)
         weights, chosen, statistics = self.mlp.route(x, measure)
         return hidden, x, weights, plan_copies(chosen, self.num_ranks, self.num_local), statistics

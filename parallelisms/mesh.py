@@ -2,6 +2,8 @@
 
 from typing import NamedTuple
 
+import torch
+import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from parallelisms.degrees import Degrees
@@ -12,6 +14,9 @@ class Meshes(NamedTuple):
 
     `efsdp * ep = fsdp`: dense parameters are sharded over `fsdp`; experts are spread over `ep` and each expert sharded
     over `efsdp`.
+
+    Beside it stands a second view of the same ranks, (data, cp), cp innermost: the ranks of `cp` read the same rows and
+    share their tokens. Parameters know nothing of it, so it meets the other axes in any way.
     """
 
     data_parallel: DeviceMesh
@@ -23,21 +28,35 @@ class Meshes(NamedTuple):
     expert_parallel: DeviceMesh
     """Where the experts are spread: ("ep")."""
     degrees: Degrees
+    context_parallel: DeviceMesh | None = None
+    """Which ranks share a micro-batch's tokens: ("cp"), or the name of an axis that has the same ranks; None: none."""
 
     @property
     def num_data_ranks(self) -> int:
-        """How many ranks read data of their own."""
+        """How many read data of their own: ranks, or groups of ranks that share it."""
         return self.degrees.num_data_ranks
 
     @property
     def data_rank(self) -> int:
-        """Which of these this rank is."""
-        return self.data_parallel.get_local_rank()
+        """Which of these this rank is, or belongs to."""
+        return self.data_parallel.get_local_rank() // self.degrees.context
+
+    @property
+    def is_first_reader(self) -> bool:
+        """Whether this rank is the first of those that read its rows, so that it speaks for all of them."""
+        return self.data_parallel.get_local_rank() % self.degrees.context == 0
 
     @property
     def all(self) -> tuple[DeviceMesh, ...]:
         """Every mesh."""
-        return self.data_parallel, self.dense, self.expert, self.expert_parallel
+        context = () if self.context_parallel is None else (self.context_parallel,)
+        return self.data_parallel, self.dense, self.expert, self.expert_parallel, *context
+
+    def sum_over_context(self, values: torch.Tensor) -> torch.Tensor:
+        """The sum of the `values`, which may be overwritten, of all ranks that read the same rows."""
+        if self.context_parallel is not None:
+            dist.all_reduce(values, group=self.context_parallel.get_group())
+        return values
 
 
 def build_meshes(device_type: str, degrees: Degrees) -> Meshes:
@@ -46,7 +65,19 @@ def build_meshes(device_type: str, degrees: Degrees) -> Meshes:
     mesh = init_device_mesh(device_type, sizes, mesh_dim_names=("replicate", "efsdp", "ep"))
     fsdp = mesh["efsdp", "ep"]._flatten("fsdp")
     if degrees.replicate == 1:
-        return Meshes(fsdp, fsdp, mesh["efsdp"], mesh["ep"], degrees)
+        return Meshes(fsdp, fsdp, mesh["efsdp"], mesh["ep"], degrees, _context(degrees.context, mesh["ep"], fsdp))
     dense = DeviceMesh._concatenate([mesh["replicate"], fsdp])
     all_ranks = mesh._flatten("data_parallel")
-    return Meshes(all_ranks, dense, mesh["replicate", "efsdp"], mesh["ep"], degrees)
+    context = _context(degrees.context, mesh["ep"], fsdp, all_ranks)
+    return Meshes(all_ranks, dense, mesh["replicate", "efsdp"], mesh["ep"], degrees, context)
+
+
+def _context(degree: int, *innermost: DeviceMesh) -> DeviceMesh | None:
+    """The cp axis: consecutive ranks, as those of the axes `innermost`; of one that has the same it is the group."""
+    if degree == 1:
+        return None
+    same = next((mesh for mesh in innermost if mesh.size() == degree), None)
+    if same is not None:
+        return same
+    group, _ = dist.new_subgroups(degree)
+    return DeviceMesh.from_group(group, innermost[0].device_type, mesh_dim_names=("cp",))

@@ -1,4 +1,4 @@
-"""parallelize_fn: expert parallelism -> activation checkpointing -> compile -> FSDP2, in that order."""
+"""parallelize_fn: context parallel -> expert parallel -> activation checkpointing -> compile -> FSDP2, in order."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, cast
@@ -18,6 +18,12 @@ from models.qwen35_moe.model import Qwen35Moe
 from models.qwen35_moe.rotary import Rotary
 from models.qwen35_moe.vision import VisionTower
 from parallelisms.activation_checkpoint import apply_activation_checkpointing
+from parallelisms.context_parallel import (
+    exchange_around_mix,
+    exchange_behind_tower,
+    exchange_next,
+    products_that_travel,
+)
 from parallelisms.expert_parallel import ExpertParallelBlock
 from parallelisms.mesh import Meshes
 
@@ -40,17 +46,26 @@ def parallelize_fn(
         # after that would run uncompiled. There are more: two kinds of blocks, and at ep > 1 the parts beside the
         # experts, each in training and in validation, with fillers and without.
         torch._dynamo.config.recompile_limit = 32
+    context = meshes.context_parallel
     if model.visual is not None:
+        if context is not None:
+            exchange_behind_tower(model.visual, context)
         _prepare_tower(model.visual, compute_dtype, activation_checkpoint, compile_blocks)
+    if model.mtp is not None and context is not None:
+        exchange_next(model.mtp, context)
     for block in model.blocks:
+        travelling: list[torch.Size] = []
+        if context is not None:
+            exchange_around_mix(block, context)
+            travelling = products_that_travel(block)
         if meshes.expert_parallel.size() > 1:
             in_parts = ExpertParallelBlock(block, meshes.expert_parallel)
-            apply_activation_checkpointing(in_parts.parts(activation_checkpoint), activation_checkpoint)
+            apply_activation_checkpointing(in_parts.parts(activation_checkpoint), activation_checkpoint, travelling)
             if compile_blocks:
                 in_parts.compile()
             in_parts.install()
         else:
-            apply_activation_checkpointing([(block, "forward")], activation_checkpoint)
+            apply_activation_checkpointing([(block, "forward")], activation_checkpoint, travelling)
             if compile_blocks:
                 block.compile()
     apply_fsdp(model, meshes, compute_dtype)

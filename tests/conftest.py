@@ -7,6 +7,7 @@ tells what to add.
 import pytest
 
 SLOW: dict[str, tuple[str, ...]] = {
+    "benchmarks/test_throughput.py": ("test_images_take_their_share",),
     "checkpoint/tensors/test_dcp.py": ("test_reads_chunks_of_several_mesh_axes",),
     "checkpoint/test_chat_export.py": ("test_generation_stops_at_the_end_of_a_trained_turn",),
     "checkpoint/test_checkpointer.py": ("test_any_layout_resumes_any_other_bit_for_bit",),
@@ -46,8 +47,17 @@ SLOW: dict[str, tuple[str, ...]] = {
     "parallelisms/test_activation_checkpoint.py": (
         "test_a_checkpointed_block_is_one_graph_however_many_documents",
         "test_at_ep_2_all_but_exchanges_is_compiled_and_stays_so",
+        "test_the_exchange_of_tokens_for_heads_breaks_no_graph",
     ),
-    "parallelisms/test_communication.py": ("test_a_step_communicates_as_documented",),
+    "parallelisms/test_communication.py": (
+        "test_a_step_communicates_as_documented",
+        "test_features_travel_once_each_way",
+    ),
+    "parallelisms/test_context_parallel.py": (
+        "test_equals_one_process",
+        "test_many_key_heads_and_one",
+        "test_with_images_equals_one_process",
+    ),
     "parallelisms/test_layouts.py": (
         "test_equals_one_process",
         "test_unequal_routing_equals_one_process",
@@ -63,6 +73,11 @@ SLOW: dict[str, tuple[str, ...]] = {
         "test_a_frozen_tower_adds_no_collective_and_a_trained_one_its_units",
         "test_what_is_frozen_has_no_graph_no_gradient_no_state",
     ),
+    "test_context_parallel_run.py": (
+        "test_conversations_with_fillers_and_bad_samples",
+        "test_images",
+        "test_text_and_its_validation",
+    ),
     "test_layouts.py": ("test_five_steps_of_the_tiny_run_on_seven_layouts",),
     "test_reproducibility.py": (
         "test_the_first_losses_are_those_on_record",
@@ -71,6 +86,11 @@ SLOW: dict[str, tuple[str, ...]] = {
     "test_run_train.py": (
         "test_a_scheduler_that_starts_several_runs_of_one_process",
         "test_what_only_a_rank_finds_is_one_line_and_status_2",
+    ),
+    "test_vision_run.py": (
+        "test_a_model_of_100_m_parameters_reloads",
+        "test_runs_go_on_from_an_image_text_model",
+        "test_transformers_computes_the_same_from_an_export",
     ),
     "test_train.py": (
         "test_bare_torchrun_tells_a_mistake_in_one_line_too",

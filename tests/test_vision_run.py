@@ -1,6 +1,7 @@
 """Runs with images, through the command line: what they write, how transformers reads it, and starts from it."""
 
 import json
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -141,9 +142,17 @@ weight_decay = 0.0
 log_interval = 1
 """
     )
-    # The tower frozen: it goes out as it came in; the rest moves.
-    run(config, tmp_path / "frozen", "--model.freeze=vision,merger", ranks=2)
+    # The tower frozen: it goes out as it came in; the rest moves. Images are read by the model's processor, and that is
+    # what goes out, whatever stands beside the tokenizer.
+    tokenizer = shutil.copytree(MODEL, tmp_path / "tokenizer")
+    (tokenizer / "processor_config.json").write_text('{"image_processor": {"max_pixels": 2048, "min_pixels": 1024}}')
+    run(config, tmp_path / "frozen", "--model.freeze=vision,merger", f"--data.tokenizer={tokenizer}", ranks=2)
     export_to_hf(tmp_path / "frozen", tmp_path / "frozen-hf")
+    pixels = json.loads((tmp_path / "frozen/checkpoints/step-00000002/run.json").read_text())["options"]
+    assert pixels["pixels.max_pixels"] == 65536
+    assert not (tmp_path / "frozen-hf/processor_config.json").exists()
+    for name in ("preprocessor_config.json", "video_preprocessor_config.json"):
+        assert (tmp_path / "frozen-hf" / name).read_bytes() == (tmp_path / "hf" / name).read_bytes()
     after = {key: tensor.read() for key, tensor in read_safetensors(tmp_path / "frozen-hf").items()}
     for key, tensor in before.items():
         is_tower = key.startswith("model.visual.")

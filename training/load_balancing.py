@@ -27,13 +27,15 @@ def router_losses(
     statistics: RouterStatistics,
     config: MoE,
     top_k: int,
-    num_ranks: int = 1,
+    num_micro_batches: int = 1,
     sum_over_ranks: Callable[[torch.Tensor], torch.Tensor] = lambda values: values,
+    sum_over_micro_batch: Callable[[torch.Tensor], torch.Tensor] = lambda values: values,
 ) -> RouterLosses:
-    """The losses of the tokens that `num_ranks` ranks have in this micro-step, without their coefficients.
+    """The losses of the tokens of the `num_micro_batches` of this micro-step, without their coefficients.
 
     statistics: this rank's, of all layers. `sum_over_ranks` adds up an int64 [L, E] tensor that it may overwrite; it is
-    called once at most, and never where both losses are off. Gradients flow through this rank's statistics alone.
+    called once at most, and never where both losses are off; `sum_over_micro_batch` the same over the ranks that share
+    this rank's micro-batch, for the scope "hf" alone. Gradients flow through this rank's statistics alone.
     """
     counts, probability_sums, squared_logsumexp_sums = statistics
     aux = z = torch.zeros((), device=counts.device)
@@ -42,7 +44,8 @@ def router_losses(
         of_all_ranks = sum_over_ranks(counts.long())  # each token counts k times: this tells how many there are, too
     if probability_sums is not None:
         if config.aux_loss_scope == "hf":
-            aux = aux_loss(counts, probability_sums, top_k, pooled=True) / num_ranks
+            of_micro_batch = sum_over_micro_batch(counts.long())
+            aux = aux_loss(of_micro_batch, probability_sums, top_k, pooled=True) / num_micro_batches
         else:
             aux = aux_loss(of_all_ranks, probability_sums, top_k, pooled=False)
     if squared_logsumexp_sums is not None:

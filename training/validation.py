@@ -10,6 +10,7 @@ from config.options import Config
 from data.loader import TokenLoader
 from data.media import MediaSettings
 from models.qwen35_moe.model import Qwen35Moe
+from parallelisms.context_parallel import own_share
 from parallelisms.mesh import Meshes
 from training.distributed import sum_over_ranks
 
@@ -26,6 +27,7 @@ class Validator:
         mtp = config.mtp.train != "off"
         self._loader = TokenLoader(data, config.training, *ranks, config.job.seed, media=media, mtp=mtp, one_epoch=True)
         self._max_steps = config.validation.steps or sys.maxsize
+        self._context, self._vision = meshes.context_parallel, media and media.vision
 
     @torch.no_grad()
     def measure(self, model: Qwen35Moe, device: torch.device) -> dict[str, float]:
@@ -33,7 +35,8 @@ class Validator:
         total = torch.zeros(5, dtype=torch.float64, device=device)  # loss, tokens; of MTP: loss, tokens, accepted
         self._loader.rewind()
         for _ in range(self._max_steps):
-            batches = [next(self._loader) for _ in range(self._loader.num_micro_batches)]
+            of_readers = [next(self._loader) for _ in range(self._loader.num_micro_batches)]
+            batches = [own_share(batch, self._context, self._vision) for batch in of_readers]
             num_real = sum(int(batch.is_real.sum()) for batch in batches if batch.is_real is not None)
             # A rank without rows runs the model on fillers as long as another has some, which needs its weights.
             if not int(sum_over_ranks(torch.tensor(num_real, device=device))):

@@ -13,7 +13,7 @@ class VisionWork:
     """The tower's work in the steps since it was last read. Of a text model there is none: everything is empty."""
 
     def __init__(self, model: Qwen35Moe, meshes: Meshes) -> None:
-        self._data_rank, self._num_data_ranks = meshes.data_rank, meshes.num_data_ranks
+        self._rank, self._num_ranks = meshes.data_parallel.get_local_rank(), meshes.data_parallel.size()
         self._vision = model.config.vision
         self._trains = (False, False)
         if model.visual is not None:
@@ -25,19 +25,19 @@ class VisionWork:
 
     def of(self, micro_batches: Sequence[MicroBatch]) -> list[int]:
         """This rank's step, on the host, to be added up over all ranks: tokens, FLOPs in thousands (a large step of a
-        thousand GPUs has more than 2**63), and in the place of each data rank its patches (those of the frame that a
-        rank without any looks at too, which otherwise counts nowhere)."""
+        thousand GPUs has more than 2**63), and in the place of each rank its patches (those of the frame that a rank
+        without any looks at too, which otherwise counts nowhere)."""
         if self._vision is None:
             return []
-        num_tokens, flops, of_ranks = 0, 0, [0] * self._num_data_ranks
+        num_tokens, flops, of_ranks = 0, 0, [0] * self._num_ranks
         for batch in micro_batches:
             assert batch.patches is not None
-            lengths, shown = batch.patches.frames.lengths(), len(batch.patches.places)
+            lengths, shown = batch.patches.frames.lengths(), batch.patches.num_shown
             in_text = shown * self._vision.patches_per_token
             frames = [length for length, end in zip(lengths, accumulate(lengths)) if end <= in_text]
             num_tokens += shown
             flops += vision_flops(self._vision, frames, *self._trains)
-            of_ranks[self._data_rank] += sum(lengths)
+            of_ranks[self._rank] += sum(lengths)
         return [num_tokens, flops // 1000, *of_ranks]
 
     def add(self, of_all: Sequence[int]) -> None:

@@ -11,7 +11,8 @@ from models.qwen35_moe.rotary import Rotary, apply_rotary
 
 
 class GatedAttention(nn.Module):
-    """Softmax attention inside each document. Shapes: T tokens, H hidden, N query heads, K head dim.
+    """Softmax attention inside each document. Shapes: T tokens, H hidden, N query heads, Nkv key and value heads,
+    K head dim.
 
     `q_proj` gives, for each head, its query and then its gate: [T, N, 2K].
     """
@@ -37,5 +38,9 @@ class GatedAttention(nn.Module):
         v = self.v_proj(x).view(num_tokens, -1, self.head_dim)
         q = apply_rotary(self.q_norm(q), rotary)
         k = apply_rotary(self.k_norm(k), rotary)
-        out = attention(q, k, v, documents, backend=self.backend) * torch.sigmoid(gate)
+        out = self.mix(q, k, v, documents) * torch.sigmoid(gate)
         return self.o_proj(out.reshape(num_tokens, -1))
+
+    def mix(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, documents: Documents) -> torch.Tensor:
+        """The one place where a token reads others, each head by itself: q [T, N, K]; k, v [T, Nkv, K] -> [T, N, K]."""
+        return attention(q, k, v, documents, backend=self.backend)

@@ -33,12 +33,12 @@ class Block(nn.Module):
         self, hidden: torch.Tensor, rotary: Rotary, documents: Documents, measure: Measure = COUNTS_OF_ALL
     ) -> tuple[torch.Tensor, RouterStatistics]:
         """hidden [T, H] -> hidden [T, H], and what the router did."""
-        hidden = hidden + self.mix(self.input_layernorm(hidden), rotary, documents)
+        hidden = hidden + self.attend(self.input_layernorm(hidden), rotary, documents)
         out, statistics = self.mlp(self.post_attention_layernorm(hidden), measure)
         return hidden + out, statistics
 
-    def mix(self, x: torch.Tensor, rotary: Rotary, documents: Documents) -> torch.Tensor:
-        """The one place in a block where a token reads others: x [T, H] -> [T, H]."""
+    def attend(self, x: torch.Tensor, rotary: Rotary, documents: Documents) -> torch.Tensor:
+        """Full or linear attention, in whose `mix` alone a token reads others: x [T, H] -> [T, H]."""
         if self.layer_type == FULL:
             return self.self_attn(x, rotary, documents)
         return self.linear_attn(x, documents)

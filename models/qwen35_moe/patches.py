@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -41,10 +41,21 @@ class Patches:
         lengths = [height * width for height, width in grids]
         return cls(pixels, Documents.from_lengths(lengths, max_seqlen=max_patches), grid, places)
 
+    @classmethod
+    def grey(cls, num_values: int, merge_size: int, max_patches: int) -> "Patches":
+        """A grey frame of one token that stands at no place, so its feature goes nowhere. `num_values`: of a patch."""
+        pixels = torch.full((merge_size**2, num_values), 127, dtype=torch.uint8)
+        return cls.of(pixels, [(merge_size, merge_size)], torch.empty(0, dtype=torch.int64), merge_size, max_patches)
+
+    @property
+    def num_shown(self) -> int:
+        """How many of the features that the tower makes of these frames go anywhere."""
+        return len(self.places)
+
     def to(self, device: torch.device) -> "Patches":
         """The same on `device`, without waiting for it."""
         pixels, grid, places = (to_device(tensor, device) for tensor in (self.pixels, self.grid, self.places))
-        return Patches(pixels, self.frames.to(device), grid, places)
+        return replace(self, pixels=pixels, frames=self.frames.to(device), grid=grid, places=places)
 
 
 @functools.lru_cache(maxsize=1024)

@@ -11,6 +11,7 @@ import torch
 from benchmarks.images import parse_images, with_images
 from benchmarks.throughput import random_micro_batch
 from config.reading import load_config, model_config
+from errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -60,6 +61,12 @@ def test_images_take_their_share(tmp_path: Path) -> None:
         assert batch.positions.shape == (3, 512)
     assert sum(counts) == 8  # 10 * 512 * 0.1 / 64
     assert set(counts) == {0, 1}
+
+
+@pytest.mark.parametrize("text", ["0x64:0.1", "64x0:0.1", "64:0.1", "64x64", "64x64:2"])
+def test_images_of_no_size_or_share(text: str) -> None:
+    with pytest.raises(UserError, match="expected as 1080x1920"):
+        parse_images(text)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="tells what is missing where there is no GPU")

@@ -11,6 +11,7 @@ import torch.distributed.checkpoint as dcp
 from checkpoint.checkpointer import Checkpointer
 from config.options import Checkpoint
 from errors import UserError
+from models.qwen35_moe.config import ModelConfig
 from models.qwen35_moe.parts import part_of
 from tests.checkpoint.test_checkpointer import run_config
 from tests.distributed import run_ranks
@@ -22,17 +23,15 @@ CONFIG = tiny_config(vision=tiny_vision())
 FROZEN = ("vision", "merger")
 
 
-def start(folder: str, layout: Layout, frozen: tuple[str, ...], **checkpoint: str):
+def start(folder: str, layout: Layout, frozen: tuple[str, ...], shape: ModelConfig = CONFIG, **checkpoint: str):
     """The model's weights and optimizer state's names after `resume`, and what saves them; under bfloat16."""
-    model, meshes, optimizer = build(
-        CONFIG, layout, torch.bfloat16, is_trained=lambda name: part_of(name) not in frozen
-    )
+    model, meshes, optimizer = build(shape, layout, torch.bfloat16, is_trained=lambda name: part_of(name) not in frozen)
     config = dataclasses.replace(run_config(folder), checkpoint=Checkpoint(**checkpoint))
-    return model, optimizer, Checkpointer(config, CONFIG, model, optimizer, meshes)
+    return model, optimizer, Checkpointer(config, shape, model, optimizer, meshes)
 
 
-def save(folder: str, layout: Layout, frozen: tuple[str, ...]) -> dict[str, torch.Tensor]:
-    model, optimizer, checkpointer = start(folder, layout, frozen)
+def save(folder: str, layout: Layout, frozen: tuple[str, ...], shape: ModelConfig = CONFIG) -> dict[str, torch.Tensor]:
+    model, optimizer, checkpointer = start(folder, layout, frozen, shape)
     assert checkpointer.resume() is None
     with torch.no_grad():
         for parameter in model.parameters():  # so that they are not the initial ones
@@ -46,9 +45,9 @@ def save(folder: str, layout: Layout, frozen: tuple[str, ...]) -> dict[str, torc
     return {name: full(parameter) for name, parameter in model.named_parameters()}
 
 
-def load(folder: str, layout: Layout, frozen: tuple[str, ...], options: dict[str, str]):
+def load(folder: str, layout: Layout, frozen: tuple[str, ...], options: dict[str, str], shape: ModelConfig = CONFIG):
     """The weights and the names of the optimizer's state, or what was said."""
-    model, optimizer, checkpointer = start(folder, layout, frozen, **options)
+    model, optimizer, checkpointer = start(folder, layout, frozen, shape, **options)
     try:
         checkpointer.resume()
     except UserError as error:
@@ -87,3 +86,18 @@ def test_another_choice_takes_the_weights_alone(tmp_path: Path, before: tuple[st
         expected = torch.bfloat16 if part_of(name) in now else torch.float32
         assert torch.equal(weights[name], weight.to(expected)), name
         assert weights[name].dtype == expected, name
+
+
+@pytest.mark.parametrize("option", ["resume", "start_from"])
+@pytest.mark.parametrize("had_tower", [True, False])
+def test_a_tower_that_one_of_both_lacks_is_told_by_the_option_for_it(
+    tmp_path: Path, had_tower: bool, option: str
+) -> None:
+    """`model.vision = "auto"` goes by the data: with other data the same command makes another model."""
+    shapes = CONFIG, dataclasses.replace(CONFIG, vision=None)
+    before, now = shapes if had_tower else shapes[::-1]
+    run_ranks(save, 1, str(tmp_path / "before"), Layout(), (), before)
+    options = {option: str(tmp_path / "before/checkpoints/step-00000003")}
+    ((said, _),) = run_ranks(load, 1, str(tmp_path / "now"), Layout(), (), options, now)
+    assert "tensor 'model.visual." in said
+    assert said.endswith(f"expected one of the same model, or model.vision = {'on' if had_tower else 'off'!r}")

@@ -65,6 +65,19 @@ def test_a_tokenizer_is_taken_whole_from_the_first_that_is_one(tmp_path: Path) -
     assert (tmp_path / "out/additional_chat_templates/tool.jinja").read_text() == "y"
 
 
+@pytest.mark.parametrize("processor", [None, "base"])
+def test_a_processors_files_are_of_one_folder(tmp_path: Path, processor: str | None) -> None:
+    """Of the first that has some, or of the one by which images were read; transformers would let a file of another
+    folder come before it."""
+    trained = folder_of(tmp_path / "trained", **tokenizer_files(), preprocessor_config_json='{"min_pixels": 1}')
+    others = {"processor_config_json": "{}", "video_preprocessor_config_json": "{}"}
+    base = folder_of(tmp_path / "base", **others)
+    (tmp_path / "out").mkdir()
+    copy_assets(tmp_path / "out", folder_of(tmp_path / "none"), trained, base, processor=processor and base)
+    expected = {path.name for path in (base if processor else trained).iterdir() if "processor" in path.name}
+    assert {path.name for path in (tmp_path / "out").iterdir() if "processor" in path.name} == expected
+
+
 @pytest.mark.parametrize(
     ("config", "settings", "expected"),
     [

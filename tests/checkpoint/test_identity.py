@@ -182,6 +182,7 @@ def test_images_may_be_moved_but_not_made_smaller(config: Config, tmp_path: Path
     assert describe_run(same, see) == before
     folder = tmp_path / "model"
     shutil.copytree(config.data.tokenizer, folder)
-    (folder / "preprocessor_config.json").write_text('{"max_pixels": 100000, "patch_size": 4}')
+    values = {"max_pixels": 100_000, "patch_size": 4, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+    (folder / "preprocessor_config.json").write_text(json.dumps(values))
     there = with_data(config, tokenizer=str(folder))
     assert difference(before, describe_run(there, see), "options") == expected

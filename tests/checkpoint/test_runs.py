@@ -28,10 +28,11 @@ def test_killed_at_random_moments() -> None:
     assert "5 kills" in done.stdout
 
 
-def options(replicate: int, ep: int) -> list[str]:
+def options(replicate: int, ep: int, cp: int = 1) -> list[str]:
     return [
         f"--parallelism.data_parallel_replicate_degree={replicate}",
         f"--parallelism.expert_parallel_degree={ep}",
+        f"--parallelism.context_parallel_degree={cp}",
         "--training.steps=8",
         "--checkpoint.interval=3",
         "--checkpoint.keep=0",
@@ -41,8 +42,15 @@ def options(replicate: int, ep: int) -> list[str]:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("saved", "resumed"),
-    [((1, 1, 1), (4, 1, 2)), ((4, 1, 4), (2, 1, 1)), ((4, 2, 1), (4, 1, 1)), ((2, 1, 2), (4, 2, 2))],
-    ids=lambda layout: "world {} replicate {} ep {}".format(*layout),
+    [
+        ((1, 1, 1, 1), (4, 1, 2, 1)),
+        ((4, 1, 4, 1), (2, 1, 1, 1)),
+        ((4, 2, 1, 1), (4, 1, 1, 1)),
+        ((2, 1, 2, 1), (4, 2, 2, 1)),
+        ((2, 1, 1, 2), (2, 1, 2, 1)),
+        ((1, 1, 1, 1), (4, 1, 4, 2)),
+    ],
+    ids=lambda layout: "world {} replicate {} ep {} cp {}".format(*layout),
 )
 def test_five_steps_after_a_move_are_those_of_the_run_that_stayed(tmp_path: Path, saved: tuple, resumed: tuple) -> None:
     check_move(tmp_path, saved, resumed)

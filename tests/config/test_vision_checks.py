@@ -148,6 +148,20 @@ def test_auto_knows_each_form_and_kind_of_source(capsys: pytest.CaptureFixture[s
     fine(capsys, *text, "--data.images_key=pictures")
 
 
+def test_auto_looks_into_each_file_of_an_entry(capsys: pytest.CaptureFixture[str]) -> None:
+    Path("mixed").mkdir()
+    for number in range(150):
+        write(f"mixed/{number:03}.jsonl", *[chat("What?")] * (300 if not number else 3))
+    assert not has_tower("--data.path=mixed/*.jsonl")
+    write("mixed/020.jsonl", *[chat("What?")] * 9, SHOWN)
+    assert has_tower("--data.path=mixed/*.jsonl")
+    fine(capsys, "--data.path=mixed/*.jsonl")
+    write("mixed/020.jsonl", chat("What?"))
+    for number in range(100, 150):
+        write(f"mixed/{number:03}.jsonl", SHOWN)
+    assert has_tower("--data.path=mixed/*.jsonl")
+
+
 def test_auto_without_a_tower_or_with_names_of_the_hub(capsys: pytest.CaptureFixture[str]) -> None:
     """What is on the Hub is not asked for: it may have to be fetched."""
     write("chats.jsonl", SHOWN)

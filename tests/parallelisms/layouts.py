@@ -21,6 +21,7 @@ from models.qwen35_moe.model import Qwen35Moe
 from models.qwen35_moe.moe import Router
 from models.qwen35_moe.parts import part_of
 from models.qwen35_moe.vision_config import VisionConfig
+from parallelisms.context_parallel import share_of
 from parallelisms.degrees import Degrees
 from parallelisms.mesh import Meshes, build_meshes
 from parallelisms.parallelize import local_region, parallelize_fn
@@ -40,6 +41,7 @@ class Layout:
 
     world: int = 1
     ep: int = 1
+    cp: int = 1
     replicate: int = 1
     accumulation: int = 1
     activation_checkpoint: str = "none"
@@ -154,7 +156,7 @@ def build(
     """The parallelised model with its initial weights, as train.py builds it; `is_trained`: by a parameter's name."""
     assert dist.get_world_size() == layout.world
     torch.compiler.reset()
-    degrees = Degrees(layout.replicate, layout.world // layout.replicate, layout.ep)
+    degrees = Degrees(layout.replicate, layout.world // layout.replicate, layout.ep, layout.cp)
     meshes = build_meshes(device_type, degrees)
     with torch.device("meta"):
         model = Qwen35Moe(config, Kernels(attention="sdpa"))
@@ -178,11 +180,14 @@ def own_batches(
     config: ModelConfig, layout: Layout, rows: list[list[int]], seed: int, frames: Sequence[Sequence[Frame]] = ()
 ) -> list[MicroBatch]:
     """This rank's micro-batches of a step; `rows` as in `train`, `frames` of each row."""
-    per_micro_batch = len(rows) // (layout.world * layout.accumulation)
-    starts = range(dist.get_rank() * per_micro_batch, len(rows), layout.world * per_micro_batch)
+    reader, rank_of_group = divmod(dist.get_rank(), layout.cp)
+    num_readers = layout.world // layout.cp
+    per_micro_batch = len(rows) // (num_readers * layout.accumulation)
+    starts = range(reader * per_micro_batch, len(rows), num_readers * per_micro_batch)
     parts = [slice(start, start + per_micro_batch) for start in starts]
     batches = [rows_as_micro_batch(config, rows[part], seed + part.start, frames[part]) for part in parts]
-    return [batch.with_mtp_labels() for batch in batches] if config.mtp_num_hidden_layers else batches
+    batches = [batch.with_mtp_labels() for batch in batches] if config.mtp_num_hidden_layers else batches
+    return [share_of(batch, rank_of_group, layout.cp, config.vision) if layout.cp > 1 else batch for batch in batches]
 
 
 def step(
@@ -213,9 +218,9 @@ def train(
 ) -> Run:
     """Runs on every rank of an initialised process group of `layout.world` ranks.
 
-    `rows`: the global batch as document lengths a row, cut into as many parts as there are micro-steps; of each, rank r
-    takes the r-th part. So layouts with the same accumulation have the same tokens in each micro-step. `frames`: of
-    each step, and then again from the first, what each row shows. `frozen`: parts that are not trained.
+    `rows`: the global batch as document lengths a row, cut into as many parts as there are micro-steps; of each, data
+    rank r takes the r-th part. So layouts with the same accumulation have the same tokens in each micro-step. `frames`:
+    of each step, and then again from the first, what each row shows. `frozen`: parts that are not trained.
     """
     model, meshes, optimizer = build(config, layout, compute_dtype, device_type, lambda n: part_of(n) not in frozen)
     run = Run({n: full(p) for n, p in model.named_parameters()}, {}, {}, [], [], [], [], torch.empty(0), [], math.inf)

@@ -22,7 +22,7 @@ from parallelisms.mesh import build_meshes
 from parallelisms.parallelize import parallelize_fn
 from tests.distributed import run_ranks
 from tests.models.qwen35_moe.shapes import random_stream, run_model, tiny_config
-from tests.parallelisms.layouts import materialise
+from tests.parallelisms.layouts import Layout, build, materialise, own_batches
 
 
 @contextmanager
@@ -145,3 +145,45 @@ def test_selective_makes_no_product_of_the_experts_again(at_ep_2: dict[str, list
     # Two forward, two for each gradient. "full" has kept nothing. It needs the first again, but the graph has both.
     for of_rank in at_ep_2[mode]:
         assert of_rank.grouped_products == (8 if mode == "full" else 6)
+
+
+class AtCp2(NamedTuple):
+    """What two processes that share tokens did with a few micro-batches in a mode."""
+
+    graphs: list[int]
+    """After each of four micro-batches of the same number of tokens; and after two without gradients."""
+    num_breaks: int
+
+
+def train_at_cp_2(ep: int, modes: list[str]) -> list[AtCp2]:
+    config, found = tiny_config(), []
+    with stand_ins(), pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+        monkeypatch.setattr(torch._dynamo.config, "fail_on_recompile_limit_hit", True)
+        for mode in modes:
+            layout = Layout(world=2, cp=2, ep=ep, activation_checkpoint=mode, compile=True)
+            model, _, _ = build(config, layout, torch.bfloat16)
+            counters.clear()
+            graphs = []
+            for lengths in [40, 24], [64], [1, 20, 43], [1] * 64:
+                (batch,) = own_batches(config, layout, [lengths], 0)
+                model(batch)[0].backward()
+                graphs.append(counters["stats"]["unique_graphs"])
+            with torch.no_grad():
+                for lengths in [60, 4], [8] * 8:
+                    (batch,) = own_batches(config, layout, [lengths], 0)
+                    model(batch)
+                    graphs.append(counters["stats"]["unique_graphs"])
+            found.append(AtCp2(graphs, sum(counters["graph_break"].values())))
+    return found
+
+
+@pytest.mark.parametrize(("ep", "modes"), [(1, ["none", "selective", "full"]), (2, ["selective"])])
+def test_the_exchange_of_tokens_for_heads_breaks_no_graph(ep: int, modes: list[str]) -> None:
+    # Two kinds of block; at ep 2 in parts, as above.
+    num_graphs = 2 if ep == 1 else 7
+    for rank in run_ranks(train_at_cp_2, 2, ep, modes, seconds=240):
+        for graphs, num_breaks in rank:
+            assert graphs[:4] == [num_graphs] * 4
+            assert 2 * num_graphs <= graphs[4] == graphs[5] <= 2 * num_graphs + 2 * (ep - 1)
+            assert num_breaks == 0

@@ -1,6 +1,8 @@
 """The collectives of one step are those of docs/communication.md, and gathers are issued before they are needed."""
 
+import functools
 import re
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -9,14 +11,18 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from data.batch import Frame
 from models.ops.kernels import Kernels
+from models.qwen35_moe.config import FULL
 from models.qwen35_moe.model import Qwen35Moe
+from models.qwen35_moe.parts import part_of
 from tests.distributed import run_ranks
 from tests.models.qwen35_moe.shapes import tiny_config
+from tests.models.qwen35_moe.vision_shapes import tiny_vision
 from tests.parallelisms.collectives import Collective, recorded
 from tests.parallelisms.layouts import Layout, build, own_batches, step
 
-CONFIG = tiny_config(vocab_size=96)
+CONFIG = tiny_config(vocab_size=96, linear_num_key_heads=4, linear_num_value_heads=8)
 ROWS = [[64]] * 8
 LAYOUTS = [
     Layout(world=4),
@@ -26,6 +32,12 @@ LAYOUTS = [
     Layout(world=4, ep=4),
     Layout(world=4, ep=2, activation_checkpoint="full"),
     Layout(world=4, replicate=2, accumulation=2),
+    Layout(world=4, cp=2),
+    Layout(world=4, cp=4, accumulation=2, activation_checkpoint="selective"),
+    Layout(world=4, cp=2, ep=2, activation_checkpoint="selective"),
+    Layout(world=4, cp=2, ep=4),
+    Layout(world=4, cp=4, activation_checkpoint="full"),
+    Layout(world=4, cp=4, replicate=2),
 ]
 Totals = dict[tuple[str, str], tuple[int, int | Fraction]]
 
@@ -80,7 +92,7 @@ def symbols(layout: Layout, num_copies: Fraction) -> dict[str, int | Fraction]:
     def total(pattern: str) -> int:
         return sum(size for name, size in sizes.items() if re.match(pattern, name) and name not in outside)
 
-    last = CONFIG.num_hidden_layers - 1
+    last, num_full = CONFIG.num_hidden_layers - 1, CONFIG.layer_types.count(FULL)
     return {
         "A": layout.accumulation,
         "L": CONFIG.num_hidden_layers,
@@ -95,14 +107,26 @@ def symbols(layout: Layout, num_copies: Fraction) -> dict[str, int | Fraction]:
         "H": CONFIG.hidden_size,
         "C": num_copies,
         "ep": layout.ep,
+        "t": sum(map(sum, ROWS)) // (layout.world * layout.accumulation),
+        "P": layout.cp,
+        "Ll": CONFIG.num_hidden_layers - num_full,
+        "Nk": CONFIG.linear_num_key_heads,
+        "Kk": CONFIG.linear_key_head_dim,
+        "Nv": CONFIG.linear_num_value_heads,
+        "Kv": CONFIG.linear_value_head_dim,
+        "Lf": num_full,
+        "N": CONFIG.num_attention_heads,
+        "Nkv": CONFIG.num_key_value_heads,
+        "K": CONFIG.head_dim,
     }
 
 
 def documented(layout: Layout, num_copies: Fraction) -> Totals:
     """(kind, axis) -> (count, bytes) of a step, from the tables of docs/communication.md."""
     text = (Path(__file__).resolve().parents[2] / "docs/communication.md").read_text()
-    _, alone, experts = re.split(r"^## (?:FSDP alone|FSDP and expert).*$", text, flags=re.MULTILINE)
-    table = alone if layout.ep == 1 else experts
+    headings = "FSDP alone|FSDP and expert|Context parallelism"
+    _, alone, experts, context = re.split(rf"^## (?:{headings}).*$", text, flags=re.MULTILINE)
+    table = (alone if layout.ep == 1 else experts) + (context if layout.cp > 1 else "")
     rows = re.findall(r"^\| (\S+) \| (\w+) \| .* \| `(.*)` \| `(.*)` \|$", table, flags=re.MULTILINE)
     values = symbols(layout, num_copies)
     return {(kind, axis): (eval(count, {}, values), eval(size, {}, values)) for kind, axis, count, size in rows}
@@ -121,17 +145,29 @@ def measured(calls: list[list[Collective]]) -> Totals:
     return {key: (count // len(calls), Fraction(size, len(calls))) for key, (count, size) in totals.items()}
 
 
+def all_ranks(layout: Layout) -> str:
+    """The name of the axis of all ranks."""
+    return "fsdp" if layout.replicate == 1 else "data_parallel"
+
+
 def expected(layout: Layout, num_copies: Fraction) -> Totals:
     totals, of = documented(layout, num_copies), symbols(layout, num_copies)
     if layout.ep == layout.world:  # ep is the axis fsdp itself
         totals = {key: value for key, value in totals.items() if key[1] != "efsdp"}
         totals["all-to-all", "fsdp"] = totals.pop(("all-to-all", "ep"))
+    if layout.cp > 1:
+        count, size = totals.pop(("all-to-all", "cp"))
+        if layout.activation_checkpoint == "full":  # the forward pass, which is half of it, once more
+            count, size = count + count // 2, size + size // 2
+        names = {layout.ep: "ep", layout.world // layout.replicate: "fsdp", layout.world: all_ranks(layout)}
+        key = ("all-to-all", names.get(layout.cp, "cp"))
+        totals[key] = (count + totals.get(key, (0, 0))[0], size + totals.get(key, (0, 0))[1])
     if layout.ep > 1 and layout.activation_checkpoint == "full":
         count, size = totals["all-to-all", "ep"]
         again = of["A"] * of["L"]  # the copies; their weights and experts, float32
         totals["all-to-all", "ep"] = (count + 2 * again, size + of["C"] * (of["c"] * of["H"] + 8 * of["k"]))
     if layout.replicate > 1:
-        totals["all-reduce", "data_parallel"] = totals.pop(("all-reduce", "fsdp"))
+        totals["all-reduce", all_ranks(layout)] = totals.pop(("all-reduce", "fsdp"))
         sharded = 4 * (of["R"] + of["D"] + of["X"]) // 2
         totals["all-reduce", "replicate"] = (of["L"] + 1, sharded)
     return totals
@@ -144,13 +180,47 @@ def test_a_step_communicates_as_documented(records: dict[Layout, list[Record]], 
     assert measured([rank.calls for rank in of_ranks]) == expected(layout, num_copies)
 
 
+def exchanges_of_features(layouts: list[Layout], frozen: tuple[str, ...] | None) -> list[list[Collective]]:
+    """The all-to-alls of a step of a model with a tower that is frozen so far; None: of the text model alone."""
+    config = replace(CONFIG, vision=None if frozen is None else tiny_vision())
+    found = []
+    for layout in layouts:
+        is_trained = functools.partial(_trains, frozen or ())
+        model, meshes, optimizer = build(config, layout, torch.bfloat16, is_trained=is_trained)
+        frames = [[Frame(3, 4, 6), Frame(20, 2, 2)], [], [Frame(0, 8, 8), Frame(30, 4, 4)], []] * 2
+        batches = own_batches(config, layout, ROWS, 0, frames if frozen is not None else ())
+        with recorded(meshes) as calls:
+            step(model, meshes, optimizer, batches)
+        found.append([call for call in calls if call.kind == "all-to-all"])
+    return found
+
+
+def _trains(frozen: tuple[str, ...], name: str) -> bool:
+    return part_of(name) not in frozen
+
+
+def test_features_travel_once_each_way() -> None:
+    layouts = [Layout(world=2, cp=2), Layout(world=2, cp=2, accumulation=2)]
+    without = run_ranks(exchanges_of_features, 2, layouts, None)
+    num_bytes = 2 * CONFIG.hidden_size * 2 * (6 + 1 + 16 + 4) // 2  # bfloat16, over the number of ranks
+    for frozen, num_ways in (((), 2), (("vision",), 2), (("vision", "merger"), 1)):
+        found = run_ranks(exchanges_of_features, 2, layouts, frozen)
+        for index, layout in enumerate(layouts):
+            more = [calls[index] for calls in found]
+            for calls, base in zip(more, without):
+                for call in base[index]:
+                    calls.remove(call)
+                assert len(calls) == num_ways * layout.accumulation, (frozen, layout)
+            assert sum(call.num_bytes for calls in more for call in calls) == 2 * num_ways * num_bytes, (frozen, layout)
+
+
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 def test_the_gradient_norm_is_one_number_over_the_shards(records: dict[Layout, list[Record]], layout: Layout) -> None:
     small = [call for call in records[layout][0].calls if call.kind == "all-reduce" and call.num_bytes <= 300]
     assert [(call.axis, call.num_bytes) for call in small] == [("fsdp", 8)]
 
 
-@pytest.mark.parametrize("layout", [each for each in LAYOUTS if each.ep == 2], ids=str)
+@pytest.mark.parametrize("layout", [each for each in LAYOUTS if each.ep == 2 and each.cp == 1], ids=str)
 def test_experts_and_dense_weights_are_gathered_a_block_ahead(
     records: dict[Layout, list[Record]], layout: Layout
 ) -> None:
@@ -233,3 +303,16 @@ def test_gradients_of_experts_that_are_whole_on_their_rank_are_not_divided(
     of_experts = [name for name, size in zip(names, sizes) if size == num_parameters]
     assert "aten::empty" in of_experts  # FSDP lays the two parameters' gradients end to end
     assert not [name for name in of_experts if "div" in name or "mul" in name], of_experts
+
+
+def test_selective_sends_nothing_again_and_keeps_no_product_that_was_sent() -> None:
+    modes = ("none", "selective", "full")
+    layouts = [Layout(world=2, cp=2, activation_checkpoint=mode) for mode in modes]
+    names = dict(zip(modes, (names for names, _ in run_ranks(operations_of_a_step, 2, layouts)[0])))
+    exchanges = {mode: names[mode].count("_c10d_functional::all_to_all_single") for mode in modes}
+    num_full = CONFIG.layer_types.count(FULL)
+    num_linear = CONFIG.num_hidden_layers - num_full
+    assert exchanges["none"] == exchanges["selective"] == 6 * num_linear + 4 * num_full
+    assert exchanges["full"] == 9 * num_linear + 6 * num_full
+    # What linear attention has sent is made again; the compiler, which sees that nothing reads it, leaves it out.
+    assert names["selective"].count("aten::mm") == names["none"].count("aten::mm") + num_linear

@@ -65,6 +65,7 @@ def test_each_value_meets_each_other() -> None:
     axes = {
         "world": (1, 2, 4),
         "ep": (1, 2, 4),
+        "cp": (1, 2, 4),
         "replicate": (1, 2),
         "accumulation": (1, 2, 4),
         "activation_checkpoint": ("none", "selective", "full"),
@@ -75,8 +76,11 @@ def test_each_value_meets_each_other() -> None:
         return {frozenset(pair) for pair in itertools.combinations(((axis, getattr(layout, axis)) for axis in axes), 2)}
 
     possible = [Layout(**dict(zip(axes, values))) for values in itertools.product(*axes.values())]
-    possible = [each for each in possible if each.world % (each.replicate * each.ep) == 0]
-    missing = set().union(*map(pairs, possible)) - set().union(*map(pairs, LAYOUTS))
+    possible = [each for each in possible if each.world % (each.replicate * each.ep) == each.world % each.cp == 0]
+    from tests.parallelisms import test_context_parallel  # which imports this file
+
+    tested = [*LAYOUTS, *test_context_parallel.LAYOUTS]
+    missing = set().union(*map(pairs, possible)) - set().union(*map(pairs, tested))
     assert not missing, missing
 
 

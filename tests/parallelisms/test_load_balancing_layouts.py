@@ -12,7 +12,7 @@ from tests.models.qwen35_moe.shapes import tiny_config
 from tests.parallelisms.layouts import OFF, Layout, Run, train
 from tests.parallelisms.test_layouts import relative_error
 
-CONFIG = tiny_config(initializer_range=0.05)
+CONFIG = tiny_config(initializer_range=0.05, linear_num_key_heads=4)
 # Ranks differ in what they train, not in their number of tokens: rows are full.
 ROWS = [[40, 24], [1, 1, 1, 61], [2, 2, 2, 2] + [1] * 56, [1] * 64]
 NUM_STEPS = 2
@@ -41,6 +41,9 @@ SAME = {
         (GLOBAL, Layout(), Layout(world=2, replicate=2)),
         # Each process by itself is as each micro-step by itself.
         (HF, Layout(accumulation=2), Layout(world=2, ep=2)),
+        # A micro-batch that is shared is one.
+        (HF, Layout(accumulation=2), Layout(world=2, cp=2, accumulation=2, activation_checkpoint="full")),
+        (GLOBAL, Layout(accumulation=2), Layout(world=2, cp=2, accumulation=2)),
         (OFF, Layout(), Layout(world=2)),
     ],
     4: [
@@ -49,6 +52,10 @@ SAME = {
         (GLOBAL, Layout(), Layout(world=4, ep=4, activation_checkpoint="full")),
         (GLOBAL, Layout(), Layout(world=4, ep=2)),
         (HF, Layout(accumulation=4), Layout(world=4, ep=4)),
+        (HF, Layout(accumulation=2), Layout(world=4, cp=2, ep=4)),
+        (HF, Layout(accumulation=4), Layout(world=4, cp=4, replicate=2, accumulation=4)),
+        (GLOBAL, Layout(), Layout(world=4, cp=4, activation_checkpoint="selective")),
+        (GLOBAL, Layout(accumulation=2), Layout(world=4, cp=2, ep=2, accumulation=2)),
     ],
 }
 
@@ -104,7 +111,7 @@ def test_equals_one_process(one_process: dict[tuple[MoE, Layout], Run], world: i
         for (moe, expected_layout, layout), (run, num_reductions) in zip(SAME[world], results[rank]):
             where = f"{moe}, {layout}, rank {rank}"
             check(run, one_process[moe, expected_layout], where)
-            reduces = world > 1 and moe == GLOBAL
+            reduces = world > 1 and (moe == GLOBAL or (moe == HF and layout.cp > 1))
             assert num_reductions == (NUM_STEPS * layout.accumulation if reduces else 0), where
 
 

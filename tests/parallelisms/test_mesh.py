@@ -1,6 +1,7 @@
 """The meshes of 1, 2 and 4 processes: their sizes, and each rank's number."""
 
 import pytest
+import torch
 
 from parallelisms.degrees import Degrees
 from parallelisms.mesh import build_meshes
@@ -10,6 +11,21 @@ from tests.distributed import run_ranks
 def numbers(degrees: Degrees) -> tuple:
     meshes = build_meshes("cpu", degrees)
     return meshes.data_rank, meshes.num_data_ranks, [tuple(mesh.shape) for mesh in meshes.all]
+
+
+def of_context(layouts: list[Degrees]) -> list[tuple]:
+    found = []
+    for degrees in layouts:
+        meshes = build_meshes("cpu", degrees)
+        assert meshes.context_parallel is not None
+        assert meshes.all[-1] is meshes.context_parallel
+        group = meshes.context_parallel.get_group()
+        same = [mesh.mesh_dim_names for mesh in meshes.all[:-1] if mesh.ndim == 1 and mesh.get_group() is group]
+        ranks = torch.distributed.get_process_group_ranks(group)
+        total = meshes.sum_over_context(torch.tensor(1 + torch.distributed.get_rank()))
+        reader = (meshes.data_rank, meshes.num_data_ranks, meshes.is_first_reader)
+        found.append((ranks, same[0] if same else None, reader, int(total)))
+    return found
 
 
 @pytest.mark.parametrize(
@@ -24,3 +40,20 @@ def numbers(degrees: Degrees) -> tuple:
 def test_every_rank_reads_data_of_its_own(degrees: Degrees, shapes: list):
     world_size = degrees.replicate * degrees.shard
     assert run_ranks(numbers, world_size, degrees) == [(rank, world_size, shapes) for rank in range(world_size)]
+
+
+def test_ranks_of_a_context_read_the_same_rows_and_share_communicators() -> None:
+    layouts = {
+        Degrees(1, 4, 1, 2): None,
+        Degrees(1, 4, 4, 2): None,
+        Degrees(1, 4, 2, 2): ("ep",),
+        Degrees(1, 4, 2, 4): ("fsdp",),
+        Degrees(2, 2, 1, 2): None,  # but the second dimension of the mesh (replicate, fsdp)
+        Degrees(2, 2, 2, 4): ("data_parallel",),
+    }
+    for rank, found in enumerate(run_ranks(of_context, 4, list(layouts))):
+        for (degrees, shared), of_rank in zip(layouts.items(), found):
+            first = rank // degrees.context * degrees.context
+            ranks = list(range(first, first + degrees.context))
+            reader = (rank // degrees.context, 4 // degrees.context, rank == first)
+            assert of_rank == (ranks, shared, reader, sum(ranks) + degrees.context), degrees

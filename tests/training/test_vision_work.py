@@ -21,19 +21,18 @@ CONFIG = tiny_config(vision=tiny_vision())
 ROWS = [[64]]
 
 
-class OfRank(Meshes):
-    """Without process groups."""
+class OfRank:
+    """In the place of a mesh, without process groups."""
 
-    data_rank = 0
+    def __init__(self, rank: int, num_ranks: int) -> None:
+        self.get_local_rank, self.size = lambda: rank, lambda: num_ranks
 
 
 def work_of(rank: int, num_ranks: int, frozen: tuple[str, ...] = (), vision: bool = True) -> VisionWork:
     with torch.device("meta"):
         model = Qwen35Moe(CONFIG if vision else dataclasses.replace(CONFIG, vision=None), Kernels())
     freeze(model, frozen)
-    meshes = OfRank(None, None, None, None, Degrees(1, num_ranks, 1))
-    meshes.data_rank = rank
-    return VisionWork(model, meshes)
+    return VisionWork(model, Meshes(OfRank(rank, num_ranks), None, None, None, Degrees(1, num_ranks, 1)))
 
 
 @pytest.mark.parametrize("frozen", [(), ("vision",), ("vision", "merger")])

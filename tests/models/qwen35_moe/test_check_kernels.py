@@ -22,6 +22,7 @@ from models.ops.kernels import CHOICES, ON_REQUEST, Kernels, select_kernels
 from models.qwen35_moe import check_kernels as module
 from models.qwen35_moe.check_kernels import check_kernels
 from models.qwen35_moe.config import ModelConfig
+from parallelisms.degrees import Degrees, shape_on_a_rank
 from tests.models.qwen35_moe.shapes import tiny_config
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -246,14 +247,21 @@ def test_where_a_run_stops(device: str, options: list[str], stops: bool, monkeyp
         raise Parallelised
 
     monkeypatch.setattr(train, "select_kernels", lambda *_: Kernels())
-    monkeypatch.setattr(train, "check_kernels", lambda *_: ["attention is wrong", "so is the rule"])
+    shapes: list[ModelConfig] = []
+
+    def check(_: Kernels, shape: ModelConfig, *__: Any) -> list[str]:
+        shapes.append(shape)
+        return ["attention is wrong", "so is the rule"]
+
+    monkeypatch.setattr(train, "check_kernels", check)
     monkeypatch.setattr(train, "parallelize_fn", parallelize_fn)
     config = load_config(["--config", "qwen35moe_tiny.toml", *options])
     assert config.compile == Compile()
-    meshes: Any = SimpleNamespace(data_parallel=SimpleNamespace(size=lambda: 1))
+    meshes: Any = SimpleNamespace(data_parallel=SimpleNamespace(size=lambda: 2), degrees=Degrees(1, 2, 1, 2))
     if stops:
         with pytest.raises(RunError, match=r"^attention is wrong; so is the rule$"):
             train.build_model(config, tiny_config(), meshes, torch.device(device))
+        assert shapes == [shape_on_a_rank(tiny_config(), 2)]  # the heads that kernels see in training
     else:
         with pytest.raises(Parallelised):
             train.build_model(config, tiny_config(), meshes, torch.device(device))

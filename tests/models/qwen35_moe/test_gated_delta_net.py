@@ -20,7 +20,7 @@ def by_definition(module: GatedDeltaNet, x: torch.Tensor, num_keys: int) -> torc
         padded = F.pad(document, (0, 0, weight.shape[1] - 1, 0))
         taps = padded.unfold(0, weight.shape[1], 1)  # [T, C, W]
         outs.append(F.silu((taps * weight).sum(-1)))
-    q, k, v = torch.cat(outs).split(module.widths, dim=-1)
+    q, k, v = torch.cat(outs).split([num_keys * 16, num_keys * 16, len(module.A_log) * 16], dim=-1)
     q, k, v = q.unflatten(-1, (num_keys, -1)), k.unflatten(-1, (num_keys, -1)), v.unflatten(-1, (-1, 16))
     g = -module.A_log.exp() * torch.log1p((module.in_proj_a(x) + module.dt_bias).exp())
     out = recurrence(q, k, v, g, module.in_proj_b(x).sigmoid(), LENGTHS)
