@@ -216,7 +216,7 @@ def main(arguments: list[str]) -> None:
     if progress is None:
         progress = Progress()
         if config.model.initial_load == "hf":
-            load_hf_weights(model, Path(config.model.path), local_region)
+            load_hf_weights(model, Path(config.model.path), config.job.seed, local_region)
         else:
             init_weights(model, config.job.seed, local_region)
     if progress.data_cursors is not None:

@@ -61,8 +61,6 @@ def find_pieces(config: ModelConfig, available: Mapping[str, Shape]) -> dict[str
     architecture = find_architecture(available)
     if config.vision and not any(key.startswith(VISION) for key in available):
         raise UserError("weights: there is no vision tower: expected weights with one, or model.vision = 'off'")
-    if config.mtp_num_hidden_layers and not count_mtp_layers(available):
-        raise UserError("weights: there is no multi-token prediction: expected weights with it, or mtp.train = 'off'")
     keys = {hf_name(name, architecture): (name, entry.shape) for name, entry in parameters(config).items()}
     pieces = _find({key: shape for key, (_, shape) in keys.items()}, available)
     used = {piece.key for parts in pieces.values() for piece in parts}

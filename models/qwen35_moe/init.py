@@ -56,13 +56,18 @@ def initial_value(
 
 
 @torch.no_grad()
-def init_weights(model: Qwen35Moe, seed: int, local_part: Callable[[nn.Parameter], LocalPart] = whole) -> None:
-    """Fills every parameter of the model, or the part of it that `local_part` says lies in this process.
+def init_weights(
+    model: Qwen35Moe, seed: int, local_part: Callable[[nn.Parameter], LocalPart] = whole, prefix: str = ""
+) -> None:
+    """Fills every parameter of the model whose name begins with `prefix`, or the part of it that `local_part` says lies
+    in this process.
 
     Matrices are drawn whole, one at a time, then cut: no more than one full matrix (of one expert) is ever in memory.
     """
     config = model.config
     for name, parameter in model.named_parameters():
+        if not name.startswith(prefix):
+            continue
         of = config.vision if config.vision and name.startswith("visual.") else config
         std = of.initializer_range
         local, box = local_part(parameter)

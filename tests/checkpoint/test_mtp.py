@@ -12,11 +12,12 @@ from checkpoint.hf_reader import load_hf_weights
 from errors import UserError
 from models.ops.kernels import Kernels
 from models.qwen35_moe.config import ModelConfig
-from models.qwen35_moe.hf_weights import MTP, find_pieces
+from models.qwen35_moe.hf_weights import MTP, find_pieces, hf_name
 from models.qwen35_moe.init import whole
 from models.qwen35_moe.model import Qwen35Moe
 from tests.checkpoint.test_convert_to_hf import CONFIG, assert_same, convert, published, write_hf, write_published
 from tests.commands import status_of
+from tests.models.qwen35_moe.shapes import initial_weights
 
 WITH_MTP = replace(CONFIG, mtp_num_hidden_layers=1)
 LAYOUTS = pytest.mark.parametrize("per_expert", [False, True], ids=["stacked", "per expert"])
@@ -33,7 +34,7 @@ def test_loads_either_layout_of_experts(tmp_path: Path, per_expert: bool, vision
     model = build(ModelConfig.from_pretrained(tmp_path / "hf", with_mtp=True))
     for parameter in model.parameters():
         parameter.data.fill_(torch.nan)
-    load_hf_weights(model, tmp_path / "hf", whole)
+    load_hf_weights(model, tmp_path / "hf", 0, whole)
     _, expected = published(False, False, vision)  # the same numbers, stacked
     found = {name: parameter for name, parameter in model.named_parameters() if name.startswith(MTP)}
     assert found.keys() == {key for key in expected if key.startswith(MTP)}
@@ -73,7 +74,7 @@ def test_what_is_refused(tmp_path: Path) -> None:
     shapes = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
     none = {key: shape for key, shape in shapes.items() if not key.startswith(MTP)}
     assert find_pieces(CONFIG, shapes).keys() == find_pieces(CONFIG, none).keys()
-    with pytest.raises(UserError, match=r"no multi-token prediction: expected mtp.train = 'off', or weights with it"):
+    with pytest.raises(UserError, match=r"'mtp\.fc\.weight' is missing"):
         find_pieces(WITH_MTP, none)
     with pytest.raises(UserError, match=r"'mtp\.norm\.weight' is missing"):
         find_pieces(WITH_MTP, {key: shape for key, shape in shapes.items() if key != "mtp.norm.weight"})
@@ -81,6 +82,24 @@ def test_what_is_refused(tmp_path: Path) -> None:
         find_pieces(WITH_MTP, shapes | {"mtp.layers.0.mlp.experts.0.down_proj.weight": (1,)})  # both layouts
     with pytest.raises(UserError, match=r"'mtp.layers.1.input_layernorm.weight' \(and 0 more\) belong to no"):
         find_pieces(WITH_MTP, shapes | {"mtp.layers.1.input_layernorm.weight": (48,)})
+
+
+def test_weights_without_any_of_it_begin_anew_and_it_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    _, tensors = published(False, False, False)
+    write_hf(tmp_path / "hf", {key: tensor for key, tensor in tensors.items() if not key.startswith(MTP)})
+    model, expected = build(WITH_MTP), initial_weights(WITH_MTP, 7)
+    with caplog.at_level("WARNING"):
+        load_hf_weights(model, tmp_path / "hf", 7, whole)
+    assert f"{tmp_path / 'hf'} has no multi-token prediction: it begins with random weights" in caplog.text
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, expected[name] if name.startswith(MTP) else tensors[hf_name(name)].float()), name
+    # A part of it is a mistake.
+    write_hf(tmp_path / "part", {key: tensor for key, tensor in tensors.items() if key != "mtp.fc.weight"})
+    with pytest.raises(UserError, match=r"'mtp\.fc\.weight' is missing"):
+        load_hf_weights(model, tmp_path / "part", 7, whole)
+    # A conversion has nothing to begin with.
+    (tmp_path / "hf/config.json").write_text(json.dumps(CONFIG.to_dict()))
+    assert status_of(from_hf.main, [str(tmp_path / "hf"), str(tmp_path / "dcp"), "--mtp"]) == 1
 
 
 @pytest.mark.parametrize(
