@@ -85,7 +85,7 @@ class ExpertParallelBlock:
         setattr(self.block, "forward", self.forward)  # noqa: B010
 
     def parts(self, activation_checkpoint: str) -> list[tuple[object, str]]:
-        """What is checkpointed, each by itself."""
+        """What is checkpointed, each by itself; the first is the one with attention."""
         # "full" sends the copies again, "selective" keeps those received.
         of_experts = "send_and_compute" if activation_checkpoint == "full" else "compute"
         return [(self, part) for part in ("attend_and_route", of_experts, "run_shared_expert")]

@@ -60,7 +60,9 @@ def parallelize_fn(
             travelling = products_that_travel(block)
         if meshes.expert_parallel.size() > 1:
             in_parts = ExpertParallelBlock(block, meshes.expert_parallel)
-            apply_activation_checkpointing(in_parts.parts(activation_checkpoint), activation_checkpoint, travelling)
+            attending, *others = in_parts.parts(activation_checkpoint)
+            apply_activation_checkpointing([attending], activation_checkpoint, travelling)
+            apply_activation_checkpointing(others, activation_checkpoint)
             if compile_blocks:
                 in_parts.compile()
             in_parts.install()
