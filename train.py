@@ -15,7 +15,7 @@ import torch.distributed as dist
 from checkpoint.checkpointer import Checkpointer, Progress
 from checkpoint.hf_reader import load_hf_weights
 from config.checks import check_config
-from config.options import Config, MoE, Training
+from config.options import Config, MoE, Mtp, Training
 from config.reading import load_config, model_config, resolved_toml
 from data.batch import MicroBatch
 from data.loader import TokenLoader
@@ -28,7 +28,7 @@ from models.qwen35_moe.config import ModelConfig
 from models.qwen35_moe.init import init_weights
 from models.qwen35_moe.lora import add_adapters
 from models.qwen35_moe.model import Qwen35Moe
-from models.qwen35_moe.parts import freeze
+from models.qwen35_moe.parts import freeze, frozen_parts
 from parallelisms.context_parallel import own_share
 from parallelisms.degrees import shape_on_a_rank, work_out_degrees
 from parallelisms.mesh import Meshes, build_meshes
@@ -55,11 +55,12 @@ logger = logging.getLogger("train")
 
 
 class StepResult(NamedTuple):
-    """What one optimizer step tells. Shapes: L layers, E experts."""
+    """What one optimizer step tells. Shapes: L blocks, E experts."""
 
     losses: dict[str, torch.Tensor]
     """By name, each [] float32, this rank's share; shares add up. "loss": the mean over the global batch's trained
-    tokens; "aux_loss", "z_loss": the routers', means over micro-steps; 0 if they are off."""
+    tokens; "mtp": of multi-token prediction, the mean over its own; "aux_loss", "z_loss": the routers', means over
+    micro-steps; 0 if they are off."""
     expert_counts: torch.Tensor
     """[L, E] int64: how many of this rank's tokens chose each expert."""
     grad_norm: torch.Tensor
@@ -77,23 +78,30 @@ def train_step(
     device: torch.device,
     training: Training,
     moe: MoE,
+    mtp: Mtp,
+    num_drafted: int,
 ) -> StepResult:
-    """One optimizer step over this rank's micro-batches; `num_trained` counts the GLOBAL batch's trained tokens."""
+    """One optimizer step over this rank's micro-batches; `num_trained` counts the GLOBAL batch's trained tokens,
+    `num_drafted` those of multi-token prediction, which `mtp` is for."""
     shape = model.config
-    losses = {name: torch.zeros((), device=device) for name in ("loss", "aux_loss", "z_loss")}
-    expert_counts = torch.zeros(shape.num_hidden_layers, shape.num_experts, dtype=torch.int64, device=device)
+    losses = {name: torch.zeros((), device=device) for name in ("loss", "mtp", "aux_loss", "z_loss")}
+    expert_counts = torch.zeros(len(model.blocks), shape.num_experts, dtype=torch.int64, device=device)
     for index, batch in enumerate(micro_batches, start=1):
         batch = batch.to(device)
         measure = measure_for(moe, batch.is_real)
-        loss_sum, statistics = model(batch, measure)
+        loss_sum, statistics, mtp_loss_sum, _ = model(batch, measure)
         # Divided by what all ranks and micro-batches train together, so that losses and gradients simply add up.
         share = loss_sum / max(num_trained, 1)
         total = share
+        if mtp_loss_sum is not None:
+            mtp_share = mtp_loss_sum / max(num_drafted, 1)
+            total = total + mtp.loss_weight * mtp_share
+            losses["mtp"] += mtp_share.detach()
         if measure.probabilities or measure.logsumexp:
             top_k = shape.num_experts_per_tok
             over = (meshes.num_data_ranks, sum_over_ranks, meshes.sum_over_context)
             aux, z = router_losses(statistics, moe, top_k, *over)
-            total = share + (moe.aux_loss_coef * aux + moe.z_loss_coef * z) / len(micro_batches)
+            total = total + (moe.aux_loss_coef * aux + moe.z_loss_coef * z) / len(micro_batches)
             losses["aux_loss"] += aux.detach() / len(micro_batches)
             losses["z_loss"] += z.detach() / len(micro_batches)
         reduce_replicas_after(model, this_micro_batch=index == len(micro_batches))
@@ -146,7 +154,7 @@ def build_model(config: Config, shape: ModelConfig, meshes: Meshes, device: torc
     dtype = compute_dtype(config.training.dtype, device.type)
     kernels = select_kernels(dataclasses.asdict(config.kernels), device.type, dtype, *shape.kernel_sizes)
     model = build_on_meta(shape, kernels, getattr(torch, config.training.master_dtype))
-    freeze(model, config.model.freeze)
+    freeze(model, frozen_parts(config.model.freeze, config.mtp.train))
     if config.lora.rank:
         add_adapters(model, config.lora.rank, config.lora.alpha, config.lora.targets)
     for block in model.blocks:
@@ -195,7 +203,8 @@ def main(arguments: list[str]) -> None:
     skipped_dir = output_dir / "skipped" if meshes.is_first_reader else None
     media = media_settings(config, shape.vision)
     ranks = (meshes.data_rank, meshes.num_data_ranks)
-    loader = TokenLoader(config.data, training, *ranks, config.job.seed, media=media, skipped_dir=skipped_dir)
+    mtp = config.mtp.train != "off"
+    loader = TokenLoader(config.data, training, *ranks, config.job.seed, media=media, mtp=mtp, skipped_dir=skipped_dir)
     validator = Validator(config, meshes, media) if config.validation.enable else None
 
     # 4. Model: built without memory, parallelised, then given its memory.
@@ -209,7 +218,7 @@ def main(arguments: list[str]) -> None:
     progress = checkpointer.resume()
     from_hf = config.model.initial_load == "hf"
     if from_hf and (progress is None or config.lora.rank):  # a checkpoint of adapters has not the weights they adapt
-        load_hf_weights(model, Path(config.model.path), local_region)
+        load_hf_weights(model, Path(config.model.path), config.job.seed, local_region)
     if progress is None:
         progress = Progress()
         init_weights(model, config.job.seed, local_region, adapters_only=from_hf)
@@ -226,10 +235,9 @@ def main(arguments: list[str]) -> None:
         except OSError as error:
             raise UserError(f"job.output_dir = {str(output_dir)!r}: {error.strerror}: expected room to write") from None
         writer = MetricsWriter(output_dir, config.metrics.tensorboard, step, training.steps)
-    flops_of_token, peak = (
-        flops_per_token(shape, training.sequence_length, config.lora),
-        peak_flops_of_all(world_size, device),
-    )
+    trains_trunk = config.mtp.train != "head"
+    flops_of_token = flops_per_token(shape, training.sequence_length, config.lora, trains_trunk)
+    peak = peak_flops_of_all(world_size, device)
     vision_work = VisionWork(model, meshes)
     logger.info(f"from step {step} to {training.steps}, {loader.num_micro_batches} micro-batches a rank and step")
     if (warmup_steps := config.lr_scheduler.warmup_steps) > training.steps:
@@ -253,16 +261,18 @@ def main(arguments: list[str]) -> None:
         micro_batches = [own_share(batch, meshes.context_parallel, shape.vision) for batch in of_readers]
         data_seconds += time.perf_counter() - data_clock
         num_trained = sum(batch.num_trained for batch in micro_batches)
+        num_drafted = sum(batch.num_drafted for batch in micro_batches)
         # The one place where ranks agree: how many tokens the global batch trains, whether anyone was told to stop, and
         # what the tower does. On the host, so that no rank waits here for its GPU to finish the step before.
-        own = [num_trained, int(stop.requested), *vision_work.of(micro_batches)]
-        num_trained, num_stops, *of_tower = sum_over_ranks(torch.tensor(own)).tolist()
+        own = [num_trained, num_drafted, int(stop.requested), *vision_work.of(micro_batches)]
+        num_trained, num_drafted, num_stops, *of_tower = sum_over_ranks(torch.tensor(own)).tolist()
         vision_work.add(of_tower)
         stopping = num_stops > 0
 
         lr = config.optimizer.lr * lr_factor(step, training.steps, config.lr_scheduler)
         set_learning_rate(optimizer, lr)
-        result = train_step(model, optimizer, micro_batches, num_trained, meshes, device, training, config.moe)
+        of_losses = (training, config.moe, config.mtp, num_drafted)
+        result = train_step(model, optimizer, micro_batches, num_trained, meshes, device, *of_losses)
         if result.nonfinite:
             if training.nonfinite == "stop":
                 raise RunError(f"step {step} is not applied: {result.nonfinite}")
@@ -297,6 +307,8 @@ def main(arguments: list[str]) -> None:
             }
             if training.nonfinite == "skip":
                 metrics["skipped_steps"] = num_skipped
+            if mtp:
+                metrics["mtp_loss"] = result.losses["mtp"].item()
             if config.moe.aux_loss_coef > 0:
                 metrics["aux_loss"] = result.losses["aux_loss"].item()
             if config.moe.z_loss_coef > 0:
@@ -306,7 +318,7 @@ def main(arguments: list[str]) -> None:
             if config.checkpoint.enable:  # how long saves kept the training waiting since the last line
                 metrics["checkpoint_seconds"], checkpointer.blocked_seconds = checkpointer.blocked_seconds, 0.0
             if validator is not None and validates:
-                metrics["validation_loss"] = validator.loss(model, device)
+                metrics |= validator.measure(model, device)
             if writer is not None:
                 writer.write(metrics)
             clock, clock_step, data_seconds = time.perf_counter(), step, 0.0

@@ -134,7 +134,7 @@ def load(folder: Path) -> None:
     parallelize_fn(model, build_meshes("cpu", Degrees(1, 2, 2)), compute_dtype=torch.bfloat16)
     before, started = peak_memory(), time.perf_counter()
     model.to_empty(device="cpu")
-    load_hf_weights(model, folder, local_region)
+    load_hf_weights(model, folder, 0, local_region)
     seconds, used = time.perf_counter() - started, peak_memory() - before
     share = sum(local_region(p)[0].nbytes for p in model.parameters()) / 2**30
     print(

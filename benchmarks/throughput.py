@@ -144,7 +144,10 @@ def measure(
         batches = [own_share(batch, meshes.context_parallel, shape.vision) for batch in batches]
         if shape.vision:
             vision_work.add(sum_over_ranks(torch.tensor(vision_work.of(batches))).tolist())
-        return train_step(model, optimizer, batches, tokens_per_step, meshes, device, training, config.moe)
+        if shape.mtp_num_hidden_layers:
+            batches = [batch.with_mtp_labels() for batch in batches]
+        of_losses = (training, config.moe, config.mtp, tokens_per_step)
+        return train_step(model, optimizer, batches, tokens_per_step, meshes, device, *of_losses)
 
     def synchronize() -> None:
         if device.type == "cuda":
@@ -167,7 +170,8 @@ def measure(
     result = reduce_result(result)
     median = sorted(seconds)[len(seconds) // 2]
     rate = tokens_per_step / median
-    flops = flops_per_token(shape, training.sequence_length if not lengths else max(lengths))
+    longest = max(lengths, default=training.sequence_length)
+    flops = flops_per_token(shape, longest, trains_trunk=config.mtp.train != "head")
     of_vision, vision_flops = vision_work.read() if shape.vision else ({}, 0.0)
     flops += vision_flops / tokens_per_step
     found: dict[str, Any] = {

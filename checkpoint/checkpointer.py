@@ -36,7 +36,7 @@ from checkpoint import directories
 from checkpoint.adapters import check_adapters, hash_base, serving_note, write_adapter
 from checkpoint.export import Options, export_to_hf
 from checkpoint.hf_assets import SAMPLE, read_base, write_checkpoint_assets
-from checkpoint.hf_reader import fill
+from checkpoint.hf_reader import begin_mtp, fill
 from checkpoint.identity import RUN, Run, describe_run, difference, read_run
 from checkpoint.tensors.dcp import read_dcp
 from config.options import Config
@@ -46,7 +46,7 @@ from data.media import processor_of
 from data.samples import sample_texts
 from errors import UserError, reading
 from models.qwen35_moe.config import ModelConfig, read_config
-from models.qwen35_moe.hf_weights import TOWER
+from models.qwen35_moe.hf_weights import MTP, TOWER
 from models.qwen35_moe.lora import is_adapter
 from models.qwen35_moe.model import Qwen35Moe
 from parallelisms.mesh import Meshes
@@ -163,6 +163,9 @@ class Checkpointer:
         state = self._model_state()
         if weights_only:
             stored = {name: tensor for name, tensor in stored.items() if name.startswith("model.")}
+            if self._model.mtp is not None and not any(name.startswith(f"model.{MTP}") for name in stored):
+                begin_mtp(self._model, path, self._config.job.seed, local_region)
+                state = {name: tensor for name, tensor in state.items() if not name.startswith(f"model.{MTP}")}
         else:
             # Cursors of another global batch size are loaded too: the data loader tells what is wrong with them.
             shape = stored["train.data_cursors"].shape if "train.data_cursors" in stored else (0, 2)
@@ -175,6 +178,7 @@ class Checkpointer:
                 hints = {
                     "optimizer.": " with the same model.freeze, or checkpoint.start_from for the weights alone",
                     f"model.{TOWER}": f", or model.vision = {'off' if name not in stored else 'on'!r}",
+                    f"model.{MTP}": f", or mtp.train = {'off' if name not in stored else 'joint'!r}",
                 }
                 hint = next((hint for prefix, hint in hints.items() if name.startswith(prefix)), "")
                 raise UserError(f"checkpoint {path} {what} tensor {name!r}: expected one of the same model{hint}")

@@ -1,6 +1,6 @@
 """Turns a Hugging Face directory into a checkpoint that a run can start from, in one process, a tensor at a time.
 
-    python checkpoint/convert_from_hf.py HF_DIR OUT [--dtype bfloat16|float32|keep] [--vision]
+    python checkpoint/convert_from_hf.py HF_DIR OUT [--dtype bfloat16|float32|keep] [--vision] [--mtp]
     ./run_train.sh --config X.toml --model.path HF_DIR --checkpoint.start_from OUT
 
 The checkpoint holds weights alone. A run can also read HF_DIR itself: `model.initial_load = "hf"`.
@@ -26,21 +26,24 @@ from checkpoint.tensors.safetensors import read_safetensors
 from checkpoint.tensors.stored import StoredTensor
 from errors import OneLineParser, exit_on_error
 from models.qwen35_moe.config import ModelConfig, read_config
-from models.qwen35_moe.hf_weights import MTP, NOT_TEXT
+from models.qwen35_moe.hf_weights import left_out
 from models.qwen35_moe.parameters import parameters
 
 _BLOCK_BYTES = 256 * 2**20
 
 
-def convert_from_hf(source: Path, out: Path, dtype: torch.dtype | None, with_vision: bool = False) -> list[str]:
+def convert_from_hf(
+    source: Path, out: Path, dtype: torch.dtype | None, with_vision: bool = False, with_mtp: bool = False
+) -> list[str]:
     """Writes the text model of `source` (one safetensors file or several, experts stacked or one by one) to `out`.
 
     dtype: of all parameters but the few that are float32 in training; None keeps what is stored. `with_vision`: the
-    tower too. Returns the tensors that were left out, which an export takes from `source` again. `out` is new or empty;
-    it appears when it is complete. Raises UserError naming a tensor that is missing, odd or unknown.
+    tower too; `with_mtp`: multi-token prediction too. Returns the tensors that were left out, which an export takes
+    from `source` again. `out` is new or empty; it appears when it is complete. Raises UserError naming a tensor that is
+    missing, odd or unknown.
     """
     stored = read_safetensors(source)
-    config, shape = read_config(source / "config.json"), ModelConfig.from_pretrained(source, with_vision)
+    config, shape = read_config(source / "config.json"), ModelConfig.from_pretrained(source, with_vision, with_mtp)
     with naming_tensors():
         tensors = native_tensors(shape, stored)
     float32 = {name for name, parameter in parameters(shape).items() if parameter.is_float32}
@@ -50,7 +53,7 @@ def convert_from_hf(source: Path, out: Path, dtype: torch.dtype | None, with_vis
         _write_dcp(folder, tensors, dtypes)
         write_checkpoint_assets(folder / "hf", config, source, source)
         write_manifest(folder, describe_files(folder, [path for path in folder.rglob("*") if path.is_file()]))
-    return [key for key in stored if key.startswith(MTP if with_vision else NOT_TEXT)]
+    return [key for key in stored if key.startswith(left_out(shape))]
 
 
 def _write_dcp(folder: Path, tensors: Mapping[str, StoredTensor], dtypes: Mapping[str, torch.dtype]) -> None:
@@ -89,13 +92,14 @@ def main(arguments: list[str]) -> None:
         "keep: all as stored",
     )
     parser.add_argument("--vision", action="store_true", help="the vision tower too, for runs that it is part of")
+    parser.add_argument("--mtp", action="store_true", help="multi-token prediction too, for runs that train it")
     options = parser.parse_args(arguments)
     check_is_free(options.out)
     if not (options.source / "config.json").is_file():
         parser.error(f"{options.source} has no config.json: expected a Hugging Face directory")
-    left_out = convert_from_hf(options.source, options.out, DTYPES[options.dtype], options.vision)
-    if left_out:
-        print(f"{len(left_out)} tensors are no part of the model and were left out: {left_out[0]}, ...")
+    spare = convert_from_hf(options.source, options.out, DTYPES[options.dtype], options.vision, options.mtp)
+    if spare:
+        print(f"{len(spare)} tensors are no part of the model and were left out: {spare[0]}, ...")
 
 
 if __name__ == "__main__":

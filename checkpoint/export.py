@@ -8,8 +8,9 @@ text            the checkpoint; all of it, or nothing is exported     in --dtype
 vision tower    the checkpoint                                        in --dtype
                 else the base; neither: refused. Left out of          bit for bit
                 causal_lm
-MTP             the checkpoint, else the base; neither: config.json   bit for bit, experts as --experts says
-                declares no layers of it
+MTP             the checkpoint                                        in --dtype, experts as --experts says
+                else the base; neither: config.json declares no       bit for bit, experts as --experts says
+                layers of it
 
 adapters        the checkpoint                                        as peft has them, in --dtype
                 with --merge: added to the base's weights             in the base's dtype or --dtype; what they are not
@@ -70,7 +71,8 @@ class Options(NamedTuple):
     dtype: torch.dtype | None = torch.bfloat16
     """Of all trained tensors but the few that published checkpoints have in float32; None keeps what is stored."""
     experts: str = "keep"
-    """'stacked', 'per_expert', or 'keep': as the model that it came from has them, stacked if it came from none."""
+    """'stacked', 'per_expert', or 'keep': as the model that it came from has them, those of MTP by themselves, and
+    stacked if it came from none."""
     max_shard_bytes: int = 5 * 10**9
     base: Path | None = None
     """Hugging Face directory that gives what was not trained; None: the one that the run was loaded from."""
@@ -198,7 +200,12 @@ def make_plan(checkpoint: Path, options: Options) -> Plan:
     came_per_expert = any(".experts.0." in key and not key.startswith(MTP) for key in of_base)
     if options.experts == "per_expert" or (options.experts == "keep" and came_per_expert):
         exports = _one_by_one(exports)
-    mtp = _mtp_exports(shape, others[MTP], options.experts)
+    mtp_experts, is_trained = options.experts, any(key.startswith(MTP) for key in stored)
+    if is_trained and mtp_experts == "keep" and any(".experts.0." in key for key in _part(MTP, of_base)):
+        mtp_experts = "per_expert"
+    mtp = _mtp_exports(shape, others[MTP], mtp_experts)
+    if is_trained and options.dtype is not None:
+        mtp = [tensor._replace(dtype=options.dtype) for tensor in mtp]
     dtype = str(options.dtype or exports[0].stored.dtype).removeprefix("torch.")
     special_tokens = hf_assets.special_token_ids(hf_assets.find_tokenizer(assets))
     written = class_config(config, architecture, count_mtp_layers(others[MTP]), dtype, special_tokens)
@@ -254,7 +261,7 @@ def _text_exports(
 
 
 def _mtp_exports(shape: ModelConfig, tensors: dict[str, StoredTensor], experts: str) -> list[Export]:
-    """Multi-token prediction as it is, bit for bit; its experts stacked or one by one as asked."""
+    """Multi-token prediction as it is stored; its experts stacked or one by one as asked."""
     with naming_tensors():
         pieces = find_mtp_pieces(shape, {key: tensor.shape for key, tensor in tensors.items()})
     if experts != "keep":

@@ -1,7 +1,9 @@
 """Reads the model out of a Hugging Face directory: all of it for conversion, a rank's shards for training."""
 
+import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -10,11 +12,13 @@ from checkpoint.tensors.safetensors import read_safetensors
 from checkpoint.tensors.stored import Chunk, StoredArray, StoredTensor
 from errors import UserError, WrongTensors
 from models.qwen35_moe.config import ModelConfig
-from models.qwen35_moe.hf_weights import MTP, NOT_TEXT, Piece, find_pieces
-from models.qwen35_moe.init import LocalPart
+from models.qwen35_moe.hf_weights import MTP, Piece, find_pieces, left_out
+from models.qwen35_moe.init import LocalPart, init_weights
 from models.qwen35_moe.lora import is_adapter
 from models.qwen35_moe.model import Qwen35Moe
 from models.qwen35_moe.parameters import Shape, full_box, parameters
+
+logger = logging.getLogger("train")
 
 PLAIN_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
@@ -22,7 +26,7 @@ PLAIN_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 def native_tensors(config: ModelConfig, stored: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
     """Native parameters from a directory's tensors. Raises UserError naming one that is missing, odd or unknown."""
     for key, tensor in stored.items():
-        if not key.startswith(MTP if config.vision else NOT_TEXT) and tensor.dtype not in PLAIN_DTYPES:
+        if not key.startswith(left_out(config)) and tensor.dtype not in PLAIN_DTYPES:
             raise UserError(f"weights: {key!r} is {tensor.dtype}, quantised: dequantise the model to bfloat16 first")
     pieces = find_pieces(config, {key: tensor.shape for key, tensor in stored.items()})
     tensors = {name: assemble(name, p.shape, pieces[name], stored) for name, p in parameters(config).items()}
@@ -70,19 +74,35 @@ def _array(tensor: StoredTensor) -> StoredArray:
     return tensor.open(tensor.chunks[0])
 
 
-def load_hf_weights(model: Qwen35Moe, folder: Path, local_part: Callable[[torch.Tensor], LocalPart]) -> None:
+def load_hf_weights(model: Qwen35Moe, folder: Path, seed: int, local_part: Callable[[torch.Tensor], LocalPart]) -> None:
     """Fills every parameter's part that `local_part` says lies in this process, reading no more than that; not those of
-    adapters. Raises UserError naming a tensor that is missing, unexpected or of a wrong shape.
+    adapters.
+
+    Multi-token prediction of which there is nothing begins with random weights. Raises UserError naming a tensor that
+    is missing, unexpected or of a wrong shape.
     """
-    weights: dict[str, torch.Tensor] = {
+    stored, config = read_safetensors(folder), model.config
+    tensors: dict[str, torch.Tensor] = {
         name: parameter for name, parameter in model.named_parameters() if not is_adapter(name)
     }
-    fill(weights, native_tensors(model.config, read_safetensors(folder)), local_part)
+    if model.mtp is not None and not any(name.startswith(MTP) for name in stored):
+        begin_mtp(model, folder, seed, local_part)
+        config = replace(config, mtp_num_hidden_layers=0)
+        tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith(MTP)}
+    fill(tensors, native_tensors(config, stored), local_part)
+
+
+def begin_mtp(model: Qwen35Moe, source: Path, seed: int, local_part: Callable[[torch.Tensor], LocalPart]) -> None:
+    """Fills multi-token prediction, of which `source` has nothing."""
+    logger.warning(f"{source} has no multi-token prediction: it begins with random weights")
+    init_weights(model, seed, local_part, prefix=MTP)
 
 
 @torch.no_grad()
 def fill(
-    tensors: dict[str, torch.Tensor], stored: dict[str, StoredTensor], local_part: Callable[[torch.Tensor], LocalPart]
+    tensors: Mapping[str, torch.Tensor],
+    stored: Mapping[str, StoredTensor],
+    local_part: Callable[[torch.Tensor], LocalPart],
 ) -> None:
     """Reads the part of each of `tensors` that lies in this process."""
     for name, tensor in tensors.items():

@@ -25,6 +25,7 @@ def check_config(config: Config, world_size: int) -> None:
     check_frozen(config.model.freeze, shape)
     if config.lora.rank:
         _check_lora(config, shape, degrees)
+    _check_mtp(config)
     _check_ratios(config.optimizer, shape)
     _check_schedule(config.lr_scheduler)
     _check_kernels(config, shape)
@@ -82,6 +83,17 @@ def _check_ratios(optimizer: Optimizer, shape: ModelConfig) -> None:
     for key in ("vision_lr_ratio", "merger_lr_ratio"):
         if shape.vision is None and getattr(optimizer, key) != 1:
             raise UserError(f"optimizer.{key} = {getattr(optimizer, key)}: the model has no tower: expected 1.0")
+
+
+def _check_mtp(config: Config) -> None:
+    if config.lora.rank and config.mtp.train != "off":
+        raise UserError(
+            f"mtp.train = {config.mtp.train!r} with lora.rank = {config.lora.rank}: expected 'off': adapters leave all "
+            "else as it is"
+        )
+    if config.mtp.train == "head" and "mtp" in config.model.freeze:
+        frozen = f"model.freeze = {list(config.model.freeze)}"
+        raise UserError(f"{frozen}: with mtp.train = 'head' nothing is left to train: expected it without 'mtp'")
 
 
 def _check_kernels(config: Config, shape: ModelConfig) -> None:

@@ -71,7 +71,7 @@ class Model:
     freeze: Parts = ()
     """Parts that are not trained. "vision": the tower up to its merger; "merger"; "text": all that is not the tower's,
     of which "embeddings", "head", "router", "experts", "shared_expert", "attention", "linear_attention" and "norms",
-    those between the layers' parts, are parts too."""
+    those between the layers' parts, are parts too; "mtp": multi-token prediction, see [mtp]."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -215,6 +215,17 @@ class MoE:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Mtp:
+    """Multi-token prediction, a module of the model that drafts the token after the next, for faster serving."""
+
+    train: Literal["off", "head", "joint"] = "off"
+    """"off": it is no part of the run; an export takes it as it was from `model.path`. "head": it alone is trained, say
+    after fine-tuning, when its drafts no longer fit; "joint": it is trained with the model, as in pretraining."""
+    loss_weight: Positive = 0.1
+    """Of the mean loss of its tokens, beside the model's own."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Parallelism:
     """How many processes share what. replicate * shard = their number; expert divides shard, context their number."""
 
@@ -327,6 +338,7 @@ class Config:
     optimizer: Optimizer
     lr_scheduler: LRScheduler = field(default_factory=LRScheduler)
     moe: MoE = field(default_factory=MoE)
+    mtp: Mtp = field(default_factory=Mtp)
     parallelism: Parallelism = field(default_factory=Parallelism)
     activation_checkpoint: ActivationCheckpoint = field(default_factory=ActivationCheckpoint)
     compile: Compile = field(default_factory=Compile)

@@ -28,7 +28,7 @@ import tomli_w
 from config.options import Config
 from data.files import is_dataset, matches
 from errors import UserError
-from models.qwen35_moe.config import ModelConfig, read_config
+from models.qwen35_moe.config import MTP_LAYERS, ModelConfig, read_config
 from models.qwen35_moe.vision_config import TOKEN_IDS, VisionConfig
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -36,7 +36,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # The schema of a TOML file: a table is a dict from its keys to schemas, everything else a type as `typing` writes it.
 # An inline model may have the keys that ModelConfig reads and no others, so that a typo there is found too.
 SECTIONS: dict[str, type] = get_type_hints(Config)
-_SHAPE = {key: hint for key, hint in get_type_hints(ModelConfig).items() if key != "vision"}
+_SHAPE = {key: hint for key, hint in get_type_hints(ModelConfig).items() if key not in ("vision", MTP_LAYERS)}
 _ROPE = {key: _SHAPE[key] for key in ("rope_theta", "partial_rotary_factor", "mrope_section")}
 _HF_FORM = {"model_type": str, "full_attention_interval": int, "hidden_act": str, "attention_bias": bool}
 _ROPE_PARAMETERS = {"rope_type": str, "mrope_interleaved": bool, **_ROPE}
@@ -86,14 +86,16 @@ def resolved_toml(config: Config) -> str:
 
 
 def model_config(config: Config) -> ModelConfig:
-    """The model's shape, from `model.path` or `model.config`, with its tower if the run uses it. Raises UserError."""
+    """The model's shape, from `model.path` or `model.config`, with its tower and multi-token prediction if the run uses
+    them. Raises UserError."""
     if config.model.path and not Path(config.model.path, "config.json").is_file():
         raise UserError(f"model.path = {config.model.path!r}: expected a directory with a config.json")
     uses_vision = bool(config.model.path) and _uses_vision(config)
+    uses_mtp = config.mtp.train != "off"
     try:
         if config.model.path:
-            return ModelConfig.from_pretrained(config.model.path, uses_vision)
-        shape = ModelConfig.from_table(config.model.config)
+            return ModelConfig.from_pretrained(config.model.path, uses_vision, uses_mtp)
+        shape = replace(ModelConfig.from_table(config.model.config), mtp_num_hidden_layers=int(uses_mtp))
         if config.model.vision == "on" and shape.vision is None:
             raise UserError("model.vision = 'on': expected a vision_config")
         return replace(shape, vision=None) if config.model.vision == "off" else shape

@@ -113,6 +113,7 @@ class MicroBatch:
     documents: "Documents"  # fillers included
     is_real: "torch.Tensor | None" = None  # bool [T], False for fillers; None where there are none ever
     patches: "Patches | None" = None  # of a model with a vision tower, never empty: see `_patches`
+    mtp_labels: "torch.Tensor | None" = None  # int64 [T], of a model with multi-token prediction
 
     @classmethod
     def of(cls, rows: Sequence[Row], may_fill: bool, vision: VisionConfig | None = None) -> "MicroBatch":
@@ -138,6 +139,17 @@ class MicroBatch:
         """How many tokens have a label; of a micro-batch on the host."""
         return int((self.labels != IGNORED).sum())
 
+    @property
+    def num_drafted(self) -> int:
+        """How many tokens have a label of multi-token prediction; of a micro-batch on the host."""
+        return 0 if self.mtp_labels is None else int((self.mtp_labels != IGNORED).sum())
+
+    def with_mtp_labels(self) -> "MicroBatch":
+        """The same for a model with multi-token prediction; of whole documents, on the host."""
+        from models.qwen35_moe.mtp import mtp_labels
+
+        return replace(self, mtp_labels=mtp_labels(self.labels, self.documents))
+
     def to(self, device: "torch.device") -> "MicroBatch":
         """The same on `device`, without waiting for it."""
         from models.ops.documents import to_device
@@ -150,6 +162,7 @@ class MicroBatch:
             documents=self.documents.to(device),
             is_real=None if self.is_real is None else to_device(self.is_real, device),
             patches=None if self.patches is None else self.patches.to(device),
+            mtp_labels=None if self.mtp_labels is None else to_device(self.mtp_labels, device),
         )
 
 

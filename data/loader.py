@@ -54,13 +54,14 @@ class TokenLoader:
         seed: int,
         *,
         media: MediaSettings | None = None,
+        mtp: bool = False,
         one_epoch: bool = False,
         skipped_dir: Path | None = None,
     ) -> None:
         """Opens the data and the tokenizer. Raises UserError, one line, if they cannot be used.
 
-        `media`: of images and videos, for a model with a tower. `one_epoch`: the samples once; then fillers, without
-        end. `skipped_dir`: where to list skipped samples.
+        `media`: of images and videos, for a model with a tower. `mtp`: for one with multi-token prediction.
+        `one_epoch`: the samples once; then fillers, without end. `skipped_dir`: where to list skipped samples.
         """
         self._training, self._num_slots = training, training.global_batch_size
         first, end = (rank * self._num_slots // num_data_ranks for rank in (data_rank, data_rank + 1))
@@ -75,7 +76,7 @@ class TokenLoader:
         if self._num_workers:
             _start_forkserver(data.format)  # imports while the rest is set up
         tokenizer = load_tokenizer(data.tokenizer)
-        self._vision = media and media.vision
+        self._vision, self._mtp = media and media.vision, mtp
         samples = open_samples(data, tokenizer, training.sequence_length, seed, media)
         self._packer = Packer(samples, data, tokenizer.eos_token_id or 0, self._num_slots, one_epoch)
         self._may_fill = one_epoch or data.format == "chat" or self.num_filler_rows > 0 or media is not None
@@ -127,7 +128,8 @@ class TokenLoader:
             self.cursors[place] = torch.tensor([row.cursor for row in rows])
         self._next = (self._next + 1) % self.num_micro_batches
         fillers = [filler_row(self._training.sequence_length, self._packer.filler)] * (size - len(rows))
-        return MicroBatch.of([*rows, *fillers], self._may_fill, self._vision)
+        batch = MicroBatch.of([*rows, *fillers], self._may_fill, self._vision)
+        return batch.with_mtp_labels() if self._mtp else batch
 
     def _count(self, rows: list[Row]) -> None:
         notes = [note for row in rows for note in row.notes]

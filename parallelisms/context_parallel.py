@@ -18,9 +18,10 @@ from torch.distributed.device_mesh import DeviceMesh
 from data.batch import MicroBatch
 from models.ops.documents import Documents
 from models.qwen35_moe.attention import GatedAttention
+from models.qwen35_moe.block import Block
 from models.qwen35_moe.config import FULL
 from models.qwen35_moe.gated_delta_net import GatedDeltaNet
-from models.qwen35_moe.model import Block
+from models.qwen35_moe.mtp import MultiTokenPrediction
 from models.qwen35_moe.patches import Patches
 from models.qwen35_moe.vision import VisionTower
 from models.qwen35_moe.vision_config import VisionConfig
@@ -102,6 +103,23 @@ def _exchange(rows: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
     return all_to_all_single_autograd(rows.contiguous(), even, even, group)
 
 
+# Multi-token prediction
+
+
+def exchange_next(mtp: MultiTokenPrediction, mesh: DeviceMesh) -> None:
+    """Has a rank's last token read the next rank's first; that of the last rank the first's, as in a whole stream."""
+    group = mesh.get_group()
+    num_ranks, rank = group.size(), group.rank()
+    sent, received = ([int((rank + step) % num_ranks == each) for each in range(num_ranks)] for step in (-1, 1))
+
+    def run(values: torch.Tensor) -> torch.Tensor:
+        """[t, ...] -> [t, ...]."""
+        following = all_to_all_single_autograd(values[:1].contiguous(), received, sent, group)
+        return torch.cat([values[1:], following])
+
+    setattr(mtp, "take_next", run)  # noqa: B010 (of a method)
+
+
 # The micro-batch
 
 
@@ -127,6 +145,7 @@ def share_of(batch: MicroBatch, rank: int, num_ranks: int, vision: VisionConfig 
         tokens=batch.tokens[own],
         labels=batch.labels[own],
         positions=batch.positions[..., own],
+        mtp_labels=None if batch.mtp_labels is None else batch.mtp_labels[own],
         is_real=None if batch.is_real is None else batch.is_real[own],
         patches=patches,
     )

@@ -16,7 +16,7 @@ from models.ops.documents import Documents
 from models.ops.grouped_experts import Projection
 from models.ops.permute import ExpertOrder, permute, sort_by_expert
 from models.ops.permute import combine as add_up_copies
-from models.qwen35_moe.model import Block
+from models.qwen35_moe.block import Block
 from models.qwen35_moe.moe import COUNTS_OF_ALL, Measure, RouterStatistics, routed_experts
 from models.qwen35_moe.rotary import Rotary
 

@@ -18,7 +18,12 @@ from models.qwen35_moe.model import Qwen35Moe
 from models.qwen35_moe.rotary import Rotary
 from models.qwen35_moe.vision import VisionTower
 from parallelisms.activation_checkpoint import apply_activation_checkpointing
-from parallelisms.context_parallel import exchange_around_mix, exchange_behind_tower, products_that_travel
+from parallelisms.context_parallel import (
+    exchange_around_mix,
+    exchange_behind_tower,
+    exchange_next,
+    products_that_travel,
+)
 from parallelisms.expert_parallel import ExpertParallelBlock
 from parallelisms.mesh import Meshes
 
@@ -47,6 +52,8 @@ def parallelize_fn(
         if context is not None:
             exchange_behind_tower(model.visual, context)
         _prepare_tower(model.visual, activation_checkpoint, compile_blocks)
+    if model.mtp is not None and context is not None:
+        exchange_next(model.mtp, context)
     for block in model.blocks:
         travelling: list[torch.Size] = []
         if context is not None:

@@ -71,6 +71,7 @@ SLOW: dict[str, tuple[str, ...]] = {
         "test_losses_are_in_the_gradient_and_not_in_the_loss",
     ),
     "parallelisms/test_lora_layouts.py": ("test_equals_one_process",),
+    "parallelisms/test_mtp_layouts.py": ("test_equals_one_process", "test_what_one_process_trains"),
     "parallelisms/test_precision.py": ("test_what_is_float32_under_bfloat16",),
     "parallelisms/test_vision_layouts.py": ("test_equals_one_process",),
     "parallelisms/test_vision_tower.py": (
@@ -85,6 +86,11 @@ SLOW: dict[str, tuple[str, ...]] = {
     ),
     "test_layouts.py": ("test_five_steps_of_the_tiny_run_on_seven_layouts",),
     "test_lora_training.py": ("test_adapters_train_and_resume_on_another_layout",),
+    "test_mtp_run.py": (
+        "test_a_resume_goes_on_bit_for_bit_and_the_module_belongs_to_the_checkpoint",
+        "test_drafts_come_to_fit_a_model_that_had_none",
+        "test_one_process_and_two_that_share_rows_or_tokens",
+    ),
     "test_reproducibility.py": (
         "test_the_first_losses_are_those_on_record",
         "test_two_deterministic_runs_are_equal_bit_for_bit",

@@ -114,7 +114,7 @@ def test_transformers_computes_the_same_from_an_export(trained: Path, tmp_path: 
     # And back: what initial_load = "hf" reads is what was saved, all of it.
     shape = ModelConfig.from_pretrained(tmp_path / "hf", with_vision=True)
     again = Qwen35Moe(shape, Kernels())
-    load_hf_weights(again, tmp_path / "hf", whole)
+    load_hf_weights(again, tmp_path / "hf", 0, whole)
     for name, parameter in native.named_parameters():
         assert torch.equal(parameter, again.get_parameter(name)), name
 

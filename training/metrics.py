@@ -137,6 +137,7 @@ class MetricsWriter:
         skipped = sum(value for name, value in metrics.items() if name.startswith("samples_"))
         fill += f"  {skipped:,} samples skipped or cut" if skipped else ""
         fill += f"  validation loss {metrics['validation_loss']:.4f}" if "validation_loss" in metrics else ""
+        fill += f"  {metrics['mtp_acceptance']:.1%} of drafts accepted" if "mtp_acceptance" in metrics else ""
         logger.info(
             f"step {metrics['step']:>6}  loss {metrics['loss']:.4f}  grad norm {metrics['grad_norm']:.3f}  "
             f"lr {metrics['lr']:.2e}  {metrics['tokens_per_second']:,.0f} tok/s{mfu}  "

@@ -4,33 +4,35 @@ import dataclasses
 import sys
 
 import torch
-from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
 from config.options import Config
 from data.loader import TokenLoader
 from data.media import MediaSettings
+from models.qwen35_moe.model import Qwen35Moe
 from parallelisms.context_parallel import own_share
 from parallelisms.mesh import Meshes
 from training.distributed import sum_over_ranks
 
 
 class Validator:
-    """Measures the mean loss over all trained tokens of `validation.path`, the same number whatever the mesh."""
+    """Measures the mean loss over all trained tokens of `validation.path`, the same number whatever the mesh; and of
+    multi-token prediction, if there is any, how often its drafts are the tokens that the model itself prefers."""
 
     def __init__(self, config: Config, meshes: Meshes, media: MediaSettings | None = None) -> None:
         """Opens the data. Raises UserError, one line, if it cannot be used."""
         # In this process: the workers of the training data go on meanwhile.
         data = dataclasses.replace(config.data, path=config.validation.path, weights=(), shuffle=False, num_workers=0)
         ranks = (meshes.data_rank, meshes.num_data_ranks)
-        self._loader = TokenLoader(data, config.training, *ranks, config.job.seed, media=media, one_epoch=True)
+        mtp = config.mtp.train != "off"
+        self._loader = TokenLoader(data, config.training, *ranks, config.job.seed, media=media, mtp=mtp, one_epoch=True)
         self._max_steps = config.validation.steps or sys.maxsize
         self._context, self._vision = meshes.context_parallel, media and media.vision
 
     @torch.no_grad()
-    def loss(self, model: nn.Module, device: torch.device) -> float:
-        """In nats a token; all ranks call it together."""
-        total = torch.zeros(2, dtype=torch.float64, device=device)  # losses, tokens
+    def measure(self, model: Qwen35Moe, device: torch.device) -> dict[str, float]:
+        """Metrics by their names, losses in nats a token; all ranks call it together."""
+        total = torch.zeros(5, dtype=torch.float64, device=device)  # loss, tokens; of MTP: loss, tokens, accepted
         self._loader.rewind()
         for _ in range(self._max_steps):
             of_readers = [next(self._loader) for _ in range(self._loader.num_micro_batches)]
@@ -40,11 +42,18 @@ class Validator:
             if not int(sum_over_ranks(torch.tensor(num_real, device=device))):
                 break
             for batch in batches:
-                loss_sum, _ = model(batch.to(device))
-                total[0] += loss_sum.double()
+                output = model(batch.to(device), counts_accepted=True)
+                total[0] += output.result.double()
                 total[1] += batch.num_trained
+                if output.mtp_loss is not None:
+                    total[2] += output.mtp_loss.double()
+                    total[3] += batch.num_drafted
+                    total[4] += output.num_accepted
         for module in model.modules():  # FSDP keeps the last weights that it gathered, for a backward
             if isinstance(module, FSDPModule):
                 module.reshard()
-        losses, num_tokens = sum_over_ranks(total).tolist()
-        return losses / max(num_tokens, 1)
+        loss, num_tokens, mtp_loss, num_drafted, num_accepted = sum_over_ranks(total).tolist()
+        metrics = {"validation_loss": loss / max(num_tokens, 1)}
+        if num_drafted:
+            metrics |= {"validation_mtp_loss": mtp_loss / num_drafted, "mtp_acceptance": num_accepted / num_drafted}
+        return metrics

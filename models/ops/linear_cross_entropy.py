@@ -91,6 +91,16 @@ def _add_product(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor, b
         torch.addmm(total, left.to(total.dtype), right.to(total.dtype), beta=beta, out=total)
 
 
+def _chunk_size(hidden: torch.Tensor, weight: torch.Tensor) -> int:
+    return max(1, _CHUNK_BYTES // (hidden.element_size() * weight.shape[0]))
+
+
+@torch.no_grad()
+def linear_argmax(hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """The largest of each token's logits hidden @ weight^T: hidden [T, H], weight [V, H] -> int64 [T]."""
+    return torch.cat([(rows @ weight.T).argmax(dim=-1) for rows in hidden.split(_chunk_size(hidden, weight))])
+
+
 # torch 2.11 compiles it, without a word, to gradients of zero: it saves `hidden_gradient` and `weight_gradient` as they
 # were created, before they are written. The head stands outside the compiled blocks, so nothing is lost.
 @torch.compiler.disable
@@ -115,7 +125,7 @@ def linear_cross_entropy(
         hidden, weight = hidden.detach(), weight.detach()
         low_rank = low_rank and (low_rank[0].detach(), low_rank[1].detach())
     if chunk_size is None:
-        chunk_size = max(1, _CHUNK_BYTES // (hidden.element_size() * weight.shape[0]))
+        chunk_size = _chunk_size(hidden, weight)
     num_tokens = hidden.shape[0]
     num_chunks = -(-num_tokens // chunk_size)
     even_size = -(-num_tokens // max(num_chunks, 1))  # chunks of one size compile once

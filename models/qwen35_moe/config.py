@@ -12,6 +12,7 @@ from models.qwen35_moe.vision_config import TOKEN_IDS, VisionConfig
 
 FULL, LINEAR = "full_attention", "linear_attention"
 TEXT, IMAGE_TEXT = "qwen3_5_moe_text", "qwen3_5_moe"
+MTP_LAYERS = "mtp_num_hidden_layers"
 
 # Which keys count. Those that transformers' class of this model reads are used, or may have only the values below that
 # the model computes. Keys that it does not read, but that another consumer or a relative of this model reads as other
@@ -89,6 +90,8 @@ class ModelConfig:
     mrope_section: tuple[int, ...] = (11, 11, 10)
     vision: VisionConfig | None = None
     """The tower for images and videos; None: the text model alone."""
+    mtp_num_hidden_layers: int = 0
+    """Layers of multi-token prediction: 1, or 0 where it is no part of the model."""
 
     def __post_init__(self) -> None:
         def require(condition: bool, message: str) -> None:
@@ -97,7 +100,7 @@ class ModelConfig:
 
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            if field.type is int:
+            if field.type is int and field.name != MTP_LAYERS:
                 largest = _LARGEST.get(field.name, _LARGEST_DIM)
                 integer(field.name, value, largest)
             if field.type is float:
@@ -141,6 +144,7 @@ class ModelConfig:
             f"mrope_section = {short(self.mrope_section)} must be three numbers that sum to "
             f"head_dim * partial_rotary_factor / 2 = {self.rotary_dim // 2}",
         )
+        require(self.mtp_num_hidden_layers in (0, 1), f"{MTP_LAYERS} = {self.mtp_num_hidden_layers} must be 0 or 1")
         if self.vision is not None:
             width, largest = self.vision.out_hidden_size, max(getattr(self.vision, name) for name in TOKEN_IDS)
             require(
@@ -195,9 +199,10 @@ class ModelConfig:
         return cls.from_dict(outer | ids, with_vision=True)
 
     @classmethod
-    def from_dict(cls, config: Mapping[str, Any], with_vision: bool = False) -> "ModelConfig":
+    def from_dict(cls, config: Mapping[str, Any], with_vision: bool = False, with_mtp: bool = False) -> "ModelConfig":
         """What a parsed config.json means to transformers: the image-text form (the text model under `text_config`) or
-        the text-only form. What is left out has the default of transformers' class. `with_vision`: its tower too.
+        the text-only form. What is left out has the default of transformers' class. `with_vision`: its tower too;
+        `with_mtp`: multi-token prediction too, whether the file tells of any or not.
 
         Raises UserError naming the key for another model, for arithmetic that the model does not have, and for
         impossible values.
@@ -209,6 +214,7 @@ class ModelConfig:
             if key in text and not any(same(text[key], value) for value in accepted):
                 raise UserError(f"model config: {key} = {short(text[key])} is not supported, only {listed(accepted)}")
         values: dict[str, Any] = {f.name: text[f.name] for f in dataclasses.fields(cls) if f.name in text}
+        values[MTP_LAYERS] = _mtp_layers(text) if with_mtp else 0
         values["vision"] = VisionConfig.from_dict(config) if with_vision else None
         values |= {"mrope_section": cls.mrope_section} | _rope(text)
         if text.get("layer_types") is None:
@@ -221,12 +227,12 @@ class ModelConfig:
         return cls(**values)
 
     @classmethod
-    def from_pretrained(cls, directory: str | Path, with_vision: bool = False) -> "ModelConfig":
+    def from_pretrained(cls, directory: str | Path, with_vision: bool = False, with_mtp: bool = False) -> "ModelConfig":
         """Reads `directory/config.json`. Raises UserError naming the file."""
         path = Path(directory) / "config.json"
         config = read_config(path)
         try:
-            return cls.from_dict(config, with_vision)
+            return cls.from_dict(config, with_vision, with_mtp)
         except UserError as error:
             raise UserError(f"{path}: {str(error).removeprefix('model config: ')}") from None
 
@@ -234,6 +240,8 @@ class ModelConfig:
         """The config.json that transformers reads, text-only without a tower: the inverse of `from_dict`."""
         values = {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(self).items()}
         del values["vision"]
+        if not self.mtp_num_hidden_layers:
+            del values[MTP_LAYERS]
         rope = {key: values.pop(key) for key in ("rope_theta", "partial_rotary_factor", "mrope_section")}
         values |= {
             "model_type": TEXT,
@@ -325,6 +333,17 @@ def _rope(text: Mapping[str, Any]) -> dict[str, Any]:
         "partial_rotary_factor": rope.get("partial_rotary_factor", text.get("partial_rotary_factor", 0.25)),
     }
     return values | ({"mrope_section": rope["mrope_section"]} if "mrope_section" in rope else {})
+
+
+def _mtp_layers(text: Mapping[str, Any]) -> int:
+    """How many layers of multi-token prediction are trained: one, also where a file has none."""
+    for key, accepted in {MTP_LAYERS: (1, 0, None), "mtp_use_dedicated_embeddings": (False, None)}.items():
+        if not any(same(text.get(key), value) for value in accepted):
+            raise UserError(
+                f"model config: {key} = {short(text[key])} cannot be trained: expected {listed(accepted[:1])}, or "
+                "mtp.train = 'off'"
+            )
+    return 1
 
 
 def _tied(config: Mapping[str, Any], text: Mapping[str, Any]) -> bool:

@@ -21,6 +21,11 @@ NOT_TEXT = (VISION, MTP)
 """Tensors of a Hugging Face model that are no part of the text model: vision tower, multi-token prediction."""
 
 
+def left_out(config: ModelConfig) -> tuple[str, ...]:
+    """Those of NOT_TEXT that are no part of this model."""
+    return (() if config.vision else (VISION,)) + (() if config.mtp_num_hidden_layers else (MTP,))
+
+
 class Piece(NamedTuple):
     """A Hugging Face tensor, and the part of a native parameter that it fills."""
 
@@ -30,7 +35,7 @@ class Piece(NamedTuple):
 
 
 def mtp_shapes(config: ModelConfig, num_layers: int) -> dict[str, Shape]:
-    """The tensors of multi-token prediction by their Hugging Face names, experts stacked; a run does not train them."""
+    """The tensors of multi-token prediction by their Hugging Face names, experts stacked."""
     return {MTP + name: parameter.shape for name, parameter in mtp_parameters(config, num_layers).items()}
 
 
@@ -38,7 +43,7 @@ def hf_name(name: str, architecture: str = "causal_lm") -> str:
     """A native parameter's name in a Hugging Face checkpoint with stacked experts."""
     if name.startswith(TOWER):
         return "model." + name
-    return name if name.startswith("lm_head.") else PREFIXES[architecture] + name
+    return name if name.startswith(("lm_head.", MTP)) else PREFIXES[architecture] + name
 
 
 def is_published_in_float32(name: str) -> bool:
@@ -50,8 +55,8 @@ def find_pieces(config: ModelConfig, available: Mapping[str, Shape]) -> dict[str
     """Which tensors of a Hugging Face checkpoint make up each native parameter.
 
     `available`: the checkpoint's tensors and their shapes. Raises UserError naming what is missing, of a wrong shape,
-    or unknown; what is no part of the model is passed over (multi-token prediction; the tower, of a model without), and
-    so is a tied model's copy of the head.
+    or unknown; what is no part of the model is passed over (the tower, multi-token prediction), and so is a tied
+    model's copy of the head.
     """
     architecture = find_architecture(available)
     if config.vision and not any(key.startswith(VISION) for key in available):
@@ -59,7 +64,7 @@ def find_pieces(config: ModelConfig, available: Mapping[str, Shape]) -> dict[str
     keys = {hf_name(name, architecture): (name, entry.shape) for name, entry in parameters(config).items()}
     pieces = _find({key: shape for key, (_, shape) in keys.items()}, available)
     used = {piece.key for parts in pieces.values() for piece in parts}
-    spare = {key for key in available if not key.startswith((MTP,) if config.vision else NOT_TEXT)} - used
+    spare = {key for key in available if not key.startswith(left_out(config))} - used
     spare -= {"lm_head.weight"} if config.tie_word_embeddings else set()
     if spare:
         raise UserError(f"weights: {min(spare)!r} (and {len(spare) - 1} more) belong to no parameter of this model")

@@ -3,7 +3,8 @@
 parameter                                            initial value
 -----------------------------------------------------------------------------------------------------------------
 input_layernorm, post_attention_layernorm,           0       (the norm multiplies by 1 + weight)
-  norm, self_attn.q_norm, self_attn.k_norm
+  norm, self_attn.q_norm, self_attn.k_norm,
+  mtp: its norms
 linear_attn.norm                                     1       (the gated norm multiplies by weight)
 linear_attn.A_log                                    log u, u ~ uniform(0.01, 16)   (never log 0)
 linear_attn.dt_bias                                  1
@@ -51,7 +52,7 @@ def initial_value(
         return torch.zeros(shape)
     if name.endswith(("linear_attn.norm.weight", "dt_bias")) or (is_visual and len(shape) == 1):
         return torch.ones(shape)
-    if name.endswith("norm.weight"):
+    if name.endswith("norm.weight") or "pre_fc_norm" in name:
         return torch.zeros(shape)
     generator = _generator(seed, name, expert)
     if name.endswith("A_log"):
@@ -68,9 +69,11 @@ def init_weights(
     seed: int,
     local_part: Callable[[nn.Parameter], LocalPart] = whole,
     *,
+    prefix: str = "",
     adapters_only: bool = False,
 ) -> None:
-    """Fills every parameter of the model, or the part of it that `local_part` says lies in this process.
+    """Fills every parameter of the model whose name begins with `prefix`, or the part of it that `local_part` says lies
+    in this process.
 
     adapters_only: none but the adapters', if there are any.
 
@@ -78,7 +81,7 @@ def init_weights(
     """
     config = model.config
     for name, parameter in model.named_parameters():
-        if adapters_only and not is_adapter(name):
+        if not name.startswith(prefix) or (adapters_only and not is_adapter(name)):
             continue
         of = config.vision if config.vision and name.startswith("visual.") else config
         std = of.initializer_range

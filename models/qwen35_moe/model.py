@@ -1,6 +1,6 @@
 """Qwen3.5-MoE: embedding (and what the tower sees) -> blocks -> norm -> head. Plain PyTorch; knows no parallelism."""
 
-from typing import Protocol, cast
+from typing import NamedTuple, Protocol, cast
 
 import torch
 import torch.nn.functional as F
@@ -8,15 +8,16 @@ from torch import nn
 
 from models.ops.documents import Documents
 from models.ops.kernels import Kernels
-from models.ops.linear_cross_entropy import linear_cross_entropy
-from models.qwen35_moe.attention import GatedAttention
+from models.ops.labels import IGNORED
+from models.ops.linear_cross_entropy import linear_argmax, linear_cross_entropy
+from models.qwen35_moe.block import Block
 from models.qwen35_moe.config import FULL, ModelConfig
-from models.qwen35_moe.gated_delta_net import GatedDeltaNet
 from models.qwen35_moe.lora import LoraLinear
-from models.qwen35_moe.moe import COUNTS_OF_ALL, Measure, MixtureOfExperts, RouterStatistics
+from models.qwen35_moe.moe import COUNTS_OF_ALL, Measure, RouterStatistics
+from models.qwen35_moe.mtp import MultiTokenPrediction
 from models.qwen35_moe.norms import RMSNorm
 from models.qwen35_moe.patches import Patches
-from models.qwen35_moe.rotary import Rotary, rotary_embedding
+from models.qwen35_moe.rotary import rotary_embedding
 from models.qwen35_moe.vision import VisionTower
 
 # Shapes: T tokens (of all documents, end to end), H hidden, V vocabulary, E experts, L layers.
@@ -40,40 +41,30 @@ class Batch(Protocol):
     @property
     def patches(self) -> Patches | None: ...  # read by a model with a tower alone, which always wants some
 
+    @property
+    def mtp_labels(self) -> torch.Tensor | None: ...  # int64 [T]: see mtp.py; read by a model with MTP alone
 
-class Block(nn.Module):
-    """norm -> full or linear attention -> residual -> norm -> mixture of experts -> residual."""
 
-    def __init__(self, config: ModelConfig, layer_type: str, kernels: Kernels) -> None:
-        super().__init__()
-        self.layer_type = layer_type
-        if layer_type == FULL:
-            self.self_attn = GatedAttention(config, kernels.attention)
-        else:
-            self.linear_attn = GatedDeltaNet(config, kernels)
-        self.mlp = MixtureOfExperts(config)
-        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+class Output(NamedTuple):
+    """What a forward pass returns."""
 
-    def forward(
-        self, hidden: torch.Tensor, rotary: Rotary, documents: Documents, measure: Measure = COUNTS_OF_ALL
-    ) -> tuple[torch.Tensor, RouterStatistics]:
-        """hidden [T, H] -> hidden [T, H], and what the router did."""
-        hidden = hidden + self.attend(self.input_layernorm(hidden), rotary, documents)
-        out, statistics = self.mlp(self.post_attention_layernorm(hidden), measure)
-        return hidden + out, statistics
-
-    def attend(self, x: torch.Tensor, rotary: Rotary, documents: Documents) -> torch.Tensor:
-        """Full or linear attention, in whose `mix` alone a token reads others: x [T, H] -> [T, H]."""
-        if self.layer_type == FULL:
-            return self.self_attn(x, rotary, documents)
-        return self.linear_attn(x, documents)
+    result: torch.Tensor
+    """With labels the sum of the token losses in nats, a float32 scalar, else the logits [T, V]."""
+    statistics: RouterStatistics
+    """The routers', as `measure` asks for them, with the blocks as first dimension, that of multi-token prediction
+    last: counts [L, E], probability sums [L, E], logsumexp sums [L]."""
+    mtp_loss: torch.Tensor | None = None
+    """Of multi-token prediction, as `result`; None without it or without labels."""
+    num_accepted: torch.Tensor | None = None
+    """int64 []: at how many tokens with an MTP label the draft is the token that the model itself prefers there. None
+    if not asked for."""
 
 
 class Qwen35Moe(nn.Module):
     """The model. Parameters are left uninitialised: see init.py; parameters.py makes a table of them.
 
-    With `config.vision` there is a tower, `visual`: its features stand for the embeddings at the batch's places.
+    With `config.vision` there is a tower, `visual`: its features stand for the embeddings at the batch's places. With
+    `config.mtp_num_hidden_layers` there is multi-token prediction, `mtp`, which runs where there are labels.
     With `tie_word_embeddings` there is no `lm_head`: the head reads `embed_tokens.weight`, so nothing can come untied.
     """
 
@@ -89,11 +80,14 @@ class Qwen35Moe(nn.Module):
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         if not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.mtp: MultiTokenPrediction | None = None
+        if config.mtp_num_hidden_layers:
+            self.mtp = MultiTokenPrediction(config, config.mtp_num_hidden_layers, kernels)
 
     @property
     def blocks(self) -> list[Block]:
-        """`layers` as what they are."""
-        return cast(list[Block], list(self.layers))
+        """The trunk's, and then those of multi-token prediction."""
+        return cast(list[Block], list(self.layers)) + (self.mtp.blocks if self.mtp is not None else [])
 
     def float32_parameters(self) -> list[nn.Parameter]:
         """The few parameters that stay float32 in storage and arithmetic under bfloat16 training: decays, routers."""
@@ -103,29 +97,36 @@ class Qwen35Moe(nn.Module):
                 parameters += [block.linear_attn.A_log, block.linear_attn.dt_bias]
         return parameters
 
-    def forward(self, batch: Batch, measure: Measure = COUNTS_OF_ALL) -> tuple[torch.Tensor, RouterStatistics]:
-        """Runs one packed stream of documents.
-
-        Returns (sum of the token losses in nats, a float32 scalar; statistics) with labels, else (logits [T, V];
-        statistics). The statistics are the routers', as `measure` asks for them, with the layers as first dimension:
-        counts [L, E], probability sums [L, E], logsumexp sums [L].
-        """
+    def forward(self, batch: Batch, measure: Measure = COUNTS_OF_ALL, counts_accepted: bool = False) -> Output:
+        """Runs one packed stream of documents. `counts_accepted`: drafts, where there is multi-token prediction."""
         rotary = rotary_embedding(self.config, batch.positions)
-        hidden = self.embed_tokens(batch.tokens)
+        embedded = self.embed_tokens(batch.tokens)
         if self.visual is not None:
             assert batch.patches is not None
             features, places = self.visual(batch.patches), batch.patches.places
-            hidden = hidden.index_copy(0, places, features[: len(places)])
-        of_layers = []
+            embedded = embedded.index_copy(0, places, features[: len(places)])
+        hidden, of_layers = embedded, []
         for layer in self.layers:
             hidden, of_layer = layer(hidden, rotary, batch.documents, measure)
             of_layers.append(of_layer)
-        statistics = RouterStatistics.stack(of_layers)
         hidden = self.norm(hidden)
         head = self.embed_tokens if self.config.tie_word_embeddings else self.lm_head
         low_rank = head.low_rank(hidden) if isinstance(head, LoraLinear) else None
         if batch.labels is None:
             logits = F.linear(hidden, head.weight)
-            return logits if low_rank is None else logits + F.linear(*low_rank), statistics
+            logits = logits if low_rank is None else logits + F.linear(*low_rank)
+            return Output(logits, RouterStatistics.stack(of_layers))
         loss = linear_cross_entropy(hidden, head.weight, batch.labels, low_rank=low_rank, backend=self.cross_entropy)
-        return loss, statistics
+        if self.mtp is None:
+            return Output(loss, RouterStatistics.stack(of_layers))
+        labels = batch.mtp_labels
+        assert labels is not None
+        has_label = labels != IGNORED
+        drafted, of_layer = self.mtp(hidden, embedded, rotary, batch.documents, measure._replace(is_real=has_label))
+        statistics = RouterStatistics.stack([*of_layers, of_layer])
+        mtp_loss = linear_cross_entropy(drafted, head.weight, labels, backend=self.cross_entropy)
+        if not counts_accepted:
+            return Output(loss, statistics, mtp_loss)
+        preferred = self.mtp.take_next(linear_argmax(hidden, head.weight))
+        is_accepted = (linear_argmax(drafted, head.weight) == preferred) & has_label
+        return Output(loss, statistics, mtp_loss, is_accepted.sum())

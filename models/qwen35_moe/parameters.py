@@ -10,10 +10,11 @@ import torch
 from torch import nn
 
 from models.ops.kernels import Kernels
-from models.qwen35_moe.config import FULL, ModelConfig
+from models.qwen35_moe.config import ModelConfig
 from models.qwen35_moe.lora import add_adapters, is_adapter
-from models.qwen35_moe.model import Block, Qwen35Moe
+from models.qwen35_moe.model import Qwen35Moe
 from models.qwen35_moe.moe import Experts
+from models.qwen35_moe.mtp import MultiTokenPrediction
 from models.qwen35_moe.parts import part_of
 
 Shape = tuple[int, ...]
@@ -55,20 +56,15 @@ def adapter_shapes(config: ModelConfig, rank: int, targets: tuple[str, ...]) -> 
 
 @lru_cache(maxsize=8)
 def mtp_parameters(config: ModelConfig, num_layers: int) -> Mapping[str, Parameter]:
-    """The parameters of multi-token prediction by their names after `mtp.`: a projection, norms, and plain blocks."""
+    """The parameters of multi-token prediction, of as many layers as a file may have, by their names after `mtp.`."""
     with torch.device("meta"):
-        block = Block(config, FULL, Kernels())
-    of_block, norm = _table(block, [block.mlp.gate.weight]), Parameter((config.hidden_size,), False, None)
-    return {
-        "fc.weight": Parameter((config.hidden_size, 2 * config.hidden_size), False, None),
-        **dict.fromkeys(("pre_fc_norm_embedding.weight", "pre_fc_norm_hidden.weight", "norm.weight"), norm),
-        **{f"layers.{layer}.{name}": entry for layer in range(num_layers) for name, entry in of_block.items()},
-    }
+        mtp = MultiTokenPrediction(config, num_layers, Kernels())
+    return _table(mtp, [block.mlp.gate.weight for block in mtp.blocks])
 
 
 def matmul_parameters_per_token(config: ModelConfig) -> int:
     """How many of the text model's parameters, of matrix products, a token passes: of all experts its k; the head, not
-    the look-up."""
+    the look-up. Of multi-token prediction what it has of its own."""
     count = config.vocab_size * config.hidden_size if config.tie_word_embeddings else 0
     for name, parameter in parameters(replace(config, vision=None)).items():
         if parameter.expert_dim is not None:

@@ -27,11 +27,12 @@ PARTS: dict[str, str] = {
     "attention": rf"{_LAYER}self_attn\.",
     "linear_attention": rf"{_LAYER}linear_attn\.",
     "norms": rf"({_LAYER}(input|post_attention)_layernorm|norm)\.",
+    "mtp": r"mtp\.",
 }
 """Part -> how its parameters' names begin. Every parameter is of one part."""
 
 TEXT = "text"
-OF_TEXT = tuple(part for part in PARTS if part not in ("vision", "merger"))
+OF_TEXT = tuple(part for part in PARTS if part not in ("vision", "merger", "mtp"))
 """What "text" stands for."""
 NAMES = (TEXT, *PARTS)
 ADAPTABLE = ("attention", "linear_attention", "shared_expert", "experts", "head")
@@ -49,6 +50,7 @@ def parts_of_model(config: ModelConfig) -> list[str]:
         "vision": config.vision is None,
         "merger": config.vision is None,
         "head": config.tie_word_embeddings,
+        "mtp": not config.mtp_num_hidden_layers,
         "attention": FULL not in config.layer_types,
         "linear_attention": LINEAR not in config.layer_types,
     }
@@ -60,7 +62,7 @@ def check_frozen(frozen: Collection[str], config: ModelConfig) -> None:
     present = parts_of_model(config)
     for part in frozen:
         if part not in (TEXT, *present):
-            reasons = {"head": ": its head is its embeddings"}
+            reasons = {"head": ": its head is its embeddings", "mtp": " (mtp.train = 'off')"}
             raise UserError(
                 f"model.freeze = {list(frozen)}: the model has no part {part!r}{reasons.get(part, '')}: expected some "
                 f"of {', '.join((TEXT, *present))}"
@@ -74,6 +76,12 @@ def freeze(model: "nn.Module", frozen: Iterable[str]) -> None:
     single = _single(frozen)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(part_of(name) not in single)
+
+
+def frozen_parts(frozen: Collection[str], mtp_train: str) -> Collection[str]:
+    """What `model.freeze` and `mtp.train` freeze together. With "head" that is all but multi-token prediction: the
+    trunk keeps no graph then, so what it hands over is detached."""
+    return set(PARTS) - {"mtp"} | set(frozen) if mtp_train == "head" else frozen
 
 
 def _single(parts: Iterable[str]) -> set[str]:

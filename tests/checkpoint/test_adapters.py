@@ -69,7 +69,7 @@ def contents(model: torch.nn.Module, optimizer) -> dict[str, torch.Tensor]:
 def save(folder: str, base: str, layout: Layout, lora: Lora = LORA) -> dict[str, torch.Tensor]:
     model, optimizer, checkpointer = start(folder, base, layout, lora)
     assert checkpointer.resume() is None
-    load_hf_weights(model, Path(base), local_region)
+    load_hf_weights(model, Path(base), 0, local_region)
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.grad = parameter.detach().sin()

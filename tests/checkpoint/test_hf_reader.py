@@ -28,7 +28,7 @@ def load(folder: str, world_size: int, replicate: int, ep: int) -> tuple[dict[st
     parallelize_fn(model, meshes, compute_dtype=torch.float32)
     model.to_empty(device="cpu")
     before = bytes_read()
-    load_hf_weights(model, Path(folder), local_region)
+    load_hf_weights(model, Path(folder), 0, local_region)
     read = bytes_read() - before
     held = sum(local_region(parameter)[0].numel() for parameter in model.parameters())
     return {name: full(parameter) for name, parameter in model.named_parameters()}, read, held
@@ -71,7 +71,7 @@ def test_a_tensor_that_does_not_fit_is_named(tmp_path: Path, change: dict, messa
     weights = {hf_name(name): tensor for name, tensor in random_weights().items()} | change
     write_hf(tmp_path / "hf", {key: tensor for key, tensor in weights.items() if tensor is not None})
     with pytest.raises(ValueError, match=message):
-        load_hf_weights(Qwen35Moe(CONFIG, Kernels(attention="sdpa")), tmp_path / "hf", lambda _: None)
+        load_hf_weights(Qwen35Moe(CONFIG, Kernels(attention="sdpa")), tmp_path / "hf", 0, lambda _: None)
 
 
 def test_damaged_files_are_named(tmp_path: Path) -> None:
@@ -80,10 +80,10 @@ def test_damaged_files_are_named(tmp_path: Path) -> None:
     path = tmp_path / "hf/model-00001.safetensors"
     path.write_bytes(path.read_bytes()[:-1])
     with pytest.raises(ValueError, match=r"model-00001.safetensors is no complete safetensors file: it has"):
-        load_hf_weights(model, tmp_path / "hf", lambda _: None)
+        load_hf_weights(model, tmp_path / "hf", 0, lambda _: None)
     path.unlink()
     with pytest.raises(ValueError, match=r"model-00001.safetensors is missing"):
-        load_hf_weights(model, tmp_path / "hf", lambda _: None)
+        load_hf_weights(model, tmp_path / "hf", 0, lambda _: None)
 
 
 @pytest.mark.parametrize("dtype", [torch.int8, torch.int32, torch.float8_e4m3fn])
@@ -93,7 +93,7 @@ def test_quantised_weights_are_to_be_dequantised_first(tmp_path: Path, dtype: to
     weights["model.norm.weight_scale_inv"] = torch.ones(1)
     write_hf(tmp_path / "hf", weights)
     with pytest.raises(UserError, match=r"'model.norm.weight' is torch.\w+, quantised: dequantise the model"):
-        load_hf_weights(Qwen35Moe(CONFIG, Kernels(attention="sdpa")), tmp_path / "hf", lambda _: None)
+        load_hf_weights(Qwen35Moe(CONFIG, Kernels(attention="sdpa")), tmp_path / "hf", 0, lambda _: None)
 
 
 @pytest.mark.parametrize("fault", [None, "value", "shape"])

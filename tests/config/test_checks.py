@@ -1,5 +1,6 @@
 """What is refused before a run: kernels, data, paths; and the command that run_train.sh runs first."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -19,6 +20,31 @@ def test_what_a_run_starts_from_is_one_thing(folder: Path) -> None:
     start = ["--config", "base.toml", "--checkpoint.start_from=text"]
     assert "start_from and checkpoint.resume = " in error_of(*start, "--checkpoint.resume=text")
     assert "exclude each other" in error_of(*start, "--model.initial_load=hf")
+
+
+def test_multi_token_prediction(folder: Path) -> None:
+    assert [model_config(load(f"--mtp.train={train}")).mtp_num_hidden_layers for train in ("off", "head", "joint")] == [
+        0,
+        1,
+        1,
+    ]
+    frozen = error_of("--mtp.train=head", "--model.freeze=mtp")
+    assert frozen == (
+        "model.freeze = ['mtp']: with mtp.train = 'head' nothing is left to train: expected it without 'mtp'"
+    )
+    assert "no part 'mtp' (mtp.train = 'off')" in error_of("--model.freeze=mtp")
+    check_config(load("--mtp.train=joint", "--model.freeze=mtp,head"), 2)
+    assert "mtp.train" in error_of("--mtp.train=both")
+    assert "mtp.loss_weight" in error_of("--mtp.loss_weight=0")
+    assert "model.config.mtp_num_hidden_layers" in error_of("--model.config.mtp_num_hidden_layers=1")
+    (folder / "model").mkdir()
+    shape = model_config(load()).to_dict() | {"mtp_num_hidden_layers": 2}
+    (folder / "model/config.json").write_text(json.dumps(shape))
+    paths = ("--model.path=model", "--data.tokenizer=tokenizer")
+    assert model_config(load(*paths)).mtp_num_hidden_layers == 0
+    assert "mtp_num_hidden_layers = 2 cannot be trained: expected 1, or mtp.train = 'off'" in error_of(
+        *paths, "--mtp.train=head"
+    )
 
 
 def test_files_that_are_no_text(folder: Path) -> None:
@@ -226,6 +252,7 @@ EXPERTS = "--lora.targets=experts,attention"
             (*LORA, "--model.config.tie_word_embeddings=true", "--lora.targets=head"),
             "the model has no part 'head': expected",
         ),
+        ((*LORA, "--mtp.train=head"), "mtp.train = 'head' with lora.rank = 8: expected 'off'"),
         ((*LORA, "--model.freeze=router"), "model.freeze = ['router']: lora.rank = 8 freezes all weights already"),
         ((*LORA, "--optimizer.merger_lr_ratio=0.5"), "optimizer.merger_lr_ratio = 0.5: "),
         ((*LORA, "--lora.dropout=0.1"), "lora.dropout"),

@@ -63,7 +63,7 @@ def test_fillers_stay_out_of_the_routers_statistics(tmp_path):
     config = ModelConfig.from_dict({**TINY_SHAPE, "vocab_size": 4096})
     model = Qwen35Moe(config, Kernels(attention="sdpa"))
     init_weights(model, 0)
-    _, statistics = model(batch, measure_for(MoE(aux_loss_coef=0.1), batch.is_real))
+    _, statistics, *_ = model(batch, measure_for(MoE(aux_loss_coef=0.1), batch.is_real))
     assert statistics.expert_counts.sum(dim=1).tolist() == [num_real * config.num_experts_per_tok] * 4
     # Probabilities sum to one for each token that counts.
     assert statistics.probability_sums.sum(dim=1).tolist() == pytest.approx([num_real] * 4, rel=1e-5)

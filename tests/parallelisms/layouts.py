@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
-from config.options import Lora, MoE, Optimizer, Training
+from config.options import Lora, MoE, Mtp, Optimizer, Training
 from data.batch import Frame, MicroBatch, Row
 from models.ops.documents import Documents
 from models.ops.kernels import Kernels
@@ -34,6 +34,7 @@ from training.optimizer import NamedAdamW, build_optimizer
 TRAINING = Training(steps=5, sequence_length=64, global_batch_size=4)
 OFF = MoE()
 NO_LORA = Lora()
+MTP = Mtp(train="joint", loss_weight=0.3)  # for models that have it
 
 
 @dataclass(frozen=True)
@@ -67,6 +68,7 @@ class Run:
     aux_losses: list[float]
     z_losses: list[float]
     expert_counts: torch.Tensor  # of the first step, over all ranks [L, E]
+    mtp_losses: list[float]
     smallest_gap: float  # between a token's k-th and next logit, over all tokens, layers and steps: how far from a tie
 
 
@@ -195,6 +197,7 @@ def own_batches(
     starts = range(reader * per_micro_batch, len(rows), num_readers * per_micro_batch)
     parts = [slice(start, start + per_micro_batch) for start in starts]
     batches = [rows_as_micro_batch(config, rows[part], seed + part.start, frames[part]) for part in parts]
+    batches = [batch.with_mtp_labels() for batch in batches] if config.mtp_num_hidden_layers else batches
     return [share_of(batch, rank_of_group, layout.cp, config.vision) if layout.cp > 1 else batch for batch in batches]
 
 
@@ -206,10 +209,11 @@ def step(
     moe: MoE = OFF,
 ) -> StepResult:
     """One optimizer step, as train.py makes it; the result is this rank's."""
-    trained = torch.tensor(sum(batch.num_trained for batch in batches))
-    dist.all_reduce(trained)
+    numbers = torch.tensor([[batch.num_trained, batch.num_drafted] for batch in batches]).sum(dim=0)
+    dist.all_reduce(numbers)
+    num_trained, num_drafted = numbers.tolist()
     device = torch.device(meshes.data_parallel.device_type)
-    return train_step(model, optimizer, batches, int(trained), meshes, device, TRAINING, moe)
+    return train_step(model, optimizer, batches, num_trained, meshes, device, TRAINING, moe, MTP, num_drafted)
 
 
 def train(
@@ -233,7 +237,7 @@ def train(
     model, meshes, optimizer = build(
         config, layout, compute_dtype, device_type, lambda n: part_of(n) not in frozen, lora
     )
-    run = Run({n: full(p) for n, p in model.named_parameters()}, {}, {}, [], [], [], [], torch.empty(0), math.inf)
+    run = Run({n: full(p) for n, p in model.named_parameters()}, {}, {}, [], [], [], [], torch.empty(0), [], math.inf)
 
     def keep_gradients(*_) -> None:
         if not run.first_gradients:
@@ -255,6 +259,7 @@ def train(
         batches = own_batches(config, layout, rows, 1000 * number, shown)
         result = reduce_result(step(model, meshes, optimizer, batches, moe))
         run.losses.append(result.losses["loss"].item())
+        run.mtp_losses.append(result.losses["mtp"].item())
         run.grad_norms.append(result.grad_norm.item())
         run.aux_losses.append(result.losses["aux_loss"].item())
         run.z_losses.append(result.losses["z_loss"].item())

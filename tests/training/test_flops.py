@@ -1,5 +1,7 @@
 """The FLOP count against the parameters it is about, and against a published figure of this model."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -41,6 +43,16 @@ def test_the_35b_model_to_the_digit() -> None:
     passed = 10 * full + 30 * linear + 40 * mixture + 2048 * 248320
     of_mixers = 10 * 6 * 4096 * 16 * 256 + 30 * 18 * 32 * 128 * 128
     assert flops_per_token(ModelConfig.from_dict({}), 4096) == 6 * passed + of_mixers == 18961367040
+
+
+def test_multi_token_prediction_of_the_35b_model_to_the_digit() -> None:
+    config = replace(ModelConfig.from_dict({}), mtp_num_hidden_layers=1)
+    full, mixture = 2048 * (2 * 4096 + 2 * 512 + 4096), 2048 * (3 * 512 * (8 + 1) + 256 + 1)
+    own = 6 * (2 * 2048**2 + full + mixture) + 6 * 4096 * 16 * 256
+    head = 2048 * 248320
+    assert flops_per_token(config, 4096) == 18961367040 + own + 6 * head
+    # The trunk forward alone, and of the head's product no gradient of its weights.
+    assert flops_per_token(config, 4096, trains_trunk=False) == 18961367040 / 3 + own + 4 * head
 
 
 def test_peak_is_looked_up_by_name() -> None:

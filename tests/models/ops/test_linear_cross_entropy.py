@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import models.ops.linear_cross_entropy as module
-from models.ops.linear_cross_entropy import linear_cross_entropy
+from models.ops.linear_cross_entropy import linear_argmax, linear_cross_entropy
 from tests.models.ops.compare import OperationLog, assert_close, relative_error, run
 
 HIDDEN, VOCABULARY = 6, 11
@@ -27,6 +27,16 @@ def make_inputs(
 
 def plain(hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     return F.cross_entropy(hidden @ weight.T, labels, ignore_index=-100, reduction="sum")
+
+
+def test_the_largest_logit_a_chunk_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    (hidden, weight), _ = make_inputs(40)
+    monkeypatch.setattr(module, "_CHUNK_BYTES", 8 * VOCABULARY * 7)  # 7 tokens
+    with OperationLog() as log:
+        found = linear_argmax(hidden, weight)
+    assert torch.equal(found, (hidden @ weight.T).argmax(dim=-1))
+    assert num_matmuls(log) == 6
+    assert max(size for name, size in zip(log.names, log.sizes) if name == "mm") == 7 * VOCABULARY
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -44,7 +44,7 @@ def random_model(config: ModelConfig, seed: int = 0, dtype: torch.dtype = torch.
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if name.endswith(("norm.weight", "dt_bias")):
+            if name.endswith(("norm.weight", "dt_bias")) or "pre_fc_norm" in name:
                 parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
     return model.to(dtype)
 
@@ -67,7 +67,8 @@ def run_model(
     measure: Measure = COUNTS_OF_ALL,
 ) -> tuple[torch.Tensor, RouterStatistics]:
     """The model on a packed stream: with labels the loss, else logits; and what the routers did."""
-    return model(SimpleNamespace(tokens=tokens, positions=positions, documents=documents, labels=labels), measure)
+    batch = SimpleNamespace(tokens=tokens, positions=positions, documents=documents, labels=labels)
+    return model(batch, measure)[:2]
 
 
 def random_stream(config: ModelConfig, lengths: list[int], seed: int = 0) -> Stream:

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from models.ops.documents import Documents
-from models.qwen35_moe.model import Block
+from models.qwen35_moe.block import Block
 from models.qwen35_moe.moe import Router
 from models.qwen35_moe.rotary import rotary_embedding
 from tests.models.qwen35_moe.shapes import random_model, random_stream, run_model, tiny_config

@@ -12,18 +12,30 @@ from models.ops.kernels import Kernels
 from models.qwen35_moe.config import FULL, LINEAR, ModelConfig
 from models.qwen35_moe.model import Qwen35Moe
 from models.qwen35_moe.parameters import parameters
-from models.qwen35_moe.parts import NAMES, OF_TEXT, PARTS, TEXT, check_frozen, freeze, part_of, parts_of_model
+from models.qwen35_moe.parts import (
+    NAMES,
+    OF_TEXT,
+    PARTS,
+    TEXT,
+    check_frozen,
+    freeze,
+    frozen_parts,
+    part_of,
+    parts_of_model,
+)
 from tests.models.qwen35_moe.shapes import tiny_config
 from tests.models.qwen35_moe.vision_shapes import tiny_vision
 
 SHAPES = st.builds(
-    lambda layers, tied, vision: tiny_config(
+    lambda layers, tied, vision, mtp: tiny_config(
         num_hidden_layers=len(layers),
         layer_types=tuple(layers),
         tie_word_embeddings=tied,
         vision=tiny_vision(depth=1) if vision else None,
+        mtp_num_hidden_layers=int(mtp),
     ),
     st.lists(st.sampled_from([FULL, LINEAR]), min_size=1, max_size=3),
+    st.booleans(),
     st.booleans(),
     st.booleans(),
 )
@@ -45,7 +57,7 @@ def test_what_is_frozen_and_whether_anything_is_left(config: ModelConfig, frozen
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
 
     def is_frozen(name: str) -> bool:
-        return part_of(name) in frozen or (TEXT in frozen and not name.startswith("visual."))
+        return part_of(name) in frozen or (TEXT in frozen and not name.startswith(("visual.", "mtp.")))
 
     assert trained == {name for name in parameters(config) if not is_frozen(name)}
     try:
@@ -91,12 +103,20 @@ def test_the_texts_parts() -> None:
     assert set(expected.values()) == set(OF_TEXT)
 
 
+def test_multi_token_prediction_is_one_part_and_its_training_alone_freezes_the_others() -> None:
+    names = ("fc.weight", "pre_fc_norm_hidden.weight", "norm.weight", "layers.0.mlp.gate.weight")
+    assert {part_of(f"mtp.{name}") for name in names} == {"mtp"}
+    assert set(frozen_parts(("vision",), "head")) == set(PARTS) - {"mtp"}
+    assert frozen_parts(("vision",), "joint") == frozen_parts(("vision",), "off") == ("vision",)
+
+
 @pytest.mark.parametrize(
     ("frozen", "config", "message"),
     [
         (["vision"], tiny_config(), "no part 'vision': expected some of text, embeddings, head, router"),
         (["merger"], tiny_config(), "no part 'merger'"),
         (["head"], tiny_config(tie_word_embeddings=True), "no part 'head': its head is its embeddings: expected"),
+        (["mtp"], tiny_config(), "no part 'mtp' (mtp.train = 'off'): expected"),
         (["text"], tiny_config(), "nothing is left to train: expected fewer parts"),
         (["text", "vision", "merger"], CONFIG, "nothing is left to train"),
         ([*OF_TEXT, "vision", "merger"], CONFIG, "nothing is left to train"),
