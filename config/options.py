@@ -332,13 +332,13 @@ class Config:
 
     job: Job = field(default_factory=Job)
     model: Model = field(default_factory=Model)
-    lora: Lora = field(default_factory=Lora)
     data: Data = field(default_factory=Data)
     training: Training
     optimizer: Optimizer
     lr_scheduler: LRScheduler = field(default_factory=LRScheduler)
     moe: MoE = field(default_factory=MoE)
     mtp: Mtp = field(default_factory=Mtp)
+    lora: Lora = field(default_factory=Lora)
     parallelism: Parallelism = field(default_factory=Parallelism)
     activation_checkpoint: ActivationCheckpoint = field(default_factory=ActivationCheckpoint)
     compile: Compile = field(default_factory=Compile)
