@@ -154,7 +154,7 @@ def test_every_value_survives_the_round_trip(text_key: str, seed: int, lr: float
         ("--training.stpes=3", "--training.stpes = '3' is unknown: did you mean training.steps?"),
         ("--trainin.steps=3", "--trainin.steps = '3' is unknown: did you mean training.steps?"),
         ("--training.lr=3", "--training.lr = '3' is unknown: did you mean optimizer.lr?"),
-        ("--zzz=3", "--zzz = '3' is unknown: expected one of job, model, lora, data,"),
+        ("--zzz=3", "--zzz = '3' is unknown: expected one of job, model, data,"),
         ("--data.zzz=3", "expected one of format, path, weights,"),
         ("--training.steps.x=3", "--training.steps.x = '3' is unknown"),
         ("--model.config.num_expert=3", "did you mean model.config.num_experts?"),
