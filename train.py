@@ -26,6 +26,7 @@ from models.ops.precision import compute_dtype
 from models.qwen35_moe.check_kernels import check_kernels
 from models.qwen35_moe.config import ModelConfig
 from models.qwen35_moe.init import init_weights
+from models.qwen35_moe.lora import add_adapters, is_adapter
 from models.qwen35_moe.model import Qwen35Moe
 from models.qwen35_moe.parts import freeze, frozen_parts
 from parallelisms.context_parallel import own_share
@@ -154,6 +155,8 @@ def build_model(config: Config, shape: ModelConfig, meshes: Meshes, device: torc
     kernels = select_kernels(dataclasses.asdict(config.kernels), device.type, dtype, *shape.kernel_sizes)
     model = build_on_meta(shape, kernels, getattr(torch, config.training.master_dtype))
     freeze(model, frozen_parts(config.model.freeze, config.mtp.train))
+    if config.lora.rank:
+        add_adapters(model, config.lora.rank, config.lora.alpha, config.lora.targets)
     for block in model.blocks:
         block.mlp.gate.force_balanced = config.moe.force_balanced_routing
     num_parameters = sum(parameter.numel() for parameter in model.parameters())
@@ -213,12 +216,12 @@ def main(arguments: list[str]) -> None:
     # 6. Weights: those of an earlier run, which then goes on; of a Hugging Face directory; or random ones.
     checkpointer = Checkpointer(config, shape, model, optimizer, meshes)
     progress = checkpointer.resume()
+    from_hf = config.model.initial_load == "hf"
+    if from_hf and (progress is None or config.lora.rank):  # a checkpoint of adapters has not the weights they adapt
+        load_hf_weights(model, Path(config.model.path), config.job.seed, local_region)
     if progress is None:
         progress = Progress()
-        if config.model.initial_load == "hf":
-            load_hf_weights(model, Path(config.model.path), config.job.seed, local_region)
-        else:
-            init_weights(model, config.job.seed, local_region)
+        init_weights(model, config.job.seed, local_region, which=is_adapter if from_hf else lambda _: True)
     if progress.data_cursors is not None:
         loader.load_cursors(progress.data_cursors)
     step, tokens_seen = progress.step, progress.tokens_seen
@@ -232,7 +235,8 @@ def main(arguments: list[str]) -> None:
         except OSError as error:
             raise UserError(f"job.output_dir = {str(output_dir)!r}: {error.strerror}: expected room to write") from None
         writer = MetricsWriter(output_dir, config.metrics.tensorboard, step, training.steps)
-    flops_of_token = flops_per_token(shape, training.sequence_length, trains_trunk=config.mtp.train != "head")
+    trains_trunk = config.mtp.train != "head"
+    flops_of_token = flops_per_token(shape, training.sequence_length, config.lora, trains_trunk)
     peak = peak_flops_of_all(world_size, device)
     vision_work = VisionWork(model, meshes)
     logger.info(f"from step {step} to {training.steps}, {loader.num_micro_batches} micro-batches a rank and step")

@@ -1,7 +1,8 @@
 """Saves a run's whole state with DCP, keeps the newest checkpoints, and resumes from one on any layout.
 
     output_dir/checkpoints/step-00000010/
-        .metadata, *.distcp      DCP: `model.<name>`, `optimizer.<name>.<exp_avg|exp_avg_sq|step>`, `train.<...>`
+        .metadata, *.distcp      DCP: `model.<name>`, `optimizer.<name>.<exp_avg|exp_avg_sq|step>`, `train.<...>`;
+                                 of a run that trains adapters, of them alone
         config.toml              the resolved configuration
         run.json                 the data that the cursors point into, and the model
         hf/                      config.json and the tokenizer: all that an export needs beside the weights
@@ -32,7 +33,8 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.staging import BlockingAsyncStager
 
 from checkpoint import directories
-from checkpoint.export import export_to_hf
+from checkpoint.adapters import check_adapters, hash_base, serving_note, write_adapter
+from checkpoint.export import Options, export_to_hf
 from checkpoint.hf_assets import SAMPLE, read_base, write_checkpoint_assets
 from checkpoint.hf_reader import begin_mtp, fill
 from checkpoint.identity import RUN, Run, describe_run, difference, read_run
@@ -45,6 +47,7 @@ from data.samples import sample_texts
 from errors import UserError, reading
 from models.qwen35_moe.config import ModelConfig, read_config
 from models.qwen35_moe.hf_weights import MTP, TOWER
+from models.qwen35_moe.lora import is_adapter
 from models.qwen35_moe.model import Qwen35Moe
 from parallelisms.mesh import Meshes
 from parallelisms.parallelize import local_region
@@ -74,6 +77,7 @@ class Checkpointer:
         self._model, self._optimizer = model, optimizer
         self._folder = Path(config.job.output_dir) / "checkpoints"
         self._base = Path(config.model.path) if config.model.initial_load == "hf" else None
+        self._files_of_base: dict[str, str] = {}
         # Saves run beside the training's collectives, which must not wait for each other: they have a group of their
         # own. A slow disk, or the export of a large model, is no dead peer: hours pass before it gives up.
         self._group = dist.new_group(backend="gloo", timeout=timedelta(hours=4))
@@ -92,6 +96,9 @@ class Checkpointer:
         Raises UserError naming what does not fit, the file that is damaged, or that no checkpoint can be used.
         """
         options = self._config.checkpoint
+        if self._config.lora.rank and self._base:
+            self._files_of_base = self._hash_base(self._base)
+            logger.info(serving_note(self._config.lora.targets))
         if options.enable:
             self._check_folder()
             self._from_rank_0(lambda: self._run and None)  # the data as they are now are what every save records
@@ -142,7 +149,15 @@ class Checkpointer:
         share, num_shares = dist.get_rank(), dist.get_world_size()
         return next(filter(None, self._on_all_ranks(lambda: directories.find_damage(path, share, num_shares))), None)
 
+    def _hash_base(self, base: Path) -> dict[str, str]:
+        """The ranks share the reading; all have the same answer."""
+        share, num_shares = dist.get_rank(), dist.get_world_size()
+        of_ranks = self._on_all_ranks(lambda: hash_base(base, share, num_shares))
+        return {name: value for files in of_ranks for name, value in files.items()}
+
     def _load(self, path: Path, weights_only: bool = False) -> Progress:
+        run = (self._config.lora, self._base, self._files_of_base)
+        self._from_rank_0(lambda: check_adapters(path, *run))
         stored = read_dcp(path)
         weights_only |= not any(name.startswith("train.") for name in stored)
         state = self._model_state()
@@ -178,7 +193,8 @@ class Checkpointer:
         new_data = not weights_only and self._from_rank_0(lambda: self._has_new_data(path))
         # DCP itself would unpickle the checkpoint's index, and trust it.
         self._on_all_ranks(lambda: fill(state, stored, local_region))
-        self._base = read_base(path)
+        if not self._config.lora.rank:
+            self._base = read_base(path)
         if weights_only:
             logger.info(f"starts with the weights of {path}")
             return Progress()
@@ -271,8 +287,9 @@ class Checkpointer:
         def export_hf() -> None:
             out = self._folder.parent / "hf" / final.name
             shutil.rmtree(out, ignore_errors=True)
-            export_to_hf(final, out)
-            logger.info(f"exported {out}")
+            lora = self._config.lora
+            export_to_hf(final, out, Options(dtype=None) if lora.rank else None)
+            logger.info(f"exported {out}" + (f": {serving_note(lora.targets)}" if lora.rank else ""))
 
         try:
             files = {name: file for own in self._on_all_ranks(own_files) for name, file in own.items()}
@@ -305,6 +322,8 @@ class Checkpointer:
         end_of_turn = end_of_turn_id(str(sources[0])) if self._config.data.format == "chat" else None
         processor = processor_of(self._config)
         write_checkpoint_assets(assets, config, self._base, *sources, processor=processor, end_of_turn=end_of_turn)
+        if self._config.lora.rank and self._base:
+            write_adapter(assets, self._config.lora, self._base, self._files_of_base)
         (assets / SAMPLE).write_text(json.dumps(self._sample), encoding="utf-8")
         others = [path for path in unfinished.rglob("*") if path.is_file() and path.name not in files]
         directories.write_manifest(unfinished, files | directories.describe_files(unfinished, others))
@@ -345,7 +364,12 @@ class Checkpointer:
     # What a checkpoint holds
 
     def _model_state(self) -> dict[str, torch.Tensor]:
-        return {f"model.{name}": parameter.detach() for name, parameter in self._model.named_parameters()}
+        of_adapters = bool(self._config.lora.rank)  # their base is referred to, not saved
+        return {
+            f"model.{name}": parameter.detach()
+            for name, parameter in self._model.named_parameters()
+            if is_adapter(name) or not of_adapters
+        }
 
     def _optimizer_state(self) -> dict[str, torch.Tensor]:
         return {f"optimizer.{name}": tensor for name, tensor in self._optimizer.named_state().items()}

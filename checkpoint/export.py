@@ -12,6 +12,10 @@ MTP             the checkpoint                                        in --dtype
                 else the base; neither: config.json declares no       bit for bit, experts as --experts says
                 layers of it
 
+adapters        the checkpoint                                        as peft has them, in --dtype
+                with --merge: added to the base's weights             in the base's dtype or --dtype; what they are not
+                                                                      on, the base bit for bit
+
 class           what --architecture says; else image_text_to_text where a config.json has a vision_config and the
                 checkpoint has a tower, or the base that it came from has, or there is a --base; else causal_lm
 """
@@ -28,11 +32,12 @@ from huggingface_hub import split_state_dict_into_shards_factory
 from tqdm import tqdm
 
 from checkpoint import hf_assets
+from checkpoint.adapters import Adapter, Computed, check_base, hash_base, merge, peft_config, peft_exports, read_adapter
 from checkpoint.directories import check_files, find_checkpoint, new_directory
-from checkpoint.hf_reader import assemble, naming_tensors
+from checkpoint.hf_reader import assemble, naming_tensors, native_tensors
 from checkpoint.tensors.dcp import read_dcp
 from checkpoint.tensors.fsdp_shards import is_shard_directory, read_fsdp_shards
-from checkpoint.tensors.safetensors import Export, read_safetensors, write_file
+from checkpoint.tensors.safetensors import Export, read_file, read_safetensors, write_file
 from checkpoint.tensors.stored import StoredTensor
 from errors import UserError, WrongTensors, reading
 from models.qwen35_moe.config import ModelConfig, read_config
@@ -44,13 +49,14 @@ from models.qwen35_moe.hf_weights import (
     TOWER,
     VISION,
     count_mtp_layers,
+    find_architecture,
     find_mtp_pieces,
     hf_name,
     is_published_in_float32,
     mtp_shapes,
     pieces_of_experts,
 )
-from models.qwen35_moe.parameters import Shape, parameters
+from models.qwen35_moe.parameters import Shape, adapter_shapes, parameters
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "keep": None}
 """The values of the converters' --dtype; None: of each tensor, what is stored."""
@@ -72,6 +78,8 @@ class Options(NamedTuple):
     """Hugging Face directory that gives what was not trained; None: the one that the run was loaded from."""
     verify: bool = False
     """Read what was written again, before it gets its name."""
+    merge: bool = False
+    """Of adapters: write the whole weights with them instead of peft's files."""
 
 
 class Plan(NamedTuple):
@@ -90,6 +98,10 @@ def export_to_hf(checkpoint: Path, out: Path, options: Options | None = None, pr
     is written.
     """
     options = options or Options()
+    if (adapter := adapter_of(checkpoint)) and not options.merge:
+        return _export_adapter(checkpoint, adapter, out, options)
+    if options.merge and adapter is None:
+        raise UserError(f"--merge: {checkpoint} holds whole weights, not adapters: expected none of it")
     plan = make_plan(checkpoint, options)
     tensors = {tensor.key: tensor for tensor in plan.tensors}
     files = split_state_dict_into_shards_factory(
@@ -118,6 +130,36 @@ def export_to_hf(checkpoint: Path, out: Path, options: Options | None = None, pr
     return plan
 
 
+def adapter_of(checkpoint: Path) -> Adapter | None:
+    """What the checkpoint, or the newest of a run, says of its adapters; None if it has none."""
+    return None if is_shard_directory(checkpoint) else read_adapter(find_checkpoint(checkpoint))
+
+
+def _export_adapter(checkpoint: Path, adapter: Adapter, out: Path, options: Options) -> Plan:
+    """Writes adapters as peft does, for the class that their base's tensors are named for."""
+    source, stored, assets, recorded_base = _open_checkpoint(checkpoint)
+    base = options.base or recorded_base
+    model = read_config(assets[0] / "config.json")
+    _check_adapters(checkpoint, stored, adapter, ModelConfig.from_dict(model))
+    architecture = options.architecture or ("image_text_to_text" if "vision_config" in model else "causal_lm")
+    if not options.architecture and base and any(base.glob("*.safetensors")):
+        architecture = find_architecture(read_safetensors(base))
+    config = peft_config(adapter._replace(base=str(options.base.resolve())) if options.base else adapter, stored)
+    plan = Plan(source, config, peft_exports(stored, architecture, options.dtype), assets)
+    with new_directory(out, source) as folder:
+        (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        for _ in write_file(folder / "adapter_model.safetensors", plan.tensors):
+            pass
+        if options.verify:
+            _compare(read_file(folder / "adapter_model.safetensors"), plan)
+    return plan
+
+
+def _check_adapters(checkpoint: Path, stored: dict[str, StoredTensor], adapter: Adapter, shape: ModelConfig) -> None:
+    expected = adapter_shapes(shape, adapter.rank, adapter.targets)
+    _check(str(checkpoint), {name: tensor.shape for name, tensor in stored.items()}, dict(expected))
+
+
 def make_plan(checkpoint: Path, options: Options) -> Plan:
     """Decides what is written. Raises UserError naming what is missing, unknown, or of a wrong shape."""
     source, stored, assets, recorded_base = _open_checkpoint(checkpoint)
@@ -132,6 +174,7 @@ def make_plan(checkpoint: Path, options: Options) -> Plan:
     shape = ModelConfig.from_dict(configs[0])
     if ModelConfig.from_dict(config) != shape:
         raise UserError(f"--base {base}: its text model has another shape than the checkpoint's")
+    adapter = adapter_of(checkpoint)
     has_tower = any(key.startswith(VISION) for key in stored)
     came_with_vision = "vision_config" in config and (base is not None or has_tower)
     architecture = options.architecture or ("image_text_to_text" if came_with_vision else "causal_lm")
@@ -143,6 +186,13 @@ def make_plan(checkpoint: Path, options: Options) -> Plan:
         raise UserError(
             f"the model came from {base}, which is not there: expected --base with it, or --architecture causal_lm"
         )
+    if adapter:
+        if not base or not base.is_dir():
+            raise UserError(f"the adapters belong to {adapter.base}, which is not there: expected --base with it")
+        of_base = of_base or read_safetensors(base)
+        check_base(adapter, base, hash_base(base))
+        _check_adapters(checkpoint, stored, adapter, shape)
+        stored = merge(native_tensors(shape, of_base), stored, adapter.scale)
     if not options.architecture and not options.base and of_base and not (has_tower or _part(VISION, of_base)):
         architecture = "causal_lm"  # the run came from a text model beside the config.json of a whole one
     others = {part: _part(part, stored) or _part(part, of_base) for part in NOT_TEXT}
@@ -194,6 +244,7 @@ def _with_tower_by_hf_name(tensors: dict[str, StoredTensor]) -> dict[str, Stored
 def _text_exports(
     checkpoint: Path, stored: dict[str, StoredTensor], shape: ModelConfig, architecture: str, dtype: torch.dtype | None
 ) -> list[Export]:
+    is_merged = any(isinstance(tensor, Computed) for tensor in stored.values())
     expected = {name: parameter.shape for name, parameter in parameters(shape).items()}
     text = {name: tensor for name, tensor in stored.items() if not name.startswith(NOT_TEXT)}
     if shape.tie_word_embeddings:
@@ -202,7 +253,9 @@ def _text_exports(
     exports = []
     for name in expected:
         tensor = text[name]
-        wanted = tensor.dtype if dtype is None else torch.float32 if is_published_in_float32(name) else dtype
+        wanted = torch.float32 if is_published_in_float32(name) else dtype
+        if wanted is None or dtype is None or (is_merged and not isinstance(tensor, Computed)):
+            wanted = tensor.dtype
         exports.append(Export(hf_name(name, architecture), tensor, wanted))
     return exports
 
@@ -248,8 +301,13 @@ def _check(where: str, available: dict[str, Shape], expected: dict[str, Shape]) 
 
 def verify(out: Path, plan: Plan, progress: bool = False) -> None:
     """Reads `out` again: every tensor bit for bit against the source, then with transformers. Raises UserError."""
-    arrays = read_safetensors(out)
-    _check(f"verify: {out}", {k: a.shape for k, a in arrays.items()}, {e.key: e.shape for e in plan.tensors})
+    _compare(read_safetensors(out), plan, progress)
+    _load_with_transformers(out, plan)
+
+
+def _compare(arrays: dict[str, StoredTensor], plan: Plan, progress: bool = False) -> None:
+    """Raises UserError unless what was written is what was to be."""
+    _check("verify", {k: a.shape for k, a in arrays.items()}, {e.key: e.shape for e in plan.tensors})
     for export in tqdm(plan.tensors, desc="verify", unit="tensor", disable=None if progress else True):
         written = arrays[export.key].open(arrays[export.key].chunks[0])
         if written.dtype != export.dtype:
@@ -259,7 +317,6 @@ def verify(out: Path, plan: Plan, progress: bool = False) -> None:
             if not torch.equal(same.view(torch.uint8), block.view(torch.uint8)):
                 raise UserError(f"verify: {export.key!r} in {written.file} differs from the checkpoint's")
             written = written._replace(start=written.start + block.numel() * block.dtype.itemsize)
-    _load_with_transformers(out, plan)
 
 
 def _load_with_transformers(out: Path, plan: Plan) -> None:

@@ -13,17 +13,19 @@ from config.reading import load_config, model_config
 from data.check import check_data
 from errors import UserError, exit_on_error
 from models.qwen35_moe.config import ModelConfig
-from models.qwen35_moe.parts import check_frozen
-from parallelisms.degrees import work_out_degrees
+from models.qwen35_moe.parts import ADAPTABLE, check_frozen, parts_of_model
+from parallelisms.degrees import Degrees, work_out_degrees
 
 
 def check_config(config: Config, world_size: int) -> None:
     """Raises UserError for what `world_size` processes on this machine could not run."""
 
     shape = model_config(config)
-    work_out_degrees(config.parallelism, config.training, shape, world_size)
+    degrees = work_out_degrees(config.parallelism, config.training, shape, world_size)
     check_frozen(config.model.freeze, shape)
     _check_mtp(config)
+    if config.lora.rank:
+        _check_lora(config, shape, degrees)
     _check_ratios(config.optimizer, shape)
     _check_schedule(config.lr_scheduler)
     _check_kernels(config, shape)
@@ -40,6 +42,43 @@ def _check_schedule(schedule: LRScheduler) -> None:
             raise UserError(f"{key}: expected 0 with lr_scheduler.decay = {schedule.decay!r}; only 'wsd' reads it")
     elif schedule.decay_steps < 1:
         raise UserError(f"{key}: with decay = 'wsd' expected at least 1")
+
+
+def _check_lora(config: Config, shape: ModelConfig, degrees: Degrees) -> None:
+    lora, model = config.lora, config.model
+    rank = f"lora.rank = {lora.rank}"
+    if lora.rank > shape.hidden_size:
+        raise UserError(f"{rank}: expected at most the model's hidden_size = {shape.hidden_size}")
+    present = parts_of_model(shape)
+    for part in lora.targets:
+        if part not in present:
+            expected = ", ".join(name for name in ADAPTABLE if name in present)
+            raise UserError(
+                f"lora.targets = {list(lora.targets)}: the model has no part {part!r}: expected some of {expected}"
+            )
+    if "experts" in lora.targets:
+        if lora.rank % 8:
+            raise UserError(
+                f"{rank}: expected a multiple of 8 with 'experts' in lora.targets, as grouped products take it"
+            )
+        over = degrees.shard // degrees.expert
+        if degrees.expert > 1 and shape.moe_intermediate_size % over:
+            raise UserError(
+                f"{rank}: shard degree {degrees.shard} / {degrees.expert} = {over} does not divide the model's "
+                f"moe_intermediate_size = {shape.moe_intermediate_size}: expected degrees whose quotient does"
+            )
+    if config.mtp.train != "off":
+        raise UserError(f"mtp.train = {config.mtp.train!r}: {rank} trains adapters alone: expected 'off'")
+    if model.freeze:
+        raise UserError(f"model.freeze = {list(model.freeze)}: {rank} freezes all weights already: expected []")
+    for key in ("vision_lr_ratio", "merger_lr_ratio"):
+        if getattr(config.optimizer, key) != 1:
+            raise UserError(f"optimizer.{key} = {getattr(config.optimizer, key)}: {rank} trains no tower: expected 1.0")
+    if model.initial_load != "hf" and config.checkpoint.enable:
+        raise UserError(
+            f"model.initial_load = {model.initial_load!r}: {rank} saves adapters alone, and refers to the weights that "
+            "they belong to: expected 'hf' and their directory as model.path"
+        )
 
 
 def _check_ratios(optimizer: Optimizer, shape: ModelConfig) -> None:
@@ -76,7 +115,7 @@ def _check_paths(config: Config) -> None:
     if start and resume not in ("auto", "never"):
         raise UserError(f"checkpoint.start_from and checkpoint.resume = {resume!r}: expected one of them")
     if config.model.initial_load == "hf":
-        if start:
+        if start and not config.lora.rank:  # of adapters, it is the adapters that start from there
             raise UserError("model.initial_load = 'hf' and checkpoint.start_from exclude each other: expected one")
         if not list(Path(config.model.path or "/dev/null").glob("*.safetensors")):
             raise UserError(

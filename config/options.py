@@ -32,6 +32,13 @@ Folder = Annotated[str, Accept("a folder", lambda path: path != "")]
 Parts = Annotated[
     tuple[str, ...], Accept(f"a list of some of {', '.join(parts.NAMES)}", lambda names: set(names) <= set(parts.NAMES))
 ]
+Targets = Annotated[
+    tuple[str, ...],
+    Accept(
+        f"a list of some of {', '.join(parts.ADAPTABLE)}",
+        lambda names: 0 < len(names) == len(set(names)) and set(names) <= set(parts.ADAPTABLE),
+    ),
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,6 +72,19 @@ class Model:
     """Parts that are not trained. "vision": the tower up to its merger; "merger"; "text": all that is not the tower's,
     of which "embeddings", "head", "router", "experts", "shared_expert", "attention", "linear_attention" and "norms",
     those between the layers' parts, are parts too; "mtp": multi-token prediction, see [mtp]."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lora:
+    """Low-rank adapters on weights that stay as they are; nothing else is trained, and nothing else is saved."""
+
+    rank: Count = 0
+    """Of the product B A that is added to each adapted weight. 0: no adapters, the weights themselves are trained."""
+    alpha: Positive = 16.0
+    """The product is multiplied by alpha / rank."""
+    targets: Targets = ("attention", "linear_attention", "shared_expert")
+    """Parts whose projections are adapted: those three, which vLLM and SGLang serve from an adapter; "experts", whose
+    rank is a multiple of 8, and "head", which are served merged into the weights alone."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -207,8 +227,7 @@ class Mtp:
 
 @dataclass(frozen=True, kw_only=True)
 class Parallelism:
-    """How many processes share what. replicate * shard = number of processes; expert divides shard; context divides the
-    number of processes, and shares nothing out of these."""
+    """How many processes share what. replicate * shard = their number; expert divides shard, context their number."""
 
     data_parallel_replicate_degree: PositiveInt = 1
     """Groups of processes that each hold the whole model between them (HSDP)."""
@@ -313,6 +332,7 @@ class Config:
 
     job: Job = field(default_factory=Job)
     model: Model = field(default_factory=Model)
+    lora: Lora = field(default_factory=Lora)
     data: Data = field(default_factory=Data)
     training: Training
     optimizer: Optimizer

@@ -44,6 +44,9 @@ def _policy(
     if operation is _aten._grouped_mm.default and args[1].shape[-1] > args[0].shape[-1]:
         # The experts' down_proj: k rows of H a token, the largest tensor there is, and no gradient needs it.
         return CheckpointPolicy.PREFER_RECOMPUTE
+    if operation is _aten.mm.default and args[1].shape[-1] >= 8 * args[0].shape[-1]:
+        # An adapter's B: as wide as the product that it is added to, and cheap to compute again.
+        return CheckpointPolicy.PREFER_RECOMPUTE
     is_count = operation is _ALL_TO_ALL and not args[0].is_floating_point()
     return CheckpointPolicy.MUST_SAVE if operation in saved or is_count else CheckpointPolicy.PREFER_RECOMPUTE
 

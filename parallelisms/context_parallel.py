@@ -43,7 +43,10 @@ def exchange_around_mix(block: Block, mesh: DeviceMesh) -> None:
 
 def products_that_travel(block: Block) -> list[torch.Size]:
     """Shapes [in, out] of the matrix products that nothing needs once they have been sent."""
-    return [] if block.layer_type == FULL else [block.linear_attn.in_proj_qkv.weight.T.shape]
+    if block.layer_type == FULL:
+        return []
+    layer = block.linear_attn.in_proj_qkv  # with an adapter it is the sum of two products
+    return [weight.T.shape for weight in layer.parameters() if len(weight) == layer.out_features]
 
 
 def _attention_mix(mixer: GatedAttention, mesh: DeviceMesh) -> Callable[..., torch.Tensor]:

@@ -13,6 +13,7 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.utils._pytree import tree_leaves
 
 from models.ops.documents import Documents
+from models.ops.grouped_experts import Projection
 from models.ops.permute import ExpertOrder, permute, sort_by_expert
 from models.ops.permute import combine as add_up_copies
 from models.qwen35_moe.block import Block
@@ -154,7 +155,7 @@ class ExpertParallelBlock:
         # While the copies travel:
         own_weights, order = self.sort_received(of_packed.finish(packed), self.rank, self.num_local)
         rows = order.order[:num_rows], order.places
-        projections = _local(self.mlp.experts.gate_up_proj), _local(self.mlp.experts.down_proj)
+        projections = map(_local, self.mlp.experts.projections())
         results = self.compute(of_copies.finish(copies), own_weights, *rows, order.offsets, *projections)
         return results, Copies(sources, plan.places), sent, received
 
@@ -206,8 +207,8 @@ def compute(
     order: torch.Tensor,
     places: torch.Tensor,
     offsets: torch.Tensor,
-    gate_up_proj: torch.Tensor,
-    down_proj: torch.Tensor,
+    gate_up_proj: Projection,
+    down_proj: Projection,
 ) -> torch.Tensor:
     """`routed_experts` of copies received, x [D, H] and weights [D, k], in flat arguments."""
     return routed_experts(x, weights, ExpertOrder(order, places, offsets), gate_up_proj, down_proj)
@@ -293,6 +294,6 @@ class _Finish(torch.autograd.Function):
         return gradient, None  # which only says that there is one
 
 
-def _local(parameter: torch.Tensor) -> torch.Tensor:
-    """This rank's experts: FSDP has gathered the parameter over efsdp; what is left is the axis `ep`."""
-    return parameter.to_local() if isinstance(parameter, DTensor) else parameter
+def _local(projection: Projection) -> Projection:
+    """This rank's experts: FSDP has gathered the parameters over efsdp; what is left is the axis `ep`."""
+    return Projection._make(each.to_local() if isinstance(each, DTensor) else each for each in projection)

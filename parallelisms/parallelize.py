@@ -46,11 +46,12 @@ def parallelize_fn(
         # after that would run uncompiled. There are more: two kinds of blocks, and at ep > 1 the parts beside the
         # experts, each in training and in validation, with fillers and without.
         torch._dynamo.config.recompile_limit = 32
+    _store_frozen_as(model, compute_dtype)
     context = meshes.context_parallel
     if model.visual is not None:
         if context is not None:
             exchange_behind_tower(model.visual, context)
-        _prepare_tower(model.visual, compute_dtype, activation_checkpoint, compile_blocks)
+        _prepare_tower(model.visual, activation_checkpoint, compile_blocks)
     if model.mtp is not None and context is not None:
         exchange_next(model.mtp, context)
     for block in model.blocks:
@@ -73,20 +74,24 @@ def parallelize_fn(
     apply_fsdp(model, meshes, compute_dtype)
 
 
+def _store_frozen_as(model: Qwen35Moe, compute_dtype: torch.dtype) -> None:
+    """What is frozen needs no master weights: it is stored as it is computed with, which keeps it in memory once."""
+    is_float32 = set(model.float32_parameters())
+    for parameter in model.parameters():
+        if not parameter.requires_grad and parameter not in is_float32:
+            parameter.data = parameter.data.to(compute_dtype)
+
+
 def _trains(module: nn.Module) -> bool:
     return any(parameter.requires_grad for parameter in module.parameters())
 
 
 def _frozen_parts(tower: VisionTower) -> list[nn.Module]:
-    """What of the tower has nothing to train, so that it needs no master weights, and no unit of FSDP."""
+    """What of the tower has nothing to train, so that it needs no unit of FSDP."""
     return [part for part in (*tower.before_merger, tower.merger) if not _trains(part)]
 
 
-def _prepare_tower(
-    tower: VisionTower, compute_dtype: torch.dtype, activation_checkpoint: str, compile_blocks: bool
-) -> None:
-    for part in _frozen_parts(tower):
-        part.to(compute_dtype)
+def _prepare_tower(tower: VisionTower, activation_checkpoint: str, compile_blocks: bool) -> None:
     if any(map(_trains, tower.before_merger)):  # else there is no graph, and nothing to recompute
         apply_activation_checkpointing([(block, "forward") for block in tower.blocks], activation_checkpoint)
     if compile_blocks:
@@ -115,7 +120,8 @@ def apply_fsdp(model: Qwen35Moe, meshes: Meshes, compute_dtype: torch.dtype) -> 
     Gradients are summed, never averaged: the loss is already divided by the global batch's number of trained tokens.
     The float32 parameters stay outside FSDP, which would round them to `compute_dtype` before the forward sees them;
     `reduce_replicated_gradients` keeps them equal on all ranks. What is frozen of the tower stays outside too, whole on
-    each rank: half a billion numbers, which are not worth a collective.
+    each rank: half a billion numbers, which are not worth a collective. So does what is frozen and whole on its rank
+    anyway, of which FSDP would keep a second copy.
     """
     policy = MixedPrecisionPolicy(
         # Casting inputs would round the rotary angles; activations have the right dtype from the embedding on.
@@ -127,8 +133,16 @@ def apply_fsdp(model: Qwen35Moe, meshes: Meshes, compute_dtype: torch.dtype) -> 
     outside = set(model.float32_parameters())
     if model.visual is not None:
         outside |= {parameter for part in _frozen_parts(model.visual) for parameter in part.parameters()}
+    blocks, has_expert_units = model.blocks, meshes.expert_parallel.size() > 1
+    of_experts = {parameter for block in blocks for parameter in block.mlp.experts.parameters()}
+    for parameter in model.parameters():
+        mesh = meshes.expert if has_expert_units and parameter in of_experts else meshes.dense
+        if not parameter.requires_grad and mesh.size(mesh.ndim - 1) == 1:  # replicas do not shard
+            outside.add(parameter)
 
     def shard(module: nn.Module, mesh: DeviceMesh, **options: Any) -> None:
+        if module is not model and outside.issuperset(module.parameters()):
+            return
         fully_shard(module, mesh=mesh, mp_policy=policy, ignored_params=outside, **options)
         unit = cast(FSDPModule, module)
         if mesh.size() == 1:  # nothing to divide, not even by 1, and nothing to add up
@@ -137,20 +151,24 @@ def apply_fsdp(model: Qwen35Moe, meshes: Meshes, compute_dtype: torch.dtype) -> 
             unit.set_gradient_divide_factor(1.0)
             unit.set_force_sum_reduction_for_comms(True)  # gloo has no pre-multiplied sum
 
-    blocks, has_expert_units = model.blocks, meshes.expert_parallel.size() > 1
     for block in blocks:
         # Weights are freed after the forward pass and gathered again for the backward pass. Not so those of the last
         # block, with which the backward pass begins at once, and not where nothing is sharded: that would only repeat
         # the cast.
         free = meshes.dense.size() > 1 and block is not blocks[-1]
         if has_expert_units:
-            # Experts alone are sharded over another mesh. The axis ep has cut their dim 0, so efsdp cuts dim 1.
-            shard(block.mlp.experts, meshes.expert, shard_placement_fn=lambda _: Shard(1), reshard_after_forward=free)
+            # Experts alone are sharded over another mesh. The axis ep has cut their dim 0, so efsdp cuts another.
+            experts = block.mlp.experts
+            rows = {parameter for name, parameter in experts.named_parameters() if not name.endswith("lora_A")}
+
+            def dim_to_cut(parameter: nn.Parameter, rows: set[nn.Parameter] = rows) -> Shard:
+                return Shard(1 if parameter in rows else 2)  # not an adapter's rank, which may be small
+
+            shard(experts, meshes.expert, shard_placement_fn=dim_to_cut, reshard_after_forward=free)
         shard(block, meshes.dense, reshard_after_forward=free)
     if model.visual is not None:
         for part in [*model.visual.blocks, model.visual]:
-            if not outside.issuperset(part.parameters()):
-                shard(part, meshes.dense, reshard_after_forward=meshes.dense.size() > 1)
+            shard(part, meshes.dense, reshard_after_forward=meshes.dense.size() > 1)
     shard(model, meshes.dense)
     if has_expert_units:
         _prefetch_neighbours(model)
@@ -185,12 +203,17 @@ def _prefetch_neighbours(model: Qwen35Moe) -> None:
     Left to itself FSDP gathers a unit when the host comes to it, which is early enough only where the host runs ahead;
     at ep > 1 the host waits in every block for the number of rows that travel.
     """
-    units = cast(list[FSDPModule], [model, *model.blocks])
-    with_experts = [cast(list[FSDPModule], [block, block.mlp.experts]) for block in model.blocks]
-    for unit, following in zip(units, with_experts):
-        unit.set_modules_to_forward_prefetch(following)
-    for unit, preceding in zip(units[2:], with_experts):
-        unit.set_modules_to_backward_prefetch(preceding)
+
+    def units(*modules: nn.Module) -> list[FSDPModule]:  # what is frozen may be no unit
+        return [module for module in modules if isinstance(module, FSDPModule)]
+
+    with_experts = [units(block, block.mlp.experts) for block in model.blocks]
+    for module, following in zip([model, *model.blocks], with_experts):
+        for unit in units(module):
+            unit.set_modules_to_forward_prefetch(following)
+    for module, preceding in zip(model.blocks[1:], with_experts):
+        for unit in units(module):
+            unit.set_modules_to_backward_prefetch(preceding)
 
 
 def local_region(parameter: torch.Tensor) -> LocalPart:

@@ -9,6 +9,10 @@ import pytest
 SLOW: dict[str, tuple[str, ...]] = {
     "benchmarks/test_throughput.py": ("test_images_take_their_share",),
     "checkpoint/tensors/test_dcp.py": ("test_reads_chunks_of_several_mesh_axes",),
+    "checkpoint/test_adapters.py": (
+        "test_a_checkpoint_holds_adapters_alone_and_any_layout_resumes",
+        "test_another_base_and_other_adapters_are_refused",
+    ),
     "checkpoint/test_chat_export.py": ("test_generation_stops_at_the_end_of_a_trained_turn",),
     "checkpoint/test_checkpointer.py": ("test_any_layout_resumes_any_other_bit_for_bit",),
     "checkpoint/test_frozen_tower.py": (
@@ -66,6 +70,7 @@ SLOW: dict[str, tuple[str, ...]] = {
         "test_equals_one_process",
         "test_losses_are_in_the_gradient_and_not_in_the_loss",
     ),
+    "parallelisms/test_lora_layouts.py": ("test_equals_one_process",),
     "parallelisms/test_mtp_layouts.py": ("test_equals_one_process", "test_what_one_process_trains"),
     "parallelisms/test_precision.py": ("test_what_is_float32_under_bfloat16",),
     "parallelisms/test_vision_layouts.py": ("test_equals_one_process",),
@@ -80,6 +85,7 @@ SLOW: dict[str, tuple[str, ...]] = {
         "test_text_and_its_validation",
     ),
     "test_layouts.py": ("test_five_steps_of_the_tiny_run_on_seven_layouts",),
+    "test_lora_training.py": ("test_adapters_train_and_resume_on_another_layout",),
     "test_mtp_run.py": (
         "test_a_resume_goes_on_bit_for_bit_and_the_module_belongs_to_the_checkpoint",
         "test_drafts_come_to_fit_a_model_that_had_none",

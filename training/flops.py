@@ -5,29 +5,38 @@ from dataclasses import replace
 
 import torch
 
+from config.options import Lora
 from models.qwen35_moe.config import FULL, ModelConfig
-from models.qwen35_moe.parameters import matmul_parameters_per_token
+from models.qwen35_moe.parameters import adapter_parameters_per_token, matmul_parameters_per_token
 from models.qwen35_moe.vision_config import VisionConfig
+
+WITHOUT = Lora()
 
 # Dense bf16 peak of one device in FLOP/s, from the vendor's datasheets.
 _PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "H800": 989e12, "B200": 2250e12, "A100": 312e12}
 
 
-def flops_per_token(config: ModelConfig, sequence_length: int, trains_trunk: bool = True) -> float:
+def flops_per_token(
+    config: ModelConfig, sequence_length: int, lora: Lora = WITHOUT, trains_trunk: bool = True
+) -> float:
     """Forward and backward FLOPs a trained token needs; recomputation is not counted.
 
     6 for each parameter of a matrix product that the token passes (its k experts, the shared expert, the router, the
     head; not the embedding look-up), 6 * S * heads * head_dim for each full-attention layer (causal: half of S on
-    average, forward and backward), and 18 * value_heads * K * Kv for each gated-delta-rule layer. Of multi-token
-    prediction the same, and the head once more. Without `trains_trunk` the trunk runs forward alone, a third of that,
-    and the head's weights take no gradient.
+    average, forward and backward), and 18 * value_heads * K * Kv for each gated-delta-rule layer. With adapters the
+    weights are frozen and have no gradient: 4 for each of their parameters, 6 for each of the adapters'. Of multi-token
+    prediction the same as without adapters, and the head once more. Without `trains_trunk` the trunk runs forward
+    alone, a third of that, and the head's weights take no gradient.
     """
     num_full = config.layer_types.count(FULL)
     of_full_layer = 6 * sequence_length * config.num_attention_heads * config.head_dim
     state = config.linear_num_value_heads * config.linear_key_head_dim * config.linear_value_head_dim
     delta_rule = (config.num_hidden_layers - num_full) * 18 * state
     in_trunk = matmul_parameters_per_token(replace(config, mtp_num_hidden_layers=0))
-    trunk = 6 * in_trunk + num_full * of_full_layer + delta_rule
+    products = 6 * in_trunk
+    if lora.rank:
+        products = 4 * in_trunk + 6 * adapter_parameters_per_token(config, lora.rank, lora.targets)
+    trunk = products + num_full * of_full_layer + delta_rule
     if not config.mtp_num_hidden_layers:
         return trunk
     of_head = (6 if trains_trunk else 4) * config.vocab_size * config.hidden_size

@@ -28,7 +28,7 @@ def read_safetensors(folder: Path) -> dict[str, StoredTensor]:
     """Every tensor of a Hugging Face directory, one file or several. Raises UserError naming a file that is bad."""
     index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
     if not os.path.lexists(index):
-        return {key: whole(key, array) for key, array in _read_header(single).items()}
+        return read_file(single)
     file_of = read_json(index).get("weight_map")
     if not isinstance(file_of, dict) or not all(
         isinstance(name, str) and name and Path(name).name == name for name in file_of.values()
@@ -46,6 +46,11 @@ def read_safetensors(folder: Path) -> dict[str, StoredTensor]:
     if lacking := file_of.keys() - tensors.keys():
         raise UserError(f"{folder / file_of[min(lacking)]} lacks {min(lacking)!r}, which {index.name} says it has")
     return tensors
+
+
+def read_file(path: Path) -> dict[str, StoredTensor]:
+    """Every tensor of one file. Raises UserError if it is bad."""
+    return {key: whole(key, array) for key, array in _read_header(path).items()}
 
 
 def _read_header(path: Path) -> dict[str, StoredArray]:

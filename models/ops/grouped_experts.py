@@ -1,13 +1,32 @@
 """The routed experts' SwiGLU feed-forward over rows that are sorted by expert."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 
 from models.ops.precision import at_least_float32
 
-# Shapes: R routed rows, H hidden, E experts, I expert hidden.
+# Shapes: R routed rows, H hidden, E experts, I expert hidden, r rank of an adapter.
+
+
+class Projection(NamedTuple):
+    """Each expert's matrix, and maybe an adapter of low rank that is added to it: weight + scale * B A."""
+
+    weight: torch.Tensor
+    """[E, out, in]"""
+    lora_A: torch.Tensor | None = None
+    """[E, r, in]"""
+    lora_B: torch.Tensor | None = None
+    """[E, out, r]"""
+    scale: float = 1.0
+
+    def __call__(self, x: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
+        """x [R, in], sorted by expert -> [R, out]."""
+        out = _grouped_linear(x, self.weight, offsets)
+        if self.lora_A is None or self.lora_B is None:
+            return out
+        return out + _grouped_linear(_grouped_linear(x, self.lora_A, offsets) * self.scale, self.lora_B, offsets)
 
 
 def weighted_swiglu(gate_up: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
@@ -18,8 +37,8 @@ def weighted_swiglu(gate_up: torch.Tensor, weights: torch.Tensor) -> torch.Tenso
 
 def grouped_experts(
     x: torch.Tensor,
-    gate_up_proj: torch.Tensor,
-    down_proj: torch.Tensor,
+    gate_up_proj: Projection,
+    down_proj: Projection,
     weights: torch.Tensor,
     offsets: torch.Tensor,
 ) -> torch.Tensor:
@@ -32,8 +51,8 @@ def grouped_experts(
     The weight multiplies the inner activation, which is the same as multiplying the result: its gradient then needs
     [R, I] numbers that the backward pass has at hand, not the result [R, H], which nothing has to keep.
     """
-    inner = weighted_swiglu(_grouped_linear(x, gate_up_proj, offsets), weights)
-    return _ContiguousGradient.apply(_grouped_linear(inner, down_proj, offsets))
+    inner = weighted_swiglu(gate_up_proj(x, offsets), weights)
+    return _ContiguousGradient.apply(down_proj(inner, offsets))
 
 
 class _ContiguousGradient(torch.autograd.Function):

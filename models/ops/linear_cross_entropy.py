@@ -35,42 +35,46 @@ _compiled_loss_and_gradient = torch.compile(_loss_and_gradient)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
-    """Computes the gradients in the forward, while a chunk's logits exist; the backward scales them."""
+    """Computes the gradients in the forward, while a chunk's logits exist; the backward scales them.
+
+    `factors`: rows [T, A] and a matrix [V, A], and maybe such a pair again: the logits are the sum of rows @ matrix^T.
+    """
 
     @staticmethod
-    def forward(
-        ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, chunk_size: int, backend: str
-    ) -> torch.Tensor:
-        wants_hidden, wants_weight = ctx.needs_input_grad[:2]
+    def forward(ctx: Any, labels: torch.Tensor, chunk_size: int, backend: str, *factors: torch.Tensor) -> torch.Tensor:
+        hidden, wants = factors[0], ctx.needs_input_grad[3:]
         wide = torch.promote_types(hidden.dtype, torch.float32)
         loss = torch.zeros((), dtype=wide, device=hidden.device)
-        hidden_gradient = torch.empty_like(hidden) if wants_hidden else None
-        weight_gradient = torch.empty_like(weight, dtype=wide) if wants_weight else None
+        is_rows = [index % 2 == 0 for index in range(len(factors))]
+        gradients = [
+            torch.empty_like(factor, dtype=factor.dtype if of_rows else wide) if wanted else None
+            for factor, of_rows, wanted in zip(factors, is_rows, wants)
+        ]
         loss_and_gradient = _compiled_loss_and_gradient if backend == "compiled" else _loss_and_gradient
         for start in range(0, max(hidden.shape[0], 1), chunk_size):
-            rows, targets = hidden[start : start + chunk_size], labels[start : start + chunk_size]
-            logits = rows @ weight.T  # [chunk, V]
-            if hidden_gradient is None and weight_gradient is None:
+            chunk, targets = slice(start, start + chunk_size), labels[start : start + chunk_size]
+            pairs = [(rows[chunk], matrix) for rows, matrix in zip(factors[::2], factors[1::2])]
+            logits = pairs[0][0] @ pairs[0][1].T  # [chunk, V]
+            for rows, matrix in pairs[1:]:
+                logits += rows @ matrix.T
+            if not any(wants):
                 loss += _loss(logits, targets)[0]
                 continue
             chunk_loss, gradient = loss_and_gradient(logits, targets)
             loss += chunk_loss
-            if hidden_gradient is not None:
-                hidden_gradient[start : start + chunk_size] = gradient @ weight
-            if weight_gradient is not None:
-                _add_product(weight_gradient, gradient.T, rows, beta=0 if start == 0 else 1)
-        ctx.save_for_backward(hidden_gradient, weight_gradient)
-        ctx.weight_dtype = weight.dtype
+            for (rows, matrix), of_rows, of_matrix in zip(pairs, gradients[::2], gradients[1::2]):
+                if of_rows is not None:
+                    of_rows[chunk] = gradient @ matrix
+                if of_matrix is not None:
+                    _add_product(of_matrix, gradient.T, rows, beta=0 if start == 0 else 1)
+        ctx.save_for_backward(*gradients)
+        ctx.dtypes = [factor.dtype for factor in factors]
         return loss
 
     @staticmethod
-    def backward(ctx: Any, scale: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None, None, None, None]:
-        hidden_gradient, weight_gradient = ctx.saved_tensors
-        if hidden_gradient is not None:
-            hidden_gradient = _scaled(hidden_gradient, scale, hidden_gradient.dtype)
-        if weight_gradient is not None:
-            weight_gradient = _scaled(weight_gradient, scale, ctx.weight_dtype)
-        return hidden_gradient, weight_gradient, None, None, None
+    def backward(ctx: Any, scale: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        gradients = zip(ctx.saved_tensors, ctx.dtypes)
+        return None, None, None, *(g if g is None else _scaled(g, scale, dtype) for g, dtype in gradients)
 
 
 def _scaled(gradient: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -106,9 +110,12 @@ def linear_cross_entropy(
     labels: torch.Tensor,
     chunk_size: int | None = None,
     *,
+    low_rank: tuple[torch.Tensor, torch.Tensor] | None = None,
     backend: str = "torch",
 ) -> torch.Tensor:
     """Sum over tokens of -log softmax(hidden @ weight^T)[label], in nats; labels of -100 add nothing.
+
+    low_rank: rows [T, r] and a matrix [V, r] of an adapter, whose product is added to the logits.
 
     hidden [T, H], weight [V, H], labels int64 [T] -> scalar, float32 (float64 for float64 inputs). At most `chunk_size`
     tokens at a time (default: what 2 GiB of logits allow). Differentiable once. backend "torch": the reference;
@@ -116,9 +123,10 @@ def linear_cross_entropy(
     """
     if not torch.is_grad_enabled():  # an autograd.Function is told that inputs want gradients even then
         hidden, weight = hidden.detach(), weight.detach()
+        low_rank = low_rank and (low_rank[0].detach(), low_rank[1].detach())
     if chunk_size is None:
         chunk_size = _chunk_size(hidden, weight)
     num_tokens = hidden.shape[0]
     num_chunks = -(-num_tokens // chunk_size)
     even_size = -(-num_tokens // max(num_chunks, 1))  # chunks of one size compile once
-    return _LinearCrossEntropy.apply(hidden, weight, labels, max(even_size, 1), backend)
+    return _LinearCrossEntropy.apply(labels, max(even_size, 1), backend, hidden, weight, *(low_rank or ()))

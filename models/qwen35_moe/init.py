@@ -10,6 +10,8 @@ linear_attn.A_log                                    log u, u ~ uniform(0.01, 16
 linear_attn.dt_bias                                  1
 embeddings, projections, convolution, router,        normal(0, initializer_range)
   experts (each expert's matrix drawn by itself)
+lora_A (each expert's drawn by itself)               uniform(-1, 1) / sqrt(width of what it reads), as in peft
+lora_B                                               0
 visual: norm1, norm2, merger.norm                    1       (LayerNorms, which multiply by weight)
 visual: every bias                                   0
 visual: embeddings, projections                      normal(0, vision_config's initializer_range)
@@ -42,6 +44,8 @@ def initial_value(
     name: str, shape: torch.Size, initializer_range: float, seed: int, expert: int | None = None
 ) -> torch.Tensor:
     """One full parameter (of a stacked one: the matrix of one `expert`) in float32 on the CPU; the table is above."""
+    if name.endswith(("lora_B", "lora_B.weight")):
+        return torch.zeros(shape)
     is_visual = name.startswith("visual.")
     if is_visual and name.endswith(".bias"):
         return torch.zeros(shape)
@@ -52,21 +56,29 @@ def initial_value(
     generator = _generator(seed, name, expert)
     if name.endswith("A_log"):
         return torch.empty(shape).uniform_(0.01, 16, generator=generator).log()
+    if name.endswith(("lora_A", "lora_A.weight")):
+        bound = shape[-1] ** -0.5
+        return torch.empty(shape).uniform_(-bound, bound, generator=generator)
     return torch.empty(shape).normal_(0.0, initializer_range, generator=generator)
 
 
 @torch.no_grad()
 def init_weights(
-    model: Qwen35Moe, seed: int, local_part: Callable[[nn.Parameter], LocalPart] = whole, prefix: str = ""
+    model: Qwen35Moe,
+    seed: int,
+    local_part: Callable[[nn.Parameter], LocalPart] = whole,
+    *,
+    which: Callable[[str], bool] = lambda name: True,
 ) -> None:
-    """Fills every parameter of the model whose name begins with `prefix`, or the part of it that `local_part` says lies
-    in this process.
+    """Fills every parameter of the model, or the part of it that `local_part` says lies in this process.
+
+    which: by their names, none but these.
 
     Matrices are drawn whole, one at a time, then cut: no more than one full matrix (of one expert) is ever in memory.
     """
     config = model.config
     for name, parameter in model.named_parameters():
-        if not name.startswith(prefix):
+        if not which(name):
             continue
         of = config.vision if config.vision and name.startswith("visual.") else config
         std = of.initializer_range

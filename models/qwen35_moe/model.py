@@ -12,6 +12,7 @@ from models.ops.labels import IGNORED
 from models.ops.linear_cross_entropy import linear_argmax, linear_cross_entropy
 from models.qwen35_moe.block import Block
 from models.qwen35_moe.config import FULL, ModelConfig
+from models.qwen35_moe.lora import LoraLinear
 from models.qwen35_moe.moe import COUNTS_OF_ALL, Measure, RouterStatistics
 from models.qwen35_moe.mtp import MultiTokenPrediction
 from models.qwen35_moe.norms import RMSNorm
@@ -110,9 +111,12 @@ class Qwen35Moe(nn.Module):
             of_layers.append(of_layer)
         hidden = self.norm(hidden)
         head = self.embed_tokens if self.config.tie_word_embeddings else self.lm_head
+        low_rank = head.low_rank(hidden) if isinstance(head, LoraLinear) else None
         if batch.labels is None:
-            return Output(F.linear(hidden, head.weight), RouterStatistics.stack(of_layers))
-        loss = linear_cross_entropy(hidden, head.weight, batch.labels, backend=self.cross_entropy)
+            logits = F.linear(hidden, head.weight)
+            logits = logits if low_rank is None else logits + F.linear(*low_rank)
+            return Output(logits, RouterStatistics.stack(of_layers))
+        loss = linear_cross_entropy(hidden, head.weight, batch.labels, low_rank=low_rank, backend=self.cross_entropy)
         if self.mtp is None:
             return Output(loss, RouterStatistics.stack(of_layers))
         labels = batch.mtp_labels

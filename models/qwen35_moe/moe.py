@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from models.ops.grouped_experts import grouped_experts
+from models.ops.grouped_experts import Projection, grouped_experts
 from models.ops.permute import ExpertOrder, add_up_rows, gather_rows, sort_by_expert
 from models.ops.precision import at_least_float32
 from models.qwen35_moe.config import ModelConfig
@@ -64,7 +64,7 @@ class Router(nn.Module):
 
 
 def routed_experts(
-    x: torch.Tensor, weights: torch.Tensor, order: ExpertOrder, gate_up_proj: torch.Tensor, down_proj: torch.Tensor
+    x: torch.Tensor, weights: torch.Tensor, order: ExpertOrder, gate_up_proj: Projection, down_proj: Projection
 ) -> torch.Tensor:
     """x [T, H] -> [T, H]: for each token the sum of weight * expert(x) over those of its k choices that have a row.
 
@@ -86,10 +86,14 @@ class Experts(nn.Module):
         self.gate_up_proj = nn.Parameter(torch.empty(num_experts, 2 * inner, hidden))
         self.down_proj = nn.Parameter(torch.empty(num_experts, hidden, inner))
 
+    def projections(self) -> tuple[Projection, Projection]:
+        """gate_up_proj and down_proj, as `grouped_experts` takes them."""
+        return Projection(self.gate_up_proj), Projection(self.down_proj)
+
     def forward(self, x: torch.Tensor, weights: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
         """x [T, H], weights float32 [T, k], experts chosen, integers [T, k] -> each token's weighted sum [T, H]."""
         order = sort_by_expert(chosen, len(self.gate_up_proj))
-        return routed_experts(x, weights, order, self.gate_up_proj, self.down_proj)
+        return routed_experts(x, weights, order, *self.projections())
 
 
 class SharedExpert(nn.Module):

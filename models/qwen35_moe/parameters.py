@@ -11,9 +11,11 @@ from torch import nn
 
 from models.ops.kernels import Kernels
 from models.qwen35_moe.config import ModelConfig
+from models.qwen35_moe.lora import add_adapters, is_adapter
 from models.qwen35_moe.model import Qwen35Moe
 from models.qwen35_moe.moe import Experts
 from models.qwen35_moe.mtp import MultiTokenPrediction
+from models.qwen35_moe.parts import part_of
 
 Shape = tuple[int, ...]
 Box = tuple[tuple[int, int], ...]
@@ -44,6 +46,15 @@ def parameters(config: ModelConfig) -> Mapping[str, Parameter]:
 
 
 @lru_cache(maxsize=8)
+def adapter_shapes(config: ModelConfig, rank: int, targets: tuple[str, ...]) -> Mapping[str, Shape]:
+    """Every adapter of such a model by its name."""
+    with torch.device("meta"):
+        model = Qwen35Moe(config, Kernels())
+    add_adapters(model, rank, 1.0, targets)
+    return {name: tuple(parameter.shape) for name, parameter in model.named_parameters() if is_adapter(name)}
+
+
+@lru_cache(maxsize=8)
 def mtp_parameters(config: ModelConfig, num_layers: int) -> Mapping[str, Parameter]:
     """The parameters of multi-token prediction, of as many layers as a file may have, by their names after `mtp.`."""
     with torch.device("meta"):
@@ -60,6 +71,15 @@ def matmul_parameters_per_token(config: ModelConfig) -> int:
             count += prod(parameter.shape) // config.num_experts * config.num_experts_per_tok
         elif len(parameter.shape) == 2 and name != "embed_tokens.weight":
             count += prod(parameter.shape)
+    return count
+
+
+def adapter_parameters_per_token(config: ModelConfig, rank: int, targets: tuple[str, ...]) -> int:
+    """How many parameters of adapters a token passes: of all experts' those of its k."""
+    count = 0
+    for name, shape in adapter_shapes(replace(config, vision=None), rank, targets).items():
+        is_stacked = part_of(name) == "experts"
+        count += prod(shape) // config.num_experts * config.num_experts_per_tok if is_stacked else prod(shape)
     return count
 
 

@@ -35,6 +35,8 @@ TEXT = "text"
 OF_TEXT = tuple(part for part in PARTS if part not in ("vision", "merger", "mtp"))
 """What "text" stands for."""
 NAMES = (TEXT, *PARTS)
+ADAPTABLE = ("attention", "linear_attention", "shared_expert", "experts", "head")
+"""What can have low-rank adapters: lora.py."""
 
 
 def part_of(name: str) -> str:

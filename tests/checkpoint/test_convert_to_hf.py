@@ -43,7 +43,7 @@ def write_hf(folder: Path, weights: dict[str, torch.Tensor], num_files: int = 1)
     weight_map = {key: f"model-{i % num_files:05}.safetensors" for i, key in enumerate(weights)}
     for file in set(weight_map.values()):
         save_file({k: weights[k].contiguous() for k in weights if weight_map[k] == file}, folder / file)
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
 
 
 def load_hf(folder: Path) -> dict[str, torch.Tensor]:

@@ -12,6 +12,7 @@ from tokenizers import Tokenizer, models
 
 from config.checks import check_config
 from config.reading import ROOT, load_config, model_config, resolved_toml
+from errors import UserError
 from tests.config.runs import error_of, load
 
 
@@ -33,6 +34,9 @@ def test_multi_token_prediction(folder: Path) -> None:
     )
     assert "no part 'mtp' (mtp.train = 'off')" in error_of("--model.freeze=mtp")
     check_config(load("--mtp.train=joint", "--model.freeze=mtp,head"), 2)
+    assert error_of("--mtp.train=joint", "--lora.rank=8") == (
+        "mtp.train = 'joint': lora.rank = 8 trains adapters alone: expected 'off'"
+    )
     assert "mtp.train" in error_of("--mtp.train=both")
     assert "mtp.loss_weight" in error_of("--mtp.loss_weight=0")
     assert "model.config.mtp_num_hidden_layers" in error_of("--model.config.mtp_num_hidden_layers=1")
@@ -225,3 +229,45 @@ def test_a_tower_in_the_inline_table(folder: Path, option: str, expected: str) -
     (folder / "resolved.toml").write_text(resolved_toml(config))
     assert load_config(["--config", "resolved.toml"]) == config
     assert expected in error_of("--config", "tower.toml", option)
+
+
+LORA = ("--lora.rank=8", "--checkpoint.enable=false")
+EXPERTS = "--lora.targets=experts,attention"
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ((*LORA[:1],), "model.initial_load = 'none': lora.rank = 8 saves adapters alone, and refers to the weights"),
+        ((*LORA, "--lora.rank=-1"), "lora.rank = -1: expected an integer of at least 0"),
+        ((*LORA, "--lora.rank=100000"), "lora.rank = 100000: expected at most the model's hidden_size = "),
+        ((*LORA, "--lora.alpha=0"), "lora.alpha = 0: expected a positive number"),
+        (
+            (*LORA, "--lora.targets=experts,norms"),
+            "expected a list of some of attention, linear_attention, shared_expert",
+        ),
+        ((*LORA, "--lora.targets=head,head"), "lora.targets = ['head', 'head']: expected a list of some of"),
+        (
+            ("--lora.rank=4", "--checkpoint.enable=false", EXPERTS),
+            "lora.rank = 4: expected a multiple of 8 with 'experts'",
+        ),
+        (
+            (*LORA, "--model.config.tie_word_embeddings=true", "--lora.targets=head"),
+            "the model has no part 'head': expected",
+        ),
+        ((*LORA, "--model.freeze=router"), "model.freeze = ['router']: lora.rank = 8 freezes all weights already"),
+        ((*LORA, "--optimizer.merger_lr_ratio=0.5"), "optimizer.merger_lr_ratio = 0.5: "),
+        ((*LORA, "--lora.dropout=0.1"), "lora.dropout"),
+    ],
+)
+def test_adapters_that_cannot_be(folder: Path, options: tuple[str, ...], expected: str) -> None:
+    options = tuple({option.partition("=")[0]: option for option in options}.values())
+    assert expected in error_of(*options)
+
+
+def test_adapters_of_experts_on_degrees_that_do_not_divide_them(folder: Path) -> None:
+    options = (*LORA, EXPERTS, "--parallelism.expert_parallel_degree=2", "--model.config.moe_intermediate_size=6")
+    with pytest.raises(UserError, match="shard degree 8 / 2 = 4 does not divide the model's moe_intermediate_size = 6"):
+        check_config(load(*options), 8)
+    check_config(load(*options), 4)
+    check_config(load(*LORA), 2)

@@ -10,13 +10,14 @@ import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
-from config.options import MoE, Mtp, Optimizer, Training
+from config.options import Lora, MoE, Mtp, Optimizer, Training
 from data.batch import Frame, MicroBatch, Row
 from models.ops.documents import Documents
 from models.ops.kernels import Kernels
 from models.ops.precision import at_least_float32
 from models.qwen35_moe.config import ModelConfig
-from models.qwen35_moe.init import init_weights
+from models.qwen35_moe.init import init_weights, initial_value
+from models.qwen35_moe.lora import add_adapters
 from models.qwen35_moe.model import Qwen35Moe
 from models.qwen35_moe.moe import Router
 from models.qwen35_moe.parts import part_of
@@ -33,6 +34,7 @@ from training.optimizer import NamedAdamW, build_optimizer
 TRAINING = Training(steps=5, sequence_length=64, global_batch_size=4)
 OFF = MoE()
 MTP = Mtp(train="joint", loss_weight=0.3)  # for models that have it
+NO_LORA = Lora()
 
 
 @dataclass(frozen=True)
@@ -71,9 +73,15 @@ class Run:
 
 
 def materialise(model: Qwen35Moe, device: torch.device, seed: int) -> None:
-    """Gives a parallelised meta-device model its memory and its initial weights, this rank's part alone."""
+    """Gives a parallelised meta-device model its memory and its initial weights, this rank's part alone. The adapters'
+    B, which begins at zero and would hide errors in A, is drawn too."""
     model.to_empty(device=device)
     init_weights(model, seed, local_region)
+    for name, parameter in model.named_parameters():
+        if name.endswith(("lora_B", "lora_B.weight")):
+            local, box = local_region(parameter)
+            drawn = initial_value(f"{name} drawn", parameter.shape, 0.1, seed)
+            local.detach().copy_(drawn[tuple(slice(*edges) for edges in box)])
 
 
 def full(tensor: torch.Tensor) -> torch.Tensor:
@@ -152,6 +160,7 @@ def build(
     compute_dtype: torch.dtype = torch.float32,
     device_type: str = "cpu",
     is_trained: Callable[[str], bool] = lambda name: True,
+    lora: Lora = NO_LORA,
 ) -> tuple[Qwen35Moe, Meshes, NamedAdamW]:
     """The parallelised model with its initial weights, as train.py builds it; `is_trained`: by a parameter's name."""
     assert dist.get_world_size() == layout.world
@@ -162,6 +171,8 @@ def build(
         model = Qwen35Moe(config, Kernels(attention="sdpa"))
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(is_trained(name))
+    if lora.rank:
+        add_adapters(model, lora.rank, lora.alpha, lora.targets)
     parallelize_fn(
         model,
         meshes,
@@ -215,6 +226,7 @@ def train(
     device_type: str = "cpu",
     frames: Sequence[Sequence[Sequence[Frame]]] = (),
     frozen: Sequence[str] = (),
+    lora: Lora = NO_LORA,
 ) -> Run:
     """Runs on every rank of an initialised process group of `layout.world` ranks.
 
@@ -222,7 +234,9 @@ def train(
     rank r takes the r-th part. So layouts with the same accumulation have the same tokens in each micro-step. `frames`:
     of each step, and then again from the first, what each row shows. `frozen`: parts that are not trained.
     """
-    model, meshes, optimizer = build(config, layout, compute_dtype, device_type, lambda n: part_of(n) not in frozen)
+    model, meshes, optimizer = build(
+        config, layout, compute_dtype, device_type, lambda n: part_of(n) not in frozen, lora
+    )
     run = Run({n: full(p) for n, p in model.named_parameters()}, {}, {}, [], [], [], [], torch.empty(0), [], math.inf)
 
     def keep_gradients(*_) -> None:
@@ -266,10 +280,11 @@ def train_layouts(
     device_type: str = "cpu",
     frames: Sequence[Sequence[Sequence[Frame]]] = (),
     frozen: Sequence[str] = (),
+    lora: Lora = NO_LORA,
 ) -> list[Run]:
     """What one spawn of a world size does: all its layouts, one after the other; `experts` as in `forced_routing`."""
     with forced_routing(experts, by_token):
         return [
-            train(config, layout, rows, num_steps, OFF, compute_dtype, device_type, frames, frozen)
+            train(config, layout, rows, num_steps, OFF, compute_dtype, device_type, frames, frozen, lora)
             for layout in layouts
         ]

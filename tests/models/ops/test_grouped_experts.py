@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from models.ops.grouped_experts import _grouped_mm_works, grouped_experts
+from models.ops.grouped_experts import Projection, _grouped_mm_works, grouped_experts
 from tests.models.ops.compare import OperationLog, assert_close, run
 
 # What each dtype's rounding allows: sums of up to 64 products, two matrix products and SwiGLU. float64 rounds at 1e-16,
@@ -25,6 +25,13 @@ def make_inputs(
     return inputs, torch.tensor(counts).cumsum(0).to(torch.int32)
 
 
+def plain(
+    x: torch.Tensor, gate_up_proj: torch.Tensor, down_proj: torch.Tensor, weights: torch.Tensor, offsets: torch.Tensor
+) -> torch.Tensor:
+    """Without adapters."""
+    return grouped_experts(x, Projection(gate_up_proj), Projection(down_proj), weights, offsets)
+
+
 def loop(
     x: torch.Tensor, gate_up_proj: torch.Tensor, down_proj: torch.Tensor, weights: torch.Tensor, counts: list[int]
 ) -> torch.Tensor:
@@ -37,7 +44,7 @@ def loop(
 
 def check(counts: list[int], hidden: int, inner: int, dtype: torch.dtype) -> None:
     inputs, offsets = make_inputs(counts, hidden, inner, dtype)
-    actual = run(lambda *x: grouped_experts(*x, offsets), inputs)
+    actual = run(lambda *x: plain(*x, offsets), inputs)
     assert actual[0].dtype == dtype
     expected = run(lambda *x: loop(*x, counts), [x.double() for x in inputs])
     assert_close(actual, expected, TOLERANCES[dtype])
@@ -76,7 +83,7 @@ def test_both_paths_are_taken() -> None:
 def test_no_rows(dtype: torch.dtype) -> None:
     """A rank that receives no rows still has gradients, zero, for its experts: a collective waits for them."""
     inputs, offsets = make_inputs([0, 0, 0], dtype=dtype)
-    out, gradients = run(lambda *x: grouped_experts(*x, offsets), inputs)
+    out, gradients = run(lambda *x: plain(*x, offsets), inputs)
     assert out.shape == (0, 16)
     assert [x.shape for x in gradients] == [x.shape for x in inputs]
     assert not any(x.any() for x in gradients)
@@ -84,7 +91,7 @@ def test_no_rows(dtype: torch.dtype) -> None:
 
 def test_an_expert_without_rows_has_zero_gradients() -> None:
     inputs, offsets = make_inputs([3, 0, 4], dtype=torch.float32)
-    _, (_, gate_up, down, _) = run(lambda *x: grouped_experts(*x, offsets), inputs)
+    _, (_, gate_up, down, _) = run(lambda *x: plain(*x, offsets), inputs)
     for gradient in (gate_up, down):
         assert [bool(x.any()) for x in gradient] == [True, False, True]
 
@@ -93,8 +100,8 @@ def test_gradient_without_strides_is_accepted() -> None:
     """`.sum()` hands back an expanded scalar."""
     inputs, offsets = make_inputs([3, 0, 4], dtype=torch.float32)
     inputs = [x.requires_grad_() for x in inputs]
-    actual = torch.autograd.grad(grouped_experts(*inputs, offsets).sum(), inputs)
-    expected = torch.autograd.grad((grouped_experts(*inputs, offsets) * torch.ones(7, 16)).sum(), inputs)
+    actual = torch.autograd.grad(plain(*inputs, offsets).sum(), inputs)
+    expected = torch.autograd.grad((plain(*inputs, offsets) * torch.ones(7, 16)).sum(), inputs)
     for a, e in zip(actual, expected):
         assert torch.equal(a, e)
 
@@ -102,7 +109,7 @@ def test_gradient_without_strides_is_accepted() -> None:
 def test_weights_are_not_copied() -> None:
     inputs, offsets = make_inputs([1, 0, 2, 0, 0, 0], hidden=32, inner=16, dtype=torch.float32)
     with OperationLog() as log:
-        grouped_experts(*inputs, offsets)
+        plain(*inputs, offsets)
     views = {"transpose", "detach", "alias", "view", "split", "slice"}
     smaller_weight = inputs[2].numel()
     assert max(size for name, size in zip(log.names, log.sizes) if name not in views) < smaller_weight
@@ -111,11 +118,11 @@ def test_weights_are_not_copied() -> None:
 def test_one_graph_whatever_the_rows() -> None:
     counter = CompileCounterWithBackend("aot_eager")
     torch._dynamo.reset()
-    compiled = torch.compile(grouped_experts, fullgraph=True, backend=counter)
+    compiled = torch.compile(plain, fullgraph=True, backend=counter)
     for counts in ([2, 3, 0], [0, 9, 1], [4, 4, 5], [20, 0, 0]):
         inputs, offsets = make_inputs(counts, dtype=torch.bfloat16)
         actual = run(lambda *x, offsets=offsets: compiled(*x, offsets), inputs)
-        expected = run(lambda *x, offsets=offsets: grouped_experts(*x, offsets), inputs)
+        expected = run(lambda *x, offsets=offsets: plain(*x, offsets), inputs)
         assert_close(actual, expected, TOLERANCES[torch.bfloat16])
     assert counter.frame_count <= 2  # the second graph takes any number of rows
 
@@ -124,8 +131,28 @@ def test_without_rows_nothing_reads_the_offsets_and_all_weights_have_gradients()
     # On a GPU the host would wait for them.
     inputs, offsets = make_inputs([0, 0, 0])
     with OperationLog() as log:
-        out, gradients = run(lambda *x: grouped_experts(*x, offsets.to("meta")), inputs)
+        out, gradients = run(lambda *x: plain(*x, offsets.to("meta")), inputs)
     assert out.shape == (0, 16)
     assert [g.shape for g in gradients] == [x.shape for x in inputs]
     assert not any(g.any() for g in gradients)
     assert "tensor_split" not in log.names
+
+
+@pytest.mark.parametrize("counts", [[3, 0, 5, 1], [0, 0], [0, 0, 0, 20]])
+def test_adapters_are_a_product_of_low_rank_added_to_each_experts_matrix(counts: list[int]) -> None:
+    inputs, offsets = make_inputs(counts)
+    generator = torch.Generator().manual_seed(0)
+    experts = len(counts)
+    shapes = [(experts, 4, 16), (experts, 16, 4), (experts, 4, 8), (experts, 16, 4)]
+    adapters = [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes]
+
+    def low_rank(x, gate_up, down, weights, *factors: torch.Tensor) -> torch.Tensor:
+        projections = Projection(gate_up, *factors[:2], 0.3), Projection(down, *factors[2:], 0.3)
+        return grouped_experts(x, *projections, weights, offsets)
+
+    def dense(x, gate_up, down, weights, *factors: torch.Tensor) -> torch.Tensor:
+        a, b, c, d = factors
+        return loop(x, gate_up + 0.3 * b @ a, down + 0.3 * d @ c, weights, counts)
+
+    actual, expected = (run(function, [*inputs, *adapters]) for function in (low_rank, dense))
+    assert_close(actual, expected, 1e-13)

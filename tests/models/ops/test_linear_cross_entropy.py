@@ -183,3 +183,27 @@ def test_is_right_under_the_compiler() -> None:
     compiled = torch.compile(lambda *x: linear_cross_entropy(*x), backend="aot_eager")
     actual, expected = (run(lambda *x, f=f: f(*x, labels, 8), inputs) for f in (compiled, linear_cross_entropy))
     assert_close(actual, expected, 1e-6)  # float32
+
+
+@pytest.mark.parametrize("num_tokens", [15, 33])
+def test_an_adapter_of_low_rank_is_added_to_the_logits(num_tokens: int) -> None:
+    (hidden, weight), labels = make_inputs(num_tokens)
+    generator = torch.Generator().manual_seed(1)
+    low = [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in ((num_tokens, 2), (VOCABULARY, 2))]
+    actual = run(lambda h, w, a, b: linear_cross_entropy(h, w, labels, 16, low_rank=(a, b)), [hidden, weight, *low])
+    expected = run(
+        lambda h, w, a, b: F.cross_entropy(h @ w.T + a @ b.T, labels, ignore_index=-100, reduction="sum"),
+        [hidden, weight, *low],
+    )
+    assert_close(actual, expected, 1e-12)
+
+
+def test_a_frozen_head_has_no_gradient_computed() -> None:
+    (hidden, weight), labels = make_inputs(20, dtype=torch.float32)
+    low = [torch.randn(20, 2), torch.randn(VOCABULARY, 2)]
+    for tensor in (hidden, *low):
+        tensor.requires_grad_()
+    with OperationLog() as log:
+        linear_cross_entropy(hidden, weight, labels, low_rank=(low[0], low[1])).backward()
+    assert all(tensor.grad is not None for tensor in (hidden, *low))
+    assert num_matmuls(log) == 5  # two of the logits, then three gradients
