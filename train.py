@@ -26,7 +26,7 @@ from models.ops.precision import compute_dtype
 from models.qwen35_moe.check_kernels import check_kernels
 from models.qwen35_moe.config import ModelConfig
 from models.qwen35_moe.init import init_weights
-from models.qwen35_moe.lora import add_adapters
+from models.qwen35_moe.lora import add_adapters, is_adapter
 from models.qwen35_moe.model import Qwen35Moe
 from models.qwen35_moe.parts import freeze, frozen_parts
 from parallelisms.context_parallel import own_share
@@ -221,7 +221,7 @@ def main(arguments: list[str]) -> None:
         load_hf_weights(model, Path(config.model.path), config.job.seed, local_region)
     if progress is None:
         progress = Progress()
-        init_weights(model, config.job.seed, local_region, adapters_only=from_hf)
+        init_weights(model, config.job.seed, local_region, which=is_adapter if from_hf else lambda _: True)
     if progress.data_cursors is not None:
         loader.load_cursors(progress.data_cursors)
     step, tokens_seen = progress.step, progress.tokens_seen

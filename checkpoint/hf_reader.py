@@ -75,16 +75,14 @@ def _array(tensor: StoredTensor) -> StoredArray:
 
 
 def load_hf_weights(model: Qwen35Moe, folder: Path, seed: int, local_part: Callable[[torch.Tensor], LocalPart]) -> None:
-    """Fills every parameter's part that `local_part` says lies in this process, reading no more than that; not those of
-    adapters.
+    """Fills every parameter's part that `local_part` says lies in this process, reading no more than that; not those
+    of adapters.
 
     Multi-token prediction of which there is nothing begins with random weights. Raises UserError naming a tensor that
     is missing, unexpected or of a wrong shape.
     """
     stored, config = read_safetensors(folder), model.config
-    tensors: dict[str, torch.Tensor] = {
-        name: parameter for name, parameter in model.named_parameters() if not is_adapter(name)
-    }
+    tensors = {name: parameter for name, parameter in model.named_parameters() if not is_adapter(name)}
     if model.mtp is not None and not any(name.startswith(MTP) for name in stored):
         begin_mtp(model, folder, seed, local_part)
         config = replace(config, mtp_num_hidden_layers=0)
@@ -95,7 +93,7 @@ def load_hf_weights(model: Qwen35Moe, folder: Path, seed: int, local_part: Calla
 def begin_mtp(model: Qwen35Moe, source: Path, seed: int, local_part: Callable[[torch.Tensor], LocalPart]) -> None:
     """Fills multi-token prediction, of which `source` has nothing."""
     logger.warning(f"{source} has no multi-token prediction: it begins with random weights")
-    init_weights(model, seed, local_part, prefix=MTP)
+    init_weights(model, seed, local_part, which=lambda name: name.startswith(MTP))
 
 
 @torch.no_grad()

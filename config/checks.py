@@ -23,9 +23,9 @@ def check_config(config: Config, world_size: int) -> None:
     shape = model_config(config)
     degrees = work_out_degrees(config.parallelism, config.training, shape, world_size)
     check_frozen(config.model.freeze, shape)
+    _check_mtp(config)
     if config.lora.rank:
         _check_lora(config, shape, degrees)
-    _check_mtp(config)
     _check_ratios(config.optimizer, shape)
     _check_schedule(config.lr_scheduler)
     _check_kernels(config, shape)
@@ -67,6 +67,8 @@ def _check_lora(config: Config, shape: ModelConfig, degrees: Degrees) -> None:
                 f"{rank}: shard degree {degrees.shard} / {degrees.expert} = {over} does not divide the model's "
                 f"moe_intermediate_size = {shape.moe_intermediate_size}: expected degrees whose quotient does"
             )
+    if config.mtp.train != "off":
+        raise UserError(f"mtp.train = {config.mtp.train!r}: {rank} trains adapters alone: expected 'off'")
     if model.freeze:
         raise UserError(f"model.freeze = {list(model.freeze)}: {rank} freezes all weights already: expected []")
     for key in ("vision_lr_ratio", "merger_lr_ratio"):

@@ -25,8 +25,8 @@ def flops_per_token(
     head; not the embedding look-up), 6 * S * heads * head_dim for each full-attention layer (causal: half of S on
     average, forward and backward), and 18 * value_heads * K * Kv for each gated-delta-rule layer. With adapters the
     weights are frozen and have no gradient: 4 for each of their parameters, 6 for each of the adapters'. Of multi-token
-    prediction the same as of the trunk, and the head once more. Without `trains_trunk` the trunk runs forward alone, a
-    third of that, and the head's weights take no gradient.
+    prediction the same as without adapters, and the head once more. Without `trains_trunk` the trunk runs forward
+    alone, a third of that, and the head's weights take no gradient.
     """
     num_full = config.layer_types.count(FULL)
     of_full_layer = 6 * sequence_length * config.num_attention_heads * config.head_dim

@@ -23,7 +23,6 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from models.qwen35_moe.lora import is_adapter
 from models.qwen35_moe.model import Qwen35Moe
 from models.qwen35_moe.parameters import Box, full_box
 
@@ -69,19 +68,17 @@ def init_weights(
     seed: int,
     local_part: Callable[[nn.Parameter], LocalPart] = whole,
     *,
-    prefix: str = "",
-    adapters_only: bool = False,
+    which: Callable[[str], bool] = lambda name: True,
 ) -> None:
-    """Fills every parameter of the model whose name begins with `prefix`, or the part of it that `local_part` says lies
-    in this process.
+    """Fills every parameter of the model, or the part of it that `local_part` says lies in this process.
 
-    adapters_only: none but the adapters', if there are any.
+    which: by their names, none but these.
 
     Matrices are drawn whole, one at a time, then cut: no more than one full matrix (of one expert) is ever in memory.
     """
     config = model.config
     for name, parameter in model.named_parameters():
-        if not name.startswith(prefix) or (adapters_only and not is_adapter(name)):
+        if not which(name):
             continue
         of = config.vision if config.vision and name.startswith("visual.") else config
         std = of.initializer_range

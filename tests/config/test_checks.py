@@ -34,6 +34,9 @@ def test_multi_token_prediction(folder: Path) -> None:
     )
     assert "no part 'mtp' (mtp.train = 'off')" in error_of("--model.freeze=mtp")
     check_config(load("--mtp.train=joint", "--model.freeze=mtp,head"), 2)
+    assert error_of("--mtp.train=joint", "--lora.rank=8") == (
+        "mtp.train = 'joint': lora.rank = 8 trains adapters alone: expected 'off'"
+    )
     assert "mtp.train" in error_of("--mtp.train=both")
     assert "mtp.loss_weight" in error_of("--mtp.loss_weight=0")
     assert "model.config.mtp_num_hidden_layers" in error_of("--model.config.mtp_num_hidden_layers=1")

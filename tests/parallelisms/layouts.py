@@ -33,8 +33,8 @@ from training.optimizer import NamedAdamW, build_optimizer
 
 TRAINING = Training(steps=5, sequence_length=64, global_batch_size=4)
 OFF = MoE()
-NO_LORA = Lora()
 MTP = Mtp(train="joint", loss_weight=0.3)  # for models that have it
+NO_LORA = Lora()
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,7 @@ LINEAR_LAYERS = {
 def with_adapters(model: Qwen35Moe, targets: tuple[str, ...] = ADAPTABLE, zero: bool = False) -> Qwen35Moe:
     """The same model with initial adapters, or with a B that makes their product as large as the weights."""
     add_adapters(model, RANK, ALPHA, targets)
-    init_weights(model, 0, adapters_only=True)
+    init_weights(model, 0, which=is_adapter)
     generator = torch.Generator().manual_seed(1)
     for name, parameter in model.named_parameters():
         if "lora_B" in name and not zero:
