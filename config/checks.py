@@ -88,11 +88,6 @@ def _check_ratios(optimizer: Optimizer, shape: ModelConfig) -> None:
 
 
 def _check_mtp(config: Config) -> None:
-    if config.lora.rank and config.mtp.train != "off":
-        raise UserError(
-            f"mtp.train = {config.mtp.train!r} with lora.rank = {config.lora.rank}: expected 'off': adapters leave all "
-            "else as it is"
-        )
     if config.mtp.train == "head" and "mtp" in config.model.freeze:
         frozen = f"model.freeze = {list(config.model.freeze)}"
         raise UserError(f"{frozen}: with mtp.train = 'head' nothing is left to train: expected it without 'mtp'")

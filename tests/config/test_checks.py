@@ -255,7 +255,6 @@ EXPERTS = "--lora.targets=experts,attention"
             (*LORA, "--model.config.tie_word_embeddings=true", "--lora.targets=head"),
             "the model has no part 'head': expected",
         ),
-        ((*LORA, "--mtp.train=head"), "mtp.train = 'head' with lora.rank = 8: expected 'off'"),
         ((*LORA, "--model.freeze=router"), "model.freeze = ['router']: lora.rank = 8 freezes all weights already"),
         ((*LORA, "--optimizer.merger_lr_ratio=0.5"), "optimizer.merger_lr_ratio = 0.5: "),
         ((*LORA, "--lora.dropout=0.1"), "lora.dropout"),
