@@ -7,8 +7,6 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from transformers.models.qwen3_5_moe import modeling_qwen3_5_moe
 
 from models.ops.documents import Documents
@@ -176,30 +174,3 @@ def test_equals_transformers(name: str, monkeypatch: pytest.MonkeyPatch) -> None
     for token in (vision.image_token_id, vision.video_token_id):
         if not config.tie_word_embeddings:
             assert not model.embed_tokens.weight.grad[token].any()
-
-
-PICTURE = st.tuples(st.integers(1, 3), st.integers(1, 9).map(lambda n: 2 * n), st.integers(1, 9).map(lambda n: 2 * n))
-
-
-@settings(deadline=None, max_examples=200)
-@given(items=st.lists(st.one_of(st.integers(1, 12), PICTURE), min_size=1, max_size=8))
-def test_positions_are_those_of_transformers(items: list[Item]) -> None:
-    config = CONFIGS["tiny"]
-    vision = config.vision
-    assert vision is not None
-    document = read_document(items, vision)
-    with torch.device("meta"):
-        hf = transformers.Qwen3_5MoeForConditionalGeneration(transformers.Qwen3_5MoeConfig(**config.to_dict()))
-    expected, _ = hf.model.get_rope_index(
-        torch.tensor([document.tokens]),
-        torch.tensor([document.types]),
-        image_grid_thw=torch.tensor(document.image_grids) if document.image_grids else None,
-        video_grid_thw=torch.tensor(document.video_grids) if document.video_grids else None,
-    )
-    assert np.array_equal(positions_of(document, 2), expected[:, 0].numpy())
-
-
-def test_frames_may_touch() -> None:
-    """Two with no token between are two: transformers takes them for one and raises."""
-    positions = multimodal_positions(7, [(1, 1, 2), (3, 2, 1)])
-    assert positions.tolist() == [[0, 1, 1, 3, 3, 5, 6], [0, 1, 1, 3, 4, 5, 6], [0, 1, 2, 3, 3, 5, 6]]
