@@ -18,7 +18,8 @@ from models.ops.attention import attention
 from models.ops.causal_conv1d import causal_conv1d
 from models.ops.documents import Documents
 from models.ops.gated_delta_rule import gated_delta_rule
-from models.ops.grouped_experts import grouped_experts
+from models.ops.grouped_experts import Projection
+from models.ops.grouped_experts import grouped_experts as experts_of_projections
 from models.ops.kernels import CHOICES, ON_REQUEST, Kernels
 from models.ops.labels import IGNORED
 from models.ops.linear_cross_entropy import linear_cross_entropy
@@ -141,6 +142,13 @@ def _cases(kernels: Kernels, shape: ModelConfig, device: torch.device, dtype: to
         "weights": random(int(rows.sum())).float().sigmoid(),
     }
     yield _Case("grouped_experts", "", grouped_experts, inputs, (rows.cumsum(0, dtype=torch.int32).to(device),))
+
+
+def grouped_experts(
+    x: torch.Tensor, gate_up_proj: torch.Tensor, down_proj: torch.Tensor, weights: torch.Tensor, offsets: torch.Tensor
+) -> torch.Tensor:
+    """The experts' operation, of matrices without adapters."""
+    return experts_of_projections(x, Projection(gate_up_proj), Projection(down_proj), weights, offsets)
 
 
 def _results(case: _Case, backend: str, dtype: torch.dtype | None = None) -> dict[str, torch.Tensor]:

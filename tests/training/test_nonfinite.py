@@ -23,7 +23,7 @@ ROWS = [[40, 24], [10, 54]]
 
 
 def spoil_loss(model: Qwen35Moe) -> Any:
-    return model.register_forward_hook(lambda _, inputs, output: (output[0] * float("nan"), output[1]))
+    return model.register_forward_hook(lambda _, inputs, output: output._replace(result=output.result * float("nan")))
 
 
 def spoil_gradient(model: Qwen35Moe) -> Any:
