@@ -107,7 +107,7 @@ def test_transformers_computes_the_same_from_an_export(trained: Path, tmp_path: 
     row = read_row(chats(tmp_path), vision)
     batch = MicroBatch.of([row], may_fill=True, vision=vision)
     expected = logits_of_transformers(hf, row, vision)
-    actual, _ = native(SimpleNamespace(**vars(batch) | {"labels": None}))
+    actual, *_ = native(SimpleNamespace(**vars(batch) | {"labels": None}))
     assert [len({frame.height for frame in row.frames}), len(row.frames)] == [1, 5]  # two images, three pairs
     assert error(actual[: len(expected)], expected) < 1e-5
 
