@@ -127,8 +127,11 @@ def measure(
     degrees = work_out_degrees(config.parallelism, config.training, shape, world_size)
     meshes = build_meshes(device.type, degrees)
     torch.manual_seed(config.job.seed)
+    started = time.perf_counter()
     model = build_model(config, shape, meshes, device)
+    built = time.perf_counter()
     init_weights(model, config.job.seed, local_region)
+    drawn = time.perf_counter()
     optimizer = build_optimizer(model, config.optimizer)
     num_micro_batches = training.global_batch_size // (meshes.num_data_ranks * training.local_batch_size)
     tokens_per_step = training.global_batch_size * training.sequence_length
@@ -155,6 +158,9 @@ def measure(
 
     for number in range(NUM_WARMUP_STEPS):
         step(number)
+        if not number:
+            synchronize()
+            first_step = time.perf_counter()
     if shape.vision:
         vision_work.read()  # of the warm-up
     gc.collect()
@@ -171,7 +177,7 @@ def measure(
     median = sorted(seconds)[len(seconds) // 2]
     rate = tokens_per_step / median
     longest = max(lengths, default=training.sequence_length)
-    flops = flops_per_token(shape, longest, trains_trunk=config.mtp.train != "head")
+    flops = flops_per_token(shape, longest, config.lora, config.mtp.train != "head")
     of_vision, vision_flops = vision_work.read() if shape.vision else ({}, 0.0)
     flops += vision_flops / tokens_per_step
     found: dict[str, Any] = {
@@ -187,6 +193,9 @@ def measure(
         "activation_checkpoint": config.activation_checkpoint.mode,
         "compile": config.compile.enable,
         "balanced": config.moe.force_balanced_routing,
+        "build_seconds": round(built - started, 1),
+        "init_seconds": round(drawn - built, 1),
+        "first_step_seconds": round(first_step - drawn, 1),
         "step_seconds": round(median, 4),
         "seconds_of_steps": [round(each, 4) for each in seconds],
         "tokens_per_second_per_device": round(rate / world_size),

@@ -18,7 +18,9 @@ visual: embeddings, projections                      normal(0, vision_config's i
 """
 
 import hashlib
+import os
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import torch
 from torch import nn
@@ -62,7 +64,6 @@ def initial_value(
     return torch.empty(shape).normal_(0.0, initializer_range, generator=generator)
 
 
-@torch.no_grad()
 def init_weights(
     model: Qwen35Moe,
     seed: int,
@@ -74,19 +75,37 @@ def init_weights(
 
     which: by their names, none but these.
 
-    Matrices are drawn whole, one at a time, then cut: no more than one full matrix (of one expert) is ever in memory.
+    Matrices are drawn whole, then cut. A generator draws on one core, so several threads draw a matrix each (of an
+    expert, where they are stacked), no more than which are in memory.
     """
     config = model.config
-    for name, parameter in model.named_parameters():
-        if not which(name):
-            continue
-        of = config.vision if config.vision and name.startswith("visual.") else config
-        std = of.initializer_range
-        local, box = local_part(parameter)
-        index = tuple(slice(*edges) for edges in box)
-        if ".experts." in name:
-            for position, expert in enumerate(range(*box[0])):
-                value = initial_value(name, parameter.shape[1:], std, seed, expert)
-                local[position].copy_(value[index[1:]])
-        else:
-            local.copy_(initial_value(name, parameter.shape, std, seed)[index])
+    num_threads = max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    with ThreadPoolExecutor(num_threads) as pool:
+        draws = list[Future[None]]()
+        for name, parameter in model.named_parameters():
+            if not which(name):
+                continue
+            of = config.vision if config.vision and name.startswith("visual.") else config
+            std = of.initializer_range
+            local, box = local_part(parameter)
+            index = tuple(slice(*edges) for edges in box)
+            if ".experts." in name:
+                for part, expert in zip(local.detach(), range(*box[0]), strict=True):
+                    draws.append(pool.submit(_draw, part, index[1:], name, parameter.shape[1:], std, seed, expert))
+            else:
+                draws.append(pool.submit(_draw, local.detach(), index, name, parameter.shape, std, seed))
+        for draw in draws:
+            draw.result()
+
+
+def _draw(
+    local: torch.Tensor,
+    index: tuple[slice, ...],
+    name: str,
+    shape: torch.Size,
+    std: float,
+    seed: int,
+    expert: int | None = None,
+) -> None:
+    """Fills `local` with this part of a parameter."""
+    local.copy_(initial_value(name, shape, std, seed, expert)[index].to(local.dtype))
