@@ -16,24 +16,52 @@ class NamedAdamW(torch.optim.AdamW):
 
     The states remain DTensors for checkpoints. But the update is elementwise, and finding that out anew for each of
     hundreds of DTensors keeps a GPU waiting.
+
+    state_dtype: of the running means; None: each parameter's. The update is computed in float32 either way.
     """
+
+    def __init__(self, params: list[dict[str, Any]], state_dtype: torch.dtype | None = None, **options: Any) -> None:
+        super().__init__(params, **options)
+        self.state_dtype = state_dtype
+        self._widened: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """One update of all parameters that have a gradient."""
+        super().step(closure)
+        for narrow, wide in self._widened:
+            narrow.copy_(wide)
+        self._widened.clear()
 
     def named_state(self) -> dict[str, torch.Tensor]:
         """`<parameter>.<exp_avg | exp_avg_sq | step>`; zeros, to be loaded into, where no step has been made yet."""
         named: dict[str, torch.Tensor] = {}
         for group in self.param_groups:
             for name, parameter in zip(group["param_names"], group["params"]):
-                own = self.state[parameter]
-                if not own:
-                    own["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
-                    own["exp_avg"], own["exp_avg_sq"] = torch.zeros_like(parameter), torch.zeros_like(parameter)
-                named |= {f"{name}.{key}": tensor.detach() for key, tensor in own.items()}
+                named |= {f"{name}.{key}": tensor.detach() for key, tensor in self._state_of(parameter).items()}
         return named
 
+    def _state_of(self, parameter: nn.Parameter) -> dict[str, torch.Tensor]:
+        own = self.state[parameter]
+        if not own:
+            own["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
+            for mean in ("exp_avg", "exp_avg_sq"):
+                own[mean] = torch.zeros_like(parameter, dtype=self.state_dtype)
+        return own
+
     def _init_group(self, group: dict[str, Any], *lists: list[Any]) -> bool:
+        for parameter in group["params"]:
+            if parameter.grad is not None:
+                self._state_of(parameter)
         has_complex = super()._init_group(group, *lists)
         for tensors in lists:
             tensors[:] = [tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in tensors]
+        parameters, _, *means = lists[:4]
+        for tensors in means:
+            for index, (tensor, parameter) in enumerate(zip(tensors, parameters, strict=True)):
+                # The fused kernel of GPUs takes means in bfloat16 beside float32 weights; that of CPUs does not.
+                if tensor.dtype != parameter.dtype and not tensor.is_cuda:
+                    tensors[index] = tensor.to(parameter.dtype)
+                    self._widened.append((tensor, tensors[index]))
         return has_complex
 
 
@@ -58,6 +86,7 @@ def build_optimizer(model: nn.Module, config: Optimizer) -> NamedAdamW:
             }
             for (lr_ratio, decays), named in groups.items()
         ],
+        state_dtype=None if config.state_dtype == "auto" else getattr(torch, config.state_dtype),
         lr=config.lr,
         betas=config.betas,
         eps=config.eps,

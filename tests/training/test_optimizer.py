@@ -80,6 +80,38 @@ def test_a_clipped_step_is_torchs(max_norm: float) -> None:
         assert torch.allclose(parameter, expected, rtol=2e-7, atol=1e-8), name
 
 
+def test_means_in_bfloat16_are_rounded_once_a_step_and_weights_are_not() -> None:
+    model = random_model(tiny_config())
+    config = Optimizer(lr=1e-3, eps=1e-4, weight_decay=0.1, state_dtype="bfloat16")
+    optimizer = build_optimizer(model, config)
+    expected = {name: parameter.detach().double() for name, parameter in model.named_parameters()}
+    means = {name: [torch.zeros_like(value) for _ in range(2)] for name, value in expected.items()}
+    (beta1, beta2), generator = config.betas, torch.Generator().manual_seed(0)
+    for step in range(1, 4):
+        for name, parameter in model.named_parameters():
+            parameter.grad = torch.randn(parameter.shape, generator=generator)
+            gradient, (mean, square) = parameter.grad.double(), means[name]
+            mean = beta1 * mean + (1 - beta1) * gradient
+            square = beta2 * square + (1 - beta2) * gradient**2
+            decay = config.weight_decay if parameter.dim() > 1 else 0.0
+            update = mean / (1 - beta1**step) / ((square / (1 - beta2**step)).sqrt() + config.eps)
+            expected[name] = expected[name] * (1 - config.lr * decay) - config.lr * update
+            means[name] = [mean.bfloat16().double(), square.bfloat16().double()]
+        optimizer.step()
+    for name, parameter in model.named_parameters():
+        assert parameter.dtype == torch.float32
+        # Three roundings of weights up to 5; and where float32 and float64 lie on two sides of a tie, a mean is one step
+        # of bfloat16 off, and so its update.
+        off = (parameter.double() - expected[name]).abs()
+        assert off.max() < config.lr * 2**-6, name
+        assert (off < 1e-6).double().mean() > 0.99, name
+        state = optimizer.state[parameter]
+        for key, mean in zip(("exp_avg", "exp_avg_sq"), means[name]):
+            assert state[key].dtype == torch.bfloat16
+            assert torch.allclose(state[key].double(), mean, rtol=2**-7, atol=0), (name, key)
+            assert (state[key].double() == mean).double().mean() > 0.99, (name, key)
+
+
 def test_tower_and_merger_have_rates_of_their_own_on_one_schedule() -> None:
     model = Qwen35Moe(tiny_config(vision=tiny_vision()), Kernels())
     init_weights(model, 0)
