@@ -29,6 +29,7 @@ from models.qwen35_moe.init import init_weights
 from models.qwen35_moe.lora import add_adapters, is_adapter
 from models.qwen35_moe.model import Qwen35Moe
 from models.qwen35_moe.parts import freeze, frozen_parts
+from models.qwen35_moe.slow_paths import slow_paths
 from parallelisms.context_parallel import own_share
 from parallelisms.degrees import shape_on_a_rank, work_out_degrees
 from parallelisms.mesh import Meshes, build_meshes
@@ -164,6 +165,8 @@ def build_model(config: Config, shape: ModelConfig, meshes: Meshes, device: torc
     frozen = f", {num_trained / 1e6:,.1f} M of them trained" if num_trained < num_parameters else ""
     num_devices = meshes.data_parallel.size()
     logger.info(f"{num_parameters / 1e6:,.1f} M parameters{frozen}, {num_devices} x {device.type}, {dtype}, {kernels}")
+    for slow in slow_paths(kernels, shape, device.type, dtype):
+        logger.warning(f"SLOW, many times slower than it could be on a GPU: {slow}")
     if config.kernels.self_test and device.type == "cuda":
         wrong = check_kernels(kernels, shape_on_a_rank(shape, meshes.degrees.context), device, dtype)
         if wrong:

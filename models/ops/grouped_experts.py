@@ -82,11 +82,16 @@ def _loop(x: torch.Tensor, weight: torch.Tensor, offsets: torch.Tensor) -> torch
     return torch.cat([part @ matrix.T for part, matrix in zip(parts, weight)])
 
 
+def is_aligned(width: int, dtype: torch.dtype) -> bool:
+    """Whether rows of this width are a multiple of 16 bytes."""
+    return width * dtype.itemsize % 16 == 0
+
+
 def _grouped_mm_works(x: torch.Tensor, weight: torch.Tensor) -> bool:
     """grouped_mm takes no float64, and only rows whose strides are multiples of 16 bytes.
 
     Its shape function, which the compiler runs, knows bfloat16 alone (torch 2.11 to 2.13).
     """
-    aligned = all(size * x.element_size() % 16 == 0 for size in weight.shape[-2:])
+    aligned = all(is_aligned(size, x.dtype) for size in weight.shape[-2:])
     float32_works = x.dtype == torch.float32 and not torch.compiler.is_compiling()
     return aligned and (x.dtype == torch.bfloat16 or float32_works)

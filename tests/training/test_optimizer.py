@@ -100,7 +100,7 @@ def test_means_in_bfloat16_are_rounded_once_a_step_and_weights_are_not() -> None
         optimizer.step()
     for name, parameter in model.named_parameters():
         assert parameter.dtype == torch.float32
-        # Three roundings of weights up to 5; and where float32 and float64 lie on two sides of a tie, a mean is one step
+        # Three roundings of weights up to 5; and where float32 and float64 lie on two sides of a tie, a mean is a step
         # of bfloat16 off, and so its update.
         off = (parameter.double() - expected[name]).abs()
         assert off.max() < config.lr * 2**-6, name
