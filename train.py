@@ -34,6 +34,7 @@ from parallelisms.context_parallel import own_share
 from parallelisms.degrees import shape_on_a_rank, work_out_degrees
 from parallelisms.mesh import Meshes, build_meshes
 from parallelisms.parallelize import local_region, parallelize_fn, reduce_replicas_after, reduce_replicated_gradients
+from training.compile_cache import keep_compiled_in
 from training.distributed import (
     init_distributed,
     name_missing_ranks,
@@ -194,6 +195,7 @@ def main(arguments: list[str]) -> None:
     stop = StopRequest()
 
     # 2. Processes, devices, meshes.
+    keep_compiled_in(config.compile.cache_dir)
     if config.job.deterministic:
         set_deterministic()
     device = init_distributed(config.job.collective_timeout_seconds)

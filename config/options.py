@@ -258,6 +258,9 @@ class Compile:
 
     enable: bool = False
     """Compile each block."""
+    cache_dir: str = ""
+    """Where compiled kernels are kept, these and those of [kernels]: a folder that can be copied to a bare machine of
+    the same kind, which then compiles nothing. "": where each compiler's environment variable or default says."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -57,6 +57,10 @@ def check_kernels(kernels: Kernels, shape: ModelConfig, device: torch.device, dt
     nothing is. Random numbers come from generators of its own, and the memory is given back.
     """
     start, bound = time.perf_counter(), _BOUNDS[dtype]
+    logger.info(
+        "comparing kernels with plain PyTorch: seconds where they have been compiled before, two minutes on a bare "
+        "machine (compile.cache_dir: where they are kept)"
+    )
     wrong: list[str] = []
     errors: list[tuple[float, str]] = []
     for case in _cases(kernels, shape, device, dtype):
