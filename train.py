@@ -48,7 +48,7 @@ from training.gradients import gradient_norm, last_nonfinite
 from training.load_balancing import measure_for, router_losses
 from training.lock import RunLock
 from training.metrics import MetricsWriter, data_quality, expert_load, peak_memory_gib, setup_logging
-from training.optimizer import build_optimizer, lr_factor, set_learning_rate, step_clipped
+from training.optimizer import NamedAdamW, build_optimizer, lr_factor, set_learning_rate, step_clipped
 from training.signals import StopRequest
 from training.validation import Validator
 from training.vision_work import VisionWork
@@ -73,7 +73,7 @@ class StepResult(NamedTuple):
 
 def train_step(
     model: Qwen35Moe,
-    optimizer: torch.optim.Optimizer,
+    optimizer: NamedAdamW,
     micro_batches: list[MicroBatch],
     num_trained: int,
     meshes: Meshes,
