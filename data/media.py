@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from config.options import Config, Data
 from data.batch import MAX_PATCHES, Frame, Medium, Sample
 from data.images import ImageSource, PixelRules, find_processor, fit_image, image_patches, image_size, pixel_rules
+from data.layouts import read_layout
 from data.packing import BadSample
 from data.records import Record
 from data.videos import VideoSource, plan_video, video_patches
@@ -70,7 +71,10 @@ def has_media(record: Record, data: Data) -> bool:
         return isinstance(text, str) and bool(_TAG.search(text)) and has_fields(record, data)
     if has_fields(record, data):
         return True
-    messages = record.get(data.messages_key)
+    try:
+        messages = read_layout(record, data).messages
+    except BadSample:
+        return False
     contents = [
         message.get(key)
         for message in (messages if isinstance(messages, list) else [])

@@ -3,6 +3,7 @@
 import json
 from typing import Any, NamedTuple
 
+from data.layouts import ROLES, role_of
 from data.media import Media, kind_of_part
 from data.packing import BadSample
 
@@ -26,13 +27,6 @@ is null or empty says nothing. docs/data.md has the same table."""
 
 _FLAGS = {"true": 1, "yes": 1, "1": 1, "1.0": 1, "false": 0, "no": 0, "0": 0, "0.0": 0}
 _PART = ("type", "text", "cache_control", "annotations")
-_ROLES = {
-    **dict.fromkeys(("human", "user"), "user"),
-    **dict.fromkeys(("gpt", "assistant", "model", "bot"), "assistant"),
-    **dict.fromkeys(("tool", "observation", "function_response"), "tool"),
-    "system": "system",
-}
-"""Of ShareGPT's and LLaVA's messages, {"from": ..., "value": ...}."""
 
 
 class Conversation(NamedTuple):
@@ -52,7 +46,7 @@ def read_messages(messages: Any, reasoning_key: str, media: Media) -> Conversati
         raise BadSample("wrong_type" if messages else "empty", "has no messages: expected a list of them")
     read = Conversation([], {}, [], set())
     for number, message in enumerate(messages):
-        if isinstance(message, dict) and "from" in message and "role" not in message:
+        if isinstance(message, dict) and message.get("from") is not None and message.get("role") is None:
             message = _from_sharegpt(message, number)
         if not isinstance(message, dict) or not isinstance(message.get("role"), str):
             raise BadSample("wrong_type", f"has message {number} without a role")
@@ -61,13 +55,18 @@ def read_messages(messages: Any, reasoning_key: str, media: Media) -> Conversati
 
 
 def _from_sharegpt(message: Message, number: int) -> Message:
-    role = _ROLES.get(message["from"]) if isinstance(message["from"], str) else None
+    sender, role = message["from"], role_of({"from": message["from"]})
     if role is None:
-        raise BadSample(
-            "wrong_type", f"has message {number} from {message['from']!r:.60}, expected {', '.join(_ROLES)}"
-        )
-    others = {key: value for key, value in message.items() if key not in ("from", "value")}
-    return {"role": role, "content": message.get("value"), **others}
+        raise BadSample("wrong_type", f"has message {number} from {sender!r:.60}, expected {', '.join(ROLES)}")
+    others = {key: value for key, value in message.items() if key not in ("role", "from", "value")}
+    if sender.lower() != "function_call":
+        content = message.get("value") if message.get("value") is not None else message.get("content")
+        return {"role": role, **others, "content": content}
+    try:
+        calls = json.loads(message["value"])
+    except (KeyError, TypeError, ValueError, RecursionError):
+        raise BadSample("wrong_type", f"has message {number} from {sender!r} whose value is not JSON") from None
+    return {"role": role, **others, "tool_calls": calls if isinstance(calls, list) else [calls]}
 
 
 def _read_message(message: Message, number: int, reasoning_key: str, read: Conversation, media: Media) -> Message:

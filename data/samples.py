@@ -5,7 +5,6 @@ import copy
 import dataclasses
 import functools
 import itertools
-import json
 import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -17,6 +16,7 @@ from config.options import Config, Data
 from data.batch import Sample
 from data.chat import ChatTemplate, texts_in
 from data.files import find_files, is_dataset
+from data.layouts import in_words, read_layout
 from data.media import Media, MediaReader, MediaSettings, has_fields, has_media, show_all
 from data.packing import BadSample
 from data.records import Record, Source, part_of
@@ -216,7 +216,10 @@ def text_of(record: Record, key: str) -> str:
     text = record.get(key)
     if not isinstance(text, str):
         found = f"is {text!r:.60}" if key in record else f"is missing among {', '.join(record)}"
-        raise BadSample("wrong_type", f"data.text_key = {key!r} {found}: expected a string")
+        hint = ""
+        with contextlib.suppress(BadSample):
+            hint = f", or data.format = 'chat' for its {in_words(record, Data(format='chat'))}"
+        raise BadSample("wrong_type", f"data.text_key = {key!r} {found}: expected a string{hint}")
     return text
 
 
@@ -234,19 +237,10 @@ class EncodeChat:
         self._named = frozenset[str]()  # the ignored fields that a note has named
 
     def __call__(self, record: Record) -> Sample:
-        messages_key, tools_key = self._data.messages_key, self._data.tools_key
-        if not isinstance(record, dict) or messages_key not in record:
-            found = "tokens" if not isinstance(record, dict) else ", ".join(record)
-            raise BadSample("wrong_type", f"data.messages_key = {messages_key!r}: expected one of {found}")
-        tools = record.get(tools_key) or None
-        if isinstance(tools, str):
-            try:
-                tools = json.loads(tools)
-            except (ValueError, RecursionError):
-                raise BadSample("wrong_type", f"has {tools_key} that are not JSON") from None
-        if not isinstance(tools, list | None):
-            raise BadSample("wrong_type", f"has {tools_key} that are no list")
-        sample = self._template.sample(record[messages_key], tools, Media(record, self._data))
+        if not isinstance(record, dict):
+            raise BadSample("wrong_type", "is tokens: expected a conversation")
+        chat = read_layout(record, self._data)
+        sample = self._template.sample(chat.messages, chat.tools, Media(record, self._data))
         if len(sample.tokens) <= self._max_tokens:
             if new := sorted(self._template.ignored - self._named):
                 self._named |= self._template.ignored

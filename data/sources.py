@@ -20,7 +20,7 @@ from config.options import Data
 from data.files import TOKENS_META, cached, each_read, find_files, is_dataset, refuse_misspelt, suffix_of
 from data.packing import BadSample
 from data.records import Record, Source, Whole
-from data.tables import ParquetFiles, SavedDataset, columns_of
+from data.tables import Columns, ParquetFiles, SavedDataset
 from data.tokens import TokenisedCorpus
 from errors import UserError, reading
 
@@ -60,7 +60,7 @@ def _of_files(files: list[str], data: Data, key: str) -> Source:
         if data.format == "chat":
             raise UserError(f"{key}: {files[0]!r} with data.format = 'chat': expected conversations, not text files")
         return _TextFiles(files, data.text_key)
-    return ParquetFiles(files, *columns_of(data))
+    return ParquetFiles(files, Columns.of(data))
 
 
 def _dataset(entry: str, data: Data, key: str) -> Source:
@@ -71,7 +71,7 @@ def _dataset(entry: str, data: Data, key: str) -> Source:
         return TokenisedCorpus(entry, data.tokenizer)
     if not os.path.isdir(entry):
         refuse_misspelt(entry, key)
-    return SavedDataset(entry, data.split, *columns_of(data))
+    return SavedDataset(entry, data.split, Columns.of(data))
 
 
 class JsonLines:

@@ -5,10 +5,11 @@ import itertools
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from config.options import Data
 from data.files import cached, each_read
+from data.layouts import fields_of, optional_fields
 from data.media import media_keys
 from data.packing import BadSample
 from data.records import Record, Whole, part_of
@@ -19,19 +20,32 @@ if TYPE_CHECKING:  # slow to import, and of no use where there are JSON Lines al
     import pyarrow as pa
 
 
-def columns_of(data: Data) -> tuple[str, str, list[str]]:
-    """The key that names the column a sample needs, the column, and those that it may have."""
-    media = [key for keys in media_keys(data).values() for key in keys]
-    if data.format == "text":
-        return "data.text_key", data.text_key, media
-    return "data.messages_key", data.messages_key, [data.tools_key, *media]
+class Columns(NamedTuple):
+    """Which columns of a table a sample needs."""
 
+    key: str  # the option that names the first of them
+    needed: tuple[tuple[str, ...], ...]  # all of one of these
+    others: tuple[str, ...]  # it may have these too
 
-def _select(key: str, name: str, others: list[str], present: list[str], where: str) -> list[str]:
-    """Those of the needed columns that there are. Raises UserError for a table without the first."""
-    if name not in present:
-        raise UserError(f"{key} = {name!r}: expected one of {', '.join(present)}, as in {where}")
-    return [name, *(other for other in others if other in present)]
+    @classmethod
+    def of(cls, data: Data) -> "Columns":
+        media = [key for keys in media_keys(data).values() for key in keys]
+        if data.format == "text":
+            return cls("data.text_key", ((data.text_key,),), tuple(media))
+        needed = tuple(fields_of(data).values())
+        return cls("data.messages_key", needed, tuple(dict.fromkeys([*optional_fields(data), *media])))
+
+    def among(self, present: list[str], where: str) -> list[str]:
+        """Those that there are. Raises UserError for a table without what a sample needs."""
+        if not any(set(names) <= set(present) for names in self.needed):
+            others = "".join(f", or {' and '.join(map(repr, names))}" for names in self.needed[1:])
+            raise UserError(
+                f"{self.key} = {self.needed[0][0]!r}: expected one of {', '.join(present)}{others}, as in {where}"
+            )
+        return [name for name in self.names() if name in present]
+
+    def names(self) -> list[str]:
+        return list(dict.fromkeys([*itertools.chain(*self.needed), *self.others]))
 
 
 def _row(table: "pa.Table | pa.RecordBatch") -> Record:
@@ -58,8 +72,8 @@ class ParquetFiles:
     """`.parquet`: of each file the needed columns, once turned into an Arrow file in the cache. Files may differ in all
     else, and in the types of these."""
 
-    def __init__(self, files: list[str], key: str, name: str, others: list[str]) -> None:
-        self._files, self._columns = files, (key, name, others)
+    def __init__(self, files: list[str], columns: Columns) -> None:
+        self._files, self._columns = files, columns
 
     @functools.cached_property
     def _starts(self) -> list[int]:
@@ -77,7 +91,7 @@ class ParquetFiles:
     def _arrow(self) -> list[Path | None]:
         """Of each file that has rows, its Arrow file."""
         rows = [end - start for start, end in itertools.pairwise(self._starts)]
-        return [_arrow_file(file, *self._columns) if number else None for file, number in zip(self._files, rows)]
+        return [_arrow_file(file, self._columns) if number else None for file, number in zip(self._files, rows)]
 
     def __len__(self) -> int:
         return len(self._arrow) and self._starts[-1]
@@ -96,7 +110,7 @@ class ParquetFiles:
 
     def head(self) -> Iterator[tuple[str, Callable[[], Record]]]:
         for file in self._files:
-            for row, batch in enumerate(_parquet_batches(file, *self._columns, size=1), start=1):
+            for row, batch in enumerate(_parquet_batches(file, self._columns, size=1), start=1):
                 yield f"{file}, row {row}", functools.partial(_row, batch)
 
 
@@ -106,7 +120,7 @@ def _parquet(file: str) -> Any:
     return pyarrow.parquet.ParquetFile(file)
 
 
-def _parquet_batches(file: str, key: str, name: str, others: list[str], size: int) -> Iterator["pa.RecordBatch"]:
+def _parquet_batches(file: str, wanted: Columns, size: int) -> Iterator["pa.RecordBatch"]:
     """The needed columns of a Parquet file."""
     import pyarrow as pa
 
@@ -114,7 +128,7 @@ def _parquet_batches(file: str, key: str, name: str, others: list[str], size: in
         parquet = _parquet(file)
         present = parquet.schema_arrow.names
     with parquet:
-        columns = _select(key, name, others, present, file)
+        columns = wanted.among(present, file)
         with reading(file):
             schema = pa.schema([(column, _plain_type(parquet.schema_arrow.field(column).type)) for column in columns])
         # Each group of rows by itself: its nested dictionaries cannot be read together with those of others.
@@ -147,18 +161,18 @@ def _plain_type(kind: "pa.DataType") -> "pa.DataType":
     return kind
 
 
-def _arrow_file(file: str, key: str, name: str, others: list[str]) -> Path:
+def _arrow_file(file: str, columns: Columns) -> Path:
     """The Arrow file with the needed columns of a Parquet file that has rows."""
     import pyarrow as pa
 
     def make(path: Path) -> None:
-        batches = _parquet_batches(file, key, name, others, size=1024)
+        batches = _parquet_batches(file, columns, size=1024)
         first = next(batches)
         with open(path, "wb") as sink, pa.ipc.new_file(sink, first.schema) as writer:
             for batch in itertools.chain([first], batches):
                 writer.write_batch(batch)
 
-    return cached([file], "-".join([name, *others]), ".arrow", make)
+    return cached([file], "-".join(columns.names()), ".arrow", make)
 
 
 @functools.cache
@@ -175,8 +189,8 @@ def _batches(path: Path) -> tuple[list[int], Any]:
 class SavedDataset(Whole):
     """A folder that `datasets` saved, or a dataset's name on the Hub."""
 
-    def __init__(self, entry: str, split: str, key: str, name: str, others: list[str]) -> None:
-        self._entry, self._split, self._columns = entry, split, (key, name, others)
+    def __init__(self, entry: str, split: str, columns: Columns) -> None:
+        self._entry, self._split, self._columns = entry, split, columns
 
     @functools.cached_property
     def _table(self) -> "datasets.Dataset":
@@ -192,7 +206,7 @@ class SavedDataset(Whole):
                 names = ", ".join(table)
                 raise UserError(f"data.split = {self._split!r}: expected one of {names}, as in {self._entry!r}")
             table = table[self._split]
-        columns = _select(*self._columns, list(table.features), self._entry)
+        columns = self._columns.among(list(table.features), self._entry)
         return table.select_columns(columns).with_format("arrow")
 
     def __len__(self) -> int:

@@ -366,7 +366,7 @@ def test_a_template_that_makes_too_much(monkeypatch):
     [
         (None, "empty", "has no messages"),
         ([], "empty", "has no messages"),
-        ("Hi", "wrong_type", "has no messages: expected a list"),
+        ("Hi", "wrong_type", "has no messages: expected a list in 'messages', or its JSON"),
         ([["user", "Hi"]], "wrong_type", "message 0 without a role"),
         ([{"role": 3, "content": "x"}], "wrong_type", "message 0 without a role"),
         ([user("x"), {"role": "assistant"}], "wrong_type", "message 1 without content"),

@@ -145,7 +145,7 @@ def test_a_footer_that_counts_other_rows(tmp_path, monkeypatch, claimed):
     with pytest.raises(UserError, match=r"a\.parquet is damaged: its footer counts \d+ rows, its groups 2"):
         open_source(path)
     with pytest.raises(UserError, match=rf"a\.parquet is damaged: it has 2 rows, not the {claimed} of its footer"):
-        list(tables.ParquetFiles([str(path)], "data.text_key", "text", []).head())
+        list(tables.ParquetFiles([str(path)], tables.Columns.of(Data())).head())
 
 
 def test_damaged_files_are_refused_in_one_line_or_read(tmp_path):
