@@ -50,7 +50,7 @@ def describe_run(config: Config, shape: ModelConfig) -> Run:
     for number, (entry, source) in enumerate(declared_sources(config.data), 1):
         kind, num_documents = type(source).__name__.strip("_"), len(source)
         sources[f"entry {number} of data.path"] = f"{kind} of {num_documents} documents"
-        for path in _files(entry):
+        for path in _files(entry, config.data.split):
             sources[f"{path.name} in entry {number} of data.path"] = f"{path.stat().st_size} bytes, {_hash(path)}"
         if not os.path.exists(entry) and is_dataset(entry):
             sources[f"name of entry {number} of data.path"] = entry
@@ -67,9 +67,9 @@ def _flat(table: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
             yield f"{prefix}{key}", value
 
 
-def _files(entry: str) -> list[Path]:
+def _files(entry: str, split: str) -> list[Path]:
     if not is_dataset(entry):
-        return [Path(file) for file in find_files(entry)]
+        return [Path(file) for file in find_files(entry, split=split)]
     return sorted(path for path in Path(entry).glob("*") if path.is_file() and not path.name.startswith("cache-"))
 
 

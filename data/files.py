@@ -12,11 +12,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
+from data.folders import files_in_folder, folder_of
 from errors import UserError, reading
 
 T = TypeVar("T")
 
-SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet", ".txt")
+_PACKED = tuple(kind + packing for kind in (".jsonl", ".json", ".csv", ".tsv") for packing in ("", ".gz", ".zst"))
+SUFFIXES = (*_PACKED, ".parquet", ".txt")
 TOKENS_META = "tokens.json"
 """The file by which a folder is known as one that data.tokenize wrote."""
 _MARKERS = (TOKENS_META, "dataset_info.json", "dataset_dict.json")
@@ -40,12 +42,17 @@ def suffix_of(file: str) -> str:
     return next((suffix for suffix in SUFFIXES if file.endswith(suffix)), Path(file).suffix)
 
 
+def plain_suffix(file: str) -> str:
+    """What a name ends in, but for the packing."""
+    return suffix_of(file).removesuffix(".gz").removesuffix(".zst")
+
+
 def is_dataset(entry: str) -> bool:
     """Whether an entry of `data.path` is a folder that `datasets` or data.tokenize wrote, or a name on the Hub."""
     if os.path.isdir(entry):
         return any(os.path.exists(os.path.join(entry, marker)) for marker in _MARKERS)
     is_name = _HUB_NAME.fullmatch(entry) and suffix_of(entry) not in SUFFIXES
-    return bool(is_name) and not os.path.exists(entry)
+    return bool(is_name) and not os.path.exists(entry) and folder_of(entry) is None
 
 
 def refuse_misspelt(entry: str, key: str = "data.path") -> None:
@@ -76,9 +83,13 @@ def matches(pattern: str) -> list[str]:
     return [pattern] if os.path.exists(pattern) else glob.glob(pattern, recursive=True)
 
 
-def find_files(pattern: str, key: str = "data.path") -> list[str]:
-    """The files that a path or glob stands for, by name. Raises UserError for none, or one not in SUFFIXES."""
-    files = [os.path.abspath(path) for path in sorted(set(matches(pattern))) if os.path.isfile(path)]
+def find_files(pattern: str, key: str = "data.path", split: str = "train") -> list[str]:
+    """The files that a path, a glob or a folder stands for, by name; of a folder those of `split`. Raises UserError for
+    none, or one not in SUFFIXES."""
+    if found := folder_of(pattern):
+        files = [os.path.abspath(path) for path in files_in_folder(*found, split, SUFFIXES, key)]
+    else:
+        files = [os.path.abspath(path) for path in sorted(set(matches(pattern))) if os.path.isfile(path)]
     if not files:
         folder, name = os.path.split(pattern)
         here = os.listdir(folder or ".") if os.path.isdir(folder or ".") else []

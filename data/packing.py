@@ -11,6 +11,7 @@ from models.ops.labels import IGNORED
 
 REASONS = (
     "not_json",
+    "not_csv",
     "undecodable",
     "wrong_type",
     "empty",
@@ -40,6 +41,8 @@ class BadSample(UserError):
         assert reason in REASONS
         super().__init__(reason, message)  # both, so that it survives pickling
         self.reason = reason
+        self.raw: bytes | None = None
+        """What its file has, if that is text and no record could be made of it."""
 
     def __str__(self) -> str:
         return " ".join(str(self.args[1]).encode(errors="backslashreplace").decode().split())

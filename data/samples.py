@@ -131,7 +131,7 @@ def shows_media(config: Config) -> bool:
         if is_dataset(entry):
             files = [entry] if os.path.isdir(entry) else []  # what is on the Hub may have to be fetched
         else:
-            files = find_files(entry)
+            files = find_files(entry, split=config.data.split)
             files = files[:: -(-len(files) // _NUM_FILES)]
         for _, source in declared_sources(dataclasses.replace(config.data, path=tuple(files))):
             for _, record in itertools.islice(source.head(), max(_NUM_CHECKED // len(files), _NUM_OF_EACH)):

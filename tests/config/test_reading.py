@@ -202,7 +202,7 @@ def test_every_value_survives_the_round_trip(text_key: str, seed: int, lr: float
         ("--lr_scheduler.decay=wsd", "decay_steps = 0: with decay = 'wsd' expected at least 1"),
         ("--data.path=[]", "data.path = []: expected at least one file or glob"),
         ("--data.path=text/a.jsonl,text/*.txt", "text/*.txt' matches no file"),
-        ("--data.path=text", "text' matches no file"),
+        ("--data.path=models", "models': expected a folder with files that end in .jsonl, "),
         (
             "--data.tokenizer=",
             "data.tokenizer = '': expected a directory with tokenizer.json, as there is no model.path",

@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from config.options import Config, Data, Job, LRScheduler, Model, Optimizer, Training, Validation
-from data import files, sources
+from data import files, pieces, sources
 from data.check import check_data
 from data.loader import TokenLoader
 from data.packing import REASONS
@@ -81,9 +81,9 @@ def test_it_needs_neither_torch_nor_datasets_and_does_not_read_on(tmp_path):
     ],
 )
 def test_lines_are_right_or_counted(tmp_path, monkeypatch, content, texts, counts):
-    monkeypatch.setattr(sources, "_MAX_LINE", 4_000)
+    monkeypatch.setattr(pieces, "_MAX_LINE", 4_000)
     if b"[" * 99_999 in content or b"9" * 9_999 in content:
-        monkeypatch.setattr(sources, "_MAX_LINE", 200_000)
+        monkeypatch.setattr(pieces, "_MAX_LINE", 200_000)
     path = tmp_path / "a.jsonl"
     path.write_bytes(content)
     check_data(config(path), 4096)
@@ -184,14 +184,14 @@ class Panic(BaseException):
 def test_whatever_a_sample_raises_is_its_own_refusal(tmp_path, monkeypatch, error):
     path = tmp_path / "a.jsonl"
     path.write_text('{"text": "a"}\n{"text": "bad"}\n{"text": "b"}')
-    parsed = sources._parsed
+    parsed = pieces._parsed
 
     def failing(line, is_first):
         if b"bad" in line:
             raise error
         return parsed(line, is_first)
 
-    monkeypatch.setattr(sources, "_parsed", failing)
+    monkeypatch.setattr(pieces, "_parsed", failing)
     reason = "wrong_type" if isinstance(error, RecursionError) else "failed"
     assert texts_of(path) == (["a", "b"], {reason: 1})
     training = Training(steps=1, sequence_length=4096, global_batch_size=1)

@@ -10,9 +10,9 @@ from errors import UserError
 
 
 def test_suffixes() -> None:
-    names = ("a.jsonl", "a.b.jsonl.gz", "a.jsonl.zst", "a.parquet", "a.txt", "a.csv", "a")
+    names = ("a.jsonl", "a.b.jsonl.gz", "a.jsonl.zst", "a.parquet", "a.txt", "a.csv.gz", "a.xml", "a")
     assert [suffix_of(name) for name in names] == [
-        ".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet", ".txt", ".csv", "",
+        ".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet", ".txt", ".csv.gz", ".xml", "",
     ]  # fmt: skip
 
 
@@ -31,9 +31,9 @@ def test_a_slip_is_told_with_what_may_have_been_meant(tmp_path: Path) -> None:
     (tmp_path / "train.jsonl").write_text("")
     with pytest.raises(UserError, match=r"matches no file.*did you mean '.*train\.jsonl'\?"):
         find_files(f"{tmp_path}/trian.jsonl")
-    (tmp_path / "x.csv").write_text("")
-    with pytest.raises(UserError, match=r"ends in '\.csv': expected \.jsonl"):
-        find_files(f"{tmp_path}/x.csv")
+    (tmp_path / "x.xml").write_text("")
+    with pytest.raises(UserError, match=r"ends in '\.xml': expected \.jsonl"):
+        find_files(f"{tmp_path}/x.xml")
 
 
 @pytest.mark.parametrize("marker", ["tokens.json", "dataset_info.json", "dataset_dict.json"])

@@ -18,7 +18,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from config.options import Data
-from data import sources
+from data import pieces
 from data.files import find_files, suffix_of
 from data.packing import BadSample
 from data.samples import sample_texts
@@ -140,7 +140,7 @@ def make(tmp_path, **files):
         ({}, [], r"data\.path: no document in \[\]"),
         ({}, ["none*.jsonl"], r"data\.path = '.*none\*\.jsonl' matches no file"),
         ({"a_jsonl": '{"text": "x"}\n'}, ["a.jsonl", "b.jsonl"], r"data\.path = '.*b\.jsonl' matches no file"),
-        ({"a_csv": "text\nx\n"}, ["a.csv"], r"'.*a\.csv' ends in '\.csv': expected \.jsonl, .*\.parquet, \.txt"),
+        ({"a_xml": "<x/>"}, ["a.xml"], r"'.*a\.xml' ends in '\.xml': expected \.jsonl, .*\.parquet, \.txt"),
         ({"a_jsonl": "{}\n", "b": "x"}, ["*"], r"'.*b' ends in '': expected \.jsonl"),
         ({"a_jsonl": "{}\n", "b_txt": "x"}, ["*"], r"\.jsonl and \.txt files in one entry: expected one kind"),
         ({"a_jsonl": ""}, ["a.jsonl"], r"no document in '.*a\.jsonl'"),
@@ -200,7 +200,7 @@ def test_lines_are_found_by_offset_and_number(tmp_path, lines, is_ended):
     path = tmp_path / "a.jsonl"
     path.write_bytes(b"\n".join(lines) + b"\n" * is_ended)
     shutil.rmtree(Path(datasets.config.HF_DATASETS_CACHE, "json_lines"), ignore_errors=True)
-    source = sources.JsonLines([str(path)])
+    source = pieces.JsonLines([str(path)])
     expected = [(json.loads(line), number) for number, line in enumerate(lines, 1) if line.strip()]
     assert [source[index] for index in range(len(source))] == [record for record, _ in expected]
     assert [source.where(index) for index in range(len(source))] == [f"{path}, line {number}" for _, number in expected]
