@@ -41,7 +41,7 @@ from checkpoint.identity import RUN, Run, describe_run, difference, read_run
 from checkpoint.tensors.dcp import read_dcp
 from config.options import Config
 from config.reading import resolved_toml
-from data.chat import end_of_turn_id
+from data.chat import end_of_turn_ids
 from data.media import processor_of
 from data.samples import sample_texts
 from errors import UserError, reading
@@ -319,9 +319,12 @@ class Checkpointer:
         if self._config.model.path:  # it may say more than the shape
             sources.append(Path(self._config.model.path))
             config = read_config(sources[-1] / "config.json")
-        end_of_turn = end_of_turn_id(str(sources[0])) if self._config.data.format == "chat" else None
+        data = self._config.data
+        ends = end_of_turn_ids(data.tokenizer, data) if data.format == "chat" else None
         processor = processor_of(self._config)
-        write_checkpoint_assets(assets, config, self._base, *sources, processor=processor, end_of_turn=end_of_turn)
+        write_checkpoint_assets(assets, config, self._base, *sources, processor=processor, end_of_turn=ends)
+        if data.format == "chat" and data.chat_template:  # comes before what the tokenizer has
+            shutil.copyfile(data.chat_template, assets / "chat_template.jinja")
         if self._config.lora.rank and self._base:
             write_adapter(assets, self._config.lora, self._base, self._files_of_base)
         (assets / SAMPLE).write_text(json.dumps(self._sample), encoding="utf-8")

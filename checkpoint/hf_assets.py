@@ -82,13 +82,13 @@ def write_checkpoint_assets(
     base: Path | None,
     *sources: Path,
     processor: Path | None = None,
-    end_of_turn: int | None = None,
+    end_of_turn: int | list[int] | None = None,
 ) -> None:
     """Writes a checkpoint's `hf/`: `config`, the other files as `copy_assets` does, and where the model's weights came
     from.
 
-    `end_of_turn`: the token that ends the trained turns of chats. It is told as one that ends generation, beside those
-    that the config, the generation's settings and the tokenizer name; else they are left as they are.
+    `end_of_turn`: the tokens that end the trained turns of chats. They are told as those that end generation, beside
+    those that the config, the generation's settings and the tokenizer name; else they are left as they are.
     """
     copy_assets(folder, *sources, processor=processor)
     config = {key: value for key, value in config.items() if key != "auto_map"}

@@ -28,7 +28,7 @@ RUN = "run.json"
 Run = dict[str, dict[str, Any]]
 
 _PIXELS = {"min_pixels", "max_pixels", "max_video_pixels", "video_fps", "max_video_frames"}
-_INDIFFERENT = {"path", "image_folder", "tokenizer", "num_workers", "on_bad_sample", *_PIXELS}
+_INDIFFERENT = {"path", "image_folder", "tokenizer", "chat_template", "num_workers", "on_bad_sample", *_PIXELS}
 """Options of the data that are told in other ways, or that change no sample's place."""
 _ENDS = 2**16
 
@@ -38,7 +38,7 @@ def describe_run(config: Config, shape: ModelConfig) -> Run:
     names = {field.name for field in dataclasses.fields(config.data)} - _INDIFFERENT
     options = {f"data.{name}": getattr(config.data, name) for name in sorted(names)}
     options |= {
-        "data.tokenizer": tokenizer_identity(config.data.tokenizer, config.data.format),
+        "data.tokenizer": tokenizer_identity(config.data.tokenizer, config.data.format, config.data.chat_template),
         "training.sequence_length": config.training.sequence_length,
         "training.global_batch_size": config.training.global_batch_size,
         "job.seed": config.job.seed,

@@ -130,12 +130,18 @@ class Data:
     """Frames that are read of each second of a video. 0: as the file says, else 2."""
     max_video_frames: Count = 0
     """Of a video, at most so many frames are read. 0: as the file says, else 768."""
+    template_options: dict[str, Any] = field(default_factory=dict)
+    """A table of options of the chat template, such as enable_thinking = false. A sample's own, in its field
+    chat_template_kwargs, come before these."""
+    chat_template: str = ""
+    """File with a chat template to use instead of the tokenizer's. An export has it too."""
     train_on: Literal["all", "last"] = "all"
     """Which turns of the assistant are trained on."""
     train_empty_thinking: bool = False
     """Train on the empty <think></think> that a chat template puts before answers without reasoning."""
-    too_long: Literal["drop", "truncate"] = "drop"
-    """What happens to conversations that are longer than a row."""
+    too_long: Literal["drop", "truncate", "truncate_left"] = "drop"
+    """What happens to conversations that are longer than a row. "truncate": the end is cut off; "truncate_left": the
+    first turns are left out, whole, and the system prompt stays."""
     on_bad_sample: Literal["skip", "error"] = "skip"
     """"skip": go on, count it and write it down in skipped/ of the run's folder; "error": stop at the first."""
     tokenizer: str = ""

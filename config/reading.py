@@ -141,6 +141,7 @@ def _with_absolute_paths(config: Config) -> Config:
             data,
             path=entries(data.path),
             tokenizer=readable(data.tokenizer) or model.path,
+            chat_template=readable(data.chat_template),
             image_folder=readable(data.image_folder or "."),
         ),
         validation=replace(config.validation, path=entries(config.validation.path)),
@@ -201,6 +202,9 @@ def _parse_command_line(argv: list[str]) -> dict[str, Any]:
         names = key.split(".")
         schema: Any = accepted
         for name in names:
+            if get_origin(schema) is dict or schema is object:  # any keys
+                schema = object
+                continue
             if not isinstance(schema, Mapping) or name not in schema:
                 raise UserError(f"--{key} = {text!r} is unknown: {_nearest(key)}")
             schema = schema[name]
@@ -221,6 +225,11 @@ def _parse_command_line(argv: list[str]) -> dict[str, Any]:
 def _parse_word(schema: Any, text: str) -> Any:
     """A word of the command line as the TOML value that it means. Raises UserError."""
     hint = get_args(schema)[0] if get_origin(schema) is Annotated else schema
+    if hint is object:
+        try:
+            return tomli.loads(f"value = {text}")["value"]
+        except ValueError:
+            return text  # a word
     if hint is str or get_origin(hint) is Literal:
         return text
     if get_origin(hint) is tuple and not text.startswith("["):
@@ -253,7 +262,7 @@ def _convert_table(prefix: str, schema: Mapping[str, Any], table: Any, source: s
             continue
         try:
             converted[name] = _convert(schema[name], value)
-        except (ValueError, OverflowError):  # a float may be written as an integer, of any size
+        except (ValueError, TypeError, OverflowError):  # a float may be written as an integer, of any size
             raise UserError(f"{source}{key} = {value!r}: {_expected(schema[name], value)}") from None
     return converted
 
@@ -281,6 +290,9 @@ def _convert(hint: Any, value: Any) -> Any:
             hints = arguments[:1] * len(value) if arguments[-1] is ... else arguments
             accepted = len(hints) == len(value)
             value = tuple(map(_convert, hints, value))
+    elif origin is dict:
+        accepted = isinstance(value, dict)
+        json.dumps(value)  # dates have no place in it
     elif hint is float:
         accepted = type(value) in (int, float)  # bool is another type
         value = float(value) if accepted else value
@@ -304,9 +316,17 @@ def _accepted(hint: Any) -> str:
     if get_origin(hint) is Literal:
         *others, last = map(repr, arguments)
         return f"{', '.join(others)} or {last}" if others else last
+    if get_origin(hint) is dict:
+        return "a table of strings, numbers, booleans, lists and tables"
     if get_origin(hint) is tuple:
         return f"a list of {'any length' if arguments[-1] is ... else len(arguments)}, each {_accepted(arguments[0])}"
-    return {str: "a string that can be a path", bool: "true or false", int: "an integer", float: "a number"}[hint]
+    return {
+        object: "a value",
+        str: "a string that can be a path",
+        bool: "true or false",
+        int: "an integer",
+        float: "a number",
+    }[hint]
 
 
 def _expected(hint: Any, value: Any) -> str:

@@ -4,7 +4,7 @@ import json
 from typing import Any, NamedTuple
 
 from data.layouts import ROLES, role_of
-from data.media import Media, kind_of_part
+from data.media import Media, Source, kind_of_part
 from data.packing import BadSample
 
 Message = dict[str, Any]
@@ -26,6 +26,7 @@ FIELDS: dict[str, str] = {
 is null or empty says nothing. docs/data.md has the same table."""
 
 _FLAGS = {"true": 1, "yes": 1, "1": 1, "1.0": 1, "false": 0, "no": 0, "0": 0, "0.0": 0}
+_SYSTEM = ("system", "developer")
 _PART = ("type", "text", "cache_control", "annotations")
 
 
@@ -121,6 +122,37 @@ def only_shows(message: Message) -> bool:
     content = message["content"]
     is_silent = isinstance(content, list) and not any(part.get("text", "").strip() for part in content)
     return is_silent and message.keys() <= {"role", "content", "name"}
+
+
+def later_turns(messages: list[Message]) -> list[int]:
+    """Where a conversation may begin instead: at each message of the user's but the first."""
+    users = [number for number, message in enumerate(messages) if message["role"] == "user"]
+    after = [number for number in users if messages[number - 1]["role"] != "user"]  # several in a row are one turn
+    return [number for number in after if number > users[0]]
+
+
+def from_turn(
+    read: Conversation, sources: list[Source], begin: int, tools: Any
+) -> tuple[Conversation, Any, list[Source]]:
+    """A conversation without what stands between its system prompt and message `begin`, with the rest of its tools,
+    images and videos."""
+    first = next(number for number, message in enumerate(read.messages) if message["role"] not in _SYSTEM)
+
+    def num_media(messages: list[Message]) -> int:
+        parts = [part for message in messages if isinstance(message["content"], list) for part in message["content"]]
+        return sum(part["type"] != "text" for part in parts)
+
+    kept = {number: number if number < first else number - begin + first for number in range(len(read.messages))}
+    for number in range(first, begin):
+        del kept[number]
+    before, dropped = num_media(read.messages[:first]), num_media(read.messages[first:begin])
+    shorter = Conversation(
+        read.messages[:first] + read.messages[begin:],
+        {kept[number]: weight for number, weight in read.weights.items() if number in kept},
+        [(kept[number], field) for number, field in read.unknown if number in kept],
+        read.ignored,
+    )
+    return shorter, tools, sources[:before] + sources[before + dropped :]
 
 
 def _flag(value: Any, field: str, number: int) -> int:

@@ -22,6 +22,7 @@ from data.packing import BadSample
 from data.records import Record, Source, part_of
 from data.shuffle import permute
 from data.sources import declared_sources, open_sources
+from data.tokenizer import template_in
 from errors import UserError
 from models.ops.labels import IGNORED
 
@@ -232,22 +233,28 @@ class EncodeChat:
         """`reader`: of images and videos."""
         self._data, self._max_tokens = data, max_tokens
         self._template = ChatTemplate(
-            tokenizer, reader, train_on=data.train_on, train_empty_thinking=data.train_empty_thinking
+            tokenizer,
+            reader,
+            train_on=data.train_on,
+            train_empty_thinking=data.train_empty_thinking,
+            options=data.template_options,
+            template=template_in(data.chat_template),
         )
         self._named = frozenset[str]()  # the ignored fields that a note has named
 
     def __call__(self, record: Record) -> Sample:
         if not isinstance(record, dict):
             raise BadSample("wrong_type", "is tokens: expected a conversation")
+        keep = self._max_tokens if self._data.too_long == "truncate_left" else None
         chat = read_layout(record, self._data)
-        sample = self._template.sample(chat.messages, chat.tools, Media(record, self._data))
+        sample = self._template.sample(chat.messages, chat.tools, Media(record, self._data), chat.options, keep)
         if len(sample.tokens) <= self._max_tokens:
-            if new := sorted(self._template.ignored - self._named):
+            if sample.note is None and (new := sorted(self._template.ignored - self._named)):
                 self._named |= self._template.ignored
                 return sample._replace(note=("ignored_field", f"has {', '.join(new)}: ignored in all messages"))
             return sample
         message = f"has {len(sample.tokens)} tokens, more than the {self._max_tokens} of a row"
-        if self._data.too_long == "drop":
+        if self._data.too_long != "truncate":
             raise BadSample("too_long", message)
         sample = sample.piece(0, self._max_tokens)
         if (sample.labels == IGNORED).all():

@@ -87,6 +87,16 @@ def chat_template(folder: str) -> str | dict[str, str] | None:
     return template
 
 
+def template_in(file: str) -> str | None:
+    """The chat template in a file of its own, if one is named. Raises UserError."""
+    if not file:
+        return None
+    if not Path(file).is_file():
+        raise UserError(f"data.chat_template = {file!r}: expected a file with a chat template")
+    with reading(file):
+        return Path(file).read_text(encoding="utf-8")
+
+
 def read_tokenizer(folder: str) -> Tokenizer:
     """What tokenizer.json describes, without the truncation and padding that it may ask for. Raises UserError."""
     path = Path(folder, "tokenizer.json")
@@ -142,11 +152,11 @@ def check_tokenizer(folder: str, vocab_size: int, needs_end: bool) -> None:
         raise UserError(f"data.end_of_document = True: expected an eos_token in {folder!r}, or false")
 
 
-def tokenizer_identity(folder: str, data_format: str | None = None) -> str:
+def tokenizer_identity(folder: str, data_format: str | None = None, template_file: str = "") -> str:
     """A hash of all that decides tokens, however the files are written: equal for equal tokens.
 
     It covers tokenizer.json; with `data_format` also what a run adds: "text" the end-of-sequence token, "chat" the chat
-    template as well. Raises UserError.
+    template as well, that in `template_file` if there is one. Raises UserError.
     """
     path = Path(folder, "tokenizer.json")
     with reading(path):
@@ -160,7 +170,7 @@ def tokenizer_identity(folder: str, data_format: str | None = None) -> str:
     if data_format is not None:
         parts["special"] = _special_tokens(folder, read_tokenizer(folder))
     if data_format == "chat":
-        parts["chat_template"] = chat_template(folder)
+        parts["chat_template"] = template_in(template_file) or chat_template(folder)
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 

@@ -331,7 +331,7 @@ def test_tool_results_that_are_shown_as_json():
 
 
 def test_a_template_without_end_is_given_up(monkeypatch):
-    monkeypatch.setattr("data.chat._RENDER_SECONDS", 0.2)
+    monkeypatch.setattr("data.template._RENDER_SECONDS", 0.2)
     loop = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
     template = TOKENIZERS["chatml"].chat_template
     hangs = f"{{% if messages[0].content == 'hang' %}}{loop}{{% endif %}}{template}"
@@ -351,7 +351,7 @@ def test_a_template_without_end_is_given_up(monkeypatch):
 
 
 def test_a_template_that_makes_too_much(monkeypatch):
-    monkeypatch.setattr("data.chat._MAX_RENDERING", 5000)
+    monkeypatch.setattr("data.template._MAX_RENDERING", 5000)
     template = "{{ 'x' * 6000 if messages[0].content == 'much' }}" + TOKENIZERS["chatml"].chat_template
     assert encode("chatml", [user("?"), assistant("!")], template=template).tokens.size
     with pytest.raises(BadSample, match="is rendered as more than 5,000 characters"):
