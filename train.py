@@ -20,6 +20,7 @@ from config.reading import load_config, model_config, resolved_toml
 from data.batch import MicroBatch
 from data.loader import TokenLoader
 from data.media import media_settings
+from data.samples import data_in_words
 from errors import RunError, UserError, exit_on_error
 from models.ops.kernels import Kernels, select_kernels
 from models.ops.precision import compute_dtype
@@ -210,6 +211,8 @@ def main(arguments: list[str]) -> None:
     ranks = (meshes.data_rank, meshes.num_data_ranks)
     mtp = config.mtp.train != "off"
     loader = TokenLoader(config.data, training, *ranks, config.job.seed, media=media, mtp=mtp, skipped_dir=skipped_dir)
+    if rank == 0:
+        logger.info(data_in_words(config.data))
     validator = Validator(config, meshes, media) if config.validation.enable else None
 
     # 4. Model: built without memory, parallelised, then given its memory.

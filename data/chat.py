@@ -95,7 +95,7 @@ class ChatTemplate:
         if shorter is None:
             return sample
         message = f"has {len(sample.tokens)} tokens, more than the {max_tokens} of a row"
-        return shorter._replace(note=("truncated", f"{message}: its first {low + 1} turns are left out"))
+        return shorter._replace(note=("truncated", f"{message}: its first {low + 1} turn{'s' * (low > 0)} left out"))
 
     def _encode(self, read: Conversation, tools: Any, sources: list[Source]) -> Sample:
         messages = read.messages

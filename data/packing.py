@@ -34,6 +34,10 @@ REASONS = (
 )
 
 
+USED = ("truncated", "ignored_field")
+"""Those of which something is told, although they are trained on."""
+
+
 class BadSample(UserError):
     """A sample that cannot be used: one of REASONS, and one line that says where and why."""
 

@@ -1,15 +1,18 @@
 """Shows what will be trained on, before it costs anything: the packed rows, decoded, and what an epoch comes to.
 
+    python -m data.preview --skipped RUN/skipped OUT.jsonl
     python -m data.preview --config X.toml [--rows N] [--samples N] [--html FILE] [--section.key value ...]
 
 Trained tokens are green, all others grey; a bar begins each document of a row. Images and fillers are shown by their
-numbers; a page that --html writes has the pictures themselves.
+numbers; a page that --html writes has the pictures themselves. --skipped writes the samples that a run has skipped to a
+file, so that they can be mended: each with what is wrong with it.
 """
 
 import os
 import sys
 from collections import Counter
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 
@@ -22,7 +25,8 @@ from data.media import media_settings
 from data.packing import BadSample
 from data.preview_html import page
 from data.preview_rows import show_row, size_of
-from data.samples import Samples, open_samples
+from data.samples import Samples, data_in_words, open_samples
+from data.skipped import write_skipped
 from data.tokenizer import load_tokenizer
 from errors import OneLineParser, UserError, exit_on_error
 from models.ops.labels import IGNORED
@@ -156,7 +160,16 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--rows", type=int, default=2, help="rows to show")
     parser.add_argument("--samples", type=int, default=1000, help="samples to measure")
     parser.add_argument("--html", metavar="FILE", help="write a page with the rows and their pictures")
+    parser.add_argument("--skipped", nargs=2, type=Path, metavar=("FOLDER", "OUT"), help="write skipped samples to OUT")
     options, rest = parser.parse_known_args(argv)
+    if options.skipped:
+        folder, out = options.skipped
+        stored = folder.resolve().parent / "config.toml"
+        names_one = any(word.partition("=")[0] == "--config" for word in rest)
+        if not names_one and not stored.is_file():
+            raise UserError(f"--skipped {str(folder)!r}: expected config.toml of its run beside it, or --config")
+        print(write_skipped(load_config(rest if names_one else ["--config", str(stored), *rest]), folder, out))
+        return
     config = load_config(rest)
     shape = model_config(config)
     if options.html is not None:
@@ -166,6 +179,7 @@ def main(argv: list[str]) -> None:
     media = media_settings(config, shape.vision)
     samples = open_samples(config.data, tokenizer, training.sequence_length, config.job.seed, media)
 
+    print(f"{data_in_words(config.data)}\n")
     packer = Packer(samples, config.data, tokenizer.eos_token_id or 0, training.global_batch_size, False)
     rows = []
     for number in range(min(options.rows, training.global_batch_size)):

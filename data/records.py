@@ -3,12 +3,20 @@
 import bisect
 import functools
 from collections.abc import Callable, Iterator
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-Record = dict[str, Any] | NDArray[np.unsignedinteger]
+
+class TokenisedChat(NamedTuple):
+    """A conversation's tokens, each with 1 if it is trained on, else 0."""
+
+    tokens: NDArray[np.unsignedinteger]
+    is_trained: NDArray[np.uint8]
+
+
+Record = dict[str, Any] | NDArray[np.unsignedinteger] | TokenisedChat
 """A document's fields, or, of a tokenised corpus, its tokens."""
 
 

@@ -19,7 +19,7 @@ from data.files import find_files, is_dataset
 from data.layouts import in_words, read_layout
 from data.media import Media, MediaReader, MediaSettings, has_fields, has_media, show_all
 from data.packing import BadSample
-from data.records import Record, Source, part_of
+from data.records import Record, Source, TokenisedChat, part_of
 from data.shuffle import permute
 from data.sources import declared_sources, open_sources
 from data.tokenizer import template_in
@@ -34,6 +34,7 @@ T = TypeVar("T")
 
 _BLOCK = 8191  # a prime: whatever the number of slots, each of them meets all places
 _NUM_CHECKED = 100
+_MOST_NAMED = 8  # entries
 _NUM_FILES, _NUM_OF_EACH = 16, 10  # looked into for images: a Parquet file's first group of rows may be large
 _NUM_SAMPLED, _SAMPLED_LENGTH = 20, 2000
 _OTHER_SEEDS = 2**64  # seeds are below
@@ -142,6 +143,19 @@ def shows_media(config: Config) -> bool:
     return False
 
 
+def data_in_words(data: Data) -> str:
+    """What each entry of `data.path` is, by the fields of its first records, in one line."""
+    entries, declared = [], list(declared_sources(data))
+    for entry, source in declared[:_MOST_NAMED]:
+        found: dict[str, None] = {}  # in order
+        for _, record in itertools.islice(source.head(), _NUM_CHECKED):
+            with contextlib.suppress(BadSample):
+                found[read_sample(record, lambda fields: in_words(fields, data), str)] = None
+        entries.append(f"{entry}: {' and '.join(found) or 'nothing that can be used'}")
+    others = [f"{len(declared) - _MOST_NAMED} other entries"] if len(declared) > _MOST_NAMED else []
+    return "data: " + "; ".join(entries + others)
+
+
 def sample_texts(data: Data) -> list[str]:
     """Some texts of the first records of each source, cut, by which tokenizers are compared. Whatever cannot be read is
     left out; a tokenised corpus has none."""
@@ -243,11 +257,13 @@ class EncodeChat:
         self._named = frozenset[str]()  # the ignored fields that a note has named
 
     def __call__(self, record: Record) -> Sample:
-        if not isinstance(record, dict):
-            raise BadSample("wrong_type", "is tokens: expected a conversation")
         keep = self._max_tokens if self._data.too_long == "truncate_left" else None
-        chat = read_layout(record, self._data)
-        sample = self._template.sample(chat.messages, chat.tools, Media(record, self._data), chat.options, keep)
+        if isinstance(record, TokenisedChat):
+            sample = Sample.of(record.tokens.astype(np.int32), record.is_trained.astype(bool))
+        else:
+            assert isinstance(record, dict)
+            chat = read_layout(record, self._data)
+            sample = self._template.sample(chat.messages, chat.tools, Media(record, self._data), chat.options, keep)
         if len(sample.tokens) <= self._max_tokens:
             if sample.note is None and (new := sorted(self._template.ignored - self._named)):
                 self._named |= self._template.ignored

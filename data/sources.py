@@ -63,9 +63,7 @@ def _of_files(files: list[str], data: Data, key: str) -> Source:
 def _dataset(entry: str, data: Data, key: str) -> Source:
     """A tokenised corpus, a directory that `datasets` saved, or a dataset's name, with `:subset` if it has some."""
     if Path(entry, TOKENS_META).exists():
-        if data.format == "chat":
-            raise UserError(f"{key}: {entry!r} with data.format = 'chat': expected conversations, not tokens")
-        return TokenisedCorpus(entry, data.tokenizer)
+        return TokenisedCorpus(entry, data)
     if not os.path.isdir(entry):
         refuse_misspelt(entry, key)
     return SavedDataset(entry, data.split, Columns.of(data))

@@ -2,15 +2,18 @@
 
     python -m data.tokenize --config X.toml --out FOLDER [--workers N] [--section.key value ...]
 
-Reads what [data] describes (format "text"), in the files' order. FOLDER then takes the place of `data.path`:
+Reads what [data] describes, in the files' order. FOLDER then takes the place of `data.path`:
 
     tokens.json             which tokenizer, and how many documents and tokens each shard has; written last
     00000.tokens            the tokens of the shard's documents end to end, uint16 or uint32
     00000.ends              where each of them ends, int64
+    00000.trained           of chats: 1 for each token that is trained on, else 0, uint8
 
-The end-of-document token is not stored: `data.end_of_document` appends it when it is read.
+Conversations are stored whole: `data.too_long` is asked when they are read, but for "truncate_left". The
+end-of-document token is not stored: `data.end_of_document` appends it when it is read.
 """
 
+import contextlib
 import functools
 import json
 import multiprocessing
@@ -27,25 +30,34 @@ import numpy as np
 from config.reading import load_config, model_config
 from data.check import check_data
 from data.files import TOKENS_META
-from data.packing import Share
+from data.packing import USED, Share
 from data.samples import Samples, open_samples, shows_media
-from data.tokenizer import load_tokenizer, num_ids, tokenizer_identity
+from data.tokenizer import load_tokenizer, num_ids
+from data.tokens import CHAT_OPTIONS, corpus_identity
 from errors import OneLineParser, UserError, exit_on_error
+from models.ops.labels import IGNORED
 
 _SHARD = 100_000  # documents
 
 Notes = list[tuple[str, str]]  # reason and message of each document that was skipped
 
 
-def _write_shard(samples: Samples, skip_bad: bool, dtype: str, folder: Path, shard: int) -> tuple[int, int, Notes]:
+def _write_shard(
+    samples: Samples, skip_bad: bool, is_chat: bool, dtype: str, folder: Path, shard: int
+) -> tuple[int, int, Notes]:
     """Returns the numbers of documents and of tokens, and what was skipped."""
     end = min((shard + 1) * _SHARD, samples.num_documents)
     share = Share(samples.read, stride=1, end=end, skip_bad=skip_bad, max_bad=_SHARD)
     ends = [0]
-    with open(folder / f"{shard:05}.tokens", "wb") as file:
+    with contextlib.ExitStack() as files:
+        file = files.enter_context(open(folder / f"{shard:05}.tokens", "wb"))
+        trained = files.enter_context(open(folder / f"{shard:05}.trained", "wb")) if is_chat else None
         number, sample = share.first_from(shard * _SHARD)
         while sample is not None:
             sample.tokens.astype(dtype).tofile(file)
+            if trained is not None:  # a label stands at the token before
+                is_trained = np.concatenate(([False], sample.labels[:-1] != IGNORED))
+                is_trained.astype("u1").tofile(trained)
             ends.append(ends[-1] + len(sample.tokens))
             number, sample = share.first_from(number + 1)
     np.array(ends[1:], "<i8").tofile(folder / f"{shard:05}.ends")
@@ -62,15 +74,17 @@ def main(argv: list[str]) -> None:
     shape = model_config(config)
     check_data(config, shape.vocab_size, shape.vision)
     data, out = config.data, options.out
-    if data.format != "text" or data.weights:
-        raise UserError(f"data.format = {data.format!r}, weights = {list(data.weights)}: expected 'text' and none")
+    if data.weights:
+        raise UserError(f"data.weights = {list(data.weights)}: expected none: shards are mixed when they are read")
     if shape.vision is not None and shows_media(config):
         raise UserError("data.path: shows images or videos, which cannot be tokenised ahead: expected texts alone")
     if out.exists():
         raise UserError(f"--out = {str(out)!r} exists: expected a folder that does not")
     tokenizer = load_tokenizer(data.tokenizer)
     in_order = replace(data, shuffle=False, end_of_document=False)
-    samples = open_samples(in_order, tokenizer, config.training.sequence_length, config.job.seed)
+    is_chat, length = data.format == "chat", config.training.sequence_length
+    max_tokens = sys.maxsize if is_chat and data.too_long != "truncate_left" else length
+    samples = open_samples(in_order, tokenizer, max_tokens, config.job.seed)
     dtype = "<u2" if num_ids(tokenizer.backend_tokenizer) <= 1 << 16 else "<u4"
     unfinished = out.with_name(f".{out.name}")
     shutil.rmtree(unfinished, ignore_errors=True)
@@ -78,15 +92,21 @@ def main(argv: list[str]) -> None:
     documents, tokens, skipped = [], [], Counter[str]()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the other cores belong to other workers
     with ProcessPoolExecutor(options.workers, multiprocessing.get_context("forkserver")) as pool:
-        write = functools.partial(_write_shard, samples, data.on_bad_sample == "skip", dtype, unfinished)
+        write = functools.partial(_write_shard, samples, data.on_bad_sample == "skip", is_chat, dtype, unfinished)
         for num_documents, num_tokens, notes in pool.map(write, range(-(-samples.num_documents // _SHARD))):
             documents.append(num_documents)
             tokens.append(num_tokens)
             skipped.update(reason for reason, _ in notes)
             for reason, message in notes:
-                print(f"skipped ({reason}): {message}")
-    identity = tokenizer_identity(data.tokenizer)
-    meta = {"tokenizer": identity, "dtype": dtype, "documents": documents, "tokens": tokens}
+                print(f"{'used, but' if reason in USED else 'skipped'} ({reason}): {message}")
+    meta: dict[str, object] = {
+        "tokenizer": corpus_identity(data),
+        "dtype": dtype,
+        "documents": documents,
+        "tokens": tokens,
+    }
+    if is_chat:
+        meta |= {"format": "chat", "options": {name: getattr(data, name) for name in CHAT_OPTIONS}}
     (unfinished / TOKENS_META).write_text(json.dumps(meta), encoding="utf-8")
     os.replace(unfinished, out)
     counts = "".join(f", {number:,} skipped: {reason}" for reason, number in sorted(skipped.items()))

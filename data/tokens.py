@@ -10,25 +10,48 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from config.options import Data
 from data.files import TOKENS_META, cached
-from data.records import Whole, part_of
+from data.records import Record, TokenisedChat, Whole, part_of
 from data.tokenizer import num_ids, read_tokenizer, tokenizer_identity
 from errors import UserError, reading
 
 _BLOCK = 1 << 24  # numbers looked at together
 
 
+CHAT_OPTIONS = ("train_on", "train_empty_thinking", "template_options")
+"""Options that decide the tokens of chats, and which of them are trained on."""
+
+
+def corpus_identity(data: Data) -> str:
+    """Equal for equal tokens of the same texts or conversations."""
+    if data.format == "text":
+        return tokenizer_identity(data.tokenizer)  # the end of a document is appended when it is read
+    return tokenizer_identity(data.tokenizer, data.format, data.chat_template)
+
+
 class TokenisedCorpus(Whole):
     """The tokens of all documents end to end, and where each one ends, in shards."""
 
-    def __init__(self, folder: str, tokenizer: str) -> None:
-        """Raises UserError if another tokenizer wrote it, or something is missing, damaged or not what it says."""
-        self._folder = folder
+    def __init__(self, folder: str, data: Data) -> None:
+        """Raises UserError if another tokenizer wrote it, or other options of chats, or something is missing, damaged
+        or not what it says."""
+        self._folder, tokenizer = folder, data.tokenizer
         path = Path(folder, TOKENS_META)
         with reading(path):
             meta = json.loads(path.read_text(encoding="utf-8"))
             documents, tokens, self._dtype = meta["documents"], meta["tokens"], meta["dtype"]
             known = meta.get("tokenizer") or meta["tokenizer_sha256"]  # the second: of shards from before
+            is_chat, options = meta.get("format") == "chat", dict(meta.get("options", {}))
+        self._kinds = ("tokens", "ends", "trained") if is_chat else ("tokens", "ends")
+        if is_chat != (data.format == "chat"):
+            held, other = ("conversations", "chat") if is_chat else ("documents", "text")
+            raise UserError(f"data.path: {folder!r} holds the tokens of {held}: expected data.format = {other!r}")
+        for name, value in options.items():
+            if name in CHAT_OPTIONS and getattr(data, name) != value:
+                raise UserError(
+                    f"data.{name} = {getattr(data, name)!r}: expected {value!r}, with which {folder!r} was tokenised"
+                )
         counts = [documents, tokens] if isinstance(documents, list) and isinstance(tokens, list) else [[None]]
         if self._dtype not in ("<u2", "<u4") or not all(
             type(n) is int and 0 <= n < 2**48 for n in itertools.chain(*counts)
@@ -36,13 +59,13 @@ class TokenisedCorpus(Whole):
             raise self._damaged(f"{TOKENS_META} has other than dtype '<u2' or '<u4' and lists of numbers")
         if len(documents) != len(tokens):
             raise self._damaged(f"{TOKENS_META} has {len(documents)} numbers of documents and {len(tokens)} of tokens")
-        if known != (tokenizer_identity(tokenizer) if "tokenizer" in meta else _sha256(tokenizer)):
-            raise UserError(
-                f"data.path: {folder!r} was made with another tokenizer than data.tokenizer = {tokenizer!r}"
-            )
+        if known != (corpus_identity(data) if "tokenizer" in meta else _sha256(tokenizer)):
+            what = "tokenizer or chat template" if is_chat else "tokenizer"
+            raise UserError(f"data.path: {folder!r} was made with another {what} than data.tokenizer = {tokenizer!r}")
         self._starts = list(itertools.accumulate(documents, initial=0))
         for shard, sizes in enumerate(zip(tokens, documents)):
-            for file, number, size in zip(self._files(shard), sizes, (np.dtype(self._dtype).itemsize, 8)):
+            items = (np.dtype(self._dtype).itemsize, 8, 1)
+            for file, number, size in zip(self._files(shard), (*sizes, sizes[0]), items):
                 if not file.is_file():
                     raise self._damaged(f"{file.name} is missing")
                 if file.stat().st_size != number * size:
@@ -52,8 +75,8 @@ class TokenisedCorpus(Whole):
     def _damaged(self, why: str) -> UserError:
         return UserError(f"data.path: {self._folder!r} is damaged: {why}")
 
-    def _files(self, shard: int) -> tuple[Path, Path]:
-        return Path(self._folder, f"{shard:05}.tokens"), Path(self._folder, f"{shard:05}.ends")
+    def _files(self, shard: int) -> list[Path]:
+        return [Path(self._folder, f"{shard:05}.{kind}") for kind in self._kinds]
 
     def _check_contents(self, tokenizer: str) -> None:
         """All tokens are the tokenizer's, and the ends are in order: looked at once, and again when a file changes."""
@@ -61,7 +84,9 @@ class TokenisedCorpus(Whole):
 
         def make(path: Path) -> None:
             for shard in range(len(self._starts) - 1):
-                tokens, ends = map(_map, self._files(shard), (self._dtype, "<i8"))
+                tokens, ends, *trained = map(_map, self._files(shard), (self._dtype, "<i8", "u1"))
+                if any((each[at : at + _BLOCK] > 1).any() for each in trained for at in range(0, len(each), _BLOCK)):
+                    raise self._damaged(f"shard {shard} has other than 0 and 1 for what is trained on")
                 largest = max((int(tokens[at : at + _BLOCK].max()) for at in range(0, len(tokens), _BLOCK)), default=0)
                 if largest >= size:
                     raise self._damaged(f"shard {shard} has token {largest}, the tokenizer only {size}")
@@ -77,10 +102,11 @@ class TokenisedCorpus(Whole):
     def __len__(self) -> int:
         return self._starts[-1]
 
-    def __getitem__(self, index: int) -> NDArray[np.unsignedinteger]:
+    def __getitem__(self, index: int) -> Record:
         shard, place = part_of(index, self._starts)
-        tokens, ends = map(_mapped, self._files(shard), (self._dtype, "<i8"))
-        return tokens[ends[place - 1] if place else 0 : ends[place]]
+        tokens, ends, *trained = map(_mapped, self._files(shard), (self._dtype, "<i8", "u1"))
+        own = slice(ends[place - 1] if place else 0, ends[place])
+        return TokenisedChat(tokens[own], trained[0][own]) if trained else tokens[own]
 
     def where(self, index: int) -> str:
         return f"{self._folder}, document {index + 1}"

@@ -4,17 +4,21 @@ import json
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from transformers import AutoTokenizer
 
-from config.options import Data
+from config.options import Data, Training
 from data import tokenize
+from data.loader import TokenLoader
 from data.sources import open_sources
+from errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
 TOKENIZER = ROOT / "data" / "tiny" / "tokenizer"
+TRAINING = Training(steps=1, sequence_length=64, global_batch_size=1)
 TEXTS = ["one", "", "zwei\n\n", "três 🙂", "x" * 5000, "last"]
 
 
@@ -52,6 +56,45 @@ def test_shards_hold_the_tokens_in_order_and_skipped_documents_are_told(tmp_path
     assert summary == f"{tmp_path}/tokens: {num_tokens:,} tokens of 5 documents, {counts}"
 
 
+@pytest.mark.parametrize("too_long", ["drop", "truncate", "truncate_left"])
+def test_chats_ahead_of_time_are_what_they_are_when_read(tmp_path, too_long):
+    chats = [
+        {"messages": [{"role": role, "content": f"{role} {turn} of {number}" * length} for turn in range(turns)
+                      for role in ("user", "assistant")]}
+        for number, (turns, length) in enumerate([(1, 1), (3, 1), (1, 20), (6, 3), (2, 2)])
+    ]  # fmt: skip
+    path, out = tmp_path / "chats.jsonl", tmp_path / "tokens"
+    path.write_text("".join(json.dumps(chat) + "\n" for chat in chats))
+    options = ["--data.format=chat", f"--data.too_long={too_long}", "--training.sequence_length=64"]
+    tokenize.main(["--out", str(out), "--workers=1", "--config=qwen35moe_tiny.toml", f"--data.path={path}", *options])
+    data = Data(format="chat", path=(str(path),), tokenizer=str(TOKENIZER), too_long=too_long, shuffle=False)
+    ahead = replace(data, path=(str(out),))
+
+    def rows(data):
+        loader = TokenLoader(replace(data, num_workers=0), TRAINING, 0, 1, 0, one_epoch=True)
+        batches = [next(loader) for _ in range(4)]
+        return [(batch.tokens.tolist(), batch.labels.tolist()) for batch in batches]
+
+    assert rows(ahead) == rows(data)
+    for other, message in (
+        ({"train_on": "last"}, r"data\.train_on = 'last': expected 'all', with which .*tokens' was tokenised"),
+        ({"train_empty_thinking": True}, r"data\.train_empty_thinking = True: expected False"),
+        ({"format": "text"}, r"holds the tokens of conversations: expected data\.format = 'chat'"),
+        (
+            {"chat_template": str(ROOT / "tests/data/templates/qwen35_style.jinja")},
+            "another tokenizer or chat template",
+        ),
+    ):
+        with pytest.raises(UserError, match=message):
+            open_sources(replace(ahead, **other))
+    (out / "00000.trained").write_bytes(b"\2" * (out / "00000.trained").stat().st_size)
+    with pytest.raises(UserError, match="is damaged: shard 0 has other than 0 and 1 for what is trained on"):
+        open_sources(ahead)
+    (out / "00000.trained").unlink()
+    with pytest.raises(UserError, match=r"is damaged: 00000\.trained is missing"):
+        open_sources(ahead)
+
+
 def test_mistakes(tmp_path, arguments):
     run = [sys.executable, "-m", "data.tokenize", *arguments]
 
@@ -61,10 +104,7 @@ def test_mistakes(tmp_path, arguments):
         assert not (tmp_path / "tokens").exists()
         return done.stderr
 
-    chat = ("--data.format=chat", "--data.path", str(ROOT / "data" / "tiny" / "chat" / "conversations.jsonl"))
-    run[-2:] = []
-    assert "data.format = 'chat'" in mistake(*chat)
-    run += ["--data.path", str(tmp_path / "a.jsonl")]
+    assert "data.weights = [1.0]: expected none" in mistake("--data.weights=1")
     assert "line 2: has no text" in mistake("--data.on_bad_sample=error")
     (tmp_path / "tokens").mkdir()
     with pytest.raises(ValueError, match="tokens' exists: expected a folder that does not"):

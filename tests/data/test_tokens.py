@@ -121,7 +121,7 @@ def test_a_corpus_that_is_cut_after_its_check_is_checked_again(tmp_path):
 
 
 def test_tokens_are_no_conversations(tmp_path):
-    with pytest.raises(UserError, match=r"with data\.format = 'chat': expected conversations, not tokens"):
+    with pytest.raises(UserError, match=r"holds the tokens of documents: expected data\.format = 'text'"):
         open_sources(Data(path=(str(write(tmp_path / "a")),), tokenizer=str(TOKENIZER), format="chat"))
 
 
