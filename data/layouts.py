@@ -72,7 +72,7 @@ def layout_of(record: dict[str, Any], data: Data) -> str:
     if len(fits) > 1:
         raise BadSample(
             "wrong_type",
-            f"has the fields of {' and of '.join(map(repr, fits))}: expected data.layout to be one of them",
+            f"has the fields of {' and '.join(fits)}: expected data.layout to be one of them",
         )
     if fits:
         return fits[0]

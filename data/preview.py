@@ -179,7 +179,6 @@ def main(argv: list[str]) -> None:
     media = media_settings(config, shape.vision)
     samples = open_samples(config.data, tokenizer, training.sequence_length, config.job.seed, media)
 
-    print(f"{data_in_words(config.data)}\n")
     packer = Packer(samples, config.data, tokenizer.eos_token_id or 0, training.global_batch_size, False)
     rows = []
     for number in range(min(options.rows, training.global_batch_size)):
@@ -195,6 +194,7 @@ def main(argv: list[str]) -> None:
     fill = _fill(packer, -(-sum(measured.lengths) // training.sequence_length), training.sequence_length)
     heading = f"{measured.num_samples:,} of {samples.num_documents:,} samples measured"
     facts = measured.facts(samples.num_documents, fill, config)
+    print(data_in_words(config.data))
     print("\n".join([f"{heading}:", histogram(measured.bins()), *facts]))
     if options.html is not None:
         notes = [*dict.fromkeys([*notes, *measured.notes])]

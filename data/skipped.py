@@ -17,7 +17,7 @@ from errors import UserError, reading
 
 def write_skipped(config: Config, folder: Path, out: Path) -> str:
     """Writes each sample that the files in `folder` list to `out`, a line each: its fields, and under "skipped" where
-    it is and what is wrong with it; of one that has no fields its text, under "raw". Returns what was written, in words.
+    it is and what is wrong with it; of one that has no fields its text, under "raw". Returns what was done, in words.
     Raises UserError."""
     notes = _read_notes(folder)
     # The note begins with the place of its sample, then ": "; a place may have that inside as well.
@@ -44,7 +44,7 @@ def _read_notes(folder: Path) -> dict[str, str]:
     files = sorted(folder.glob("rank-*.jsonl"))
     if not files:
         raise UserError(f"--skipped {str(folder)!r}: expected the folder skipped/ of a run that has skipped some")
-    notes = {}
+    notes: dict[str, str] = {}
     for path in files:
         with reading(path):
             lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
