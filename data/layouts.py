@@ -83,7 +83,7 @@ def layout_of(record: dict[str, Any], data: Data) -> str:
         hint += f"; for the documents in {data.text_key!r}: data.format = 'text'"
     if data.layout not in ("auto", "messages"):
         raise BadSample(
-            "wrong_type", f"data.layout = {data.layout!r}: expected {' and '.join(*known.values())} in {given}"
+            "wrong_type", f"data.layout = {data.layout!r}: expected {' and '.join(*known.values())}, found {given}"
         )
     raise BadSample("wrong_type", f"data.messages_key = {data.messages_key!r}: expected one of {given}{hint}")
 

@@ -289,6 +289,7 @@ def _elements(stream: BinaryIO, file: str) -> Iterator[Piece]:
         buffer, start, position, begin = buffer[drop:], start + drop, resume - drop, begin - drop
         wanted[0] = max(_CHUNK, len(buffer))
     if not is_over:
+        line += buffer.count(b"\n", counted, len(buffer) - len(buffer[begin:].lstrip()))
         raise _no_list(file, line, "is not ended")
 
 
