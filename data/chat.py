@@ -80,9 +80,16 @@ class ChatTemplate:
                 raise BadSample("undecodable", "has half a surrogate pair in a text")
         self.ignored |= read.ignored
         sample = self._encode(read, tools, sources)
-        if max_tokens is None or len(sample.tokens) <= max_tokens:
-            return sample
-        # The first of the places to begin from which the rest is short enough.
+        if max_tokens is not None and len(sample.tokens) > max_tokens:
+            sample = self._without_first_turns(sample, read, tools, sources, max_tokens)
+        if (sample.labels == IGNORED).all():
+            raise BadSample("nothing_to_train", "has no turn of the assistant that is to be trained on")
+        return sample
+
+    def _without_first_turns(
+        self, sample: Sample, read: Conversation, tools: Any, sources: list[Source], max_tokens: int
+    ) -> Sample:
+        """The sample from the first turn of the user's on from which it is short enough; as it is if there is none."""
         places, shorter = later_turns(read.messages), None
         low, high = 0, len(places)
         while low < high:
@@ -102,9 +109,8 @@ class ChatTemplate:
         reader = self._reader
         if sources:
             reader, shown = show_all(sources, reader)
-            reader.replace(
-                self._template.render(messages, tools), shown
-            )  # says so of a template that knows of texts alone
+            # Says so of a template that knows of texts alone.
+            reader.replace(self._template.render(messages, tools), shown)
         rendered, spans = self._spans(messages, tools)
         for number, field in read.unknown:
             without = [dict(message) for message in messages]
@@ -127,12 +133,8 @@ class ChatTemplate:
             if decoded != rendered[begin:end] and decoded != unicodedata.normalize("NFC", rendered[begin:end]):
                 raise BadSample("unclear_spans", "has a token that lies across the border of a turn")
         if sources and reader:
-            sample = reader.sample(tokens, offsets, is_trained, ranges, shown)
-        else:
-            sample = Sample.of(tokens, is_trained)
-        if (sample.labels == IGNORED).all():
-            raise BadSample("nothing_to_train", "has no turn of the assistant that is to be trained on")
-        return sample
+            return reader.sample(tokens, offsets, is_trained, ranges, shown)
+        return Sample.of(tokens, is_trained)
 
     def _spans(self, messages: list[Message], tools: Any) -> tuple[str, dict[int, tuple[int, int]]]:
         """The rendering, and where in it each of the assistant's turns begins and ends. Raises BadSample."""
