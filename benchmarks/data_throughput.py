@@ -1,9 +1,11 @@
 """How fast one rank's data comes, and what a large corpus costs at the start and in memory.
 
-    python -m benchmarks.data_throughput [--seconds 10] [--workers 2] [--documents 10000000]
+    python -m benchmarks.data_throughput [--seconds 10] [--workers 2] [--documents 10000000] [--only KIND]
     python -m benchmarks.data_throughput --images 10000 [--seconds 10]
 
-Prints one line a measurement. The embedded text and tokenizer, copied to about 100 MB; rows of 4,096 tokens, 8 slots.
+Prints one line a measurement. The embedded text and tokenizer, copied to about 100 MB in every kind of file, and chats in
+every layout; rows of 4,096 tokens, 8 slots. Beside each: how long the first start took, which makes its index or Arrow
+file.
 The large corpus is generated in a temporary folder (about 40 bytes a document), and read with the index made anew and
 then with the index of before.
 
@@ -12,6 +14,7 @@ lengths cost, from headers alone, for all of them; then one worker that decodes,
 """
 
 import argparse
+import csv
 import itertools
 import json
 import multiprocessing
@@ -22,8 +25,11 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet
 from PIL import Image
 
 from config.options import Data, Training
@@ -57,6 +63,47 @@ def tokens_per_second(path: Path, workers: int, seconds: float, data_format: str
     loader.close()
     counts = loader.counts
     return f"{rate:>12,.0f} tokens/s, rows {counts['real_tokens'] / counts['tokens']:.2%} full"
+
+
+def layouts_of(chats: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    """The chats in every layout, their system prompt in a field of its own but for messages."""
+    turns = [[each for each in chat["messages"] if each["role"] != "system"] for chat in chats]
+    system = [[each["content"] for each in chat["messages"] if each["role"] == "system"] for chat in chats]
+    systems = [texts[0] if texts else "" for texts in system]
+    senders = {"user": "human", "assistant": "gpt"}
+    sharegpt = [[{"from": senders[each["role"]], "value": each["content"]} for each in turn] for turn in turns]
+    pairs = [[[a["content"], b["content"]] for a, b in zip(turn[::2], turn[1::2])] for turn in turns]
+    return {
+        "messages": [{"messages": chat["messages"]} for chat in chats],
+        "sharegpt": [{"conversations": turn, "system": text} for turn, text in zip(sharegpt, systems)],
+        "alpaca": [
+            {"instruction": pair[-1][0], "output": pair[-1][1], "history": pair[:-1], "system": text}
+            for pair, text in zip(pairs, systems)
+        ],
+        "prompt_completion": [{"prompt": chat["messages"][:-1], "completion": chat["messages"][-1:]} for chat in chats],
+    }
+
+
+def write_as(path: Path, records: list[dict[str, Any]], times: int, data_format: str) -> Path:
+    """The records, so many times, in the kind of file that the path's ending says."""
+    if path.suffix == ".tokens":
+        lines = write_as(path.with_suffix(".jsonl"), records, times, data_format)
+        arguments = ["--config", "qwen35moe_tiny.toml", "--data.path", str(lines), "--data.format", data_format]
+        tokenize.main(["--out", str(path), *arguments])
+    elif path.suffix == ".parquet":
+        pyarrow.parquet.write_table(pa.Table.from_pylist(records * times), path)
+    else:
+        with open(path, "w", encoding="utf-8", newline="") as file:
+            if path.suffix == ".csv":
+                writer = csv.writer(file)
+                cells = [[v if isinstance(v, str) else json.dumps(v) for v in each.values()] for each in records]
+                writer.writerows([list(records[0]), *cells * times])
+            elif path.suffix == ".json":
+                inside = ",\n".join(json.dumps(record) for record in records)
+                file.write("[" + ",\n".join([inside] * times) + "]")
+            else:
+                file.writelines([json.dumps(record) + "\n" for record in records] * times)
+    return path
 
 
 def start_of(path: str) -> None:
@@ -132,6 +179,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=10)
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--documents", type=int, default=10_000_000)
+    parser.add_argument("--only", default="", help="kinds whose names have this: jsonl, alpaca, tokenised, ...")
     parser.add_argument("--images", type=int, default=0)
     parser.add_argument("--start-of", help=argparse.SUPPRESS)
     parser.add_argument("--cache", help=argparse.SUPPRESS)
@@ -145,22 +193,25 @@ def main() -> None:
         if options.images:
             measure_images(folder, options.images, options.seconds)
             return
-        text = (TINY / "python_reference.jsonl").read_bytes()
-        (folder / "text.jsonl").write_bytes(text * 100)
-        chats = (TINY / "chat" / "conversations.jsonl").read_bytes()
-        (folder / "chats.jsonl").write_bytes(chats * 100)
-        config = ["--config", "qwen35moe_tiny.toml", "--data.path", str(folder / "text.jsonl")]
-        start = time.perf_counter()
-        tokenize.main(["--out", str(folder / "tokens"), *config])
-        print(f"tokenised ahead in {time.perf_counter() - start:.1f} s")
-        for what, path, data_format in (
-            ("text", "text.jsonl", "text"),
-            ("tokenised", "tokens", "text"),
-            ("chat", "chats.jsonl", "chat"),
-        ):
+        texts = [json.loads(line) for line in open(TINY / "python_reference.jsonl", encoding="utf-8")]
+        chats = [json.loads(line) for line in open(TINY / "chat" / "conversations.jsonl", encoding="utf-8")]
+        kinds = {f"text {kind}": ("text", kind, texts, 100) for kind in ("jsonl", "json", "csv", "parquet")}
+        for layout, records in layouts_of(chats).items():
+            kinds |= {f"{layout} {kind}": ("chat", kind, records, 2000) for kind in ("jsonl", "json", "csv", "parquet")}
+        for data_format in ("text", "chat"):
+            kinds[f"{data_format} tokenised"] = (data_format, "tokens", texts if data_format == "text" else chats, 100)
+        for name, (data_format, kind, records, times) in kinds.items():
+            if options.only not in name:
+                continue
+            path = write_as(folder / f"{name.replace(' ', '_')}.{kind}", records, times, data_format)
+            start = time.perf_counter()
+            next(open_loader(path, 0, data_format))
+            first = time.perf_counter() - start
             for workers in (0, options.workers):
-                rate = tokens_per_second(folder / path, workers, options.seconds, data_format)
-                print(f"{what:<10} {workers} workers: {rate}", flush=True)
+                rate = tokens_per_second(path, workers, options.seconds, data_format)
+                print(f"{name:<26} {workers} workers: {rate}; first start {first:.1f} s", flush=True)
+        if options.only:
+            return
         for num_documents in (options.documents // 100, options.documents):
             path = folder / f"{num_documents}.jsonl"
             numbers = range(min(num_documents, 100_000))

@@ -94,13 +94,14 @@ class Data:
     format: Literal["text", "chat"] = "text"
     """What a sample is. "text": one document, every token trained on; "chat": a conversation, the assistant's turns."""
     path: tuple[str, ...] = ()
-    """Files or globs (.jsonl, .jsonl.gz, .jsonl.zst, .parquet, .txt), folders that `datasets` or data.tokenize wrote,
-    or names of datasets on the Hub: "owner/name", "owner/name:subset"."""
+    """Files or globs (.jsonl, .json, .csv, .tsv, each also .gz and .zst; .parquet, .txt), folders of such files, copies
+    of data sets from the Hub, folders that `datasets` or data.tokenize wrote, or names of datasets on the Hub:
+    "owner/name", "owner/name:subset"."""
     weights: tuple[Positive, ...] = ()
     """Of the entries of `path`: the shares of their samples in what is trained on; they need not sum to 1. Empty: each
     sample as often as the others."""
     split: str = "train"
-    """Of those datasets that come in several."""
+    """Of those datasets and folders that come in several."""
     text_key: str = "text"
     """Name of the field that holds a document's text."""
     layout: Literal["auto", "messages", "sharegpt", "alpaca", "prompt_completion"] = "auto"
