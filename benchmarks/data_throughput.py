@@ -3,9 +3,9 @@
     python -m benchmarks.data_throughput [--seconds 10] [--workers 2] [--documents 10000000] [--only KIND]
     python -m benchmarks.data_throughput --images 10000 [--seconds 10]
 
-Prints one line a measurement. The embedded text and tokenizer, copied to about 100 MB in every kind of file, and chats in
-every layout; rows of 4,096 tokens, 8 slots. Beside each: how long the first start took, which makes its index or Arrow
-file.
+Prints one line a measurement. The embedded text and tokenizer, copied to about 100 MB in every kind of file, and chats
+in every layout; rows of 4,096 tokens, 8 slots. Beside each: how long the first start took, which makes its index or
+Arrow file.
 The large corpus is generated in a temporary folder (about 40 bytes a document), and read with the index made anew and
 then with the index of before.
 
@@ -63,6 +63,10 @@ def tokens_per_second(path: Path, workers: int, seconds: float, data_format: str
     loader.close()
     counts = loader.counts
     return f"{rate:>12,.0f} tokens/s, rows {counts['real_tokens'] / counts['tokens']:.2%} full"
+
+
+def records_in(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
 
 
 def layouts_of(chats: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
@@ -193,8 +197,8 @@ def main() -> None:
         if options.images:
             measure_images(folder, options.images, options.seconds)
             return
-        texts = [json.loads(line) for line in open(TINY / "python_reference.jsonl", encoding="utf-8")]
-        chats = [json.loads(line) for line in open(TINY / "chat" / "conversations.jsonl", encoding="utf-8")]
+        texts = records_in(TINY / "python_reference.jsonl")
+        chats = records_in(TINY / "chat" / "conversations.jsonl")
         kinds = {f"text {kind}": ("text", kind, texts, 100) for kind in ("jsonl", "json", "csv", "parquet")}
         for layout, records in layouts_of(chats).items():
             kinds |= {f"{layout} {kind}": ("chat", kind, records, 2000) for kind in ("jsonl", "json", "csv", "parquet")}

@@ -28,7 +28,7 @@ SETTINGS = MediaSettings(VISION, RULES)
 TEMPLATES = Path(__file__).parent / "templates"
 TOKENIZERS = {style: load_tokenizer(str(MODEL)) for style in ("chatml", "qwen35_style", "texts alone")}
 TOKENIZERS["qwen35_style"].chat_template = (TEMPLATES / "qwen35_style.jinja").read_text()
-TOKENIZERS["texts alone"].chat_template = load_tokenizer(str(MODEL.parents[1] / "tiny" / "tokenizer")).chat_template
+TOKENIZERS["texts alone"].chat_template = (TEMPLATES / "chatml.jinja").read_text()
 
 
 def noise(height: int, width: int, seed: int = 0) -> NDArray[np.uint8]:

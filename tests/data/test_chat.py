@@ -27,8 +27,7 @@ def load_tokenizer(style):
     if style == "llama3_style":
         special = ["<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
         tokenizer.add_special_tokens({"additional_special_tokens": special})
-    if style != "chatml":
-        tokenizer.chat_template = (TEMPLATES / f"{style}.jinja").read_text()
+    tokenizer.chat_template = (TEMPLATES / f"{style}.jinja").read_text()
     return tokenizer
 
 

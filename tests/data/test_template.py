@@ -226,3 +226,54 @@ def test_weights_and_calls_go_with_their_turns():
     assert trained("qwen35_style", short) == ["Two.<|im_end|>"]
     assert "Long?" not in text("qwen35_style", short)
     assert "One?" in text("qwen35_style", short)
+
+
+def tiny(record):
+    data = Data(format="chat")
+    sample = EncodeChat(data, AutoTokenizer.from_pretrained(TINY), 10_000)(record)
+    return text("qwen35_style", sample), trained("qwen35_style", sample)
+
+
+def test_the_tiny_template_is_plain_for_plain_chats():
+    tokenizer = AutoTokenizer.from_pretrained(TINY)
+    plain = (TEMPLATES / "chatml.jinja").read_text()
+    lines = (ROOT / "data" / "tiny" / "chat" / "conversations.jsonl").read_text().splitlines()
+    for messages in [TURNS, *(json.loads(line)["messages"] for line in lines)]:
+        for prompt in (False, True):
+            ours, expected = (
+                tokenizer.apply_chat_template(
+                    messages, tokenize=False, add_generation_prompt=prompt, chat_template=each
+                )
+                for each in (None, plain)
+            )
+            assert ours == expected
+
+
+def test_the_tiny_template_writes_tools_reasoning_and_pictures_as_the_family_does():
+    tool = {"type": "function", "function": {"name": "add", "description": "Sums.", "parameters": {}}}
+    turns = [
+        user("One?"), answer("So.", reasoning="Old."), user("Sum?"), answer("", reasoning="Hm.", tool_calls=[CALL]),
+        {"role": "tool", "content": "7"}, answer("Seven.", reasoning="Ah."),
+    ]  # fmt: skip
+    rendered, spans = tiny({"messages": turns, "tools": [tool], "system": "Be brief."})
+    assert rendered.startswith(
+        "<|im_start|>system\n# Tools\n\nYou have access to the following functions:\n\n<tools>\n"
+    )
+    assert '"description": "Sums."' in rendered
+    assert "</tool_call>\n\nBe brief.<|im_end|>\n<|im_start|>user\nOne?<|im_end|>\n" in rendered
+    assert spans == [
+        "So.<|im_end|>",
+        "<think>\nHm.\n</think>\n\n<tool_call>\n<function=add>\n<parameter=x>\na b\n</parameter>\n<parameter=n>\n3\n"
+        "</parameter>\n</function>\n</tool_call><|im_end|>",
+        "<think>\nAh.\n</think>\n\nSeven.<|im_end|>",
+    ]
+    assert "<|im_end|>\n<|im_start|>user\n<tool_response>\n7\n</tool_response><|im_end|>\n" in rendered
+    _, spans = tiny({"messages": turns, "tools": [tool], "chat_template_kwargs": {"preserve_thinking": True}})
+    assert spans[0] == "<think>\nOld.\n</think>\n\nSo.<|im_end|>"
+    _, spans = tiny({"messages": [user("x"), turns[-1]], "chat_template_kwargs": {"enable_thinking": True}})
+    assert spans[-1] == "Ah.\n</think>\n\nSeven.<|im_end|>"
+    tokenizer = AutoTokenizer.from_pretrained(TINY)
+    parts = [{"type": "image"}, {"type": "text", "text": "What?"}, {"type": "video"}]
+    shown = tokenizer.apply_chat_template([user(parts)], tokenize=False)
+    expected = "<|vision_start|><|image_pad|><|vision_end|>What?<|vision_start|><|video_pad|><|vision_end|>"
+    assert shown == f"<|im_start|>user\n{expected}<|im_end|>\n"
