@@ -130,5 +130,5 @@ def test_the_chat_template_writes_chatml(tokenizer):
     render = tokenizer.apply_chat_template
     assert render(turns, tokenize=False) == expected
     assert render(turns, tokenize=False, add_generation_prompt=True) == expected + "<|im_start|>assistant\n"
-    with pytest.raises(jinja2.TemplateError, match="not tool"):
-        render([{"role": "tool", "content": "x"}], tokenize=False)
+    with pytest.raises(jinja2.TemplateError, match="not judge"):
+        render([{"role": "judge", "content": "x"}], tokenize=False)
