@@ -14,6 +14,7 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 
 from models.ops.documents import Documents
 from models.qwen35_moe.init import LocalPart, whole
+from models.qwen35_moe.lora import is_adapter
 from models.qwen35_moe.model import Qwen35Moe
 from models.qwen35_moe.rotary import Rotary
 from models.qwen35_moe.vision import VisionTower
@@ -137,10 +138,11 @@ def apply_fsdp(model: Qwen35Moe, meshes: Meshes, compute_dtype: torch.dtype) -> 
         outside |= {parameter for part in _frozen_parts(model.visual) for parameter in part.parameters()}
     blocks, has_expert_units = model.blocks, meshes.expert_parallel.size() > 1
     of_experts = {parameter for block in blocks for parameter in block.mlp.experts.parameters()}
-    for parameter in model.parameters():
+    for name, parameter in model.named_parameters():
         mesh = meshes.expert if has_expert_units and parameter in of_experts else meshes.dense
         is_whole = mesh.size(mesh.ndim - 1) == 1  # replicas do not shard, but add up gradients
-        if is_whole and parameter.dtype == compute_dtype and (mesh.size() == 1 or not parameter.requires_grad):
+        needs_no_cast = parameter.dtype == compute_dtype or is_adapter(name)  # adapters are cast where they are used
+        if is_whole and needs_no_cast and (mesh.size() == 1 or not parameter.requires_grad):
             outside.add(parameter)
 
     def shard(module: nn.Module, mesh: DeviceMesh, **options: Any) -> None:
