@@ -256,6 +256,8 @@ def main(arguments: list[str]) -> None:
         )
 
     # 8. The loop.
+    if config.compile.enable and device.type == "cuda":
+        logger.info("the first step compiles the model, whatever its depth: half a minute to a minute")
     clock, clock_step, data_seconds = time.perf_counter(), step, 0.0
     num_skipped = 0
     stopping = False
