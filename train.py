@@ -18,6 +18,7 @@ from config.checks import check_config
 from config.options import Config, MoE, Mtp, Training
 from config.reading import load_config, model_config, resolved_toml
 from data.batch import MicroBatch
+from data.held_out import Side
 from data.loader import TokenLoader
 from data.media import media_settings
 from errors import RunError, UserError, exit_on_error
@@ -37,6 +38,7 @@ from parallelisms.parallelize import local_region, parallelize_fn, reduce_replic
 from training.compile_cache import keep_compiled_in
 from training.distributed import (
     init_distributed,
+    most_over_ranks,
     name_missing_ranks,
     set_deterministic,
     set_timeout,
@@ -209,7 +211,8 @@ def main(arguments: list[str]) -> None:
     media = media_settings(config, shape.vision)
     ranks = (meshes.data_rank, meshes.num_data_ranks)
     mtp = config.mtp.train != "off"
-    loader = TokenLoader(config.data, training, *ranks, config.job.seed, media=media, mtp=mtp, skipped_dir=skipped_dir)
+    seed, side = config.job.seed, Side.of(config)
+    loader = TokenLoader(config.data, training, *ranks, seed, media=media, mtp=mtp, side=side, skipped_dir=skipped_dir)
     validator = Validator(config, meshes, media) if config.validation.enable else None
 
     # 4. Model: built without memory, parallelised, then given its memory.
@@ -230,6 +233,7 @@ def main(arguments: list[str]) -> None:
     if progress.data_cursors is not None:
         loader.load_cursors(progress.data_cursors)
     step, tokens_seen = progress.step, progress.tokens_seen
+    total_steps = training.steps or step + most_over_ranks(loader.num_steps_left())
 
     # 7. What the run writes.
     tokens_per_step = training.global_batch_size * training.sequence_length
@@ -239,14 +243,14 @@ def main(arguments: list[str]) -> None:
             (output_dir / "config.toml").write_text(resolved_toml(config), encoding="utf-8")
         except OSError as error:
             raise UserError(f"job.output_dir = {str(output_dir)!r}: {error.strerror}: expected room to write") from None
-        writer = MetricsWriter(output_dir, config.metrics.tensorboard, step, training.steps)
+        writer = MetricsWriter(output_dir, config.metrics.tensorboard, step, total_steps)
     trains_trunk = config.mtp.train != "head"
     flops_of_token = flops_per_token(shape, training.sequence_length, config.lora, trains_trunk)
     peak = peak_flops_of_all(world_size, device)
     vision_work = VisionWork(model, meshes)
-    logger.info(f"from step {step} to {training.steps}, {loader.num_micro_batches} micro-batches a rank and step")
-    if (warmup_steps := config.lr_scheduler.warmup_steps) > training.steps:
-        logger.info(f"lr_scheduler.warmup_steps = {warmup_steps}: the rise is not finished in {training.steps} steps")
+    logger.info(f"from step {step} to {total_steps}, {loader.num_micro_batches} micro-batches a rank and step")
+    if (warmup_steps := config.lr_scheduler.warmup_steps) > total_steps:
+        logger.info(f"lr_scheduler.warmup_steps = {warmup_steps}: the rise is not finished in {total_steps} steps")
     if loader.num_filler_rows:
         readers = "processes" if meshes.context_parallel is None else "groups of processes"
         rows = f"{meshes.num_data_ranks} {readers} in rows of {training.local_batch_size}"
@@ -259,7 +263,7 @@ def main(arguments: list[str]) -> None:
     clock, clock_step, data_seconds = time.perf_counter(), step, 0.0
     num_skipped = 0
     stopping = False
-    while step < training.steps and not stopping:
+    while step < total_steps and not stopping:
         step += 1
         data_clock = time.perf_counter()
         of_readers = [next(loader) for _ in range(loader.num_micro_batches)]
@@ -274,7 +278,7 @@ def main(arguments: list[str]) -> None:
         vision_work.add(of_tower)
         stopping = num_stops > 0
 
-        lr = config.optimizer.lr * lr_factor(step, training.steps, config.lr_scheduler)
+        lr = config.optimizer.lr * lr_factor(step, total_steps, config.lr_scheduler)
         set_learning_rate(optimizer, lr)
         of_losses = (training, config.moe, config.mtp, num_drafted)
         result = train_step(model, optimizer, micro_batches, num_trained, meshes, device, *of_losses)
@@ -289,7 +293,7 @@ def main(arguments: list[str]) -> None:
             gc.collect()
             gc.freeze()
         tokens_seen += tokens_per_step
-        last = stopping or step == training.steps
+        last = stopping or step == total_steps
 
         validates = validator is not None and step % config.validation.interval == 0
         if last or validates or step % config.metrics.log_interval == 0:
@@ -337,7 +341,7 @@ def main(arguments: list[str]) -> None:
 
     # 9. The end, of all ranks together.
     saved = checkpointer.wait()
-    logger.info(f"stopped at step {step} of {training.steps}" if stopping else f"done: {training.steps} steps")
+    logger.info(f"stopped at step {step} of {total_steps}" if stopping else f"done: {total_steps} steps")
     loader.close()
     if writer is not None:
         writer.close()

@@ -26,6 +26,7 @@ Degree = Annotated[int, Accept("a positive integer, or -1", lambda n: n > 0 or n
 Positive = Annotated[float, Accept("a positive number", lambda x: 0 < x < math.inf)]
 PositiveOrInf = Annotated[float, Accept("a positive number, or inf", lambda x: x > 0)]
 NotNegative = Annotated[float, Accept("a number of at least 0", lambda x: 0 <= x < math.inf)]
+Share = Annotated[float, Accept("a number from 0 to below 1", lambda x: 0 <= x < 1)]
 Ratio = Annotated[float, Accept("a number from 0 to 1", lambda x: 0 <= x <= 1)]
 Beta = Annotated[float, Accept("a number from 0 to below 1", lambda x: 0 <= x < 1)]
 Folder = Annotated[str, Accept("a folder", lambda path: path != "")]
@@ -147,8 +148,11 @@ class Data:
 class Training:
     """Steps, batch and precision."""
 
-    steps: PositiveInt
-    """Optimizer steps of the whole run, those before a resume included."""
+    steps: Count = 0
+    """Optimizer steps of the whole run, those before a resume included. 0: as many as `epochs` are."""
+    epochs: NotNegative = 0.0
+    """How often the run reads each sample: so long it goes on. Its last step, which is counted before the run, has the
+    last of them. 0: as `steps` says; one of the two is given."""
     sequence_length: PositiveInt
     """Tokens in a row. Rows are filled with documents end to end; a document that does not fit is cut."""
     local_batch_size: PositiveInt = 1
@@ -316,10 +320,24 @@ class Validation:
     """Measure it."""
     path: tuple[str, ...] = ()
     """As `data.path`; all else is as in [data]."""
+    share: Share = 0.0
+    """Instead of `path`: this share of the samples of `data.path`, 0.01 say, which then are never trained on. A hash of
+    what a sample says decides, so it stays on its side whatever files it lies in and whichever others are added."""
+    sets: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    """More data to validate with, each by a name, which its metrics end in: `sets.code = ["code/*.jsonl"]` gives
+    validation_loss_code."""
     interval: PositiveInt = 100
     """Training steps from one validation to the next."""
     steps: Count = 0
     """At most so many batches of `training.global_batch_size` rows. 0: all of the data, once."""
+
+    @property
+    def entries(self) -> dict[str, tuple[str, ...]]:
+        """What is validated with beside a share of `data.path`, by the keys that name it; nothing if it is off."""
+        if not self.enable:
+            return {}
+        sets = {f"validation.sets.{name}": paths for name, paths in self.sets.items()}
+        return ({"validation.path": self.path} if self.path else {}) | sets
 
 
 @dataclass(frozen=True, kw_only=True)

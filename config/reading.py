@@ -2,7 +2,8 @@
 
 Precedence: their defaults < TOML (`extends = "base.toml"`, relative to the file, merges a base first) < command line
 (`--section.key value` or `--section.key=value`). Tables merge key by key, also `[model.config]`; lists replace. A
-`model.path` of a later source takes the place of an earlier source's `model.config`.
+`model.path` of a later source takes the place of an earlier source's `model.config`, and so do `training.steps` and
+`training.epochs` of each other.
 
 Relative paths are taken from the working directory; what is to be read and is not there, from the repository's root.
 A loaded Config holds absolute paths only, so a stored `config.toml` means the same wherever it is loaded.
@@ -16,6 +17,7 @@ import inspect
 import itertools
 import json
 import os
+import re
 import textwrap
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
@@ -31,6 +33,8 @@ from errors import UserError
 from models.qwen35_moe.config import MTP_LAYERS, ModelConfig, read_config
 from models.qwen35_moe.vision_config import TOKEN_IDS, VisionConfig
 
+_LENGTHS = ("steps", "epochs")  # how long a run is, either way
+_NAME = re.compile("[A-Za-z0-9_-]{1,64}")  # what the names of metrics may end in
 ROOT = Path(__file__).resolve().parents[1]
 
 # The schema of a TOML file: a table is a dict from its keys to schemas, everything else a type as `typing` writes it.
@@ -45,10 +49,27 @@ _VISION = {key: _TOWER.pop(key) for key in TOKEN_IDS} | {
     "vision_config": _TOWER
     | {"model_type": str, "hidden_act": str, "rope_parameters": {"rope_type": str, "rope_theta": float}}
 }
+
+
+class _Named(dict[str, Any]):
+    """The schema of a table whose keys are names that the user gives, with values of one type."""
+
+    def __init__(self, hint: Any) -> None:
+        super().__init__()
+        self._hint = hint
+
+    def __contains__(self, name: object) -> bool:
+        return isinstance(name, str) and bool(_NAME.fullmatch(name))
+
+    def __missing__(self, name: str) -> Any:
+        return self._hint
+
+
 SCHEMA: dict[str, Any] = {
     name: {field.rstrip("_"): hint for field, hint in get_type_hints(cls, include_extras=True).items()}
     for name, cls in SECTIONS.items()
 }
+SCHEMA["validation"]["sets"] = _Named(get_args(SCHEMA["validation"]["sets"])[1])
 SCHEMA["model"]["config"] = _SHAPE | _HF_FORM | _VISION
 SCHEMA["model"]["config"] |= {"attention_dropout": float, "rope_parameters": _ROPE_PARAMETERS}
 
@@ -69,6 +90,10 @@ def load_config(argv: list[str]) -> Config:
         raise UserError(f"model.path = {model['path']!r} and model.config exclude each other: expected one of them")
     if not model.get("path") and not model.get("config"):
         raise UserError("model.path = '' and model.config is empty: expected a Hugging Face directory or a table")
+    length = {key: tables.get("training", {}).get(key, 0) for key in _LENGTHS}
+    if bool(length["steps"]) == bool(length["epochs"]):
+        given = " and ".join(f"training.{key} = {value}" for key, value in length.items())
+        raise UserError(f"{given}: expected one of them: a positive integer of steps, or a positive number of epochs")
     sections = {}
     for section, cls in SECTIONS.items():
         given = tables.get(section, {})
@@ -143,7 +168,11 @@ def _with_absolute_paths(config: Config) -> Config:
             tokenizer=readable(data.tokenizer) or model.path,
             image_folder=readable(data.image_folder or "."),
         ),
-        validation=replace(config.validation, path=entries(config.validation.path)),
+        validation=replace(
+            config.validation,
+            path=entries(config.validation.path),
+            sets={name: entries(paths) for name, paths in config.validation.sets.items()},
+        ),
         checkpoint=replace(checkpoint, resume=resume, start_from=readable(checkpoint.start_from)),
     )
 
@@ -215,6 +244,8 @@ def _parse_command_line(argv: list[str]) -> dict[str, Any]:
         for name in reversed(names):
             table = {name: table}
         tables = _merge(tables, _convert_table("", accepted, table, "--"))
+    if {f"training.{key}" for key in _LENGTHS} <= seen:
+        raise UserError("--training.steps and --training.epochs are given both: expected one of them")
     return tables
 
 
@@ -235,6 +266,8 @@ def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
     merged = dict(base)
     if over.get("model", {}).get("path") and "model" in base:
         merged["model"] = {key: value for key, value in base["model"].items() if key != "config"}
+    if any(over.get("training", {}).get(key) for key in _LENGTHS) and "training" in base:
+        merged["training"] = {key: value for key, value in base["training"].items() if key not in _LENGTHS}
     for key, value in over.items():
         both_tables = isinstance(value, dict) and isinstance(merged.get(key), dict)
         merged[key] = _merge(merged[key], value) if both_tables else value
