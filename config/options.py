@@ -26,6 +26,7 @@ Degree = Annotated[int, Accept("a positive integer, or -1", lambda n: n > 0 or n
 Positive = Annotated[float, Accept("a positive number", lambda x: 0 < x < math.inf)]
 PositiveOrInf = Annotated[float, Accept("a positive number, or inf", lambda x: x > 0)]
 NotNegative = Annotated[float, Accept("a number of at least 0", lambda x: 0 <= x < math.inf)]
+Epochs = Annotated[float, Accept("a positive number of at most 1000", lambda x: 0 < x <= 1000)]
 Share = Annotated[float, Accept("a number from 0 to below 1", lambda x: 0 <= x < 1)]
 Ratio = Annotated[float, Accept("a number from 0 to 1", lambda x: 0 <= x <= 1)]
 Beta = Annotated[float, Accept("a number from 0 to below 1", lambda x: 0 <= x < 1)]
@@ -148,11 +149,10 @@ class Data:
 class Training:
     """Steps, batch and precision."""
 
-    steps: Count = 0
-    """Optimizer steps of the whole run, those before a resume included. 0: as many as `epochs` are."""
-    epochs: NotNegative = 0.0
-    """How often the run reads each sample: so long it goes on. Its last step, which is counted before the run, has the
-    last of them. 0: as `steps` says; one of the two is given."""
+    steps: PositiveInt | None = None
+    """Optimizer steps of the whole run, those before a resume included; or else `epochs`."""
+    epochs: Epochs | None = None
+    """Instead of `steps`: how often the run reads each sample. The last step, counted before the run, has the last."""
     sequence_length: PositiveInt
     """Tokens in a row. Rows are filled with documents end to end; a document that does not fit is cut."""
     local_batch_size: PositiveInt = 1

@@ -19,10 +19,11 @@ import json
 import os
 import re
 import textwrap
+import types
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import tomli
 import tomli_w
@@ -33,7 +34,7 @@ from errors import UserError
 from models.qwen35_moe.config import MTP_LAYERS, ModelConfig, read_config
 from models.qwen35_moe.vision_config import TOKEN_IDS, VisionConfig
 
-_LENGTHS = ("steps", "epochs")  # how long a run is, either way
+_LENGTHS = {"steps", "epochs"}  # how long a run is, either way
 _NAME = re.compile("[A-Za-z0-9_-]{1,64}")  # what the names of metrics may end in
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -51,6 +52,11 @@ _VISION = {key: _TOWER.pop(key) for key in TOKEN_IDS} | {
 }
 
 
+def _given(hint: Any) -> Any:
+    """The type of a value that is given, where it may also be left out."""
+    return get_args(hint)[0] if get_origin(hint) is types.UnionType or get_origin(hint) is Union else hint
+
+
 class _Named(dict[str, Any]):
     """The schema of a table whose keys are names that the user gives, with values of one type."""
 
@@ -66,7 +72,7 @@ class _Named(dict[str, Any]):
 
 
 SCHEMA: dict[str, Any] = {
-    name: {field.rstrip("_"): hint for field, hint in get_type_hints(cls, include_extras=True).items()}
+    name: {field.rstrip("_"): _given(hint) for field, hint in get_type_hints(cls, include_extras=True).items()}
     for name, cls in SECTIONS.items()
 }
 SCHEMA["validation"]["sets"] = _Named(get_args(SCHEMA["validation"]["sets"])[1])
@@ -84,16 +90,12 @@ def load_config(argv: list[str]) -> Config:
         raise SystemExit(0)
     options = _parse_command_line(argv)
     name = options.pop("config", None)
-    tables = options if name is None else _merge(_load_toml(_find_config(name)), options)
+    tables = options if name is None else _over(_load_toml(_find_config(name)), options)
     model = tables.get("model", {})
     if model.get("path") and model.get("config"):
         raise UserError(f"model.path = {model['path']!r} and model.config exclude each other: expected one of them")
     if not model.get("path") and not model.get("config"):
         raise UserError("model.path = '' and model.config is empty: expected a Hugging Face directory or a table")
-    length = {key: tables.get("training", {}).get(key, 0) for key in _LENGTHS}
-    if bool(length["steps"]) == bool(length["epochs"]):
-        given = " and ".join(f"training.{key} = {value}" for key, value in length.items())
-        raise UserError(f"{given}: expected one of them: a positive integer of steps, or a positive number of epochs")
     sections = {}
     for section, cls in SECTIONS.items():
         given = tables.get(section, {})
@@ -102,12 +104,22 @@ def load_config(argv: list[str]) -> Config:
             if key not in given and not _default(item):
                 raise UserError(f"{section}.{key} is missing: expected {_accepted(SCHEMA[section][key])}")
         sections[section] = cls(**{fields[key].name: value for key, value in given.items()})
-    return _with_absolute_paths(Config(**sections))
+    config = Config(**sections)
+    if config.training.steps is None and config.training.epochs is None:
+        raise UserError("training.steps is missing: expected a positive integer, or training.epochs, a positive number")
+    if config.training.steps is not None and config.training.epochs is not None:
+        both = f"training.steps = {config.training.steps} and training.epochs = {config.training.epochs}"
+        raise UserError(f"{both}: expected one of them")
+    return _with_absolute_paths(config)
 
 
 def resolved_toml(config: Config) -> str:
     """The whole configuration as TOML. Loading it gives an equal Config."""
-    return tomli_w.dumps(dataclasses.asdict(config, dict_factory=lambda items: {k.rstrip("_"): v for k, v in items}))
+
+    def table(items: list[tuple[str, Any]]) -> dict[str, Any]:
+        return {key.rstrip("_"): value for key, value in items if value is not None}
+
+    return tomli_w.dumps(dataclasses.asdict(config, dict_factory=table))
 
 
 def model_config(config: Config) -> ModelConfig:
@@ -209,7 +221,7 @@ def _load_toml(path: Path, below: tuple[Path, ...] = ()) -> dict[str, Any]:
         return values
     if not isinstance(base, str) or not _can_be_a_path(base) or not (path.parent / base).is_file():
         raise UserError(f"{path}: extends = {base!r}: expected a TOML file's path, relative to this file")
-    return _merge(_load_toml(path.parent / base, (*below, path)), values)
+    return _over(_load_toml(path.parent / base, (*below, path)), values)
 
 
 def _parse_command_line(argv: list[str]) -> dict[str, Any]:
@@ -244,8 +256,6 @@ def _parse_command_line(argv: list[str]) -> dict[str, Any]:
         for name in reversed(names):
             table = {name: table}
         tables = _merge(tables, _convert_table("", accepted, table, "--"))
-    if {f"training.{key}" for key in _LENGTHS} <= seen:
-        raise UserError("--training.steps and --training.epochs are given both: expected one of them")
     return tables
 
 
@@ -261,13 +271,19 @@ def _parse_word(schema: Any, text: str) -> Any:
     return tomli.loads(f"value = {text}")["value"]
 
 
+def _over(base: dict[str, Any], source: dict[str, Any]) -> dict[str, Any]:
+    """A later source's tables over those of the sources before."""
+    if _LENGTHS & source.get("training", {}).keys():
+        training = {key: value for key, value in base.get("training", {}).items() if key not in _LENGTHS}
+        base = {**base, "training": training}
+    return _merge(base, source)
+
+
 def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
     """`over` upon `base`: tables key by key, anything else replaces."""
     merged = dict(base)
     if over.get("model", {}).get("path") and "model" in base:
         merged["model"] = {key: value for key, value in base["model"].items() if key != "config"}
-    if any(over.get("training", {}).get(key) for key in _LENGTHS) and "training" in base:
-        merged["training"] = {key: value for key, value in base["training"].items() if key not in _LENGTHS}
     for key, value in over.items():
         both_tables = isinstance(value, dict) and isinstance(merged.get(key), dict)
         merged[key] = _merge(merged[key], value) if both_tables else value
@@ -382,7 +398,7 @@ def _default(item: "dataclasses.Field[Any]") -> str:
     """A field's default as TOML, empty if it has none."""
     if item.default is dataclasses.MISSING:
         return "" if item.default_factory is dataclasses.MISSING else "{}"
-    return json.dumps(item.default)
+    return "none" if item.default is None else json.dumps(item.default)
 
 
 def field_docs(cls: type) -> dict[str, str]:

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("train")
 
-_INDIFFERENT = {"path", "weights", "shuffle", "num_workers", "on_bad_sample"}
+_INDIFFERENT = {"path", "weights", "shuffle", "num_workers"}
 """Options of the data that change no sample's length, or are told in other ways."""
 _CHUNK = 2000  # samples that a process measures at a time
 Measured = tuple[NDArray[np.int64], NDArray[np.int32]]
@@ -45,6 +45,8 @@ def deal(packer: "Packer") -> "Packer":
     Each time that every slot is given one, the longest goes to the slot that has had fewest tokens so far, and so on.
     That stays within an epoch, and what comes later changes nothing before it: more epochs may be added to a run.
     """
+    assert packer.epochs is not None
+    num_epochs = math.ceil(packer.epochs)
     num_documents, num_slots = packer.samples.num_documents, packer.num_slots
 
     def make(path: Path) -> None:
@@ -52,7 +54,7 @@ def deal(packer: "Packer") -> "Packer":
         lengths = numbers[starts[:-1]].astype(np.int64)
         tokens = np.zeros(num_slots, np.int64)
         with open(path, "wb") as file:
-            for epoch in range(math.ceil(packer.epochs)):
+            for epoch in range(num_epochs):
                 documents = packer.samples.permutation(epoch)
                 place, first = 0, epoch * num_documents
                 while place < num_documents:
@@ -66,7 +68,7 @@ def deal(packer: "Packer") -> "Packer":
                 file.write(documents.astype("<i8").tobytes())
 
     order = packer.samples.permutation(0)[:8].tolist()  # stands for the seed and data.shuffle
-    path = _cached(packer, ["deal", num_slots, math.ceil(packer.epochs), order], ".deal", make)
+    path = _cached(packer, ["deal", num_slots, num_epochs, order], ".deal", make)
     return packer._replace(samples=packer.samples.dealt(path))
 
 

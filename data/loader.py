@@ -85,7 +85,7 @@ class TokenLoader:
         epochs = 1 if one_epoch else training.epochs
         packer = Packer(samples, data, tokenizer.eos_token_id or 0, self._num_slots, epochs)
         self._packer = packer if one_epoch or not epochs else deal(packer)
-        self._may_fill = epochs > 0 or data.format == "chat" or self.num_filler_rows > 0 or media is not None
+        self._may_fill = bool(epochs) or data.format == "chat" or self.num_filler_rows > 0 or media is not None
         self._shares: Iterator[list[Row] | UserError] | None = None  # of the workers in turn; None before `next`
         self._lifeline: Connection | None = None
         self._round: list[Row] = []  # a row of each own slot: what a step takes
@@ -212,8 +212,8 @@ class Packer(NamedTuple):
     data: Data
     filler: int
     num_slots: int
-    epochs: float = 0
-    """How often a sample is read; then come fillers. 0: without end."""
+    epochs: float | None = None
+    """How often a sample is read; then come fillers. None: without end."""
 
     @property
     def end(self) -> int | None:

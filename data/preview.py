@@ -110,10 +110,8 @@ class Measured:
         epoch = f"an epoch has {about}{tokens:,.0f} tokens, {steps:,.1f} steps"
         if last_step:
             return [*lines, f"{epoch}; training.epochs = {training.epochs:g}: the last step is {last_step:,}"]
-        return [
-            *lines,
-            f"{epoch}; training.steps = {training.steps:,} are\n{training.steps / steps:,.2f} epochs",
-        ]
+        assert training.steps is not None
+        return [*lines, f"{epoch}; training.steps = {training.steps:,} are\n{training.steps / steps:,.2f} epochs"]
 
 
 def histogram(bins: list[tuple[int, int, int]]) -> str:
@@ -132,7 +130,7 @@ def _fill(packer: Packer, num_rows: int, sequence_length: int) -> float:
         empty = [medium._replace(decode=lambda: np.empty((0, 0), np.uint8)) for medium in sample.media]
         return sample._replace(media=empty)
 
-    slot = packer._replace(num_slots=1, epochs=0).slot(packer.first_cursor(0), unseen)
+    slot = packer._replace(num_slots=1, epochs=None).slot(packer.first_cursor(0), unseen)
     num_fillers = sum(slot.next_row(sequence_length).num_fillers for _ in range(num_rows))
     return 1 - num_fillers / (num_rows * sequence_length)
 
