@@ -46,7 +46,7 @@ from training.distributed import (
     world_from_environment,
 )
 from training.flops import flops_per_token, peak_flops_of_all
-from training.gradients import gradient_norm, last_nonfinite
+from training.gradients import gradient_norm, gradient_norms, last_nonfinite
 from training.load_balancing import measure_for, router_losses
 from training.lock import RunLock
 from training.metrics import MetricsWriter, data_quality, expert_load, peak_memory_gib, setup_logging
@@ -71,6 +71,8 @@ class StepResult(NamedTuple):
     """[] float64, of the global gradient before clipping; the same on all ranks."""
     nonfinite: str
     """Where loss or gradients are not finite, so that the step was not applied; empty if all are."""
+    norms_of_parts: dict[str, torch.Tensor]
+    """As `grad_norm`, of each part of the model, if that was asked for."""
 
 
 def train_step(
@@ -84,9 +86,10 @@ def train_step(
     moe: MoE,
     mtp: Mtp,
     num_drafted: int,
+    by_part: bool = False,
 ) -> StepResult:
     """One optimizer step over this rank's micro-batches; `num_trained` counts the GLOBAL batch's trained tokens,
-    `num_drafted` those of multi-token prediction, which `mtp` is for."""
+    `num_drafted` those of multi-token prediction, which `mtp` is for. `by_part`: tell each part's gradient norm."""
     shape = model.config
     losses = {name: torch.zeros((), device=device) for name in ("loss", "mtp", "aux_loss", "z_loss")}
     expert_counts = torch.zeros(len(model.blocks), shape.num_experts, dtype=torch.int64, device=device)
@@ -114,6 +117,7 @@ def train_step(
         expert_counts += statistics.expert_counts
     loss_of_all = reduce_replicated_gradients(model.float32_parameters(), losses["loss"], meshes.data_parallel)
     grad_norm = gradient_norm(model.parameters(), meshes.dense.get_group("fsdp"))
+    norms_of_parts = gradient_norms(model.named_parameters(), meshes.dense.get_group("fsdp")) if by_part else {}
     # The host has to know before it applies the step, and all ranks know the same. It waits for the device here, once a
     # step: what is left to launch after it are a few fused kernels. (Fused AdamW could skip on the device, by
     # `found_inf`; but the gradients would be gone before anyone can say where they were bad.)
@@ -124,7 +128,7 @@ def train_step(
     else:
         nonfinite = describe_nonfinite(model, losses["loss"], grad_norm)
     optimizer.zero_grad()
-    return StepResult(losses, expert_counts, grad_norm, nonfinite)
+    return StepResult(losses, expert_counts, grad_norm, nonfinite, norms_of_parts)
 
 
 def describe_nonfinite(model: Qwen35Moe, loss: torch.Tensor, grad_norm: torch.Tensor) -> str:
@@ -243,7 +247,11 @@ def main(arguments: list[str]) -> None:
             (output_dir / "config.toml").write_text(resolved_toml(config), encoding="utf-8")
         except OSError as error:
             raise UserError(f"job.output_dir = {str(output_dir)!r}: {error.strerror}: expected room to write") from None
-        writer = MetricsWriter(output_dir, config.metrics.tensorboard, step, total_steps)
+        project = config.metrics.wandb_project if config.metrics.wandb else ""
+        of_run = (step, total_steps, project, dataclasses.asdict(config))
+        writer = MetricsWriter(output_dir, config.metrics.tensorboard, *of_run)
+        if writer.has_trackers and step == 0:
+            writer.write_lengths(loader.first_lengths(), step)
     trains_trunk = config.mtp.train != "head"
     flops_of_token = flops_per_token(shape, training.sequence_length, config.lora, trains_trunk)
     peak = peak_flops_of_all(world_size, device)
@@ -280,7 +288,10 @@ def main(arguments: list[str]) -> None:
 
         lr = config.optimizer.lr * lr_factor(step, total_steps, config.lr_scheduler)
         set_learning_rate(optimizer, lr)
-        of_losses = (training, config.moe, config.mtp, num_drafted)
+        last = stopping or step == total_steps
+        validates = validator is not None and step % config.validation.interval == 0
+        logs = last or validates or step % config.metrics.log_interval == 0
+        of_losses = (training, config.moe, config.mtp, num_drafted, logs and config.metrics.grad_norm_by_part)
         result = train_step(model, optimizer, micro_batches, num_trained, meshes, device, *of_losses)
         if result.nonfinite:
             if training.nonfinite == "stop":
@@ -293,10 +304,8 @@ def main(arguments: list[str]) -> None:
             gc.collect()
             gc.freeze()
         tokens_seen += tokens_per_step
-        last = stopping or step == total_steps
 
-        validates = validator is not None and step % config.validation.interval == 0
-        if last or validates or step % config.metrics.log_interval == 0:
+        if logs:
             result = reduce_result(result)
             step_seconds = (time.perf_counter() - clock) / (step - clock_step)
             of_vision, vision_flops = vision_work.read()
@@ -313,6 +322,7 @@ def main(arguments: list[str]) -> None:
                 **expert_load(result.expert_counts),
                 **data_quality(loader.counts if meshes.is_first_reader else {}, device),
                 **of_vision,
+                **{f"grad_norm_{part}": norm.item() for part, norm in result.norms_of_parts.items()},
             }
             if training.nonfinite == "skip":
                 metrics["skipped_steps"] = num_skipped
@@ -330,6 +340,7 @@ def main(arguments: list[str]) -> None:
                 metrics |= validator.measure(model, device)
             if writer is not None:
                 writer.write(metrics)
+                writer.write_view(step, result.expert_counts, loader.show_rows)
             clock, clock_step, data_seconds = time.perf_counter(), step, 0.0
 
         if config.checkpoint.enable and (last or step % config.checkpoint.interval == 0):

@@ -347,7 +347,14 @@ class Metrics:
     log_interval: PositiveInt = 1
     """Steps from one log line, and one line of metrics.jsonl, to the next."""
     tensorboard: bool = False
-    """Write TensorBoard events too."""
+    """Write TensorBoard events too: the numbers, pictures of the experts' load, samples of what is trained."""
+    wandb: bool = False
+    """Tell Weights & Biases the same; package wandb, and `wandb login` or WANDB_MODE=offline. A resume goes on with the
+    same run."""
+    wandb_project: Annotated[str, Accept("a name", lambda name: name != "")] = "qwen35moe"
+    """The project of that run."""
+    grad_norm_by_part: bool = False
+    """Log the gradient norm of each part of the model too (see model.freeze), as grad_norm_experts and so on."""
 
 
 @dataclass(frozen=True, kw_only=True)

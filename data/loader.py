@@ -7,6 +7,7 @@ there is to save: every row brings the cursor behind it, and what workers prepar
 """
 
 import atexit
+import contextlib
 import functools
 import json
 import logging
@@ -14,6 +15,7 @@ import multiprocessing
 import os
 import signal
 import threading
+import time
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -32,12 +34,15 @@ from data.batch import Cursor, MicroBatch, Row, Sample
 from data.epochs import deal, most_rows
 from data.held_out import ALL, Side
 from data.media import MediaSettings
-from data.packing import NO_SAMPLE, NUM_PENDING, ChatSlot, Share, TextSlot, filler_row
+from data.packing import NO_SAMPLE, NUM_PENDING, BadSample, ChatSlot, Share, TextSlot, filler_row
+from data.preview_rows import show_row
 from data.samples import Samples, open_samples
 from data.tokenizer import load_tokenizer
 from errors import UserError
 
 logger = logging.getLogger("train")
+
+_SHOWN = 20_000  # characters of a row's text
 
 
 class TokenLoader:
@@ -79,7 +84,7 @@ class TokenLoader:
         self._num_workers = min(data.num_workers, len(self._slots))
         if self._num_workers:
             _start_forkserver(data.format)  # imports while the rest is set up
-        tokenizer = load_tokenizer(data.tokenizer)
+        self._tokenizer = tokenizer = load_tokenizer(data.tokenizer)
         self._vision, self._mtp = media and media.vision, mtp
         samples = open_samples(data, tokenizer, training.sequence_length, seed, media, side)
         epochs = 1 if one_epoch else training.epochs
@@ -154,6 +159,22 @@ class TokenLoader:
             except OSError as error:  # a full disk, say: they are counted nevertheless
                 logger.warning(f"cannot list skipped samples in {self._skipped_file}: {error.strerror}")
                 self._skipped_file = None
+
+    def first_lengths(self) -> list[int]:
+        """In tokens, of the first samples that can be used: as many as are read in two seconds, a thousand at most."""
+        lengths: list[int] = []
+        deadline = time.monotonic() + 2
+        for number in range(min(1000, self._packer.end or 1000)):
+            with contextlib.suppress(BadSample):
+                lengths.append(len(self._packer.samples.read(number).tokens))
+            if time.monotonic() > deadline:
+                break
+        return lengths
+
+    def show_rows(self) -> str:
+        """The first rows of this rank's step, as text: what is trained on stands in guillemets."""
+        rows = self._round[:2]
+        return "\n\n".join(show_row(row, self._tokenizer, self._vision, colours=False)[:_SHOWN] for row in rows)
 
     def num_steps_left(self) -> int:
         """Until the last sample of `training.epochs` has been returned, for the slots of this rank; before the first
