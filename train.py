@@ -52,6 +52,7 @@ from training.lock import RunLock
 from training.metrics import MetricsWriter, data_quality, expert_load, peak_memory_gib, setup_logging
 from training.optimizer import build_optimizer, lr_factor, set_learning_rate, step_clipped
 from training.signals import StopRequest
+from training.trackers import start_wandb
 from training.validation import Validator
 from training.vision_work import VisionWork
 
@@ -198,6 +199,7 @@ def main(arguments: list[str]) -> None:
     output_dir = Path(config.job.output_dir)
     setup_logging(rank)
     lock = RunLock(output_dir) if rank == 0 else None
+    trackers = start_wandb(output_dir, config) if rank == 0 else []
     stop = StopRequest()
 
     # 2. Processes, devices, meshes.
@@ -247,9 +249,7 @@ def main(arguments: list[str]) -> None:
             (output_dir / "config.toml").write_text(resolved_toml(config), encoding="utf-8")
         except OSError as error:
             raise UserError(f"job.output_dir = {str(output_dir)!r}: {error.strerror}: expected room to write") from None
-        project = config.metrics.wandb_project if config.metrics.wandb else ""
-        of_run = (step, total_steps, project, dataclasses.asdict(config))
-        writer = MetricsWriter(output_dir, config.metrics.tensorboard, *of_run)
+        writer = MetricsWriter(output_dir, config.metrics.tensorboard, step, total_steps, trackers)
         if writer.has_trackers and step == 0:
             writer.write_lengths(loader.first_lengths(), step)
     trains_trunk = config.mtp.train != "head"

@@ -1,13 +1,12 @@
 """What a run tells: one JSON object a logged step, a log line, and what TensorBoard and W&B show."""
 
-import functools
 import json
 import logging
 import math
 import os
 import resource
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
@@ -17,7 +16,7 @@ import torch
 
 from data.packing import REASONS
 from training.distributed import sum_over_ranks
-from training.trackers import Careful, TensorBoard, WeightsAndBiases, expert_picture
+from training.trackers import Careful, TensorBoard, expert_picture
 
 logger = logging.getLogger("train")
 
@@ -87,24 +86,20 @@ class MetricsWriter:
         tensorboard: bool,
         start_step: int,
         total_steps: int,
-        wandb_project: str = "",
-        config: dict[str, Any] | None = None,
+        others: Sequence[Careful] = (),
     ) -> None:
         """Starts after `start_step`: lines of later steps, left by a run that was cut off, are dropped.
-        `wandb_project`: for a run of Weights & Biases, if any, which also tells `config`. Raises UserError."""
+        `others`: trackers beside TensorBoard."""
         self._path, self._total_steps = folder / "metrics.jsonl", total_steps
         self._load_path = folder / "expert_load.jsonl"
         self._next_view = 0
         self._has_failed = False
-        self._trackers = []
+        self._trackers = list(others)
         for path in (self._path, self._load_path):
             with self._going_on():
                 self._keep_lines_up_to(start_step, path)
         if tensorboard:
             self._trackers.append(Careful("TensorBoard", lambda: TensorBoard(folder, start_step)))
-        if wandb_project:
-            make = functools.partial(WeightsAndBiases, folder, wandb_project, config or {})
-            self._trackers.append(Careful("Weights & Biases", make))
 
     @property
     def has_trackers(self) -> bool:

@@ -3,6 +3,7 @@
 Shapes: L blocks, E experts.
 """
 
+import dataclasses
 import logging
 import re
 import uuid
@@ -13,6 +14,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from config.options import Config
 from errors import UserError
 
 logger = logging.getLogger("train")
@@ -86,7 +88,6 @@ class WeightsAndBiases:
                 settings=wandb.Settings(console="off", silent=True),
             )
         except (wandb.errors.UsageError, wandb.errors.AuthenticationError) as error:
-            wandb.teardown()  # or its own process would keep this one for longer than the others wait
             raise UserError(
                 f"metrics.wandb = true: {error}: expected `wandb login`, WANDB_API_KEY, or WANDB_MODE=offline"
             ) from error
@@ -119,6 +120,15 @@ def _run_id(path: Path) -> str:
         known = uuid.uuid4().hex[:8]
         path.write_text(known + "\n", encoding="utf-8")
     return known
+
+
+def start_wandb(folder: Path, config: Config) -> list["Careful"]:
+    """What `config` asks for, on rank 0, before there are processes to wait for each other: a missing login is told at
+    once. Raises UserError."""
+    if not config.metrics.wandb:
+        return []
+    options = dataclasses.asdict(config)
+    return [Careful("Weights & Biases", lambda: WeightsAndBiases(folder, config.metrics.wandb_project, options))]
 
 
 class Careful:
