@@ -33,13 +33,13 @@ body { margin: 0 auto; max-width: 72rem; padding: 1rem; background: var(--page);
 h1 { font-size: 1.35rem; margin: .5rem 0; } h2 { font-size: 1.05rem; margin: 2rem 0 .5rem; }
 h3 { font-size: .9rem; margin: 0 0 .3rem; font-weight: 600; }
 small, th { color: var(--quiet); font-size: .8rem; font-weight: normal; }
-.charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 26rem), 1fr)); gap: .8rem; }
+.charts { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 26rem), 1fr)); gap: .8rem; }
 .card { background: var(--card); border: 1px solid var(--line); border-radius: .4rem; padding: .6rem .7rem .4rem; }
 .key { display: inline-block; width: 1.3rem; height: 0; border-top: 3px solid; margin-right: .45rem;
   vertical-align: middle; }
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; } td, th { padding: .2rem 1.1rem .2rem 0; text-align: left; vertical-align: top; }
-thead th { border-bottom: 1px solid var(--line); white-space: nowrap; }
+td:first-child { min-width: 9rem; } thead th { border-bottom: 1px solid var(--line); white-space: nowrap; }
 .number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
 code { font: .8rem/1.5 ui-monospace, monospace; }
 svg { display: block; width: 100%; height: auto; } svg text { fill: var(--quiet); font-size: 11px; }
@@ -250,7 +250,7 @@ def _skipped(runs: Sequence["Run"]) -> str:
 
 
 def _differences(runs: Sequence["Run"]) -> str:
-    keys = list(dict.fromkeys(key for run in runs for key in run.config))
+    keys = dict.fromkeys(key for run in runs for key in run.config if key != "job.output_dir")
     rows = [[key, *(run.config.get(key, "") for run in runs)] for key in keys]
     rows = [row for row in rows if len(set(row[1:])) > 1]
     if len(runs) == 1:
