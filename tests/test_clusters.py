@@ -3,6 +3,7 @@
 import os
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -82,6 +83,28 @@ def test_killed_ranks_are_started_again_and_go_on(config_file: Path, tmp_path: P
     assert "was ended by SIGKILL; the others were stopped: restart 1 of 2" in said[-1]
     assert "restart 2 of 2" in said[0]
     assert without_times(metrics(killed)) == without_times(metrics(whole))
+
+
+def test_kubernetes_variables(config_file: Path, tmp_path: Path) -> None:
+    """Those that the training operators set for torchrun, in two pods."""
+    pods = []
+    shared = {"PET_NNODES": "2", "PET_NPROC_PER_NODE": "1", "PET_MASTER_ADDR": "127.0.0.1"}
+    shared["PET_MASTER_PORT"] = str(free_port())
+    options = ["--config", str(config_file), "--job.output_dir", str(tmp_path / "run"), "--training.steps=2"]
+    for node in ("0", "1"):
+        pods.append(
+            subprocess.Popen(
+                [sys.executable, "-m", "torch.distributed.run", str(ROOT / "train.py"), *options],
+                env=environment(PET_NODE_RANK=node, **shared),
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+            )
+        )
+    said = [pod.communicate(timeout=150)[0] for pod in pods]
+    assert [pod.returncode for pod in pods] == [0, 0], said
+    assert "2 x cpu" in said[0]
+    assert [line["step"] for line in metrics(tmp_path / "run")] == [1, 2]
 
 
 FAKES = {

@@ -33,7 +33,7 @@ def test_epochs_end_where_it_was_said_and_go_on_on_another_layout(
     main(["--config", str(config_file), "--rows=0"])
     said = int(capsys.readouterr().out.split("training.epochs = 1.5: the last step is ")[1])
 
-    options = ("--job.deterministic", "--parallelism.expert_parallel_degree=1")
+    options = ("--metrics.grad_norm_by_part", "--job.deterministic", "--parallelism.expert_parallel_degree=1")
     run(config_file, tmp_path / "whole", *options, ranks=1)
     whole = metrics(tmp_path / "whole")
     assert [line["step"] for line in whole] == list(range(1, said + 1))
@@ -42,6 +42,10 @@ def test_epochs_end_where_it_was_said_and_go_on_on_another_layout(
     validated = [line for line in whole if "validation_loss" in line]
     assert [line["step"] for line in validated] == list(range(4, said + 1, 4))
     assert all(line["validation_loss_other"] not in (0, line["validation_loss"]) for line in validated)
+
+    parts = [value for name, value in whole[0].items() if name.startswith("grad_norm_")]
+    assert len(parts) == 8
+    assert sum(part**2 for part in parts) == pytest.approx(whole[0]["grad_norm"] ** 2, rel=1e-9)
 
     shutil.copytree(tmp_path / "whole", tmp_path / "part")
     for checkpoint in sorted((tmp_path / "part/checkpoints").glob("step-*"))[1:]:
@@ -52,6 +56,8 @@ def test_epochs_end_where_it_was_said_and_go_on_on_another_layout(
     for line, expected in zip(part[3:], whole[3:], strict=True):
         assert line["loss"] == pytest.approx(expected["loss"], rel=1e-5)  # see test_layouts.py
         assert line["lr"] == expected["lr"]
+        for name in (name for name in line if name.startswith("grad_norm_")):
+            assert line[name] == pytest.approx(expected[name], rel=1e-4)
 
     run_again = ["--validation.share=0.3"]
     with pytest.raises(AssertionError, match=r"other data: .*validation.share"):
