@@ -35,6 +35,12 @@ class Side(NamedTuple):
 
 
 ALL = Side()
+_CONVERSATIONS = (
+    *("conversations", "system"),  # ShareGPT
+    *("instruction", "input", "output", "history"),  # Alpaca
+    *("prompt", "completion"),
+)
+"""The fields in which conversations stand, beside `data.messages_key`. Their order is part of the hash."""
 
 
 class Part:
@@ -109,8 +115,9 @@ def place_of(record: Record, data: Data) -> float:
     """A number from 0 to below 1, the same for all records that say the same: by what the keys of [data] name in it,
     whatever else it holds, or by all of it where they name nothing."""
     if isinstance(record, dict):
-        fields = [record.get(key) for key in _keys(data)]
-        said = fields if any(field is not None for field in fields) else record
+        # What is absent, null or empty is left out: a key that is known here one day moves no record that lacks it.
+        fields = [field for key in _keys(data) if (field := record.get(key)) not in (None, "", [])]
+        said = fields or record
         content = json.dumps(_canonical(said), sort_keys=True, default=_plain).encode()
     else:
         content = record.astype("<u4").tobytes()
@@ -120,8 +127,8 @@ def place_of(record: Record, data: Data) -> float:
 
 def _keys(data: Data) -> list[str]:
     """The fields of a record that a sample is made of."""
-    own = [data.text_key] if data.format == "text" else [data.messages_key, data.tools_key]
-    return [*own, *(key for keys in media_keys(data).values() for key in keys)]
+    own = [data.text_key] if data.format == "text" else [data.messages_key, *_CONVERSATIONS, data.tools_key]
+    return list(dict.fromkeys([*own, *(key for keys in media_keys(data).values() for key in keys)]))
 
 
 def _canonical(value: Any) -> Any:
