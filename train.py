@@ -50,7 +50,7 @@ from training.gradients import gradient_norm, gradient_norms, last_nonfinite
 from training.load_balancing import measure_for, router_losses
 from training.lock import RunLock
 from training.metrics import MetricsWriter, data_quality, expert_load, peak_memory_gib, setup_logging
-from training.optimizer import build_optimizer, lr_factor, set_learning_rate, step_clipped
+from training.optimizer import NamedAdamW, build_optimizer, lr_factor, set_learning_rate, step_clipped
 from training.signals import StopRequest
 from training.trackers import start_wandb
 from training.validation import Validator
@@ -78,7 +78,7 @@ class StepResult(NamedTuple):
 
 def train_step(
     model: Qwen35Moe,
-    optimizer: torch.optim.Optimizer,
+    optimizer: NamedAdamW,
     micro_batches: list[MicroBatch],
     num_trained: int,
     meshes: Meshes,
@@ -268,6 +268,8 @@ def main(arguments: list[str]) -> None:
         )
 
     # 8. The loop.
+    if config.compile.enable and device.type == "cuda":
+        logger.info("the first step compiles the model, whatever its depth: half a minute to a minute")
     clock, clock_step, data_seconds = time.perf_counter(), step, 0.0
     num_skipped = 0
     stopping = False

@@ -14,6 +14,7 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 
 from models.ops.documents import Documents
 from models.qwen35_moe.init import LocalPart, whole
+from models.qwen35_moe.lora import is_adapter
 from models.qwen35_moe.model import Qwen35Moe
 from models.qwen35_moe.rotary import Rotary
 from models.qwen35_moe.vision import VisionTower
@@ -25,6 +26,7 @@ from parallelisms.context_parallel import (
     products_that_travel,
 )
 from parallelisms.expert_parallel import ExpertParallelBlock
+from parallelisms.fsdp_copies import lay_out_gradients_without_tables
 from parallelisms.mesh import Meshes
 
 
@@ -120,9 +122,10 @@ def apply_fsdp(model: Qwen35Moe, meshes: Meshes, compute_dtype: torch.dtype) -> 
     Gradients are summed, never averaged: the loss is already divided by the global batch's number of trained tokens.
     The float32 parameters stay outside FSDP, which would round them to `compute_dtype` before the forward sees them;
     `reduce_replicated_gradients` keeps them equal on all ranks. What is frozen of the tower stays outside too, whole on
-    each rank: half a billion numbers, which are not worth a collective. So does what is frozen and whole on its rank
-    anyway, of which FSDP would keep a second copy.
+    each rank: half a billion numbers, which are not worth a collective. So does what is whole on its rank anyway and
+    stored as it is computed with: FSDP would copy it and its gradient for nothing.
     """
+    lay_out_gradients_without_tables()
     policy = MixedPrecisionPolicy(
         # Casting inputs would round the rotary angles; activations have the right dtype from the embedding on.
         compute_dtype,
@@ -135,9 +138,11 @@ def apply_fsdp(model: Qwen35Moe, meshes: Meshes, compute_dtype: torch.dtype) -> 
         outside |= {parameter for part in _frozen_parts(model.visual) for parameter in part.parameters()}
     blocks, has_expert_units = model.blocks, meshes.expert_parallel.size() > 1
     of_experts = {parameter for block in blocks for parameter in block.mlp.experts.parameters()}
-    for parameter in model.parameters():
+    for name, parameter in model.named_parameters():
         mesh = meshes.expert if has_expert_units and parameter in of_experts else meshes.dense
-        if not parameter.requires_grad and mesh.size(mesh.ndim - 1) == 1:  # replicas do not shard
+        is_whole = mesh.size(mesh.ndim - 1) == 1  # replicas do not shard, but add up gradients
+        needs_no_cast = parameter.dtype == compute_dtype or is_adapter(name)  # adapters are cast where they are used
+        if is_whole and needs_no_cast and (mesh.size() == 1 or not parameter.requires_grad):
             outside.add(parameter)
 
     def shard(module: nn.Module, mesh: DeviceMesh, **options: Any) -> None:

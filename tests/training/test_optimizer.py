@@ -112,6 +112,41 @@ def test_means_in_bfloat16_are_rounded_once_a_step_and_weights_are_not() -> None
             assert (state[key].double() == mean).double().mean() > 0.99, (name, key)
 
 
+@pytest.mark.parametrize("max_norm", [0.1, 100.0], ids=["clips", "does not"])
+def test_means_in_bfloat16_are_clipped_alike(max_norm: float) -> None:
+    """Against torch's fused kernel with float32 means: after one step both have the same update."""
+    weights = {}
+    for dtype in ("float32", "bfloat16"):
+        model = random_model(tiny_config())
+        generator = torch.Generator().manual_seed(0)
+        for parameter in model.parameters():
+            parameter.grad = torch.randn(parameter.shape, generator=generator) / parameter.numel()
+        optimizer = build_optimizer(model, Optimizer(lr=1e-3, eps=1e-4, weight_decay=0.1, state_dtype=dtype))
+        norm = torch.linalg.vector_norm(torch.cat([parameter.grad.flatten() for parameter in model.parameters()]))
+        step_clipped(optimizer, norm, max_norm, clips=bool(norm > max_norm))
+        weights[dtype] = dict(model.named_parameters())
+    for name, expected in weights["float32"].items():
+        assert torch.allclose(weights["bfloat16"][name], expected, rtol=3e-7, atol=1e-8), name
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_means_in_bfloat16_on_a_gpu_are_those_of_plain_pytorch() -> None:
+    results = {}
+    for device in ("cpu", "cuda"):
+        model = random_model(tiny_config()).to(device)
+        optimizer = build_optimizer(model, Optimizer(lr=1e-3, eps=1e-4, weight_decay=0.1, state_dtype="bfloat16"))
+        generator = torch.Generator().manual_seed(0)
+        for _ in range(3):
+            for parameter in model.parameters():
+                parameter.grad = torch.randn(parameter.shape, generator=generator).to(device)
+            step_clipped(optimizer, torch.tensor(2.0, device=device), 1.0, clips=True)
+        results[device] = {name: parameter.detach().cpu() for name, parameter in model.named_parameters()}
+    for name, expected in results["cpu"].items():
+        # A mean on the other side of a tie is one step of bfloat16, 2^-7, off, and so is its update of lr.
+        assert torch.allclose(results["cuda"][name], expected, rtol=3e-7, atol=1e-3 * 2**-6), name
+
+
 def test_tower_and_merger_have_rates_of_their_own_on_one_schedule() -> None:
     model = Qwen35Moe(tiny_config(vision=tiny_vision()), Kernels())
     init_weights(model, 0)
