@@ -34,6 +34,7 @@ logger = logging.getLogger("train")
 
 _INDIFFERENT = {"path", "weights", "shuffle", "num_workers"}
 """Options of the data that change no sample's length, or are told in other ways."""
+_MOST_PROCESSES = 32
 _CHUNK = 2000  # samples that a process measures at a time
 Measured = tuple[NDArray[np.int64], NDArray[np.int32]]
 """Where each sample's numbers begin, and at the end where they end; the numbers."""
@@ -58,7 +59,7 @@ def deal(packer: "Packer") -> "Packer":
                 documents = packer.samples.permutation(epoch)
                 place, first = 0, epoch * num_documents
                 while place < num_documents:
-                    end = min(place + num_slots - (first + place) % num_slots, num_documents)
+                    end = min(place + num_slots, num_documents)
                     slots = np.arange(first + place, first + end) % num_slots
                     slots_by_need = np.argsort(tokens[slots], kind="stable")
                     by_length = np.argsort(-lengths[documents[place:end]], kind="stable")
@@ -121,7 +122,8 @@ def _measured(packer: "Packer") -> Measured:
         else:
             logger.info(f"measures {samples.num_documents:,} samples, once, to know the last step of training.epochs")
             os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the other cores belong to other workers
-            with ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("forkserver")) as pool:
+            num_processes = min(os.cpu_count() or 1, len(ranges), _MOST_PROCESSES)
+            with ProcessPoolExecutor(num_processes, multiprocessing.get_context("forkserver")) as pool:
                 parts = list(pool.map(measure, ranges))
         counts, numbers = (np.concatenate(arrays) for arrays in zip(*parts))
         with open(path, "wb") as file:

@@ -25,6 +25,7 @@ from data.packing import BadSample
 from data.preview_html import page
 from data.preview_rows import show_row, size_of
 from data.samples import Samples, open_samples
+from data.sources import open_sources
 from data.tokenizer import load_tokenizer
 from errors import OneLineParser, UserError, exit_on_error
 from models.ops.labels import IGNORED
@@ -187,6 +188,9 @@ def main(argv: list[str]) -> None:
     heading = f"{measured.num_samples:,} of {samples.num_documents:,} samples measured"
     cursors = [packer.first_cursor(number) for number in range(training.global_batch_size)]
     last_step = most_rows(dealt, cursors, training.sequence_length) if training.epochs else 0
+    if side.share:
+        held_out = sum(map(len, open_sources(config.data, side._replace(is_held_out=True))))
+        heading += f"; validation.share = {side.share:g} holds {held_out:,} more out"
     facts = measured.facts(samples.num_documents, fill, config, last_step)
     print("\n".join([f"{heading}:", histogram(measured.bins()), *facts]))
     if options.html is not None:

@@ -1,6 +1,7 @@
 """A run of epochs with held-out samples: its last step, its schedule, its resume, its validation by names."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -31,7 +32,10 @@ def test_epochs_end_where_it_was_said_and_go_on_on_another_layout(
     from data.preview import main
 
     main(["--config", str(config_file), "--rows=0"])
-    said = int(capsys.readouterr().out.split("training.epochs = 1.5: the last step is ")[1])
+    out = capsys.readouterr().out
+    said = int(out.split("training.epochs = 1.5: the last step is ")[1])
+    (num_kept,) = re.findall(r"of (\d+) samples measured; validation.share = 0.2 holds (\d+) more out", out)
+    assert sum(map(int, num_kept)) == len(TEXTS)
 
     options = ("--metrics.grad_norm_by_part", "--job.deterministic", "--parallelism.expert_parallel_degree=1")
     run(config_file, tmp_path / "whole", *options, ranks=1)
