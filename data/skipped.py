@@ -1,6 +1,7 @@
 """The list of samples that a run skipped, turned back into a file of these samples, to be mended and trained on."""
 
 import base64
+import itertools
 import json
 from collections import Counter
 from collections.abc import Iterator
@@ -61,7 +62,7 @@ def _ends(text: str) -> Iterator[int]:
 
 def _records(config: Config) -> Iterator[tuple[str, Any]]:
     """All records of training and validation, in the files' order."""
-    paths = (*config.data.path, *(config.validation.path if config.validation.enable else ()))
+    paths = (*config.data.path, *itertools.chain(*config.validation.entries.values()))
     for _, source in declared_sources(replace(config.data, path=paths)):
         yield from source.head()
 

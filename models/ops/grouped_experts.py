@@ -11,7 +11,8 @@ from models.ops.precision import at_least_float32
 
 
 class Projection(NamedTuple):
-    """Each expert's matrix, and maybe an adapter of low rank that is added to it: weight + scale * B A."""
+    """Each expert's matrix, and maybe an adapter of low rank that is added to it: weight + scale * B A. The adapter may
+    be stored in another dtype than what it is multiplied with."""
 
     weight: torch.Tensor
     """[E, out, in]"""
@@ -26,7 +27,8 @@ class Projection(NamedTuple):
         out = _grouped_linear(x, self.weight, offsets)
         if self.lora_A is None or self.lora_B is None:
             return out
-        return out + _grouped_linear(_grouped_linear(x, self.lora_A, offsets) * self.scale, self.lora_B, offsets)
+        lora_A, lora_B = self.lora_A.to(x.dtype), self.lora_B.to(x.dtype)
+        return out + _grouped_linear(_grouped_linear(x, lora_A, offsets) * self.scale, lora_B, offsets)
 
 
 def weighted_swiglu(gate_up: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
