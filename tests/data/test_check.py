@@ -220,9 +220,10 @@ def test_workers_count_bad_conversations_and_go_on(tmp_path):
     ]
     path = tmp_path / "a.jsonl"
     path.write_text("".join(json.dumps({"messages": messages}) + "\n" for _, messages in bad))
-    check_data(config(path, format="chat"), 4096)
+    plain = str(ROOT / "tests/data/templates/chatml.jinja")  # which knows of no calls
+    check_data(config(path, format="chat", chat_template=plain), 4096)
     training = Training(steps=1, sequence_length=64, global_batch_size=2)
-    data = config(path, format="chat", num_workers=2, shuffle=False).data
+    data = config(path, format="chat", chat_template=plain, num_workers=2, shuffle=False).data
     loader = TokenLoader(data, training, 0, 1, 0, one_epoch=True, skipped_dir=tmp_path)
     batches = [next(loader), next(loader)]
     loader.close()
