@@ -6,14 +6,15 @@ host and sends it to the device: 1.3 ms for the 160 M numbers of a block with 32
 """
 
 import torch
-from torch.distributed.fsdp._fully_shard import _fsdp_collectives
 
-_with_tables = _fsdp_collectives.foreach_reduce_scatter_copy_in
+from torch_private import fsdp_collectives
+
+_with_tables = fsdp_collectives.foreach_reduce_scatter_copy_in
 
 
 def lay_out_gradients_without_tables() -> None:
     """From here on, in this process."""
-    _fsdp_collectives.foreach_reduce_scatter_copy_in = _lay_out
+    fsdp_collectives.foreach_reduce_scatter_copy_in = _lay_out
 
 
 def _lay_out(unsharded_grads: list[torch.Tensor], reduce_scatter_input: torch.Tensor, world_size: int) -> None:

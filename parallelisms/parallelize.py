@@ -8,9 +8,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.fsdp._fully_shard._fsdp_api import ReduceScatter
 from torch.distributed.tensor import DTensor, Shard
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from models.ops.documents import Documents
 from models.qwen35_moe.init import LocalPart, whole
@@ -28,6 +26,7 @@ from parallelisms.context_parallel import (
 from parallelisms.expert_parallel import ExpertParallelBlock
 from parallelisms.fsdp_copies import lay_out_gradients_without_tables
 from parallelisms.mesh import Meshes
+from torch_private import ReduceScatter, compute_local_shape_and_global_offset, mark_dynamic, set_recompile_limit
 
 
 def parallelize_fn(
@@ -47,7 +46,7 @@ def parallelize_fn(
         # To the compiler all checkpointed parts are one function, of which it makes 8 graphs by default; what comes
         # after that would run uncompiled. There are more: two kinds of blocks, and at ep > 1 the parts beside the
         # experts, each in training and in validation, with fillers and without.
-        torch._dynamo.config.recompile_limit = 32
+        set_recompile_limit(32)
     _store_frozen_as(model, compute_dtype)
     context = meshes.context_parallel
     if model.visual is not None:
@@ -109,7 +108,7 @@ def _compiled_for_any_length(forward: Callable[..., torch.Tensor]) -> Callable[.
 
     def run(hidden: torch.Tensor, rotary: Rotary, frames: Documents) -> torch.Tensor:
         for tensor in (hidden, *rotary):
-            torch._dynamo.maybe_mark_dynamic(tensor, 0)
+            mark_dynamic(tensor, 0)
         return compiled(hidden, rotary, frames)
 
     return run

@@ -72,7 +72,7 @@ def check_kernels(kernels: Kernels, shape: ModelConfig, device: torch.device, dt
         if bad:
             wrong.append(_message(case, f"{', '.join(bad)}, relative to plain PyTorch's (allowed: {bound:g})"))
     if kernels.cross_entropy == "compiled":
-        torch._dynamo.reset()  # having seen the shapes here, it would compile training's for shapes of any size
+        torch.compiler.reset()  # having seen the shapes here, it would compile training's for shapes of any size
     del case, expected, actual
     if device.type == "cuda":
         torch.cuda.empty_cache()
