@@ -2,55 +2,33 @@
 
 Precedence: their defaults < TOML (`extends = "base.toml"`, relative to the file, merges a base first) < command line
 (`--section.key value` or `--section.key=value`). Tables merge key by key, also `[model.config]`; lists replace. A
-`model.path` of a later source takes the place of an earlier source's `model.config`.
+`model.path` of a later source takes the place of an earlier source's `model.config`, and so do `training.steps` and
+`training.epochs` of each other.
 
 Relative paths are taken from the working directory; what is to be read and is not there, from the repository's root.
 A loaded Config holds absolute paths only, so a stored `config.toml` means the same wherever it is loaded.
 """
 
-import ast
 import contextlib
 import dataclasses
 import difflib
-import inspect
-import itertools
-import json
 import os
-import textwrap
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 import tomli
 import tomli_w
 
 from config.options import Config
+from config.schema import SCHEMA, SECTIONS, default_of, help_text, in_words
 from data.files import is_dataset, matches
 from errors import UserError
-from models.qwen35_moe.config import MTP_LAYERS, ModelConfig, read_config
-from models.qwen35_moe.vision_config import TOKEN_IDS, VisionConfig
+from models.qwen35_moe.config import ModelConfig, read_config
 
+_LENGTHS = {"steps", "epochs"}  # how long a run is, either way
 ROOT = Path(__file__).resolve().parents[1]
-
-# The schema of a TOML file: a table is a dict from its keys to schemas, everything else a type as `typing` writes it.
-# An inline model may have the keys that ModelConfig reads and no others, so that a typo there is found too.
-SECTIONS: dict[str, type] = get_type_hints(Config)
-_SHAPE = {key: hint for key, hint in get_type_hints(ModelConfig).items() if key not in ("vision", MTP_LAYERS)}
-_ROPE = {key: _SHAPE[key] for key in ("rope_theta", "partial_rotary_factor", "mrope_section")}
-_HF_FORM = {"model_type": str, "full_attention_interval": int, "hidden_act": str, "attention_bias": bool}
-_ROPE_PARAMETERS = {"rope_type": str, "mrope_interleaved": bool, **_ROPE}
-_TOWER = get_type_hints(VisionConfig)
-_VISION = {key: _TOWER.pop(key) for key in TOKEN_IDS} | {
-    "vision_config": _TOWER
-    | {"model_type": str, "hidden_act": str, "rope_parameters": {"rope_type": str, "rope_theta": float}}
-}
-SCHEMA: dict[str, Any] = {
-    name: {field.rstrip("_"): hint for field, hint in get_type_hints(cls, include_extras=True).items()}
-    for name, cls in SECTIONS.items()
-}
-SCHEMA["model"]["config"] = _SHAPE | _HF_FORM | _VISION
-SCHEMA["model"]["config"] |= {"attention_dropout": float, "rope_parameters": _ROPE_PARAMETERS}
 
 
 def load_config(argv: list[str]) -> Config:
@@ -63,7 +41,7 @@ def load_config(argv: list[str]) -> Config:
         raise SystemExit(0)
     options = _parse_command_line(argv)
     name = options.pop("config", None)
-    tables = options if name is None else _merge(_load_toml(_find_config(name)), options)
+    tables = options if name is None else _over(_load_toml(_find_config(name)), options)
     model = tables.get("model", {})
     if model.get("path") and model.get("config"):
         raise UserError(f"model.path = {model['path']!r} and model.config exclude each other: expected one of them")
@@ -74,15 +52,25 @@ def load_config(argv: list[str]) -> Config:
         given = tables.get(section, {})
         fields = {item.name.rstrip("_"): item for item in dataclasses.fields(cls)}
         for key, item in fields.items():
-            if key not in given and not _default(item):
-                raise UserError(f"{section}.{key} is missing: expected {_accepted(SCHEMA[section][key])}")
+            if key not in given and not default_of(item):
+                raise UserError(f"{section}.{key} is missing: expected {in_words(SCHEMA[section][key])}")
         sections[section] = cls(**{fields[key].name: value for key, value in given.items()})
-    return _with_absolute_paths(Config(**sections))
+    config = Config(**sections)
+    if config.training.steps is None and config.training.epochs is None:
+        raise UserError("training.steps is missing: expected a positive integer, or training.epochs, a positive number")
+    if config.training.steps is not None and config.training.epochs is not None:
+        both = f"training.steps = {config.training.steps} and training.epochs = {config.training.epochs}"
+        raise UserError(f"{both}: expected one of them")
+    return _with_absolute_paths(config)
 
 
 def resolved_toml(config: Config) -> str:
     """The whole configuration as TOML. Loading it gives an equal Config."""
-    return tomli_w.dumps(dataclasses.asdict(config, dict_factory=lambda items: {k.rstrip("_"): v for k, v in items}))
+
+    def table(items: list[tuple[str, Any]]) -> dict[str, Any]:
+        return {key.rstrip("_"): value for key, value in items if value is not None}
+
+    return tomli_w.dumps(dataclasses.asdict(config, dict_factory=table))
 
 
 def model_config(config: Config) -> ModelConfig:
@@ -143,7 +131,11 @@ def _with_absolute_paths(config: Config) -> Config:
             tokenizer=readable(data.tokenizer) or model.path,
             image_folder=readable(data.image_folder or "."),
         ),
-        validation=replace(config.validation, path=entries(config.validation.path)),
+        validation=replace(
+            config.validation,
+            path=entries(config.validation.path),
+            sets={name: entries(paths) for name, paths in config.validation.sets.items()},
+        ),
         checkpoint=replace(checkpoint, resume=resume, start_from=readable(checkpoint.start_from)),
     )
 
@@ -180,7 +172,7 @@ def _load_toml(path: Path, below: tuple[Path, ...] = ()) -> dict[str, Any]:
         return values
     if not isinstance(base, str) or not _can_be_a_path(base) or not (path.parent / base).is_file():
         raise UserError(f"{path}: extends = {base!r}: expected a TOML file's path, relative to this file")
-    return _merge(_load_toml(path.parent / base, (*below, path)), values)
+    return _over(_load_toml(path.parent / base, (*below, path)), values)
 
 
 def _parse_command_line(argv: list[str]) -> dict[str, Any]:
@@ -206,7 +198,7 @@ def _parse_command_line(argv: list[str]) -> dict[str, Any]:
             schema = schema[name]
         if text is None:
             if schema is not bool:
-                raise UserError(f"--{key} has no value: expected {_accepted(schema)}")
+                raise UserError(f"--{key} has no value: expected {in_words(schema)}")
             text = "true"
         try:
             table = _parse_word(schema, text)
@@ -228,6 +220,14 @@ def _parse_word(schema: Any, text: str) -> Any:
             return text.split(",")
         text = f"[{text}]"
     return tomli.loads(f"value = {text}")["value"]
+
+
+def _over(base: dict[str, Any], source: dict[str, Any]) -> dict[str, Any]:
+    """A later source's tables over those of the sources before."""
+    if _LENGTHS & source.get("training", {}).keys():
+        training = {key: value for key, value in base.get("training", {}).items() if key not in _LENGTHS}
+        base = {**base, "training": training}
+    return _merge(base, source)
 
 
 def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
@@ -294,24 +294,9 @@ def _convert(hint: Any, value: Any) -> Any:
 # Messages
 
 
-def _accepted(hint: Any) -> str:
-    """What a schema accepts, in words."""
-    arguments = get_args(hint)
-    if isinstance(hint, Mapping):
-        return "a table"
-    if get_origin(hint) is Annotated:
-        return str(arguments[1].text)
-    if get_origin(hint) is Literal:
-        *others, last = map(repr, arguments)
-        return f"{', '.join(others)} or {last}" if others else last
-    if get_origin(hint) is tuple:
-        return f"a list of {'any length' if arguments[-1] is ... else len(arguments)}, each {_accepted(arguments[0])}"
-    return {str: "a string that can be a path", bool: "true or false", int: "an integer", float: "a number"}[hint]
-
-
 def _expected(hint: Any, value: Any) -> str:
     nearest = difflib.get_close_matches(str(value), get_args(hint), n=1) if get_origin(hint) is Literal else []
-    return f"expected {_accepted(hint)}" + "".join(f"; did you mean {choice!r}?" for choice in nearest)
+    return f"expected {in_words(hint)}" + "".join(f"; did you mean {choice!r}?" for choice in nearest)
 
 
 def _nearest(key: str) -> str:
@@ -328,37 +313,3 @@ def _nearest(key: str) -> str:
         return f"did you mean {nearest[0]}?"
     section = key.partition(".")[0]
     return f"expected one of {', '.join(SCHEMA.get(section, SCHEMA))}"
-
-
-def help_text() -> str:
-    """Every key with its type, default and docstring."""
-    lines = ["usage: ./run_train.sh --config FILE [--section.key value | --section.key=value ...]", ""]
-    lines += ['FILE is a path or a name in train_configs/. Lists: \'["a", "b"]\' or a,b. --help shows this and ends.']
-    for section, cls in SECTIONS.items():
-        lines += ["", f"[{section}] {inspect.getdoc(cls)}"]
-        docs = field_docs(cls)
-        for item in dataclasses.fields(cls):
-            default = f"default {_default(item)}" if _default(item) else "required"
-            key = item.name.rstrip("_")
-            lines.append(f"  --{section}.{key}: {_accepted(SCHEMA[section][key])}; {default}")
-            lines += textwrap.wrap(docs[item.name], 110, initial_indent=" " * 6, subsequent_indent=" " * 6)
-    return "\n".join(lines)
-
-
-def _default(item: "dataclasses.Field[Any]") -> str:
-    """A field's default as TOML, empty if it has none."""
-    if item.default is dataclasses.MISSING:
-        return "" if item.default_factory is dataclasses.MISSING else "{}"
-    return json.dumps(item.default)
-
-
-def field_docs(cls: type) -> dict[str, str]:
-    """The string literal under each field of a class."""
-    docs = {}
-    (definition,) = ast.parse(inspect.getsource(cls)).body
-    assert isinstance(definition, ast.ClassDef)
-    for pair in itertools.pairwise(definition.body):
-        match pair:
-            case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=str(doc))):
-                docs[name] = inspect.cleandoc(doc)
-    return docs
