@@ -94,7 +94,7 @@ class Traffic(NamedTuple):
 
     kind: str
     axis: str
-    count: int
+    calls: int
     num_bytes: float
     """Of the whole tensor that an all-gather makes or a reduce-scatter takes, and of the input of the others."""
 
@@ -172,6 +172,8 @@ def kept_by_layer(
     )
     rows = k * (imbalance if degrees.expert > 1 else 1.0)  # of experts
     order = 16 * k  # which experts, and the order of the rows
+    experts: float
+    mixer: float
     if mode == "full":
         experts, mixer = order, c * H
     elif mode == "selective":

@@ -76,8 +76,8 @@ SOFTMAX_SHARE = 0.58
 # Seconds in which the host launches a block, forward and backward, on the machines measured: without units of FSDP
 # (adapters on one GPU), with them, and at ep > 1. A GPU that is faster than that waits (H200, 40 layers, 2026-11-28).
 HOST = {"no units": 8.3e-3, "units": 11.2e-3, "ep": 18.7e-3}
-# At ep > 1 the GPU has nothing to do in each block while the host hears how many copies come: 20 ms of 12 blocks that two
-# H100s were idle under the profiler, beside the step's own (2026-11-26).
+# At ep > 1 the GPU has nothing to do in each block while the host hears how many copies come: in 12 blocks two H100s
+# were idle for 20 ms under the profiler, beside the step's own (2026-11-26).
 WAIT_AT_EP = 1.7e-3
 STEP = 7e-3  # the host's turn at the end of the backward pass, when the GPU has nothing to do
 

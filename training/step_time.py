@@ -134,8 +134,8 @@ def _tower(case: Case, vision: VisionConfig, gpu: Gpu) -> float:
 
 
 def _links(case: Case, gpus_per_node: int) -> list[Link]:
-    """The collectives of a step. Those of weights as a ring: it passes a node's border on the cards of all its GPUs that
-    belong to the group."""
+    """The collectives of a step. Those of weights go round a ring, which passes a node's border on the cards of all its
+    GPUs that belong to the group."""
     degrees = case.degrees
     trained, whole = trained_sizes(case), sizes(case.shape, case.degrees.shard)
     copies = case.num_tokens * case.accumulation * len(whole.by_block) * case.imbalance
