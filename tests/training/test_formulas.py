@@ -25,14 +25,14 @@ from training.formulas import backward_of_layer, kept_by_layer, sizes
 SHAPES = {
     "35B-A3B": {},
     "other widths": {
-        "hidden_size": 1024,
+        "hidden_size": 1536,
         "num_attention_heads": 12,
         "num_key_value_heads": 3,
         "linear_num_key_heads": 5,
         "linear_num_value_heads": 20,
         "num_experts_per_tok": 4,
         "moe_intermediate_size": 640,
-        "shared_expert_intermediate_size": 1536,
+        "shared_expert_intermediate_size": 1152,
     },
 }
 CASES = [(name, kind, mode) for name in SHAPES for kind in (LINEAR, FULL) for mode in ("none", "selective", "full")]
@@ -47,8 +47,8 @@ class Counted(NamedTuple):
 
 
 def count(shape: ModelConfig, mode: str, num_tokens: int) -> Counted:
-    """What a block without memory hands from its forward to its backward pass, in the graphs that the compiler makes for
-    the kernels of a GPU; without its parameters, and without rotary angles, which all layers share."""
+    """What a block without memory hands from its forward to its backward pass, in the graphs that the compiler makes
+    for the kernels of a GPU; without its parameters, and without rotary angles, which all layers share."""
     torch.compiler.reset()
     graphs: list[fx.GraphModule] = []
     partition = functools.partial(min_cut_rematerialization_partition, compiler="inductor")
@@ -88,10 +88,10 @@ def count(shape: ModelConfig, mode: str, num_tokens: int) -> Counted:
 
 @functools.cache
 def counted(name: str, kind: str, mode: str) -> tuple[ModelConfig, float, fx.GraphModule, int]:
-    """Shape; bytes kept for each token, by the difference of two numbers of tokens; the backward pass and its tokens."""
+    """Shape; bytes kept for each token, the difference of two runs; the backward pass and its tokens."""
     shape = ModelConfig(num_experts=32, num_hidden_layers=1, layer_types=(kind,), **SHAPES[name])
-    few, many = count(shape, mode, 4096), count(shape, mode, 8192)
-    return shape, (many.kept - few.kept) / 4096, many.backward, 8192
+    few, many = count(shape, mode, 4999), count(shape, mode, 10007)  # primes: no width is a multiple
+    return shape, (many.kept - few.kept) / 5008, many.backward, 10007
 
 
 @pytest.mark.parametrize(("name", "kind", "mode"), CASES)
@@ -99,7 +99,7 @@ def test_what_a_layer_keeps_is_as_counted(name: str, kind: str, mode: str) -> No
     shape, kept, _, _ = counted(name, kind, mode)
     formula = kept_by_layer(shape, kind, mode, ONE)
     print(f"{name} {kind} {mode}: {formula:,.0f}, counted {kept:,.0f}")
-    assert formula == pytest.approx(kept, rel=0.01)
+    assert formula == pytest.approx(kept, rel=0.002)
 
 
 @pytest.mark.parametrize(("name", "kind", "mode"), CASES)
@@ -108,7 +108,7 @@ def test_what_is_alive_in_a_layers_backward_pass_is_as_counted(name: str, kind: 
     alive = worst_moment(backward, num_tokens) / num_tokens
     formula = backward_of_layer(shape, kind, mode, ONE)
     print(f"{name} {kind} {mode}: {formula:,.0f}, counted {alive:,.0f}")
-    assert formula == pytest.approx(alive, rel=0.05)
+    assert formula == pytest.approx(alive, rel=0.035 if mode == "full" else 0.015)
 
 
 # What the compiler does not fuse into one kernel with its neighbours.
@@ -145,8 +145,7 @@ def worst_moment(graph: fx.GraphModule, num_tokens: int) -> int:
     def size(node: fx.Node) -> int:
         values = node.meta["val"] if isinstance(node.meta["val"], (tuple, list)) else [node.meta["val"]]
         tensors = [each for each in values if isinstance(each, torch.Tensor) and each.numel() % num_tokens == 0]
-        is_weight = node.op == "placeholder" and all(each.shape[0] % num_tokens for each in tensors if each.dim())
-        return 0 if is_weight else sum(tensor.numel() * tensor.element_size() for tensor in tensors if tensor.dim())
+        return sum(tensor.numel() * tensor.element_size() for tensor in tensors if tensor.dim())
 
     of_tokens = {node: size(node) for node in made if node.op != "output"}
     last = {read: i for i, node in enumerate(nodes) if node in made or node.op == "output"
