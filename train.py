@@ -41,6 +41,7 @@ from training.distributed import (
     sum_over_ranks,
     world_from_environment,
 )
+from training.first_step import FirstStep
 from training.flops import flops_per_token, peak_flops_of_all
 from training.gradients import gradient_norm, last_nonfinite
 from training.load_balancing import measure_for, router_losses
@@ -239,6 +240,7 @@ def main(arguments: list[str]) -> None:
     flops_of_token = flops_per_token(shape, training.sequence_length, config.lora, trains_trunk)
     peak = peak_flops_of_all(world_size, device)
     vision_work = VisionWork(model, meshes)
+    first_step = FirstStep(config, world_size, device)
     logger.info(f"from step {step} to {training.steps}, {loader.num_micro_batches} micro-batches a rank and step")
     if (warmup_steps := config.lr_scheduler.warmup_steps) > training.steps:
         logger.info(f"lr_scheduler.warmup_steps = {warmup_steps}: the rise is not finished in {training.steps} steps")
@@ -256,7 +258,7 @@ def main(arguments: list[str]) -> None:
     stopping = False
     while step < training.steps and not stopping:
         step += 1
-        data_clock = time.perf_counter()
+        data_clock = step_clock = time.perf_counter()
         of_readers = [next(loader) for _ in range(loader.num_micro_batches)]
         micro_batches = [own_share(batch, meshes.context_parallel, shape.vision) for batch in of_readers]
         data_seconds += time.perf_counter() - data_clock
@@ -284,6 +286,7 @@ def main(arguments: list[str]) -> None:
             gc.collect()
             gc.freeze()
         tokens_seen += tokens_per_step
+        own_seconds = time.perf_counter() - step_clock
         last = stopping or step == training.steps
 
         validates = validator is not None and step % config.validation.interval == 0
@@ -321,6 +324,7 @@ def main(arguments: list[str]) -> None:
                 metrics |= validator.measure(model, device)
             if writer is not None:
                 writer.write(metrics)
+                first_step.compare(metrics, own_seconds, device, compiles=step == progress.step + 1)
             clock, clock_step, data_seconds = time.perf_counter(), step, 0.0
 
         if config.checkpoint.enable and (last or step % config.checkpoint.interval == 0):

@@ -7,6 +7,7 @@ Letters are those of docs/communication.md. Sizes are in numbers of elements or,
 import re
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from math import prod
 from typing import NamedTuple
 
@@ -57,6 +58,7 @@ class Sizes:
         return (self.total - self.outside) / degrees.shard + self.outside
 
 
+@lru_cache(maxsize=64)
 def sizes(shape: ModelConfig, fsdp: int) -> Sizes:
     """Of the model itself, trained or not."""
     table = parameters(shape)

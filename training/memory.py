@@ -42,6 +42,8 @@ class Case:
     """Of a stored weight, and of each of Adam's moments and gradients."""
     trains_text: bool = True
     trains_tower: bool = True
+    partly_frozen: bool = False
+    """Parts of the text are, not all: they are counted as if they trained."""
     lora: Lora = NO_LORA
     imbalance: float = 1.0
     """Copies and rows that the fullest rank of `ep` receives, over the mean."""
@@ -78,6 +80,7 @@ def case_of(
         longest_document=max(lengths),
         accumulation=max(1, -(-training.global_batch_size // rows)),
         master_bytes=4 if training.master_dtype == "float32" else 2,
+        partly_frozen=config.mtp.train != "head" and bool(frozen & set(OF_TEXT)) and not frozen.issuperset(OF_TEXT),
         trains_text=not config.lora.rank and not ("text" in frozen or frozen.issuperset(OF_TEXT)),
         trains_tower=shape.vision is not None and not config.lora.rank and "vision" not in frozen,
         lora=config.lora,

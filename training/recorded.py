@@ -58,7 +58,10 @@ def _run(row: dict[str, Any]) -> Recorded:
 
 
 def record(path: Path, what: str, arguments: list[str], found: dict[str, Any], date: str) -> None:
-    """Adds a line of what benchmarks.throughput `found` with these arguments of train.py's."""
+    """Adds a line of what benchmarks.throughput `found` with these arguments of train.py's. Raises UserError for a GPU
+    that is not in the table."""
+    if gpu_named(found["device"]) is None:
+        raise UserError(f"--record on {found['device']!r}: expected one of {', '.join(GPUS)}")
     kept = ("device", "world_size", "documents", "patches", "frames", "peak_gib", "step_seconds", "torch")
     row = {"what": what, "date": date, "arguments": arguments}
     row |= {key: found[key] for key in kept if found.get(key)}
@@ -90,6 +93,9 @@ def outside(case: Case, gpu: str, runs: list[Recorded]) -> list[str]:
             f"{name} degree {degree} (measured: up to {most})",
             term.get(name, "activations, all-to-alls"),
         )
+    is_sharded, has_experts = degrees.shard > 1, degrees.expert > 1
+    known = any(c.degrees.shard > 1 and (c.degrees.expert > 1) == has_experts for c in cases)
+    unless(known or not is_sharded, "several GPUs at ep 1", "what of FSDP's traffic is hidden")
     least, most = min(c.num_tokens for c in timed), max(c.num_tokens for c in timed)
     unless(
         least <= case.num_tokens <= most,
@@ -108,6 +114,9 @@ def outside(case: Case, gpu: str, runs: list[Recorded]) -> list[str]:
     widths = [_widths(c) for c in cases]
     unless(_widths(case) in widths, "other widths than 35B-A3B's", "every kind's rate")
     unless(case.compiled, "compile.enable = false", "activations and elementwise passes: both are higher")
+    unless(
+        not case.partly_frozen, "frozen parts of the text", "their gradients and moments, counted as if they trained"
+    )
     unless(not case.shape.mtp_num_hidden_layers, "multi-token prediction", "its activations and time")
     unless(not case.frames or any(c.frames for c in timed), "images", "the tower's time")
     unless(case.accumulation == 1 or any(c.accumulation > 1 for c in timed), "several micro-batches", "their time")

@@ -1,9 +1,10 @@
 """How long a step takes, by kind of work: operations and bytes over the rates of hardware.py."""
 
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from math import prod
 
-from models.qwen35_moe.config import FULL, LINEAR
+from models.qwen35_moe.config import FULL, LINEAR, ModelConfig
 from models.qwen35_moe.parameters import adapter_parameters_per_token, parameters
 from models.qwen35_moe.vision_config import VisionConfig
 from training import hardware
@@ -46,9 +47,10 @@ class StepTime:
         return sum(self.by_kind.values())
 
 
-def products_per_token(case: Case) -> tuple[float, float, float]:
+@lru_cache(maxsize=8)
+def products_per_token(shape: ModelConfig) -> tuple[float, float, float]:
     """Parameters of matrix products that a token passes: dense ones of blocks, experts, the head."""
-    shape, dense, experts = case.shape, 0, 0
+    dense, experts = 0, 0
     for name, parameter in parameters(replace(shape, vision=None)).items():
         if parameter.expert_dim is not None:
             experts += prod(parameter.shape) // shape.num_experts * shape.num_experts_per_tok
@@ -63,7 +65,7 @@ def step_time(case: Case, gpu_name: str, gpus_per_node: int) -> StepTime:
     tokens = case.num_tokens * case.accumulation
     forwards = 2 if case.mode == "full" else 1
     backward = 2 if case.trains_text else 1  # gradients of activations, and of weights
-    dense, experts, head = products_per_token(case)
+    dense, experts, head = products_per_token(shape)
     full, linear = layer_types_of(case, FULL), layer_types_of(case, LINEAR)
 
     kinds = {
