@@ -47,8 +47,13 @@ def _run(row: dict[str, Any]) -> Recorded:
     gpu = gpu_named(row["device"])
     if gpu is None:
         raise UserError(f"{row['device']!r}: expected one of {', '.join(GPUS)}")
+    # Paths were from the repository's root, which need not be where a run is started.
+    root = RECORDED.parents[1]
+    arguments = [
+        str(root / word) if word.endswith(".toml") and (root / word).is_file() else word for word in row["arguments"]
+    ]
     case = case_of(
-        load_config(row["arguments"]),
+        load_config(arguments),
         row["world_size"],
         documents=tuple(row.get("documents", ())),
         patches=row.get("patches", 0),
@@ -63,7 +68,8 @@ def record(path: Path, what: str, arguments: list[str], found: dict[str, Any], d
     if gpu_named(found["device"]) is None:
         raise UserError(f"--record on {found['device']!r}: expected one of {', '.join(GPUS)}")
     kept = ("device", "world_size", "documents", "patches", "frames", "peak_gib", "step_seconds", "torch")
-    row = {"what": what, "date": date, "arguments": arguments}
+    apart = [part for word in arguments for part in word.split("=", 1)]  # as paths are looked for in them
+    row = {"what": what, "date": date, "arguments": apart}
     row |= {key: found[key] for key in kept if found.get(key)}
     with path.open("a", encoding="utf-8") as file:
         file.write(json.dumps(row | {"source": "benchmarks.throughput --record"}) + "\n")

@@ -39,10 +39,11 @@ def test_what_was_measured_is_not_outside_of_it() -> None:
             assert outside(run.case, run.gpu, RUNS) == [], run.what
 
 
-def test_a_benchmark_is_recorded_as_it_is_read(tmp_path: Path) -> None:
+def test_a_benchmark_is_recorded_as_it_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)  # a run may be started anywhere
     path = tmp_path / "recorded.jsonl"
     found = {"device": "NVIDIA H200", "world_size": 1, "documents": [4096], "peak_gib": 54.6, "step_seconds": 0.33}
-    arguments = ["--config", "benchmarks/one_gpu_35b.toml", "--training.local_batch_size=3"]
+    arguments = ["--config=benchmarks/one_gpu_35b.toml", "--training.local_batch_size=3"]
     record(path, "a run", arguments, found | {"loss": 12.0}, "2026-11-28")
     (run,) = recorded_runs(path)
     assert (run.what, run.gpu, run.peak_gib, run.step_seconds) == ("a run", "h200", 54.6, 0.33)
