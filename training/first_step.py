@@ -8,11 +8,11 @@ import torch
 from config.options import Config
 from config.reading import model_config
 from training.hardware import GIB
+from training.memory import LASTING
 from training.plan import Plan, Where, make_plan, uncertain
 from training.recorded import GPUS_PER_NODE, OFF_BY, gpu_named
 
 logger = logging.getLogger("train")
-_LASTING = ("weights", "adapters, trained weights", "moments", "frozen weights")
 
 
 class FirstStep:
@@ -42,11 +42,11 @@ def compared(plan: Plan, metrics: Mapping[str, float], lasting_gib: float, secon
     line = f"plan: peak {peak:.1f} GiB, actual {actual:.1f}; step {plan.time.seconds:.3f} s, actual {seconds:.3f}"
     terms = []
     if abs(peak / actual - 1) > OFF_BY["peak"]:
-        fixed = sum(plan.memory.get(term, 0.0) for term in _LASTING) / GIB
+        fixed = sum(plan.memory.get(term, 0.0) for term in LASTING) / GIB
         if abs(fixed - lasting_gib) > abs(peak - actual) / 2:
             terms.append(f"memory is off by weights and moments: {fixed:.1f} GiB, actual {lasting_gib:.1f}")
         else:
-            others = {term: size for term, size in plan.memory.items() if term not in _LASTING}
+            others = {term: size for term, size in plan.memory.items() if term not in LASTING}
             largest = max(others, key=lambda term: others[term])
             terms.append(f"memory is off by what comes and goes in a step, of which most is {largest}")
     late = seconds - plan.time.seconds

@@ -1,5 +1,6 @@
 """Peak memory of a GPU by term, without one: what is alive at each moment of a step that could be the worst."""
 
+import itertools
 from dataclasses import dataclass
 
 from config.options import Config, Lora
@@ -101,16 +102,16 @@ def trained_sizes(case: Case) -> Sizes:
     return whole if case.trains_tower else Sizes(whole.by_block, whole.root, whole.outside, 0)
 
 
-def _loss_buffers(case: Case) -> tuple[float, float]:
-    """(at the worst moment of the loss, kept until its backward pass): logits and their gradient of a chunk, those of
-    the chunk before beside them, the head's gradient in float32, and the hidden states around the final norm."""
+def _loss_buffers(case: Case) -> float:
+    """At the worst moment of the loss: logits and their gradient of a chunk, those of the chunk before beside them, the
+    head's gradient in float32, and the hidden states around the final norm."""
     shape, tokens, c = case.shape, case.num_tokens, case.c
-    vocabulary = shape.vocab_size
-    num_chunks = -(-tokens // max(1, _CHUNK_BYTES // (c * vocabulary)))
-    chunk = c * vocabulary * -(-tokens // num_chunks)
-    kept = 0.0 if case.lora.rank or not case.trains_text else 4.0 * vocabulary * shape.hidden_size
+    num_chunks = -(-tokens // max(1, _CHUNK_BYTES // (c * shape.vocab_size)))
+    chunk = c * shape.vocab_size * -(-tokens // num_chunks)
+    head = 4 * shape.vocab_size * shape.hidden_size if case.trains_text else 0
     hidden = tokens * shape.hidden_size * (2 * c + (8 if case.trains_text else 4))  # the norm's, in float32
-    return chunk * (3 if num_chunks > 1 else 2) + kept + hidden, kept + hidden
+    angles = tokens * shape.rotary_dim * 4
+    return chunk * (3 if num_chunks > 1 else 2) + head + hidden + angles
 
 
 def peak_memory(case: Case) -> tuple[str, dict[str, float]]:
@@ -119,72 +120,91 @@ def peak_memory(case: Case) -> tuple[str, dict[str, float]]:
     Moments: the loss, when all activations are kept; the backward pass of a block of either kind, as late in the model
     as there is one; the root's gradients, when nearly all others are there.
     """
-    shape, degrees, c, tokens = case.shape, case.degrees, case.c, case.num_tokens
+    shape, degrees, c, types = case.shape, case.degrees, case.c, list(layer_types(case.shape))
     whole, trained = sizes(shape, degrees.shard), trained_sizes(case)
-    on_rank, m = trained.on_a_rank(degrees), case.master_bytes
-    fixed = {"weights" if case.trains_text else "adapters, trained weights": on_rank * m, "moments": on_rank * 2 * m}
-    is_sharded = degrees.shard > 1
-    # What is frozen lies there as it is computed with: sharded with the rest, of the tower whole on each rank.
-    frozen = (0 if case.trains_text else whole.total - whole.visual) * c / degrees.shard
-    fixed["frozen weights"] = frozen + (0 if case.trains_tower else whole.visual * c)
-
-    blocks = whole.by_block
-    of_units = [c * (dense + experts / degrees.expert) for dense, experts in blocks]
-    gathers = is_sharded or case.trains_text  # one process keeps a cast copy, but none of what is frozen
+    is_sharded, trains = degrees.shard > 1, case.trains_text
+    of_head = c * shape.vocab_size * shape.hidden_size if trains else 0.0
+    gathers = is_sharded or trains  # one process keeps a cast copy, but none of what is frozen
     root = c * whole.root if gathers else 0.0
-    if is_sharded:
-        neighbours = max(a + b for a, b in zip(of_units, of_units[1:] or [0.0]))
-    unit_trained = 4 * max(dense + experts / degrees.expert for dense, experts in trained.by_block)
-    if trained.total and case.trains_text:
-        unit_gradients = unit_trained * (c / 4 + (1 if is_sharded else 0))
-    else:
-        unit_gradients = 0.0
+    tower = c * whole.visual if case.trains_tower and not is_sharded else 0.0
+    units = [c * (dense + experts / degrees.expert) * gathers for dense, experts in whole.by_block]
+    # The last block stays gathered, and while one computes so is the next; one process keeps all.
+    two = max(map(sum, itertools.pairwise([*units, 0.0]))) + units[-1]
 
-    kept = [tokens * kept_by_layer(shape, kind, case.mode, degrees, case.imbalance, c) for kind in layer_types(shape)]
-    vision = 0.0
-    if case.patches and shape.vision is not None:
-        vision = case.patches * shape.hidden_size * c / shape.vision.patches_per_token
-        if case.trains_tower:
-            vision += case.patches * shape.vision.depth * kept_by_vision_block(shape.vision, case.mode, c)
-            vision += c * whole.visual / (shape.vision.depth + 1)
-    of_tower_gathered = c * whole.visual if case.trains_tower and not is_sharded else 0.0
-    at_loss, after_loss = _loss_buffers(case)
-    all_gradients = on_rank * m
-    from_before = all_gradients if case.accumulation > 1 else 0.0
-    rotary = tokens * shape.rotary_dim * 4
+    gradients = case.master_bytes * trained.on_a_rank(degrees)
+    before = gradients if case.accumulation > 1 else 0.0  # of the micro-batches before
+    # Of one block, before they are reduced: as computed, and in float32, which for one process are those that it keeps.
+    unreduced = units[0] * (1 + 4 / c * is_sharded) if trains else 0.0
+    kept = [_kept(case, kind) for kind in types]
 
-    moments: dict[str, dict[str, float]] = {
+    def activations(number: int) -> dict[str, float]:
+        """Of so many blocks, by kind."""
+        names = {kind: f"activations, {kind.replace('_', ' ')}, {case.mode}" for kind in types}
+        return {name: sum(kept[i] for i in range(number) if types[i] == kind) for kind, name in names.items()}
+
+    moments = {
         "the loss": {
-            "gradients": from_before,
-            "gathered weights": root + of_tower_gathered + (of_units[-1] if is_sharded else gathers * sum(of_units)),
-            "activations": sum(kept),
-            "loss": at_loss,
+            "gradients": before,
+            "gathered weights": root + tower + (units[-1] if is_sharded else sum(units)),
+            **activations(len(types)),
+            "loss: logits, the head's gradient": _loss_buffers(case),
         }
     }
-    for kind in set(layer_types(shape)):
-        index = max(i for i, each in enumerate(layer_types(shape)) if each == kind)
-        later = sum(dense + experts / degrees.expert for dense, experts in trained.by_block[index + 1 :])
-        moments[f"the backward pass of block {index}"] = {
-            "gradients": max(from_before, later * m / (degrees.shard / degrees.expert)) + unit_gradients,
-            "gathered weights": root
-            + of_tower_gathered
-            + (neighbours + of_units[-1] if is_sharded else gathers * sum(of_units[: index + 1])),
-            "activations": sum(kept[:index]),
-            "recomputed, and gradients of activations": tokens
-            * backward_of_layer(shape, kind, case.mode, degrees, case.imbalance, c),
-            "loss": (c * shape.vocab_size * shape.hidden_size if after_loss and case.trains_text else 0),
+    for kind in dict.fromkeys(types):
+        index = len(types) - 1 - types[::-1].index(kind)
+        later = sum(dense + experts for dense, experts in trained.by_block[index + 1 :]) * case.master_bytes
+        alive = backward_of_layer(shape, kind, case.mode, degrees, case.imbalance, c)
+        moments[f"the backward pass of block {index}, {kind.replace('_', ' ')}"] = {
+            "gradients": max(before, later / degrees.shard) + unreduced + of_head,
+            "gathered weights": root + tower + (two if is_sharded else sum(units[: index + 1])),
+            **activations(index),
+            "recomputed, gradients of activations": case.num_tokens * alive,
+            "exchange buffers": _exchange(case),
         }
-    if case.trains_text:
+    if trains:  # of the root once as computed and, where they are reduced or added up, once in float32
+        in_float32 = 4 / c * root if is_sharded or case.accumulation > 1 else 0.0
         moments["the root's gradients"] = {
-            "gradients": all_gradients + root + (2 * root if is_sharded or case.accumulation > 1 else 0),
-            "gathered weights": root + of_tower_gathered,
+            "gradients": gradients + root + in_float32,
+            "gathered weights": root + tower,
         }
-    exchange = 0.0
-    if degrees.expert > 1:  # copies on their way, of one layer
-        exchange = 2 * tokens * copies_of_a_token(shape, degrees.expert) * case.imbalance * shape.hidden_size * c
-    for name, terms in moments.items():
-        terms["vision"] = vision
-        terms["exchange"] = exchange if "block" in name else 0.0
-        terms["rotary angles"] = rotary
     worst = max(moments, key=lambda name: sum(moments[name].values()))
-    return worst, {name: size for name, size in (fixed | moments[worst]).items() if size}
+    terms = _lasting(case) | moments[worst] | {"vision": _vision(case)}
+    return worst, {name: size for name, size in terms.items() if size}
+
+
+def _kept(case: Case, kind: str) -> float:
+    return case.num_tokens * kept_by_layer(case.shape, kind, case.mode, case.degrees, case.imbalance, case.c)
+
+
+def _lasting(case: Case) -> dict[str, float]:
+    """What is there from step to step."""
+    whole, trained = sizes(case.shape, case.degrees.shard), trained_sizes(case).on_a_rank(case.degrees)
+    # What is frozen lies there as it is computed with: sharded with the rest, of the tower whole on each rank.
+    frozen = 0 if case.trains_text else (whole.total - whole.visual) * case.c / case.degrees.shard
+    frozen += 0 if case.trains_tower else whole.visual * case.c
+    name = "adapters" if case.lora.rank else "weights"
+    moments = 2 * trained * case.master_bytes
+    return {name: trained * case.master_bytes, "moments": moments, "frozen weights": frozen}
+
+
+LASTING = ("weights", "adapters", "moments", "frozen weights")
+
+
+def _vision(case: Case) -> float:
+    """Features; and of a tower that trains, activations and the weights of a block."""
+    vision = case.shape.vision
+    if vision is None or not case.patches:
+        return 0.0
+    features = case.patches * case.shape.hidden_size * case.c / vision.patches_per_token
+    if not case.trains_tower:
+        return features
+    weights = case.c * sizes(case.shape, case.degrees.shard).visual / (vision.depth + 1)
+    return features + weights + case.patches * vision.depth * kept_by_vision_block(vision, case.mode, case.c)
+
+
+def _exchange(case: Case) -> float:
+    """Copies on their way to their experts and back, of one block."""
+    if case.degrees.expert == 1:
+        return 0.0
+    copies = case.num_tokens * copies_of_a_token(case.shape, case.degrees.expert) * case.imbalance
+    return 2 * copies * case.shape.hidden_size * case.c
