@@ -33,6 +33,14 @@ def test_each_mode_long_documents_experts_over_ranks_adapters_and_images_are_on_
     assert {len(case.shape.layer_types) for case in cases} >= {12, 40}
 
 
+def test_the_documentation_has_every_run() -> None:
+    text = (Path(__file__).resolve().parents[2] / "docs/scale.md").read_text()
+    for run in RUNS:
+        peak, seconds = run.predicted()
+        assert f"{peak:.1f}, {run.peak_gib}" in text, run.what
+        assert run.step_seconds is None or f"{seconds:.3f}, {run.step_seconds:.3f}" in text, run.what
+
+
 def test_what_was_measured_is_not_outside_of_it() -> None:
     for run in RUNS:
         if run.step_seconds:
