@@ -25,13 +25,13 @@ SHAPE = (
 
 
 def recommended(gpus: int, gpu: str) -> list[Change]:
-    """The best of each number of tokens, and the best of those that spread experts or share tokens or replicate."""
+    """The best for each length of documents, and of those that spread experts, share tokens or replicate."""
     found: list[Change] = []
     for length, batch in ((4096, 256), (32768, 64), (262144, 16)):
         words = ["--config=qwen35moe_35b_a3b.toml", f"--training.sequence_length={length}"]
         config = load_config([*words, f"--training.global_batch_size={batch}"])
         plans = alternatives(config, Where(gpus, 8, gpu))
-        for axis in ("", "expert", "context", "replicate"):
+        for axis in ("", "expert", "context", "replicate") if length == 4096 else ("",):
             best = next((change for plan, change in plans if not axis or getattr(plan.case.degrees, axis) > 1), {})
             change = {key: value for key, value in best.items() if key[1] != "local_batch_size"}
             if change and change not in found:
