@@ -29,10 +29,12 @@ from models.qwen35_moe.init import init_weights
 from models.qwen35_moe.lora import add_adapters, is_adapter
 from models.qwen35_moe.model import Qwen35Moe
 from models.qwen35_moe.parts import freeze, frozen_parts
+from models.qwen35_moe.slow_paths import slow_paths
 from parallelisms.context_parallel import own_share
 from parallelisms.degrees import shape_on_a_rank, work_out_degrees
 from parallelisms.mesh import Meshes, build_meshes
 from parallelisms.parallelize import local_region, parallelize_fn, reduce_replicas_after, reduce_replicated_gradients
+from training.compile_cache import keep_compiled_in
 from training.distributed import (
     init_distributed,
     name_missing_ranks,
@@ -47,7 +49,7 @@ from training.gradients import gradient_norm, last_nonfinite
 from training.load_balancing import measure_for, router_losses
 from training.lock import RunLock
 from training.metrics import MetricsWriter, data_quality, expert_load, peak_memory_gib, setup_logging
-from training.optimizer import build_optimizer, lr_factor, set_learning_rate, step_clipped
+from training.optimizer import NamedAdamW, build_optimizer, lr_factor, set_learning_rate, step_clipped
 from training.signals import StopRequest
 from training.validation import Validator
 from training.vision_work import VisionWork
@@ -72,7 +74,7 @@ class StepResult(NamedTuple):
 
 def train_step(
     model: Qwen35Moe,
-    optimizer: torch.optim.Optimizer,
+    optimizer: NamedAdamW,
     micro_batches: list[MicroBatch],
     num_trained: int,
     meshes: Meshes,
@@ -165,6 +167,8 @@ def build_model(config: Config, shape: ModelConfig, meshes: Meshes, device: torc
     frozen = f", {num_trained / 1e6:,.1f} M of them trained" if num_trained < num_parameters else ""
     num_devices = meshes.data_parallel.size()
     logger.info(f"{num_parameters / 1e6:,.1f} M parameters{frozen}, {num_devices} x {device.type}, {dtype}, {kernels}")
+    for slow in slow_paths(kernels, shape, device.type, dtype):
+        logger.warning(f"SLOW, many times slower than it could be on a GPU: {slow}")
     if config.kernels.self_test and device.type == "cuda":
         wrong = check_kernels(kernels, shape_on_a_rank(shape, meshes.degrees.context), device, dtype)
         if wrong:
@@ -192,6 +196,7 @@ def main(arguments: list[str]) -> None:
     stop = StopRequest()
 
     # 2. Processes, devices, meshes.
+    keep_compiled_in(config.compile.cache_dir)
     if config.job.deterministic:
         set_deterministic()
     device = init_distributed(config.job.collective_timeout_seconds)
@@ -253,6 +258,8 @@ def main(arguments: list[str]) -> None:
         )
 
     # 8. The loop.
+    if config.compile.enable and device.type == "cuda":
+        logger.info("the first step compiles the model, whatever its depth: half a minute to a minute")
     clock, clock_step, data_seconds = time.perf_counter(), step, 0.0
     num_skipped = 0
     stopping = False

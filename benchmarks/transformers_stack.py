@@ -4,7 +4,8 @@
 
 One GPU. transformers' model with grouped_mm for the experts, flash-linear-attention's delta rule (by flash-qla, where
 that is installed) and convolution, Liger's fused cross-entropy, activation checkpointing, and weights and fused AdamW
-in pure bfloat16. Needs the packages flash-linear-attention and liger-kernel. `--steps N` as in throughput.py.
+in pure bfloat16. With `lora.rank` peft's adapters on the same parts, in bfloat16 too. Needs the packages
+flash-linear-attention and liger-kernel (and peft). `--steps N` as in throughput.py.
 """
 
 import argparse
@@ -19,10 +20,15 @@ from transformers.models.qwen3_5_moe import modeling_qwen3_5_moe
 
 from benchmarks.images import NONE, Images, parse_images, with_images
 from benchmarks.throughput import NUM_WARMUP_STEPS, random_micro_batch, report
-from config.options import Config
+from checkpoint.adapters import Adapter, peft_config
+from config.options import Config, Lora
 from config.reading import load_config, model_config
 from errors import OneLineParser, exit_on_error
+from models.ops.kernels import Kernels
+from models.qwen35_moe.config import ModelConfig
+from models.qwen35_moe.lora import add_adapters, is_adapter
 from models.qwen35_moe.vision_config import VisionConfig
+from train import build_on_meta
 from training.flops import flops_per_token, peak_flops, vision_flops
 
 
@@ -56,6 +62,19 @@ def images_for_transformers(
     }
 
 
+def with_adapters(model: transformers.PreTrainedModel, shape: ModelConfig, lora: Lora) -> torch.nn.Module:
+    """The model wrapped by peft, with adapters on what ours has them on."""
+    import peft
+
+    ours = build_on_meta(shape, Kernels(), torch.bfloat16)
+    add_adapters(ours, lora.rank, lora.alpha, lora.targets)
+    adapter = Adapter(lora.rank, lora.alpha, lora.targets, base="", files={})
+    values = peft_config(adapter, [name for name, _ in ours.named_parameters() if is_adapter(name)])
+    chosen = ("r", "lora_alpha", "lora_dropout", "target_modules", "target_parameters")
+    peft_options = peft.LoraConfig(**{key: values[key] for key in chosen})
+    return peft.get_peft_model(model, peft_options, autocast_adapter_dtype=False)
+
+
 def measure(config: Config, num_steps: int, images: Images | None = None) -> dict[str, Any]:
     """Times optimizer steps on rows of one random document each, waiting for the GPU after each. The parts that
     `model.freeze` names are "vision" and "merger" together, or none."""
@@ -72,6 +91,7 @@ def measure(config: Config, num_steps: int, images: Images | None = None) -> dic
         cls = transformers.Qwen3_5MoeForCausalLM
     hf_config._attn_implementation, hf_config._experts_implementation = "sdpa", "grouped_mm"
     torch.manual_seed(config.job.seed)
+    started = time.perf_counter()
     torch.set_default_dtype(torch.bfloat16)
     with torch.device("cuda"):
         model = cls(hf_config).train()
@@ -79,6 +99,9 @@ def measure(config: Config, num_steps: int, images: Images | None = None) -> dic
         model.model.visual.requires_grad_(not config.model.freeze)
     torch.set_default_dtype(torch.float32)
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if config.lora.rank:
+        with_adapters(model, shape, config.lora)  # it puts them into the model
+    built = time.perf_counter()
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=config.optimizer.lr, fused=True)
     cross_entropy = LigerFusedLinearCrossEntropyLoss()
@@ -100,12 +123,13 @@ def measure(config: Config, num_steps: int, images: Images | None = None) -> dic
     for number in range(NUM_WARMUP_STEPS + num_steps):
         start = time.perf_counter()
         loss = step(number)
+        print(f"step {number}: {time.perf_counter() - start:.3f} s", flush=True)
         if number >= NUM_WARMUP_STEPS:
             seconds.append(time.perf_counter() - start)
     # With images, steps have more and fewer of them in turn: then the mean is the work's.
     typical = sum(seconds) / len(seconds) if shape.vision else sorted(seconds)[len(seconds) // 2]
     rate = size[0] * size[1] / typical
-    flops = flops_per_token(shape, training.sequence_length)
+    flops = flops_per_token(shape, training.sequence_length, config.lora)
     if shape.vision and images:
         trains = not config.model.freeze
         height, width = images.grid(shape.vision)
@@ -116,6 +140,7 @@ def measure(config: Config, num_steps: int, images: Images | None = None) -> dic
         "device": torch.cuda.get_device_name(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
+        "build_seconds": round(built - started, 1),
         "step_seconds": round(typical, 4),
         "tokens_per_second_per_device": round(rate),
         "tflops_per_device": round(flops * rate / 1e12, 1),

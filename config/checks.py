@@ -16,6 +16,8 @@ from models.qwen35_moe.config import ModelConfig
 from models.qwen35_moe.parts import ADAPTABLE, check_frozen, parts_of_model
 from parallelisms.degrees import Degrees, work_out_degrees
 
+_LARGEST_BETA_IN_BFLOAT16 = 0.99
+
 
 def check_config(config: Config, world_size: int) -> None:
     """Raises UserError for what `world_size` processes on this machine could not run."""
@@ -27,6 +29,7 @@ def check_config(config: Config, world_size: int) -> None:
     if config.lora.rank:
         _check_lora(config, shape, degrees)
     _check_ratios(config.optimizer, shape)
+    _check_state(config)
     _check_schedule(config.lr_scheduler)
     _check_kernels(config, shape)
 
@@ -85,6 +88,20 @@ def _check_ratios(optimizer: Optimizer, shape: ModelConfig) -> None:
     for key in ("vision_lr_ratio", "merger_lr_ratio"):
         if shape.vision is None and getattr(optimizer, key) != 1:
             raise UserError(f"optimizer.{key} = {getattr(optimizer, key)}: the model has no tower: expected 1.0")
+
+
+def _check_state(config: Config) -> None:
+    optimizer, master = config.optimizer, config.training.master_dtype
+    key = f"optimizer.state_dtype = {optimizer.state_dtype!r}"
+    if optimizer.state_dtype == "float32" and master == "bfloat16":
+        raise UserError(f"{key}: expected 'auto' with training.master_dtype = 'bfloat16'")
+    # bfloat16 has steps of 2^-8 to 2^-7 of a number. Where 1 - beta is less than half of one, a running mean of which
+    # the new values are far smaller is rounded back to what it was, and so never falls.
+    if optimizer.state_dtype == "bfloat16" and max(optimizer.betas) > _LARGEST_BETA_IN_BFLOAT16:
+        raise UserError(
+            f"optimizer.betas = {list(optimizer.betas)}: with {key} expected at most {_LARGEST_BETA_IN_BFLOAT16}: a "
+            "slower mean would be rounded to what it was and stand still"
+        )
 
 
 def _check_mtp(config: Config) -> None:

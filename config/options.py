@@ -162,7 +162,7 @@ class Training:
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
     """Of activations and of weights in matrix products. "auto": bfloat16 on GPUs, float32 on CPUs."""
     master_dtype: Literal["float32", "bfloat16"] = "float32"
-    """Of the stored weights and the optimizer's state."""
+    """Of the stored weights."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -179,6 +179,9 @@ class Optimizer:
     """Added to the root of the mean square."""
     weight_decay: NotNegative = 0.1
     """Of weight matrices; norms, biases, A_log and dt_bias do not decay."""
+    state_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Of the running means. "auto": training.master_dtype. "bfloat16" beside float32 weights takes 12 bytes a parameter
+    instead of 16, gradient included."""
     vision_lr_ratio: Positive = 1.0
     """Learning rate of the part "vision" of the model (see model.freeze) / that of the text."""
     merger_lr_ratio: Positive = 1.0
@@ -255,6 +258,9 @@ class Compile:
 
     enable: bool = False
     """Compile each block."""
+    cache_dir: str = ""
+    """Where compiled kernels are kept, these and those of [kernels]: a folder that can be copied to a bare machine of
+    the same kind, which then compiles nothing. "": where each compiler's environment variable or default says."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,6 +10,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 import models.ops.attention
 import models.ops.gated_delta_rule  # noqa: F401
 import parallelisms.expert_parallel  # noqa: F401  (the three register the operations named below)
+from torch_private import functional_collectives
 
 _aten = torch.ops.aten
 
@@ -17,7 +18,7 @@ _aten = torch.ops.aten
 # and then rows, shapes and gradients would belong to another set of experts. How many copies travel between ranks
 # belongs to it: as known to the host, and to the device (see `_policy`).
 _ROUTING = {_aten.topk.default, _aten.sort.stable, torch.ops.qwen35_moe.splits.default}
-_ALL_TO_ALL = torch.ops._c10d_functional.all_to_all_single.default
+_ALL_TO_ALL = functional_collectives.all_to_all_single.default
 
 # Dear to compute or to send, cheap to keep: matrix products, attention, and what came from other ranks.
 _DEAR = {

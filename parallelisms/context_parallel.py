@@ -12,7 +12,6 @@ from itertools import accumulate, pairwise
 
 import torch
 import torch.distributed as dist
-from torch.distributed._functional_collectives import all_to_all_single_autograd
 from torch.distributed.device_mesh import DeviceMesh
 
 from data.batch import MicroBatch
@@ -25,6 +24,7 @@ from models.qwen35_moe.mtp import MultiTokenPrediction
 from models.qwen35_moe.patches import Patches
 from models.qwen35_moe.vision import VisionTower
 from models.qwen35_moe.vision_config import VisionConfig
+from torch_private import all_to_all_single_autograd
 
 # Shapes: T tokens of the micro-batch, P ranks of the cp axis, t = T / P tokens of each, F frames of images and videos;
 # heads, channels and widths as in the mixers' files.

@@ -10,7 +10,6 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
-from torch.utils._pytree import tree_leaves
 
 from models.ops.documents import Documents
 from models.ops.grouped_experts import Projection
@@ -19,11 +18,10 @@ from models.ops.permute import combine as add_up_copies
 from models.qwen35_moe.block import Block
 from models.qwen35_moe.moe import COUNTS_OF_ALL, Measure, RouterStatistics, routed_experts
 from models.qwen35_moe.rotary import Rotary
+from torch_private import functional_collectives, mark_dynamic, tree_leaves
 
 # Shapes: T tokens of this rank, k experts a token, C copies of tokens to send, D copies received, E experts, P ranks of
 # the ep axis, m = min(k, P), the most copies of a token, H hidden.
-
-_collectives = torch.ops._c10d_functional
 
 
 class Plan(NamedTuple):
@@ -143,7 +141,9 @@ class ExpertParallelBlock:
         """Sends the copies, and applies this rank's experts to those received: their results [D, H], what was sent, and
         how many copies went to each rank and came from it."""
         even = [1] * self.num_ranks
-        received_counts = _wait(_collectives.all_to_all_single(plan.counts, even, even, self.group.group_name))
+        received_counts = _wait(
+            functional_collectives.all_to_all_single(plan.counts, even, even, self.group.group_name)
+        )
         of_sent, of_received = _splits(plan.counts, received_counts).tolist()
         sent, received = ([copies for copies, _ in counts] for counts in (of_sent, of_received))
         num_rows = sum(rows for _, rows in of_received)
@@ -226,7 +226,7 @@ def compile_for_any_number_of_rows(function: Callable, num_others: int = 0) -> C
         if min(map(len, of_rows)) < 2:  # the compiler would make a graph of its own for sizes of 0 and of 1
             return function(*args)
         for tensor in of_rows:
-            torch._dynamo.maybe_mark_dynamic(tensor, 0)
+            mark_dynamic(tensor, 0)
         return compiled(*args)
 
     return run
@@ -242,7 +242,7 @@ def _splits(sent: torch.Tensor, received: torch.Tensor) -> torch.Tensor:
 
 
 def _wait(tensor: torch.Tensor) -> torch.Tensor:
-    return _collectives.wait_tensor(tensor)
+    return functional_collectives.wait_tensor(tensor)
 
 
 class Exchange:
@@ -267,7 +267,7 @@ class Exchange:
         return _Finish.apply(rows, self)
 
     def launch(self, rows: torch.Tensor, sent: list[int], received: list[int]) -> torch.Tensor:
-        return _collectives.all_to_all_single(rows.contiguous(), received, sent, self.group.group_name)
+        return functional_collectives.all_to_all_single(rows.contiguous(), received, sent, self.group.group_name)
 
 
 class _Start(torch.autograd.Function):

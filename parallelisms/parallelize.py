@@ -8,12 +8,11 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.fsdp._fully_shard._fsdp_api import ReduceScatter
 from torch.distributed.tensor import DTensor, Shard
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from models.ops.documents import Documents
 from models.qwen35_moe.init import LocalPart, whole
+from models.qwen35_moe.lora import is_adapter
 from models.qwen35_moe.model import Qwen35Moe
 from models.qwen35_moe.rotary import Rotary
 from models.qwen35_moe.vision import VisionTower
@@ -25,7 +24,9 @@ from parallelisms.context_parallel import (
     products_that_travel,
 )
 from parallelisms.expert_parallel import ExpertParallelBlock
+from parallelisms.fsdp_copies import lay_out_gradients_without_tables
 from parallelisms.mesh import Meshes
+from torch_private import ReduceScatter, compute_local_shape_and_global_offset, mark_dynamic, set_recompile_limit
 
 
 def parallelize_fn(
@@ -45,7 +46,7 @@ def parallelize_fn(
         # To the compiler all checkpointed parts are one function, of which it makes 8 graphs by default; what comes
         # after that would run uncompiled. There are more: two kinds of blocks, and at ep > 1 the parts beside the
         # experts, each in training and in validation, with fillers and without.
-        torch._dynamo.config.recompile_limit = 32
+        set_recompile_limit(32)
     _store_frozen_as(model, compute_dtype)
     context = meshes.context_parallel
     if model.visual is not None:
@@ -107,7 +108,7 @@ def _compiled_for_any_length(forward: Callable[..., torch.Tensor]) -> Callable[.
 
     def run(hidden: torch.Tensor, rotary: Rotary, frames: Documents) -> torch.Tensor:
         for tensor in (hidden, *rotary):
-            torch._dynamo.maybe_mark_dynamic(tensor, 0)
+            mark_dynamic(tensor, 0)
         return compiled(hidden, rotary, frames)
 
     return run
@@ -120,9 +121,10 @@ def apply_fsdp(model: Qwen35Moe, meshes: Meshes, compute_dtype: torch.dtype) -> 
     Gradients are summed, never averaged: the loss is already divided by the global batch's number of trained tokens.
     The float32 parameters stay outside FSDP, which would round them to `compute_dtype` before the forward sees them;
     `reduce_replicated_gradients` keeps them equal on all ranks. What is frozen of the tower stays outside too, whole on
-    each rank: half a billion numbers, which are not worth a collective. So does what is frozen and whole on its rank
-    anyway, of which FSDP would keep a second copy.
+    each rank: half a billion numbers, which are not worth a collective. So does what is whole on its rank anyway and
+    stored as it is computed with: FSDP would copy it and its gradient for nothing.
     """
+    lay_out_gradients_without_tables()
     policy = MixedPrecisionPolicy(
         # Casting inputs would round the rotary angles; activations have the right dtype from the embedding on.
         compute_dtype,
@@ -135,9 +137,11 @@ def apply_fsdp(model: Qwen35Moe, meshes: Meshes, compute_dtype: torch.dtype) -> 
         outside |= {parameter for part in _frozen_parts(model.visual) for parameter in part.parameters()}
     blocks, has_expert_units = model.blocks, meshes.expert_parallel.size() > 1
     of_experts = {parameter for block in blocks for parameter in block.mlp.experts.parameters()}
-    for parameter in model.parameters():
+    for name, parameter in model.named_parameters():
         mesh = meshes.expert if has_expert_units and parameter in of_experts else meshes.dense
-        if not parameter.requires_grad and mesh.size(mesh.ndim - 1) == 1:  # replicas do not shard
+        is_whole = mesh.size(mesh.ndim - 1) == 1  # replicas do not shard, but add up gradients
+        needs_no_cast = parameter.dtype == compute_dtype or is_adapter(name)  # adapters are cast where they are used
+        if is_whole and needs_no_cast and (mesh.size() == 1 or not parameter.requires_grad):
             outside.add(parameter)
 
     def shard(module: nn.Module, mesh: DeviceMesh, **options: Any) -> None:

@@ -120,6 +120,7 @@ SLOW: dict[str, tuple[str, ...]] = {
         "test_two_nodes",
     ),
     "test_vision_training.py": ("test_one_process_and_two_and_what_is_frozen",),
+    "training/test_compile_cache.py": ("test_the_compiler_writes_there",),
     "training/test_distributed.py": ("test_the_missing_rank_is_named",),
     "training/test_load_balancing.py": (
         "test_fillers_count_nowhere",

@@ -74,8 +74,10 @@ PASSES, PASSES_IN_PARTS, RECOMPUTED = 6.6, 8.0, 1.3
 SOFTMAX_SHARE = 0.58
 
 # Seconds in which the host launches a block, forward and backward, on the machines measured: without units of FSDP
-# (adapters on one GPU), with them, and at ep > 1. A GPU that is faster than that waits (H200, 40 layers, 2026-11-28).
-HOST = {"no units": 8.3e-3, "units": 11.2e-3, "ep": 18.7e-3}
+# (adapters on one GPU, H200, 2026-11-28, where the GPU waits for it); with them (11.2 ms on 40 layers that day, less
+# what laying out gradients took until plain copies did: 126 of 555 ms under a profiler); and at ep > 1 (40 layers on
+# two H200s, before those copies: now probably less).
+HOST = {"no units": 8.3e-3, "units": 8.7e-3, "ep": 18.7e-3}
 # At ep > 1 the GPU has nothing to do in each block while the host hears how many copies come: in 12 blocks two H100s
 # were idle for 20 ms under the profiler, beside the step's own (2026-11-26).
 WAIT_AT_EP = 1.7e-3

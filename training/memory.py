@@ -21,6 +21,7 @@ from training.formulas import (
 )
 
 GIB = 2**30
+_BYTES = {"float32": 4, "bfloat16": 2}
 _CHUNK_BYTES = 2**31  # of logits: models/ops/linear_cross_entropy.py
 
 
@@ -40,7 +41,9 @@ class Case:
     accumulation: int
     """Micro-batches a rank and step."""
     master_bytes: int
-    """Of a stored weight, and of each of Adam's moments and gradients."""
+    """Of a stored weight and its gradient."""
+    state_bytes: int
+    """Of each of Adam's moments."""
     trains_text: bool = True
     trains_tower: bool = True
     partly_frozen: bool = False
@@ -67,7 +70,7 @@ def case_of(
 ) -> Case:
     """What a configuration is for so many GPUs. documents: the lengths that rows are cut into, over and over; none: a
     row is one. Raises UserError for degrees that do not fit."""
-    shape, training = model_config(config), config.training
+    shape, training, state = model_config(config), config.training, config.optimizer.state_dtype
     degrees = work_out_degrees(config.parallelism, training, shape, world_size)
     lengths = [min(length, training.sequence_length) for length in documents] or [training.sequence_length]
     frozen = set(frozen_parts(config.model.freeze, config.mtp.train))
@@ -80,7 +83,8 @@ def case_of(
         mean_document=sum(length**2 for length in lengths) / sum(lengths),
         longest_document=max(lengths),
         accumulation=max(1, -(-training.global_batch_size // rows)),
-        master_bytes=4 if training.master_dtype == "float32" else 2,
+        master_bytes=_BYTES[training.master_dtype],
+        state_bytes=_BYTES[training.master_dtype if state == "auto" else state],
         partly_frozen=config.mtp.train != "head" and bool(frozen & set(OF_TEXT)) and not frozen.issuperset(OF_TEXT),
         trains_text=not config.lora.rank and not ("text" in frozen or frozen.issuperset(OF_TEXT)),
         trains_tower=shape.vision is not None and not config.lora.rank and "vision" not in frozen,
@@ -124,10 +128,10 @@ def peak_memory(case: Case) -> tuple[str, dict[str, float]]:
     whole, trained = sizes(shape, degrees.shard), trained_sizes(case)
     is_sharded, trains = degrees.shard > 1, case.trains_text
     of_head = c * shape.vocab_size * shape.hidden_size if trains else 0.0
-    gathers = is_sharded or trains  # one process keeps a cast copy, but none of what is frozen
-    root = c * whole.root if gathers else 0.0
-    tower = c * whole.visual if case.trains_tower and not is_sharded else 0.0
-    units = [c * (dense + experts / degrees.expert) * gathers for dense, experts in whole.by_block]
+    has_dense, has_experts = in_units(case)
+    root = c * whole.root * has_dense
+    tower = c * whole.visual if case.trains_tower and has_dense and not is_sharded else 0.0
+    units = [c * (dense * has_dense + experts / degrees.expert * has_experts) for dense, experts in whole.by_block]
     # The last block stays gathered, and while one computes so is the next; one process keeps all.
     two = max(map(sum, itertools.pairwise([*units, 0.0]))) + units[-1]
 
@@ -162,14 +166,25 @@ def peak_memory(case: Case) -> tuple[str, dict[str, float]]:
             "exchange buffers": _exchange(case),
         }
     if trains:  # of the root once as computed and, where they are reduced or added up, once in float32
-        in_float32 = 4 / c * root if is_sharded or case.accumulation > 1 else 0.0
+        computed = c * whole.root
+        in_float32 = 4 / c * computed if is_sharded or case.accumulation > 1 else 0.0
         moments["the root's gradients"] = {
-            "gradients": gradients + root + in_float32,
+            "gradients": gradients + computed * has_dense + in_float32,
             "gathered weights": root + tower,
         }
     worst = max(moments, key=lambda name: sum(moments[name].values()))
     terms = _lasting(case) | moments[worst] | {"vision": _vision(case)}
     return worst, {name: size for name, size in terms.items() if size}
+
+
+def in_units(case: Case) -> tuple[bool, bool]:
+    """Whether dense weights, and experts, are in units of FSDP, which gathers or casts them: not what is whole on its rank
+    and stored as it is computed with (parallelize.py)."""
+    degrees = case.degrees
+    needs_no_cast = bool(case.lora.rank) or not case.trains_text or case.master_bytes == case.c
+    if degrees.replicate > 1 and case.trains_text:
+        return True, True
+    return not needs_no_cast or degrees.shard > 1, not needs_no_cast or degrees.shard > degrees.expert
 
 
 def _kept(case: Case, kind: str) -> float:
@@ -183,7 +198,7 @@ def _lasting(case: Case) -> dict[str, float]:
     frozen = 0 if case.trains_text else (whole.total - whole.visual) * case.c / case.degrees.shard
     frozen += 0 if case.trains_tower else whole.visual * case.c
     name = "adapters" if case.lora.rank else "weights"
-    moments = 2 * trained * case.master_bytes
+    moments = 2 * trained * case.state_bytes
     return {name: trained * case.master_bytes, "moments": moments, "frozen weights": frozen}
 
 

@@ -6,6 +6,7 @@ import math
 import os
 import resource
 import sys
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
@@ -37,7 +38,18 @@ def setup_logging(rank: int) -> None:
         level=logging.INFO if shown else logging.ERROR,
         handlers=[_Handler(sys.stdout)],
     )
+    _quieten_libraries()
+
+
+def _quieten_libraries() -> None:
+    """What others say of things that are as they should be, between the lines of our own log."""
     logging.getLogger("httpx").setLevel(logging.WARNING)
+    # TileLang's compiler, of its own choices. It sets its level when it is imported, so a filter has to do.
+    logging.getLogger("tilelang").addFilter(lambda record: record.levelno >= logging.ERROR)
+    # That checkpointing with a policy is compiled; checkpointed blocks change nothing in place.
+    logging.getLogger("torch._higher_order_ops.wrap").setLevel(logging.ERROR)
+    # Products in float32 are those of routers, which are to be exact.
+    warnings.filterwarnings("ignore", message="TensorFloat32 tensor cores")
 
 
 def peak_memory_gib(device: torch.device) -> float:

@@ -16,25 +16,97 @@ class NamedAdamW(torch.optim.AdamW):
 
     The states remain DTensors for checkpoints. But the update is elementwise, and finding that out anew for each of
     hundreds of DTensors keeps a GPU waiting.
+
+    state_dtype: of the running means; None: each parameter's, and then the kernels are torch's.
     """
+
+    def __init__(self, params: list[dict[str, Any]], state_dtype: torch.dtype | None = None, **options: Any) -> None:
+        super().__init__(params, **options)
+        self.state_dtype = state_dtype
+        self.grad_scale: torch.Tensor | None = None
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """One update of all parameters that have a gradient."""
+        if self.state_dtype is None:
+            super().step(closure)
+            return
+        for group in self.param_groups:
+            trained = [parameter for parameter in group["params"] if parameter.grad is not None]
+            if not trained:
+                continue
+            update = _compiled_update if trained[0].is_cuda else adamw_update
+            lr = torch.full((), group["lr"], device=trained[0].device)
+            torch._foreach_add_([self._state_of(parameter)["step"] for parameter in trained], 1)
+            for parameter in trained:
+                own = self._state_of(parameter)
+                tensors = (parameter.detach(), own["exp_avg"], own["exp_avg_sq"], parameter.grad)
+                weight, mean, square, gradient = (x.to_local() if isinstance(x, DTensor) else x for x in tensors)
+                if weight.numel():
+                    update(
+                        weight.view(-1),
+                        mean.view(-1),
+                        square.view(-1),
+                        gradient.reshape(-1),
+                        own["step"],
+                        lr,
+                        self.grad_scale,
+                        betas=group["betas"],
+                        eps=group["eps"],
+                        weight_decay=group["weight_decay"],
+                    )
 
     def named_state(self) -> dict[str, torch.Tensor]:
         """`<parameter>.<exp_avg | exp_avg_sq | step>`; zeros, to be loaded into, where no step has been made yet."""
         named: dict[str, torch.Tensor] = {}
         for group in self.param_groups:
             for name, parameter in zip(group["param_names"], group["params"]):
-                own = self.state[parameter]
-                if not own:
-                    own["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
-                    own["exp_avg"], own["exp_avg_sq"] = torch.zeros_like(parameter), torch.zeros_like(parameter)
-                named |= {f"{name}.{key}": tensor.detach() for key, tensor in own.items()}
+                named |= {f"{name}.{key}": tensor.detach() for key, tensor in self._state_of(parameter).items()}
         return named
+
+    def _state_of(self, parameter: nn.Parameter) -> dict[str, torch.Tensor]:
+        own = self.state[parameter]
+        if not own:
+            own["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
+            for mean in ("exp_avg", "exp_avg_sq"):
+                own[mean] = torch.zeros_like(parameter, dtype=self.state_dtype)
+        return own
 
     def _init_group(self, group: dict[str, Any], *lists: list[Any]) -> bool:
         has_complex = super()._init_group(group, *lists)
         for tensors in lists:
             tensors[:] = [tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in tensors]
         return has_complex
+
+
+def adamw_update(
+    parameter: torch.Tensor,
+    mean: torch.Tensor,
+    square: torch.Tensor,
+    gradient: torch.Tensor,
+    step: torch.Tensor,
+    lr: torch.Tensor,
+    divisor: torch.Tensor | None,
+    *,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float,
+) -> None:
+    """AdamW in float32, in place, with running means that may be bfloat16, which are rounded as they are stored: all
+    flat [N]; step, lr and the gradient's divisor float32 scalars. (torch's fused kernels want one dtype for all.)
+    """
+    wide = gradient.float() if divisor is None else gradient.float() / divisor
+    new_mean = betas[0] * mean.float() + (1 - betas[0]) * wide
+    new_square = betas[1] * square.float() + (1 - betas[1]) * wide.square()
+    corrected = (new_square / (1 - betas[1] ** step)).sqrt() + eps
+    new = parameter.float() * (1 - lr * weight_decay) - lr * (new_mean / (1 - betas[0] ** step)) / corrected
+    parameter.copy_(new)
+    mean.copy_(new_mean)
+    square.copy_(new_square)
+
+
+_compiled_update = torch.compile(adamw_update, dynamic=True)
+"""One kernel that reads and writes each number once; compiled at the first call."""
 
 
 def build_optimizer(model: nn.Module, config: Optimizer) -> NamedAdamW:
@@ -58,6 +130,7 @@ def build_optimizer(model: nn.Module, config: Optimizer) -> NamedAdamW:
             }
             for (lr_ratio, decays), named in groups.items()
         ],
+        state_dtype=torch.bfloat16 if config.state_dtype == "bfloat16" else None,
         lr=config.lr,
         betas=config.betas,
         eps=config.eps,
@@ -66,14 +139,14 @@ def build_optimizer(model: nn.Module, config: Optimizer) -> NamedAdamW:
 
 
 @torch.no_grad()
-def step_clipped(optimizer: torch.optim.Optimizer, grad_norm: torch.Tensor, max_norm: float, clips: bool) -> None:
+def step_clipped(optimizer: NamedAdamW, grad_norm: torch.Tensor, max_norm: float, clips: bool) -> None:
     """A step with all gradients scaled so that their global 2-norm, `grad_norm` [], becomes `max_norm`.
 
     The fused optimizer divides them as it reads them (a pass of its own would read and write all of them once more) and
     leaves them divided. `clips`: whether the norm is above `max_norm`, which the host knows; else nothing is scaled.
     """
     # The name by which torch's fused optimizers take a divisor from a GradScaler: a float32 scalar on the device.
-    optimizer.grad_scale = (grad_norm / max_norm).float() if clips else None  # type: ignore[attr-defined]
+    optimizer.grad_scale = (grad_norm / max_norm).float() if clips else None
     optimizer.step()
 
 

@@ -117,6 +117,7 @@ def outside(case: Case, gpu: str, runs: list[Recorded]) -> list[str]:
     kinds = [(c.mode, bool(c.lora.rank)) for c in timed]
     adapters = " with adapters" if case.lora.rank else ""
     unless((case.mode, bool(case.lora.rank)) in kinds, f'mode "{case.mode}"{adapters}', "activations, and their time")
+    unless("experts" not in case.lora.targets or not case.lora.rank, "adapters on experts", "the time of thin products")
     widths = [_widths(c) for c in cases]
     unless(_widths(case) in widths, "other widths than 35B-A3B's", "every kind's rate")
     unless(case.compiled, "compile.enable = false", "activations and elementwise passes: both are higher")

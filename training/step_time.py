@@ -19,7 +19,7 @@ from training.formulas import (
     traffic,
 )
 from training.hardware import GPUS, HIDDEN, LINKS, Gpu
-from training.memory import Case, trained_sizes
+from training.memory import Case, in_units, trained_sizes
 
 
 @dataclass(frozen=True)
@@ -91,9 +91,11 @@ def step_time(case: Case, gpu_name: str, gpus_per_node: int) -> StepTime:
     on_rank = trained.on_a_rank(degrees)
     # In the forward pass cast and copied into place, 4 + 2 + 2 + 2 bytes; gradients 2 + 4, and back to bfloat16.
     of_a_weight = 16 if case.master_bytes == 4 else 20
-    gathered = trained.dense + trained.root + trained.experts / degrees.expert
+    has_dense, has_experts = in_units(case)
+    gathered = (trained.dense + trained.root) * has_dense + trained.experts / degrees.expert * has_experts
     kinds["weights cast and gathered"] = case.accumulation * of_a_weight * gathered / gpu.memory
-    kinds["optimizer, clipping"] = 9 * case.master_bytes * on_rank / gpu.optimizer
+    # Weights and moments are read and written; gradients read for their norm and again, and written back where clipped.
+    kinds["optimizer, clipping"] = (5 * case.master_bytes + 4 * case.state_bytes) * on_rank / gpu.optimizer
     if case.lora.rank:
         of_adapters = adapter_parameters_per_token(shape, case.lora.rank, case.lora.targets)
         kinds["adapters' products"] = 6 * tokens * of_adapters / gpu.dense * 4  # thin: memory's rate, not the products'
@@ -109,7 +111,7 @@ def step_time(case: Case, gpu_name: str, gpus_per_node: int) -> StepTime:
         share = min(1.0, 0.9 * compute / over)
         links = [replace(link, hidden=link.seconds * share) if link.traffic.axis == "fsdp" else link for link in links]
     kinds["communication, not hidden"] = sum(link.seconds - link.hidden for link in links)
-    name = "ep" if degrees.expert > 1 else "units" if case.trains_text or degrees.shard > 1 else "no units"
+    name = "ep" if degrees.expert > 1 else "units" if has_dense else "no units"
     host = hardware.HOST[name] * len(list(layer_types(shape))) * case.accumulation
     kinds["the GPU waits for the host"] = max(host - compute - kinds["communication, not hidden"], 0.0) + hardware.STEP
     flops = flops_per_token(shape, round(case.mean_document), case.lora, True)

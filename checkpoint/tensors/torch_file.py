@@ -18,10 +18,10 @@ from types import FunctionType
 from typing import IO, Any, ClassVar
 
 import torch
-from torch.storage import _storage_type_to_dtype_map
 
 from checkpoint.tensors.stored import StoredArray, file_size
 from errors import UserError, reading
+from torch_private import storage_types
 
 
 class Stub:
@@ -87,7 +87,7 @@ _STUBS = {
 }
 _ALLOWED: dict[tuple[str, str], Any] = {
     **{(module, name): Stub for module, names in _STUBS.items() for name in names},
-    **{("torch", name): value for name, value in (_DTYPES | _storage_type_to_dtype_map()).items()},
+    **{("torch", name): value for name, value in (_DTYPES | storage_types()).items()},
     ("torch", "Size"): torch.Size,
     ("torch._utils", "_rebuild_tensor_v2"): _rebuild_tensor,
     ("torch._utils", "_rebuild_parameter"): lambda data, *_: data,

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 
 import torch
 
+from torch_private import mark_dynamic
+
 
 def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     """A host tensor on `device`, without waiting for it."""
@@ -41,14 +43,14 @@ class Documents:
         boundaries = torch.cat([torch.zeros(1, dtype=torch.int64), of_each.cumsum(0)])
         offsets = torch.arange(sum(lengths)) - boundaries[:-1].repeat_interleave(of_each)
         on_host = boundaries.int()
-        torch._dynamo.maybe_mark_dynamic(on_host, 0)  # D changes with every batch: one graph for all
+        mark_dynamic(on_host, 0)  # D changes with every batch: one graph for all
         documents = cls(on_host, on_host, offsets.int(), max_seqlen or longest)
         return documents if device is None else documents.to(device)
 
     def to(self, device: torch.device) -> "Documents":
         """The same with `device` as the compute device, without waiting for it."""
         on_device = to_device(self.cu_seqlens_cpu, device)
-        torch._dynamo.maybe_mark_dynamic(on_device, 0)
+        mark_dynamic(on_device, 0)
         return Documents(on_device, self.cu_seqlens_cpu, to_device(self.token_offsets, device), self.max_seqlen)
 
     def lengths(self) -> list[int]:

@@ -1,7 +1,7 @@
 """The gated delta rule: in plain PyTorch, chunk by chunk (the CPU path and the oracle), and by libraries' kernels."""
 
 import dataclasses
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -159,14 +159,18 @@ def _forward(
     else:
         from fla.ops.gated_delta_rule.chunk import chunk_gated_delta_rule_fwd
 
-        sums, out, inverse, *_ = chunk_gated_delta_rule_fwd(
-            *inputs,
-            scale=scale,
-            initial_state=None,
-            output_final_state=False,
-            cu_seqlens=cu_seqlens,
-            chunk_indices=_fla_chunk_indices(cu_seqlens, cu_seqlens_cpu),
-        )
+        of_parts = []
+        for part in _fla_parts(cu_seqlens, cu_seqlens_cpu, v.shape[1]):
+            sums, out, inverse, *_ = chunk_gated_delta_rule_fwd(
+                *(x[:, part.tokens] for x in inputs),
+                scale=scale,
+                initial_state=None,
+                output_final_state=False,
+                cu_seqlens=part.cu_seqlens,
+                chunk_indices=part.chunk_indices,
+            )
+            of_parts.append((sums, out, inverse))
+        sums, out, inverse = map(_joined, zip(*of_parts))
     return out.squeeze(0).to(v.dtype), sums.squeeze(0), inverse.squeeze(0)
 
 
@@ -204,14 +208,18 @@ def _backward(
     else:
         from fla.ops.gated_delta_rule.chunk import chunk_gated_delta_rule_bwd
 
-        dq, dk, dv, dbeta, dg, *_ = chunk_gated_delta_rule_bwd(
-            **inputs,
-            scale=scale,
-            initial_state=None,
-            dht=None,
-            cu_seqlens=cu_seqlens,
-            chunk_indices=_fla_chunk_indices(cu_seqlens, cu_seqlens_cpu),
-        )
+        of_parts = []
+        for part in _fla_parts(cu_seqlens, cu_seqlens_cpu, v.shape[1]):
+            of_part = chunk_gated_delta_rule_bwd(
+                **{name: x[:, part.tokens] for name, x in inputs.items()},
+                scale=scale,
+                initial_state=None,
+                dht=None,
+                cu_seqlens=part.cu_seqlens,
+                chunk_indices=part.chunk_indices,
+            )
+            of_parts.append(of_part[:5])
+        dq, dk, dv, dbeta, dg = map(_joined, zip(*of_parts))
     gradients = (x.squeeze(0).to(like.dtype) for x, like in zip((dq, dk, dv, dbeta, dg), (q, k, v, beta, sums)))
     dq, dk, dv, dbeta, dg = gradients
     return dq, dk, dv, dbeta, dg
@@ -272,12 +280,35 @@ def _flash_qla_context(v: torch.Tensor, cu_seqlens: torch.Tensor, cu_seqlens_cpu
 _NUM_BLOCKS_WORTH_CUTTING = 96  # of the 132 multiprocessors of an H100
 
 
-def _fla_chunk_indices(cu_seqlens: torch.Tensor, cu_seqlens_cpu: torch.Tensor) -> torch.Tensor:
-    """The document and the place of each chunk; made once a batch, as above."""
-    if hasattr(cu_seqlens, "_fla_chunk_indices"):
-        return cu_seqlens._fla_chunk_indices
+class _FlaPart(NamedTuple):
+    """Documents that one call of fla's kernels takes."""
+
+    tokens: slice
+    cu_seqlens: torch.Tensor
+    chunk_indices: torch.Tensor
+    """The document and the place of each chunk."""
+
+
+_MAX_GRID = 2**16 - 1  # a CUDA grid's second and third dimension, in which fla has a block for each document and head
+
+
+def _fla_parts(cu_seqlens: torch.Tensor, cu_seqlens_cpu: torch.Tensor, num_heads: int) -> list[_FlaPart]:
+    """All documents, in calls of as many as the kernels can be launched for (fla's issue 1077); made once a batch, as
+    above."""
+    if hasattr(cu_seqlens, "_fla_parts"):
+        return cu_seqlens._fla_parts
     from fla.ops.utils.index import prepare_chunk_indices
 
-    indices = prepare_chunk_indices(cu_seqlens_cpu, CHUNK).to(cu_seqlens.device, non_blocking=True)
-    cu_seqlens._fla_chunk_indices = indices  # type: ignore[attr-defined]
-    return indices
+    parts, num_documents, most = [], len(cu_seqlens) - 1, _MAX_GRID // num_heads
+    for first in range(0, num_documents, most):
+        ends = slice(first, min(first + most, num_documents) + 1)
+        start, stop = cu_seqlens_cpu[ends][[0, -1]].tolist()
+        indices = prepare_chunk_indices(cu_seqlens_cpu[ends] - start, CHUNK)
+        indices = indices.to(cu_seqlens.device, non_blocking=True)
+        parts.append(_FlaPart(slice(start, stop), cu_seqlens[ends] - start, indices))
+    cu_seqlens._fla_parts = parts  # type: ignore[attr-defined]
+    return parts
+
+
+def _joined(parts: tuple[torch.Tensor, ...]) -> torch.Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)

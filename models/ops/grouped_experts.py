@@ -11,7 +11,8 @@ from models.ops.precision import at_least_float32
 
 
 class Projection(NamedTuple):
-    """Each expert's matrix, and maybe an adapter of low rank that is added to it: weight + scale * B A."""
+    """Each expert's matrix, and maybe an adapter of low rank that is added to it: weight + scale * B A. The adapter may
+    be stored in another dtype than what it is multiplied with."""
 
     weight: torch.Tensor
     """[E, out, in]"""
@@ -26,7 +27,8 @@ class Projection(NamedTuple):
         out = _grouped_linear(x, self.weight, offsets)
         if self.lora_A is None or self.lora_B is None:
             return out
-        return out + _grouped_linear(_grouped_linear(x, self.lora_A, offsets) * self.scale, self.lora_B, offsets)
+        lora_A, lora_B = self.lora_A.to(x.dtype), self.lora_B.to(x.dtype)
+        return out + _grouped_linear(_grouped_linear(x, lora_A, offsets) * self.scale, lora_B, offsets)
 
 
 def weighted_swiglu(gate_up: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
@@ -82,11 +84,16 @@ def _loop(x: torch.Tensor, weight: torch.Tensor, offsets: torch.Tensor) -> torch
     return torch.cat([part @ matrix.T for part, matrix in zip(parts, weight)])
 
 
+def is_aligned(width: int, dtype: torch.dtype) -> bool:
+    """Whether rows of this width are a multiple of 16 bytes."""
+    return width * dtype.itemsize % 16 == 0
+
+
 def _grouped_mm_works(x: torch.Tensor, weight: torch.Tensor) -> bool:
     """grouped_mm takes no float64, and only rows whose strides are multiples of 16 bytes.
 
     Its shape function, which the compiler runs, knows bfloat16 alone (torch 2.11 to 2.13).
     """
-    aligned = all(size * x.element_size() % 16 == 0 for size in weight.shape[-2:])
+    aligned = all(is_aligned(size, x.dtype) for size in weight.shape[-2:])
     float32_works = x.dtype == torch.float32 and not torch.compiler.is_compiling()
     return aligned and (x.dtype == torch.bfloat16 or float32_works)

@@ -2,7 +2,6 @@
 
 import importlib.metadata
 import importlib.util
-import logging
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -11,8 +10,6 @@ from torch.torch_version import TorchVersion
 
 from errors import UserError
 from models.ops.causal_conv1d import MAX_TRITON_WIDTH
-
-logger = logging.getLogger("train")
 
 
 class Kernels(NamedTuple):
@@ -63,15 +60,7 @@ def select_kernels(
 
     Raises UserError for a choice that cannot run here.
     """
-    hinders = {
-        "varlen": _needs_half_precision(device_type, dtype),
-        "cudnn": _needs_half_precision(device_type, dtype),
-        "fa4": _needs_half_precision(device_type, dtype) or _fa4_hindrance(attention_head_dim),
-        "fla": _needs_half_precision(device_type, dtype) or _fla_hindrance(),
-        "flash_qla": _needs_half_precision(device_type, dtype) or _flash_qla_hindrance(delta_rule_head_dims),
-        "triton": _triton_hindrance(device_type, conv_width),
-        "compiled": "" if device_type == "cuda" else "a CUDA GPU",
-    }
+    hinders = hindrances(device_type, dtype, delta_rule_head_dims, conv_width, attention_head_dim)
 
     def choose(operation: str, choice: str) -> str:
         choices = CHOICES[operation]
@@ -82,18 +71,31 @@ def select_kernels(
             raise UserError(f"kernels.{operation} = {choice!r} needs {hinders[choice]}")
         return choice
 
-    chosen = Kernels(
+    return Kernels(
         attention=choose("attention", requested.get("attention", "auto")),
         gated_delta_rule=choose("gated_delta_rule", requested.get("gated_delta_rule", "auto")),
         causal_conv1d=choose("causal_conv1d", requested.get("causal_conv1d", "auto")),
         cross_entropy=choose("cross_entropy", requested.get("cross_entropy", "auto")),
     )
-    if device_type == "cuda" and chosen.gated_delta_rule == "torch":
-        logger.warning(
-            "the gated delta rule runs in plain PyTorch, many times slower than kernels; "
-            f"'fla' needs {hinders['fla']}; 'flash_qla' needs {hinders['flash_qla']}"
-        )
-    return chosen
+
+
+def hindrances(
+    device_type: str,
+    dtype: torch.dtype,
+    delta_rule_head_dims: tuple[int, int],
+    conv_width: int,
+    attention_head_dim: int,
+) -> dict[str, str]:
+    """Of each implementation that does not run anywhere, what it needs and lacks here; empty: nothing."""
+    return {
+        "varlen": _needs_half_precision(device_type, dtype),
+        "cudnn": _needs_half_precision(device_type, dtype),
+        "fa4": _needs_half_precision(device_type, dtype) or _fa4_hindrance(attention_head_dim),
+        "fla": _needs_half_precision(device_type, dtype) or _fla_hindrance(),
+        "flash_qla": _needs_half_precision(device_type, dtype) or _flash_qla_hindrance(delta_rule_head_dims),
+        "triton": _triton_hindrance(device_type, conv_width),
+        "compiled": "" if device_type == "cuda" else "a CUDA GPU",
+    }
 
 
 def _needs_half_precision(device_type: str, dtype: torch.dtype) -> str:
@@ -125,7 +127,7 @@ def _triton_hindrance(device_type: str, conv_width: int) -> str:
 def _fla_hindrance() -> str:
     """What keeps flash-linear-attention's Triton kernels from running here; empty if nothing does."""
     if importlib.util.find_spec("fla") is None:
-        return "the package flash-linear-attention"
+        return "the package flash-linear-attention (requirements-gpu.txt)"
     from fla.utils import IS_NVIDIA_HOPPER, TRITON_ABOVE_3_4_0, TRITON_ABOVE_3_7_1
 
     if IS_NVIDIA_HOPPER and TRITON_ABOVE_3_4_0 and not TRITON_ABOVE_3_7_1:
@@ -135,7 +137,7 @@ def _fla_hindrance() -> str:
 
 def _flash_qla_hindrance(head_dims: tuple[int, int]) -> str:
     if importlib.util.find_spec("flash_qla") is None:
-        return "the package flash-qla"
+        return "the package flash-qla (requirements-gpu.txt)"
     if torch.cuda.get_device_capability() not in ((9, 0), (10, 0), (10, 3)):
         return "a GPU with compute capability 9.0, 10.0 or 10.3"
     return "" if head_dims == (128, 128) else f"linear attention's head dims of 128, not {head_dims}"

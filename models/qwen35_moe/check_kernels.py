@@ -57,6 +57,10 @@ def check_kernels(kernels: Kernels, shape: ModelConfig, device: torch.device, dt
     nothing is. Random numbers come from generators of its own, and the memory is given back.
     """
     start, bound = time.perf_counter(), _BOUNDS[dtype]
+    logger.info(
+        "comparing kernels with plain PyTorch: seconds where they have been compiled before, two minutes on a bare "
+        "machine (compile.cache_dir: where they are kept)"
+    )
     wrong: list[str] = []
     errors: list[tuple[float, str]] = []
     for case in _cases(kernels, shape, device, dtype):
@@ -68,7 +72,7 @@ def check_kernels(kernels: Kernels, shape: ModelConfig, device: torch.device, dt
         if bad:
             wrong.append(_message(case, f"{', '.join(bad)}, relative to plain PyTorch's (allowed: {bound:g})"))
     if kernels.cross_entropy == "compiled":
-        torch._dynamo.reset()  # having seen the shapes here, it would compile training's for shapes of any size
+        torch.compiler.reset()  # having seen the shapes here, it would compile training's for shapes of any size
     del case, expected, actual
     if device.type == "cuda":
         torch.cuda.empty_cache()

@@ -1,7 +1,8 @@
 """Low-rank adapters: weight + alpha / rank * B A, of which A and B alone train (Hu et al. 2021, arXiv 2106.09685).
 
 They are put on a model without memory, from outside, before any parallelism. The weights keep their names. B is zero at
-first, so that the model begins as its base; init.py has A's initial values.
+first, so that the model begins as its base; init.py has A's initial values. Adapters may be stored wider than the
+weights: they are cast where they are used.
 
 part (lora.targets)    what is adapted                      adapters, by peft's names where it has some
 ----------------------------------------------------------------------------------------------------------------------
@@ -72,7 +73,7 @@ class LoraLinear(nn.Linear):
 
     def low_rank(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """x [T, in] -> rows [T, r] and a matrix [out, r], whose product rows @ matrix^T is added to the result."""
-        return self.lora_A(x) * self.scale, self.lora_B.weight
+        return F.linear(x, self.lora_A.weight.to(x.dtype)) * self.scale, self.lora_B.weight.to(x.dtype)
 
 
 class LoraExperts(Experts):

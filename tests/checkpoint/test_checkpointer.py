@@ -43,14 +43,14 @@ def run_config(folder: str | Path, **checkpoint) -> Config:
     )
 
 
-def build(folder: str, replicate: int, ep: int, seed: int, cp: int = 1, **checkpoint):
+def build(folder: str, replicate: int, ep: int, seed: int, cp: int = 1, state_dtype: str = "auto", **checkpoint):
     """(model, optimizer, checkpointer) on all ranks, random weights by `seed`."""
     meshes = build_meshes("cpu", Degrees(replicate, dist.get_world_size() // replicate, ep, cp))
     with torch.device("meta"):
         model = Qwen35Moe(CONFIG, Kernels(attention="sdpa"))
     parallelize_fn(model, meshes, compute_dtype=torch.float32)
     materialise(model, torch.device("cpu"), seed)
-    optimizer = build_optimizer(model, Optimizer(lr=1e-3))
+    optimizer = build_optimizer(model, Optimizer(lr=1e-3, state_dtype=state_dtype))
     return model, optimizer, Checkpointer(run_config(folder, **checkpoint), CONFIG, model, optimizer, meshes)
 
 
@@ -128,6 +128,30 @@ def test_a_model_from_random_weights_declares_the_positions_it_was_trained_on(tm
 def save(checkpointer: Checkpointer, step: int) -> None:
     checkpointer.save(step, 0, CURSORS)
     assert checkpointer.wait()
+
+
+@pytest.mark.usefixtures("one_rank")
+@pytest.mark.parametrize("saved", ["float32", "bfloat16"])
+def test_means_go_on_in_the_dtype_of_the_run(tmp_path: Path, saved: str) -> None:
+    resumed = {"float32": "bfloat16", "bfloat16": "float32"}[saved]
+    model, optimizer, checkpointer = build(str(tmp_path), 1, 1, seed=0, state_dtype=saved)
+    take_steps(model, optimizer, 3)
+    save(checkpointer, 3)
+    expected = contents(model, optimizer)
+    model, optimizer, checkpointer = build(str(tmp_path), 1, 1, seed=1, state_dtype=resumed)
+    assert checkpointer.resume().step == 3
+    dtype = getattr(torch, resumed)
+    for name, tensor in contents(model, optimizer).items():
+        is_mean = "/exp_avg" in name
+        assert tensor.dtype == (dtype if is_mean else torch.float32)
+        assert torch.equal(tensor, expected[name].to(dtype) if is_mean else expected[name]), name
+    before = {name: tensor.clone() for name, tensor in contents(model, optimizer).items()}
+    take_steps(model, optimizer, 1)
+    after = contents(model, optimizer)
+    assert all(tensor.dtype == before[name].dtype for name, tensor in after.items())
+    moved = [name for name in after if "/exp_avg" in name and before[name].any()]
+    assert moved
+    assert not any(torch.equal(after[name], before[name]) for name in moved)
 
 
 @pytest.mark.usefixtures("one_rank")

@@ -185,6 +185,15 @@ TOWER += "vision_start_token_id = 3, vision_end_token_id = 4}"
     [
         (("--model.freeze=vison",), "--model.freeze = ['vison']: expected a list of some of text, vision, merger,"),
         (("--model.freeze=[3]",), "expected a list of some of text, vision, merger,"),
+        (
+            ("--optimizer.state_dtype=float32", "--training.master_dtype=bfloat16"),
+            "expected 'auto' with training.master",
+        ),
+        (
+            ("--optimizer.state_dtype=bfloat16", "--optimizer.betas=[0.9, 0.999]"),
+            "optimizer.betas = [0.9, 0.999]: with optimizer.state_dtype = 'bfloat16' expected at most 0.99",
+        ),
+        (("--optimizer.state_dtype=float16",), "optimizer.state_dtype = 'float16'"),
         (("--model.freeze=vision",), "model.freeze = ['vision']: the model has no part 'vision'"),
         (("--model.freeze=text",), "model.freeze = ['text']: nothing is left to train"),
         ((TOWER, "--model.freeze=text,vision,merger"), "nothing is left to train"),

@@ -264,10 +264,12 @@ class Operations(TorchDispatchMode):
         return out
 
 
-def operations_of_a_step(layouts: list[Layout]) -> list[tuple[list[str], list[int]]]:
+def operations_of_a_step(
+    layouts: list[Layout], dtype: torch.dtype = torch.float32
+) -> list[tuple[list[str], list[int]]]:
     found = []
     for layout in layouts:
-        model, meshes, optimizer = build(CONFIG, layout)
+        model, meshes, optimizer = build(CONFIG, layout, dtype)
         with Operations() as operations:
             step(model, meshes, optimizer, own_batches(CONFIG, layout, ROWS, 0))
         found.append((operations.names, operations.sizes))
@@ -305,11 +307,15 @@ def test_the_shared_expert_is_computed_while_results_and_their_gradients_travel(
 def test_gradients_of_experts_that_are_whole_on_their_rank_are_not_divided(
     operations: dict[str, tuple[list[str], list[int]]],
 ) -> None:
-    names, sizes = operations["none"]
     num_parameters = 3 * CONFIG.num_experts // 2 * CONFIG.hidden_size * CONFIG.moe_intermediate_size
-    of_experts = [name for name, size in zip(names, sizes) if size == num_parameters]
-    assert "aten::empty" in of_experts  # FSDP lays the two parameters' gradients end to end
-    assert not [name for name in of_experts if "div" in name or "mul" in name], of_experts
+
+    def of_experts(names: list[str], sizes: list[int]) -> list[str]:
+        return [name for name, size in zip(names, sizes) if size == num_parameters]
+
+    assert of_experts(*operations["none"]) == []  # stored as computed with: no business of FSDP's
+    converted = of_experts(*run_ranks(operations_of_a_step, 2, [Layout(world=2, ep=2)], torch.bfloat16)[0][0])
+    assert "aten::empty" in converted  # FSDP lays the two parameters' gradients end to end
+    assert not [name for name in converted if "div" in name or "mul" in name], converted
 
 
 def test_selective_sends_nothing_again_and_keeps_no_product_that_was_sent() -> None:

@@ -1,6 +1,8 @@
 """Metrics files across a resume, log lines, times."""
 
 import json
+import logging
+import warnings
 from pathlib import Path
 
 import pytest
@@ -61,6 +63,28 @@ def test_log_rank_chooses_whose_log_is_shown(log_rank: str, shown: bool, monkeyp
     monkeypatch.setenv("LOG_RANK", log_rank)
     setup_logging(0)
     assert logging.getLogger("train").isEnabledFor(logging.INFO) == shown
+
+
+def test_noise_of_libraries_is_left_out_and_their_errors_are_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    shown: list[str] = []
+
+    class Keep(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            shown.append(f"{record.name} {record.getMessage()}")
+
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        setup_logging(0)
+        compiler = logging.getLogger("tilelang")
+        monkeypatch.setattr(compiler, "handlers", [Keep()])
+        monkeypatch.setattr(compiler, "level", logging.INFO)  # as it sets itself
+        compiler.warning("a layout")
+        compiler.error("no compiler")
+        warnings.warn("TensorFloat32 tensor cores for float32 matrix multiplication available", stacklevel=1)
+        warnings.warn("something else", stacklevel=1)
+    assert shown == ["tilelang no compiler"]
+    assert [str(warning.message) for warning in warned] == ["something else"]
+    assert not logging.getLogger("torch._higher_order_ops.wrap").isEnabledFor(logging.WARNING)
 
 
 def test_damaged_lines_are_set_aside_and_the_run_goes_on(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

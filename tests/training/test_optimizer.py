@@ -80,6 +80,73 @@ def test_a_clipped_step_is_torchs(max_norm: float) -> None:
         assert torch.allclose(parameter, expected, rtol=2e-7, atol=1e-8), name
 
 
+def test_means_in_bfloat16_are_rounded_once_a_step_and_weights_are_not() -> None:
+    model = random_model(tiny_config())
+    config = Optimizer(lr=1e-3, eps=1e-4, weight_decay=0.1, state_dtype="bfloat16")
+    optimizer = build_optimizer(model, config)
+    expected = {name: parameter.detach().double() for name, parameter in model.named_parameters()}
+    means = {name: [torch.zeros_like(value) for _ in range(2)] for name, value in expected.items()}
+    (beta1, beta2), generator = config.betas, torch.Generator().manual_seed(0)
+    for step in range(1, 4):
+        for name, parameter in model.named_parameters():
+            parameter.grad = torch.randn(parameter.shape, generator=generator)
+            gradient, (mean, square) = parameter.grad.double(), means[name]
+            mean = beta1 * mean + (1 - beta1) * gradient
+            square = beta2 * square + (1 - beta2) * gradient**2
+            decay = config.weight_decay if parameter.dim() > 1 else 0.0
+            update = mean / (1 - beta1**step) / ((square / (1 - beta2**step)).sqrt() + config.eps)
+            expected[name] = expected[name] * (1 - config.lr * decay) - config.lr * update
+            means[name] = [mean.bfloat16().double(), square.bfloat16().double()]
+        optimizer.step()
+    for name, parameter in model.named_parameters():
+        assert parameter.dtype == torch.float32
+        # Three roundings of weights up to 5; and where float32 and float64 lie on two sides of a tie, a mean is a step
+        # of bfloat16 off, and so its update.
+        off = (parameter.double() - expected[name]).abs()
+        assert off.max() < config.lr * 2**-6, name
+        assert (off < 1e-6).double().mean() > 0.99, name
+        state = optimizer.state[parameter]
+        for key, mean in zip(("exp_avg", "exp_avg_sq"), means[name]):
+            assert state[key].dtype == torch.bfloat16
+            assert torch.allclose(state[key].double(), mean, rtol=2**-7, atol=0), (name, key)
+            assert (state[key].double() == mean).double().mean() > 0.99, (name, key)
+
+
+@pytest.mark.parametrize("max_norm", [0.1, 100.0], ids=["clips", "does not"])
+def test_means_in_bfloat16_are_clipped_alike(max_norm: float) -> None:
+    """Against torch's fused kernel with float32 means: after one step both have the same update."""
+    weights = {}
+    for dtype in ("float32", "bfloat16"):
+        model = random_model(tiny_config())
+        generator = torch.Generator().manual_seed(0)
+        for parameter in model.parameters():
+            parameter.grad = torch.randn(parameter.shape, generator=generator) / parameter.numel()
+        optimizer = build_optimizer(model, Optimizer(lr=1e-3, eps=1e-4, weight_decay=0.1, state_dtype=dtype))
+        norm = torch.linalg.vector_norm(torch.cat([parameter.grad.flatten() for parameter in model.parameters()]))
+        step_clipped(optimizer, norm, max_norm, clips=bool(norm > max_norm))
+        weights[dtype] = dict(model.named_parameters())
+    for name, expected in weights["float32"].items():
+        assert torch.allclose(weights["bfloat16"][name], expected, rtol=3e-7, atol=1e-8), name
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_means_in_bfloat16_on_a_gpu_are_those_of_plain_pytorch() -> None:
+    results = {}
+    for device in ("cpu", "cuda"):
+        model = random_model(tiny_config()).to(device)
+        optimizer = build_optimizer(model, Optimizer(lr=1e-3, eps=1e-4, weight_decay=0.1, state_dtype="bfloat16"))
+        generator = torch.Generator().manual_seed(0)
+        for _ in range(3):
+            for parameter in model.parameters():
+                parameter.grad = torch.randn(parameter.shape, generator=generator).to(device)
+            step_clipped(optimizer, torch.tensor(2.0, device=device), 1.0, clips=True)
+        results[device] = {name: parameter.detach().cpu() for name, parameter in model.named_parameters()}
+    for name, expected in results["cpu"].items():
+        # A mean on the other side of a tie is one step of bfloat16, 2^-7, off, and so is its update of lr.
+        assert torch.allclose(results["cuda"][name], expected, rtol=3e-7, atol=1e-3 * 2**-6), name
+
+
 def test_tower_and_merger_have_rates_of_their_own_on_one_schedule() -> None:
     model = Qwen35Moe(tiny_config(vision=tiny_vision()), Kernels())
     init_weights(model, 0)

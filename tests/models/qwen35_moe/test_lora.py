@@ -165,5 +165,26 @@ def test_equals_a_dense_weight_with_the_product_added(config: ModelConfig) -> No
         assert error(gradient, factors[name].grad) < 1e-11, name
 
 
+def test_adapters_that_are_stored_wider_are_rounded_and_their_gradients_are_not() -> None:
+    config = tiny_config()
+    stream, found = random_stream(config, LENGTHS), {}
+    for stored in (torch.bfloat16, torch.float32):
+        model = with_adapters(random_model(config))
+        for name, parameter in model.named_parameters():
+            parameter.data = parameter.data.bfloat16()
+            if is_adapter(name):
+                parameter.data = parameter.data.to(stored)
+        for parameter in model.float32_parameters():
+            parameter.data = parameter.data.float()
+        found[stored] = loss_and_gradients(model, stream)
+    (logits, loss, gradients), (expected_logits, expected_loss, expected) = found[torch.float32], found[torch.bfloat16]
+    assert torch.equal(logits, expected_logits)
+    assert torch.equal(loss, expected_loss)
+    for name, gradient in gradients.items():
+        assert gradient.dtype == torch.float32
+        assert gradient.any(), name
+        assert torch.equal(gradient, expected[name].float()), name
+
+
 def call_as_model(call):
     return lambda batch, measure: call((batch, measure))

@@ -1,0 +1,36 @@
+"""Every name that the project takes from torch's private modules, and the public way where there is one.
+
+torch may move or change them in any release; those that pyproject.toml admits have been tried.
+"""
+
+import torch
+from torch.distributed._functional_collectives import all_to_all_single_autograd
+from torch.distributed.fsdp._fully_shard import _fsdp_collectives
+from torch.distributed.fsdp._fully_shard._fsdp_api import ReduceScatter
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+from torch.storage import _storage_type_to_dtype_map as storage_types
+from torch.utils._pytree import tree_leaves
+
+__all__ = [
+    "ReduceScatter",  # the base class for FSDPModule.set_custom_reduce_scatter, which is public; it is not
+    "all_to_all_single_autograd",  # torch.distributed.all_to_all_single has no gradient and breaks the graph
+    "compute_local_shape_and_global_offset",  # DTensor tells its local tensor, but not where that lies
+    "fsdp_collectives",  # see fsdp_copies.py: there is no other way
+    "functional_collectives",
+    "mark_dynamic",
+    "set_recompile_limit",
+    "storage_types",  # by the names that files use; the public classes name their dtype one by one
+    "tree_leaves",  # public in torch.utils.pytree from a later release on
+]
+
+fsdp_collectives = _fsdp_collectives
+functional_collectives = torch.ops._c10d_functional
+"""As operations, which activation checkpointing can keep; the functions around them are private too."""
+
+mark_dynamic = torch._dynamo.maybe_mark_dynamic
+"""torch._dynamo.mark_dynamic, which is documented, fails where the compiler finds a size to be fixed."""
+
+
+def set_recompile_limit(limit: int) -> None:
+    """torch.compiler.config, the public one, does not have it."""
+    torch._dynamo.config.recompile_limit = limit
