@@ -178,8 +178,8 @@ def peak_memory(case: Case) -> tuple[str, dict[str, float]]:
 
 
 def in_units(case: Case) -> tuple[bool, bool]:
-    """Whether dense weights, and experts, are in units of FSDP, which gathers or casts them: not what is whole on its rank
-    and stored as it is computed with (parallelize.py)."""
+    """Whether dense weights, and experts, are in units of FSDP, which gathers or casts them: not what is whole on its
+    rank and stored as it is computed with (parallelize.py)."""
     degrees = case.degrees
     needs_no_cast = bool(case.lora.rank) or not case.trains_text or case.master_bytes == case.c
     if degrees.replicate > 1 and case.trains_text:
