@@ -1,7 +1,7 @@
 """The first logged step against the plan: predicted and actual peak and time, and the term that is off."""
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 
@@ -30,14 +30,16 @@ class FirstStep:
         """At a logged step, which took `seconds` by itself. One that compiles has no time to compare: the next has."""
         if self._plan is not None and not compiles:
             lasting = torch.cuda.memory_allocated(device) / GIB
-            reasons = uncertain(self._plan, self._where)
-            logger.info(compared(self._plan, metrics, lasting, seconds, reasons))
-            self._plan = None
+            plan, self._plan = self._plan, None
+            logger.info(compared(plan, metrics, lasting, seconds, lambda: uncertain(plan, self._where)))
 
 
-def compared(plan: Plan, metrics: Mapping[str, float], lasting_gib: float, seconds: float, reasons: list[str]) -> str:
+def compared(
+    plan: Plan, metrics: Mapping[str, float], lasting_gib: float, seconds: float, reasons: Callable[[], list[str]]
+) -> str:
     """One line. metrics: peak_memory_gib, data_seconds and expert_load_max_over_mean are read; lasting_gib: what is
-    allocated between steps, without gradients."""
+    allocated between steps, without gradients; reasons: what lies outside of what was measured, asked for if it is off.
+    """
     peak, actual = plan.peak / GIB, metrics["peak_memory_gib"]
     line = f"plan: peak {peak:.1f} GiB, actual {actual:.1f}; step {plan.time.seconds:.3f} s, actual {seconds:.3f}"
     terms = []
@@ -59,6 +61,6 @@ def compared(plan: Plan, metrics: Mapping[str, float], lasting_gib: float, secon
         else:
             largest = max(plan.time.by_kind, key=lambda kind: plan.time.by_kind[kind])
             terms.append(f"time is off, most of the plan's is {largest}")
-    if terms and reasons:
-        terms.append("outside of what was measured: " + "; ".join(reasons))
+    if terms and (outside := reasons()):
+        terms.append("outside of what was measured: " + "; ".join(outside))
     return ". ".join([line, *terms])

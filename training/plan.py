@@ -158,7 +158,7 @@ def describe(plan: Plan, where: Where) -> str:
     lines = [
         f"{where.gpus} x {where.gpu.upper()}, {min(where.gpus_per_node, where.gpus)} a node: replicate "
         f"{degrees.replicate}, shard {degrees.shard}, ep {degrees.expert}, cp {degrees.context}; {case.mode}; "
-        f"{case.accumulation} micro-batches of {case.num_tokens:,} tokens a GPU and step",
+        f"micro-batches a GPU and step: {case.accumulation} of {case.num_tokens:,} tokens",
         "",
         f"Memory of a GPU, GiB, at the worst moment: {plan.moment}",
     ]
@@ -241,7 +241,9 @@ def main(arguments: list[str]) -> None:
         for other, change in found:
             print(f"  {other.tokens_per_second:8,.0f} {other.peak / GIB:7.1f}  {as_options(config, change)}")
         if not found:
-            print("  none: more GPUs, or GPUs with more memory; training.master_dtype bfloat16 halves what is stored")
+            print(
+                "  none: more GPUs, or GPUs with more memory; --optimizer.state_dtype bfloat16 takes a quarter off the state"
+            )
     reasons = uncertain(plan, where)
     if reasons:
         print("\nOutside of what was measured, so that the error is not known:")

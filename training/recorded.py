@@ -120,6 +120,7 @@ def outside(case: Case, gpu: str, runs: list[Recorded]) -> list[str]:
     unless("experts" not in case.lora.targets or not case.lora.rank, "adapters on experts", "the time of thin products")
     widths = [_widths(c) for c in cases]
     unless(_widths(case) in widths, "other widths than 35B-A3B's", "every kind's rate")
+    unless(case.state_bytes == case.master_bytes, "moments of another dtype than weights", "the optimizer's rate")
     unless(case.compiled, "compile.enable = false", "activations and elementwise passes: both are higher")
     unless(
         not case.partly_frozen, "frozen parts of the text", "their gradients and moments, counted as if they trained"

@@ -98,7 +98,8 @@ def step_time(case: Case, gpu_name: str, gpus_per_node: int) -> StepTime:
     kinds["optimizer, clipping"] = (5 * case.master_bytes + 4 * case.state_bytes) * on_rank / gpu.optimizer
     if case.lora.rank:
         of_adapters = adapter_parameters_per_token(shape, case.lora.rank, case.lora.targets)
-        kinds["adapters' products"] = 6 * tokens * of_adapters / gpu.dense * 4  # thin: memory's rate, not the products'
+        # r * (in + out) parameters each: so thin a product takes as long as its rows are read and written, thrice.
+        kinds["adapters' products"] = 3 * tokens * c * of_adapters / case.lora.rank / gpu.memory
     if shape.vision is not None and case.frames:
         kinds["vision"] = _tower(case, shape.vision, gpu)
 

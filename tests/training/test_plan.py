@@ -101,14 +101,14 @@ METRICS = {"peak_memory_gib": 54.6, "data_seconds": 0.001, "expert_load_max_over
 def test_the_first_logged_step_says_what_was_predicted() -> None:
     plan = plan_of(ONE_GPU, Where(1, 8, "h100"))
     lasting = sum(plan.memory[term] for term in ("weights", "moments")) / GIB
-    said = compared(plan, METRICS, lasting, plan.time.seconds, [])
+    said = compared(plan, METRICS, lasting, plan.time.seconds, list)
     assert said == f"plan: peak 54.5 GiB, actual 54.6; step {plan.time.seconds:.3f} s, actual {plan.time.seconds:.3f}"
     late = 2 * plan.time.seconds
-    assert "time is off by data" in compared(plan, METRICS | {"data_seconds": 0.3}, lasting, late, [])
-    assert "time is off, most of the plan's is dense products" in compared(plan, METRICS, lasting, late, [])
+    assert "time is off by data" in compared(plan, METRICS | {"data_seconds": 0.3}, lasting, late, list)
+    assert "time is off, most of the plan's is dense products" in compared(plan, METRICS, lasting, late, list)
     more = METRICS | {"peak_memory_gib": 64.6}
-    assert "most is activations" in compared(plan, more, lasting, plan.time.seconds, [])
-    told = compared(plan, more, lasting + 10, plan.time.seconds, ["2 GPUs: links"])
+    assert "most is activations" in compared(plan, more, lasting, plan.time.seconds, list)
+    told = compared(plan, more, lasting + 10, plan.time.seconds, lambda: ["2 GPUs: links"])
     assert "off by weights and moments: 29.6 GiB, actual 39.6" in told
     assert told.endswith("outside of what was measured: 2 GPUs: links")
 
