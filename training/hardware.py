@@ -68,7 +68,7 @@ CONVOLUTION = (0.21e-3 / 16384, 0.39e-3 / 16384)
 
 # Passes over the activations that mode "none" keeps: norms, gates, SwiGLU, permutation, sorting, sums and copies, of
 # the forward and the backward pass of a block that is one graph; at ep > 1, where it is several. "full" makes the
-# forward pass' again. (H100, one and two GPUs, 2026-11-26, the second from ep 2 alone; the third from H200, 40 layers in
+# forward pass' again. (H100, one and two GPUs, 2026-11-26, the second from ep 2 alone; the third: H200, 40 layers in
 # both modes, 2026-11-28.)
 PASSES, PASSES_IN_PARTS, RECOMPUTED = 6.6, 8.0, 1.3
 # A chunk's softmax reads all logits twice and writes them once, at this share of the memory's rate.

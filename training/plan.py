@@ -241,9 +241,7 @@ def main(arguments: list[str]) -> None:
         for other, change in found:
             print(f"  {other.tokens_per_second:8,.0f} {other.peak / GIB:7.1f}  {as_options(config, change)}")
         if not found:
-            print(
-                "  none: more GPUs, or GPUs with more memory; --optimizer.state_dtype bfloat16 takes a quarter off the state"
-            )
+            print("  none: it takes more GPUs, larger ones, or a smaller state (--optimizer.state_dtype bfloat16)")
     reasons = uncertain(plan, where)
     if reasons:
         print("\nOutside of what was measured, so that the error is not known:")
