@@ -3,6 +3,9 @@
 #
 #   ./run_train.sh --config FILE [--section.key value | --section.key=value ...]      (--help lists every key)
 #
+# --max-restarts N, anywhere: when a rank dies, say by `kill -9`, all are started again and go on from the newest
+# checkpoint, N times at most; default 0. A mistake is not tried again.
+#
 # Environment, all optional:
 #   NGPU         processes on this node; default: the number of GPUs, or 2 on a machine with none
 #   NNODES       nodes; run this script once on each, with the same arguments and
@@ -31,6 +34,17 @@ for argument in "$@"; do
   case $argument in --help | -h) exec "$python" -P -m config.checks --world-size 1 --help ;; esac
 done
 
+restarts=0 arguments=()
+while (($#)); do
+  case $1 in
+    --max-restarts) restarts=${2:-} && shift ;;
+    --max-restarts=*) restarts=${1#*=} ;;
+    *) arguments+=("$1") ;;
+  esac
+  shift || break
+done
+set -- "${arguments[@]+"${arguments[@]}"}"
+
 # Only torch knows how many GPUs it can use; importing it takes seconds, so not where there can be none.
 gpus=0
 if command -v nvidia-smi >/dev/null; then
@@ -49,6 +63,9 @@ positive='^[1-9][0-9]{0,5}$' number='^(0|[1-9][0-9]{0,5})$'
 ((nnodes == 1)) || [[ -n ${MASTER_ADDR:-} ]] || fail "MASTER_ADDR = '': expected the host of node 0 (NNODES = $nnodes)"
 [[ $port =~ $positive ]] && ((port < 65536)) || fail "MASTER_PORT = '$port': expected a port from 1 to 65535"
 [[ ,$LOG_RANK =~ ^(,(0|[1-9][0-9]{0,5}))+$ ]] || fail "LOG_RANK = '$LOG_RANK': expected ranks, separated by commas"
+[[ $restarts =~ ^(0|[1-9][0-9]{0,3})$ ]] || fail "--max-restarts = '$restarts': expected an integer of at least 0"
+((nnodes == 1 || port + restarts < 65536)) ||
+  fail "MASTER_PORT = '$port': expected a port of at most $((65535 - restarts)): each of $restarts restarts takes the next"
 world_size=$((nnodes * nproc_per_node))
 for rank in ${LOG_RANK//,/ }; do
   ((rank < world_size)) || fail "LOG_RANK = '$LOG_RANK': expected ranks below $world_size, the number of processes"
@@ -65,7 +82,8 @@ fi
 if ((nnodes == 1)); then
   rendezvous=(--standalone --local-addr 127.0.0.1) # on a free port: several runs on one machine do not meet
 else
-  rendezvous=(--nnodes "$nnodes" --node-rank "$node_rank" --master-addr "$MASTER_ADDR" --master-port "$port")
+  rendezvous=(--nnodes "$nnodes" --node-rank "$node_rank" --master-addr "$MASTER_ADDR" --master-port "$port"
+    --rdzv-conf timeout=1800) # after a restart, how long a node waits for the others to notice too
 fi
 
 # torchrun makes exit 1 and a traceback of a signal, whatever its ranks do. So it never sees one: the ranks get it, and
@@ -86,7 +104,7 @@ torchrun="" pending=0
 trap 'on_signal TERM 15' TERM
 trap 'on_signal INT 2' INT
 set -m
-"$python" -P -m training.launch "${rendezvous[@]}" --nproc-per-node "$nproc_per_node" --max-restarts 0 \
+"$python" -P -m training.launch "$restarts" "${rendezvous[@]}" --nproc-per-node "$nproc_per_node" --max-restarts 0 \
   "$folder/train.py" "$@" &
 torchrun=$!
 set +m
@@ -103,6 +121,7 @@ forward_signal() {
   done
   # shellcheck disable=SC2086
   kill -s "$signal" $ranks 2>/dev/null
+  kill -USR1 "$torchrun" 2>/dev/null # no restart from now on
 }
 
 # `wait` returns early when a trap has run, and says 127 when the status was collected before.

@@ -18,6 +18,7 @@ from config.checks import check_config
 from config.options import Config, MoE, Mtp, Training
 from config.reading import load_config, model_config, resolved_toml
 from data.batch import MicroBatch
+from data.held_out import Side
 from data.loader import TokenLoader
 from data.media import media_settings
 from errors import RunError, UserError, exit_on_error
@@ -37,6 +38,7 @@ from parallelisms.parallelize import local_region, parallelize_fn, reduce_replic
 from training.compile_cache import keep_compiled_in
 from training.distributed import (
     init_distributed,
+    most_over_ranks,
     name_missing_ranks,
     set_deterministic,
     set_timeout,
@@ -45,12 +47,13 @@ from training.distributed import (
 )
 from training.first_step import FirstStep
 from training.flops import flops_per_token, peak_flops_of_all
-from training.gradients import gradient_norm, last_nonfinite
+from training.gradients import gradient_norm, gradient_norms, last_nonfinite
 from training.load_balancing import measure_for, router_losses
 from training.lock import RunLock
 from training.metrics import MetricsWriter, data_quality, expert_load, peak_memory_gib, setup_logging
 from training.optimizer import NamedAdamW, build_optimizer, lr_factor, set_learning_rate, step_clipped
 from training.signals import StopRequest
+from training.trackers import start_wandb
 from training.validation import Validator
 from training.vision_work import VisionWork
 
@@ -70,6 +73,8 @@ class StepResult(NamedTuple):
     """[] float64, of the global gradient before clipping; the same on all ranks."""
     nonfinite: str
     """Where loss or gradients are not finite, so that the step was not applied; empty if all are."""
+    norms_of_parts: dict[str, torch.Tensor]
+    """As `grad_norm`, of each part of the model, if that was asked for."""
 
 
 def train_step(
@@ -83,9 +88,10 @@ def train_step(
     moe: MoE,
     mtp: Mtp,
     num_drafted: int,
+    by_part: bool = False,
 ) -> StepResult:
     """One optimizer step over this rank's micro-batches; `num_trained` counts the GLOBAL batch's trained tokens,
-    `num_drafted` those of multi-token prediction, which `mtp` is for."""
+    `num_drafted` those of multi-token prediction, which `mtp` is for. `by_part`: tell each part's gradient norm."""
     shape = model.config
     losses = {name: torch.zeros((), device=device) for name in ("loss", "mtp", "aux_loss", "z_loss")}
     expert_counts = torch.zeros(len(model.blocks), shape.num_experts, dtype=torch.int64, device=device)
@@ -113,6 +119,7 @@ def train_step(
         expert_counts += statistics.expert_counts
     loss_of_all = reduce_replicated_gradients(model.float32_parameters(), losses["loss"], meshes.data_parallel)
     grad_norm = gradient_norm(model.parameters(), meshes.dense.get_group("fsdp"))
+    norms_of_parts = gradient_norms(model.named_parameters(), meshes.dense.get_group("fsdp")) if by_part else {}
     # The host has to know before it applies the step, and all ranks know the same. It waits for the device here, once a
     # step: what is left to launch after it are a few fused kernels. (Fused AdamW could skip on the device, by
     # `found_inf`; but the gradients would be gone before anyone can say where they were bad.)
@@ -123,7 +130,7 @@ def train_step(
     else:
         nonfinite = describe_nonfinite(model, losses["loss"], grad_norm)
     optimizer.zero_grad()
-    return StepResult(losses, expert_counts, grad_norm, nonfinite)
+    return StepResult(losses, expert_counts, grad_norm, nonfinite, norms_of_parts)
 
 
 def describe_nonfinite(model: Qwen35Moe, loss: torch.Tensor, grad_norm: torch.Tensor) -> str:
@@ -193,6 +200,7 @@ def main(arguments: list[str]) -> None:
     output_dir = Path(config.job.output_dir)
     setup_logging(rank)
     lock = RunLock(output_dir) if rank == 0 else None
+    trackers = start_wandb(output_dir, config) if rank == 0 else []
     stop = StopRequest()
 
     # 2. Processes, devices, meshes.
@@ -210,7 +218,8 @@ def main(arguments: list[str]) -> None:
     media = media_settings(config, shape.vision)
     ranks = (meshes.data_rank, meshes.num_data_ranks)
     mtp = config.mtp.train != "off"
-    loader = TokenLoader(config.data, training, *ranks, config.job.seed, media=media, mtp=mtp, skipped_dir=skipped_dir)
+    seed, side = config.job.seed, Side.of(config)
+    loader = TokenLoader(config.data, training, *ranks, seed, media=media, mtp=mtp, side=side, skipped_dir=skipped_dir)
     validator = Validator(config, meshes, media) if config.validation.enable else None
 
     # 4. Model: built without memory, parallelised, then given its memory.
@@ -231,6 +240,7 @@ def main(arguments: list[str]) -> None:
     if progress.data_cursors is not None:
         loader.load_cursors(progress.data_cursors)
     step, tokens_seen = progress.step, progress.tokens_seen
+    total_steps = training.steps or step + most_over_ranks(loader.num_steps_left())
 
     # 7. What the run writes.
     tokens_per_step = training.global_batch_size * training.sequence_length
@@ -240,15 +250,17 @@ def main(arguments: list[str]) -> None:
             (output_dir / "config.toml").write_text(resolved_toml(config), encoding="utf-8")
         except OSError as error:
             raise UserError(f"job.output_dir = {str(output_dir)!r}: {error.strerror}: expected room to write") from None
-        writer = MetricsWriter(output_dir, config.metrics.tensorboard, step, training.steps)
+        writer = MetricsWriter(output_dir, config.metrics.tensorboard, step, total_steps, trackers)
+        if writer.has_trackers and step == 0:
+            writer.write_lengths(loader.first_lengths(), step)
     trains_trunk = config.mtp.train != "head"
     flops_of_token = flops_per_token(shape, training.sequence_length, config.lora, trains_trunk)
     peak = peak_flops_of_all(world_size, device)
     vision_work = VisionWork(model, meshes)
     first_step = FirstStep(config, world_size, device)
-    logger.info(f"from step {step} to {training.steps}, {loader.num_micro_batches} micro-batches a rank and step")
-    if (warmup_steps := config.lr_scheduler.warmup_steps) > training.steps:
-        logger.info(f"lr_scheduler.warmup_steps = {warmup_steps}: the rise is not finished in {training.steps} steps")
+    logger.info(f"from step {step} to {total_steps}, {loader.num_micro_batches} micro-batches a rank and step")
+    if (warmup_steps := config.lr_scheduler.warmup_steps) > total_steps:
+        logger.info(f"lr_scheduler.warmup_steps = {warmup_steps}: the rise is not finished in {total_steps} steps")
     if loader.num_filler_rows:
         readers = "processes" if meshes.context_parallel is None else "groups of processes"
         rows = f"{meshes.num_data_ranks} {readers} in rows of {training.local_batch_size}"
@@ -263,7 +275,7 @@ def main(arguments: list[str]) -> None:
     clock, clock_step, data_seconds = time.perf_counter(), step, 0.0
     num_skipped = 0
     stopping = False
-    while step < training.steps and not stopping:
+    while step < total_steps and not stopping:
         step += 1
         data_clock = step_clock = time.perf_counter()
         of_readers = [next(loader) for _ in range(loader.num_micro_batches)]
@@ -278,9 +290,12 @@ def main(arguments: list[str]) -> None:
         vision_work.add(of_tower)
         stopping = num_stops > 0
 
-        lr = config.optimizer.lr * lr_factor(step, training.steps, config.lr_scheduler)
+        lr = config.optimizer.lr * lr_factor(step, total_steps, config.lr_scheduler)
         set_learning_rate(optimizer, lr)
-        of_losses = (training, config.moe, config.mtp, num_drafted)
+        last = stopping or step == total_steps
+        validates = validator is not None and step % config.validation.interval == 0
+        logs = last or validates or step % config.metrics.log_interval == 0
+        of_losses = (training, config.moe, config.mtp, num_drafted, logs and config.metrics.grad_norm_by_part)
         result = train_step(model, optimizer, micro_batches, num_trained, meshes, device, *of_losses)
         if result.nonfinite:
             if training.nonfinite == "stop":
@@ -294,10 +309,8 @@ def main(arguments: list[str]) -> None:
             gc.freeze()
         tokens_seen += tokens_per_step
         own_seconds = time.perf_counter() - step_clock
-        last = stopping or step == training.steps
 
-        validates = validator is not None and step % config.validation.interval == 0
-        if last or validates or step % config.metrics.log_interval == 0:
+        if logs:
             result = reduce_result(result)
             step_seconds = (time.perf_counter() - clock) / (step - clock_step)
             of_vision, vision_flops = vision_work.read()
@@ -314,6 +327,7 @@ def main(arguments: list[str]) -> None:
                 **expert_load(result.expert_counts),
                 **data_quality(loader.counts if meshes.is_first_reader else {}, device),
                 **of_vision,
+                **{f"grad_norm_{part}": norm.item() for part, norm in result.norms_of_parts.items()},
             }
             if training.nonfinite == "skip":
                 metrics["skipped_steps"] = num_skipped
@@ -332,6 +346,7 @@ def main(arguments: list[str]) -> None:
             if writer is not None:
                 writer.write(metrics)
                 first_step.compare(metrics, own_seconds, device, compiles=step == progress.step + 1)
+                writer.write_view(step, result.expert_counts, loader.show_rows)
             clock, clock_step, data_seconds = time.perf_counter(), step, 0.0
 
         if config.checkpoint.enable and (last or step % config.checkpoint.interval == 0):
@@ -343,7 +358,7 @@ def main(arguments: list[str]) -> None:
 
     # 9. The end, of all ranks together.
     saved = checkpointer.wait()
-    logger.info(f"stopped at step {step} of {training.steps}" if stopping else f"done: {training.steps} steps")
+    logger.info(f"stopped at step {step} of {total_steps}" if stopping else f"done: {total_steps} steps")
     loader.close()
     if writer is not None:
         writer.close()

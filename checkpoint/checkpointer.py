@@ -202,7 +202,7 @@ class Checkpointer:
         # After the first, a cursor's numbers may be NO_SAMPLE.
         if step < 0 or tokens_seen < 0 or (cursors[:, :1] < 0).any() or (cursors < -1).any():
             raise UserError(f"checkpoint {path}: its step, tokens_seen or data_cursors are negative")
-        if step > self._config.training.steps:
+        if self._config.training.steps is not None and step > self._config.training.steps:
             raise UserError(
                 f"training.steps = {self._config.training.steps}: {path} is at step {int(step)} already: expected more"
             )

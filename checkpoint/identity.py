@@ -1,7 +1,8 @@
 """What a checkpoint's cursors point into and which model it trains: `run.json`, compared when a run resumes.
 
     options    every option of the data, sequence length, global batch size, seed: {"data.shuffle": true, ...}
-    sources    of each entry of data.path its kind and number of documents, of each file its size and a hash
+    sources    of each entry of data.path its kind and number of documents, of each file its size and a hash; the share
+               of them that is held out for validation
     model      config.json's keys
 
 Files are known by name and contents, not by folder: data may be moved. The hash is of a file's first and last 64 KiB.
@@ -17,7 +18,7 @@ from typing import Any
 
 from checkpoint.tensors.stored import read_json
 from config.options import Config
-from data.files import find_files, is_dataset
+from data.files import files_of, is_dataset
 from data.media import media_settings
 from data.sources import declared_sources
 from data.tokenizer import tokenizer_identity
@@ -50,10 +51,14 @@ def describe_run(config: Config, shape: ModelConfig) -> Run:
     for number, (entry, source) in enumerate(declared_sources(config.data), 1):
         kind, num_documents = type(source).__name__.strip("_"), len(source)
         sources[f"entry {number} of data.path"] = f"{kind} of {num_documents} documents"
-        for path in _files(entry):
+        for path in files_of(entry):
             sources[f"{path.name} in entry {number} of data.path"] = f"{path.stat().st_size} bytes, {_hash(path)}"
         if not os.path.exists(entry) and is_dataset(entry):
             sources[f"name of entry {number} of data.path"] = entry
+    if config.validation.enable and config.validation.share:
+        sources["validation.share"] = config.validation.share
+    if config.training.epochs:
+        sources["order"] = "epochs, dealt by length"
     model = dict(_flat(shape.to_dict()))
     return json.loads(json.dumps({"options": options, "sources": sources, "model": model}))
 
@@ -65,12 +70,6 @@ def _flat(table: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
             yield from _flat(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value
-
-
-def _files(entry: str) -> list[Path]:
-    if not is_dataset(entry):
-        return [Path(file) for file in find_files(entry)]
-    return sorted(path for path in Path(entry).glob("*") if path.is_file() and not path.name.startswith("cache-"))
 
 
 def _hash(path: Path) -> str:

@@ -4,6 +4,7 @@ python -m config.checks --world-size N --config FILE [--section.key value ...]
 """
 
 import dataclasses
+import importlib.util
 import os
 import sys
 from pathlib import Path
@@ -31,6 +32,8 @@ def check_config(config: Config, world_size: int) -> None:
     _check_ratios(config.optimizer, shape)
     _check_state(config)
     _check_schedule(config.lr_scheduler)
+    if config.metrics.wandb and getattr(importlib.util.find_spec("wandb"), "origin", None) is None:  # a folder is none
+        raise UserError("metrics.wandb = true: the package wandb is missing: expected `pip install wandb`, or false")
     _check_kernels(config, shape)
 
     check_data(config, shape.vocab_size, shape.vision)

@@ -26,6 +26,8 @@ Degree = Annotated[int, Accept("a positive integer, or -1", lambda n: n > 0 or n
 Positive = Annotated[float, Accept("a positive number", lambda x: 0 < x < math.inf)]
 PositiveOrInf = Annotated[float, Accept("a positive number, or inf", lambda x: x > 0)]
 NotNegative = Annotated[float, Accept("a number of at least 0", lambda x: 0 <= x < math.inf)]
+Epochs = Annotated[float, Accept("a positive number of at most 1000", lambda x: 0 < x <= 1000)]
+Share = Annotated[float, Accept("a number from 0 to below 1", lambda x: 0 <= x < 1)]
 Ratio = Annotated[float, Accept("a number from 0 to 1", lambda x: 0 <= x <= 1)]
 Beta = Annotated[float, Accept("a number from 0 to below 1", lambda x: 0 <= x < 1)]
 Folder = Annotated[str, Accept("a folder", lambda path: path != "")]
@@ -147,8 +149,10 @@ class Data:
 class Training:
     """Steps, batch and precision."""
 
-    steps: PositiveInt
-    """Optimizer steps of the whole run, those before a resume included."""
+    steps: PositiveInt | None = None
+    """Optimizer steps of the whole run, those before a resume included; or else `epochs`."""
+    epochs: Epochs | None = None
+    """Instead of `steps`: how often the run reads each sample. The last step, counted before the run, has the last."""
     sequence_length: PositiveInt
     """Tokens in a row. Rows are filled with documents end to end; a document that does not fit is cut."""
     local_batch_size: PositiveInt = 1
@@ -316,10 +320,24 @@ class Validation:
     """Measure it."""
     path: tuple[str, ...] = ()
     """As `data.path`; all else is as in [data]."""
+    share: Share = 0.0
+    """Instead of `path`: this share of the samples of `data.path`, 0.01 say, which then are never trained on. A hash of
+    what a sample says decides, so it stays on its side whatever files it lies in and whichever others are added."""
+    sets: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    """More data to validate with, each by a name, which its metrics end in: `sets.code = ["code/*.jsonl"]` gives
+    validation_loss_code."""
     interval: PositiveInt = 100
     """Training steps from one validation to the next."""
     steps: Count = 0
     """At most so many batches of `training.global_batch_size` rows. 0: all of the data, once."""
+
+    @property
+    def entries(self) -> dict[str, tuple[str, ...]]:
+        """What is validated with beside a share of `data.path`, by the keys that name it; nothing if it is off."""
+        if not self.enable:
+            return {}
+        sets = {f"validation.sets.{name}": paths for name, paths in self.sets.items()}
+        return ({"validation.path": self.path} if self.path else {}) | sets
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -329,7 +347,14 @@ class Metrics:
     log_interval: PositiveInt = 1
     """Steps from one log line, and one line of metrics.jsonl, to the next."""
     tensorboard: bool = False
-    """Write TensorBoard events too."""
+    """Write TensorBoard events too: the numbers, pictures of the experts' load, samples of what is trained."""
+    wandb: bool = False
+    """Tell Weights & Biases the same; package wandb, and `wandb login` or WANDB_MODE=offline. A resume goes on with the
+    same run."""
+    wandb_project: Annotated[str, Accept("a name", lambda name: name != "")] = "qwen35moe"
+    """The project of that run."""
+    grad_norm_by_part: bool = False
+    """Log the gradient norm of each part of the model too (see model.freeze), as grad_norm_experts and so on."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,7 +2,8 @@
 
 Precedence: their defaults < TOML (`extends = "base.toml"`, relative to the file, merges a base first) < command line
 (`--section.key value` or `--section.key=value`). Tables merge key by key, also `[model.config]`; lists replace. A
-`model.path` of a later source takes the place of an earlier source's `model.config`.
+`model.path` of a later source takes the place of an earlier source's `model.config`, and so do `training.steps` and
+`training.epochs` of each other.
 
 Relative paths are taken from the working directory; what is to be read and is not there, from the repository's root.
 A loaded Config holds absolute paths only, so a stored `config.toml` means the same wherever it is loaded.
@@ -16,11 +17,13 @@ import inspect
 import itertools
 import json
 import os
+import re
 import textwrap
+import types
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import tomli
 import tomli_w
@@ -31,6 +34,8 @@ from errors import UserError
 from models.qwen35_moe.config import MTP_LAYERS, ModelConfig, read_config
 from models.qwen35_moe.vision_config import TOKEN_IDS, VisionConfig
 
+_LENGTHS = {"steps", "epochs"}  # how long a run is, either way
+_NAME = re.compile("[A-Za-z0-9_-]{1,64}")  # what the names of metrics may end in
 ROOT = Path(__file__).resolve().parents[1]
 
 # The schema of a TOML file: a table is a dict from its keys to schemas, everything else a type as `typing` writes it.
@@ -45,10 +50,32 @@ _VISION = {key: _TOWER.pop(key) for key in TOKEN_IDS} | {
     "vision_config": _TOWER
     | {"model_type": str, "hidden_act": str, "rope_parameters": {"rope_type": str, "rope_theta": float}}
 }
+
+
+def _given(hint: Any) -> Any:
+    """The type of a value that is given, where it may also be left out."""
+    return get_args(hint)[0] if get_origin(hint) is types.UnionType or get_origin(hint) is Union else hint
+
+
+class _Named(dict[str, Any]):
+    """The schema of a table whose keys are names that the user gives, with values of one type."""
+
+    def __init__(self, hint: Any) -> None:
+        super().__init__()
+        self._hint = hint
+
+    def __contains__(self, name: object) -> bool:
+        return isinstance(name, str) and bool(_NAME.fullmatch(name))
+
+    def __missing__(self, name: str) -> Any:
+        return self._hint
+
+
 SCHEMA: dict[str, Any] = {
-    name: {field.rstrip("_"): hint for field, hint in get_type_hints(cls, include_extras=True).items()}
+    name: {field.rstrip("_"): _given(hint) for field, hint in get_type_hints(cls, include_extras=True).items()}
     for name, cls in SECTIONS.items()
 }
+SCHEMA["validation"]["sets"] = _Named(get_args(SCHEMA["validation"]["sets"])[1])
 SCHEMA["model"]["config"] = _SHAPE | _HF_FORM | _VISION
 SCHEMA["model"]["config"] |= {"attention_dropout": float, "rope_parameters": _ROPE_PARAMETERS}
 
@@ -63,7 +90,7 @@ def load_config(argv: list[str]) -> Config:
         raise SystemExit(0)
     options = _parse_command_line(argv)
     name = options.pop("config", None)
-    tables = options if name is None else _merge(_load_toml(_find_config(name)), options)
+    tables = options if name is None else _over(_load_toml(_find_config(name)), options)
     model = tables.get("model", {})
     if model.get("path") and model.get("config"):
         raise UserError(f"model.path = {model['path']!r} and model.config exclude each other: expected one of them")
@@ -77,12 +104,22 @@ def load_config(argv: list[str]) -> Config:
             if key not in given and not _default(item):
                 raise UserError(f"{section}.{key} is missing: expected {_accepted(SCHEMA[section][key])}")
         sections[section] = cls(**{fields[key].name: value for key, value in given.items()})
-    return _with_absolute_paths(Config(**sections))
+    config = Config(**sections)
+    if config.training.steps is None and config.training.epochs is None:
+        raise UserError("training.steps is missing: expected a positive integer, or training.epochs, a positive number")
+    if config.training.steps is not None and config.training.epochs is not None:
+        both = f"training.steps = {config.training.steps} and training.epochs = {config.training.epochs}"
+        raise UserError(f"{both}: expected one of them")
+    return _with_absolute_paths(config)
 
 
 def resolved_toml(config: Config) -> str:
     """The whole configuration as TOML. Loading it gives an equal Config."""
-    return tomli_w.dumps(dataclasses.asdict(config, dict_factory=lambda items: {k.rstrip("_"): v for k, v in items}))
+
+    def table(items: list[tuple[str, Any]]) -> dict[str, Any]:
+        return {key.rstrip("_"): value for key, value in items if value is not None}
+
+    return tomli_w.dumps(dataclasses.asdict(config, dict_factory=table))
 
 
 def model_config(config: Config) -> ModelConfig:
@@ -143,7 +180,11 @@ def _with_absolute_paths(config: Config) -> Config:
             tokenizer=readable(data.tokenizer) or model.path,
             image_folder=readable(data.image_folder or "."),
         ),
-        validation=replace(config.validation, path=entries(config.validation.path)),
+        validation=replace(
+            config.validation,
+            path=entries(config.validation.path),
+            sets={name: entries(paths) for name, paths in config.validation.sets.items()},
+        ),
         checkpoint=replace(checkpoint, resume=resume, start_from=readable(checkpoint.start_from)),
     )
 
@@ -180,7 +221,7 @@ def _load_toml(path: Path, below: tuple[Path, ...] = ()) -> dict[str, Any]:
         return values
     if not isinstance(base, str) or not _can_be_a_path(base) or not (path.parent / base).is_file():
         raise UserError(f"{path}: extends = {base!r}: expected a TOML file's path, relative to this file")
-    return _merge(_load_toml(path.parent / base, (*below, path)), values)
+    return _over(_load_toml(path.parent / base, (*below, path)), values)
 
 
 def _parse_command_line(argv: list[str]) -> dict[str, Any]:
@@ -228,6 +269,14 @@ def _parse_word(schema: Any, text: str) -> Any:
             return text.split(",")
         text = f"[{text}]"
     return tomli.loads(f"value = {text}")["value"]
+
+
+def _over(base: dict[str, Any], source: dict[str, Any]) -> dict[str, Any]:
+    """A later source's tables over those of the sources before."""
+    if _LENGTHS & source.get("training", {}).keys():
+        training = {key: value for key, value in base.get("training", {}).items() if key not in _LENGTHS}
+        base = {**base, "training": training}
+    return _merge(base, source)
 
 
 def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
@@ -349,7 +398,7 @@ def _default(item: "dataclasses.Field[Any]") -> str:
     """A field's default as TOML, empty if it has none."""
     if item.default is dataclasses.MISSING:
         return "" if item.default_factory is dataclasses.MISSING else "{}"
-    return json.dumps(item.default)
+    return "none" if item.default is None else json.dumps(item.default)
 
 
 def field_docs(cls: type) -> dict[str, str]:

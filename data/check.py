@@ -24,7 +24,20 @@ def check_data(config: Config, vocab_size: int, vision: VisionConfig | None = No
         raise UserError(f"data.weights = {weights}: expected {len(data.path)}, one for each of data.path")
     if weights and min(weights) < 1e-3 * sum(weights):
         raise UserError(f"data.weights = {weights}: expected none below a thousandth of their sum")
-    paths = {"data.path": data.path} | ({"validation.path": config.validation.path} if config.validation.enable else {})
+    validation = config.validation
+    if validation.enable and validation.path and validation.share:
+        raise UserError(
+            f"validation.share = {validation.share} and validation.path = {list(validation.path)}: expected one of "
+            "them, and more data by name in validation.sets"
+        )
+    if validation.enable and not validation.path and not validation.share and not validation.sets:
+        raise UserError("validation.path = []: expected at least one file or glob, or a validation.share")
+    if config.training.epochs and weights:
+        raise UserError(
+            f"training.epochs = {config.training.epochs} and data.weights: each entry has epochs of its own: expected "
+            "training.steps"
+        )
+    paths = {"data.path": data.path} | validation.entries
     sources: list[tuple[str, Source]] = []
     for key, entries in paths.items():
         if not entries:

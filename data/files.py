@@ -91,6 +91,13 @@ def find_files(pattern: str, key: str = "data.path") -> list[str]:
     return files
 
 
+def files_of(entry: str) -> list[Path]:
+    """The files that an entry of `data.path` stands for, those in the folder of a dataset included; of the Hub none."""
+    if not is_dataset(entry):
+        return [Path(file) for file in find_files(entry)]
+    return sorted(path for path in Path(entry).glob("*") if path.is_file() and not path.name.startswith("cache-"))
+
+
 def cache_folder() -> Path:
     """Where `datasets` keeps what it derives from data, and so do we."""
     home = os.environ.get("HF_HOME") or os.path.join(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "huggingface")

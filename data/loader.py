@@ -7,6 +7,7 @@ there is to save: every row brings the cursor behind it, and what workers prepar
 """
 
 import atexit
+import contextlib
 import functools
 import json
 import logging
@@ -14,6 +15,7 @@ import multiprocessing
 import os
 import signal
 import threading
+import time
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -29,13 +31,18 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 
 from config.options import Data, Training
 from data.batch import Cursor, MicroBatch, Row, Sample
+from data.epochs import deal, most_rows
+from data.held_out import ALL, Side
 from data.media import MediaSettings
-from data.packing import NO_SAMPLE, NUM_PENDING, ChatSlot, Share, TextSlot, filler_row
+from data.packing import NO_SAMPLE, NUM_PENDING, BadSample, ChatSlot, Share, TextSlot, filler_row
+from data.preview_rows import show_row
 from data.samples import Samples, open_samples
 from data.tokenizer import load_tokenizer
 from errors import UserError
 
 logger = logging.getLogger("train")
+
+_SHOWN = 20_000  # characters of a row's text
 
 
 class TokenLoader:
@@ -56,12 +63,14 @@ class TokenLoader:
         media: MediaSettings | None = None,
         mtp: bool = False,
         one_epoch: bool = False,
+        side: Side = ALL,
         skipped_dir: Path | None = None,
     ) -> None:
         """Opens the data and the tokenizer. Raises UserError, one line, if they cannot be used.
 
         `media`: of images and videos, for a model with a tower. `mtp`: for one with multi-token prediction.
-        `one_epoch`: the samples once; then fillers, without end. `skipped_dir`: where to list skipped samples.
+        `one_epoch`: the samples once instead of `training.epochs` times; then fillers, without end. `side`: which
+        samples, if some are held out. `skipped_dir`: where to list skipped samples.
         """
         self._training, self._num_slots = training, training.global_batch_size
         first, end = (rank * self._num_slots // num_data_ranks for rank in (data_rank, data_rank + 1))
@@ -75,11 +84,13 @@ class TokenLoader:
         self._num_workers = min(data.num_workers, len(self._slots))
         if self._num_workers:
             _start_forkserver(data.format)  # imports while the rest is set up
-        tokenizer = load_tokenizer(data.tokenizer)
+        self._tokenizer = tokenizer = load_tokenizer(data.tokenizer)
         self._vision, self._mtp = media and media.vision, mtp
-        samples = open_samples(data, tokenizer, training.sequence_length, seed, media)
-        self._packer = Packer(samples, data, tokenizer.eos_token_id or 0, self._num_slots, one_epoch)
-        self._may_fill = one_epoch or data.format == "chat" or self.num_filler_rows > 0 or media is not None
+        samples = open_samples(data, tokenizer, training.sequence_length, seed, media, side)
+        epochs = 1 if one_epoch else training.epochs
+        packer = Packer(samples, data, tokenizer.eos_token_id or 0, self._num_slots, epochs)
+        self._packer = packer if one_epoch or not epochs else deal(packer)
+        self._may_fill = bool(epochs) or data.format == "chat" or self.num_filler_rows > 0 or media is not None
         self._shares: Iterator[list[Row] | UserError] | None = None  # of the workers in turn; None before `next`
         self._lifeline: Connection | None = None
         self._round: list[Row] = []  # a row of each own slot: what a step takes
@@ -110,6 +121,10 @@ class TokenLoader:
             raise UserError(f"data.format = {self._packer.data.format!r}: expected the other, as in the checkpoint")
         if not torch.equal(all_cursors[:, 0] % self._num_slots, torch.arange(self._num_slots)):
             raise UserError("the checkpoint's data_cursors are no places in the data")
+        if self._packer.end is not None and int(all_cursors[:, 0].max()) >= self._packer.end + self._num_slots:
+            raise UserError(
+                f"training.epochs = {self._packer.epochs}: the checkpoint has read more: expected more epochs"
+            )
         self.cursors = all_cursors[self._slots.start : self._slots.stop].clone()
 
     def __iter__(self) -> "TokenLoader":
@@ -144,6 +159,29 @@ class TokenLoader:
             except OSError as error:  # a full disk, say: they are counted nevertheless
                 logger.warning(f"cannot list skipped samples in {self._skipped_file}: {error.strerror}")
                 self._skipped_file = None
+
+    def first_lengths(self) -> list[int]:
+        """In tokens, of the first samples that can be used: as many as are read in two seconds, a thousand at most."""
+        lengths: list[int] = []
+        deadline = time.monotonic() + 2
+        for number in range(min(1000, self._packer.end or 1000)):
+            with contextlib.suppress(BadSample):
+                lengths.append(len(self._packer.samples.read(number).tokens))
+            if time.monotonic() > deadline:
+                break
+        return lengths
+
+    def show_rows(self) -> str:
+        """The first rows of this rank's step, as text: what is trained on stands in guillemets."""
+        rows = self._round[:2]
+        return "\n\n".join(show_row(row, self._tokenizer, self._vision, colours=False)[:_SHOWN] for row in rows)
+
+    def num_steps_left(self) -> int:
+        """Until the last sample of `training.epochs` has been returned, for the slots of this rank; before the first
+        `next`."""
+        assert self._shares is None
+        cursors = [tuple(cursor) for cursor in self.cursors.tolist()]
+        return most_rows(self._packer, cursors, self._training.sequence_length)
 
     def close(self) -> None:
         """Ends the workers; there is no micro-batch afterwards."""
@@ -195,7 +233,13 @@ class Packer(NamedTuple):
     data: Data
     filler: int
     num_slots: int
-    one_epoch: bool
+    epochs: float | None = None
+    """How often a sample is read; then come fillers. None: without end."""
+
+    @property
+    def end(self) -> int | None:
+        """The first sample that is not read."""
+        return max(1, round(self.epochs * self.samples.num_documents)) if self.epochs else None
 
     def first_cursor(self, number: int) -> Cursor:
         """Where slot `number` begins."""
@@ -207,7 +251,7 @@ class Packer(NamedTuple):
         share = Share(
             read or self.samples.read,
             self.num_slots,
-            end=num_documents if self.one_epoch else None,
+            end=self.end,
             skip_bad=self.data.on_bad_sample == "skip",
             # A slot of a small source may meet the same bad samples again and again by chance.
             max_bad=max(num_documents, 1000),

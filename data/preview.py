@@ -17,12 +17,15 @@ from config.options import Config
 from config.reading import load_config, model_config
 from data.batch import Sample
 from data.check import check_data
+from data.epochs import deal, most_rows
+from data.held_out import Side
 from data.loader import Packer
 from data.media import media_settings
 from data.packing import BadSample
 from data.preview_html import page
 from data.preview_rows import show_row, size_of
 from data.samples import Samples, open_samples
+from data.sources import open_sources
 from data.tokenizer import load_tokenizer
 from errors import OneLineParser, UserError, exit_on_error
 from models.ops.labels import IGNORED
@@ -84,8 +87,9 @@ class Measured:
         bins = Counter(length.bit_length() for length in self.lengths)
         return [(1 << bits - 1, (1 << bits) - 1, bins[bits]) for bits in range(min(bins), max(bins) + 1)]
 
-    def facts(self, num_documents: int, fill: float, config: Config) -> list[str]:
-        """What there is to say, a line each. `num_documents`: of the corpus. `fill`: how full rows are, of 1."""
+    def facts(self, num_documents: int, fill: float, config: Config, last_step: int) -> list[str]:
+        """What there is to say, a line each. `num_documents`: of the corpus. `fill`: how full rows are, of 1.
+        `last_step`: of the epochs that the run is to have, counted; 0 if it has steps."""
         training, num_tokens = config.training, sum(self.lengths)
         lines = [
             *(f"skipped ({what}): {n:,}, {n / self.num_samples:.2%}" for what, n in sorted(self.skipped.items())),
@@ -104,11 +108,11 @@ class Measured:
         tokens = num_tokens / self.num_samples * num_documents
         about = "" if self.num_samples == num_documents else "about "
         steps = tokens / fill / training.sequence_length / training.global_batch_size
-        return [
-            *lines,
-            f"an epoch has {about}{tokens:,.0f} tokens, {steps:,.1f} steps; training.steps = {training.steps:,} are\n"
-            f"{training.steps / steps:,.2f} epochs",
-        ]
+        epoch = f"an epoch has {about}{tokens:,.0f} tokens, {steps:,.1f} steps"
+        if last_step:
+            return [*lines, f"{epoch}; training.epochs = {training.epochs:g}: the last step is {last_step:,}"]
+        assert training.steps is not None
+        return [*lines, f"{epoch}; training.steps = {training.steps:,} are\n{training.steps / steps:,.2f} epochs"]
 
 
 def histogram(bins: list[tuple[int, int, int]]) -> str:
@@ -127,7 +131,7 @@ def _fill(packer: Packer, num_rows: int, sequence_length: int) -> float:
         empty = [medium._replace(decode=lambda: np.empty((0, 0), np.uint8)) for medium in sample.media]
         return sample._replace(media=empty)
 
-    slot = packer._replace(num_slots=1).slot(packer.first_cursor(0), unseen)
+    slot = packer._replace(num_slots=1, epochs=None).slot(packer.first_cursor(0), unseen)
     num_fillers = sum(slot.next_row(sequence_length).num_fillers for _ in range(num_rows))
     return 1 - num_fillers / (num_rows * sequence_length)
 
@@ -164,12 +168,14 @@ def main(argv: list[str]) -> None:
     check_data(config, shape.vocab_size, shape.vision)
     training, tokenizer = config.training, load_tokenizer(config.data.tokenizer)
     media = media_settings(config, shape.vision)
-    samples = open_samples(config.data, tokenizer, training.sequence_length, config.job.seed, media)
+    side = Side.of(config)
+    samples = open_samples(config.data, tokenizer, training.sequence_length, config.job.seed, media, side)
 
-    packer = Packer(samples, config.data, tokenizer.eos_token_id or 0, training.global_batch_size, False)
+    packer = Packer(samples, config.data, tokenizer.eos_token_id or 0, training.global_batch_size, training.epochs)
+    dealt = deal(packer) if training.epochs else packer
     rows = []
     for number in range(min(options.rows, training.global_batch_size)):
-        row = packer.slot(packer.first_cursor(number)).next_row(training.sequence_length)
+        row = dealt.slot(dealt.first_cursor(number)).next_row(training.sequence_length)
         rows.append(row)
         text = show_row(row, tokenizer, shape.vision, sys.stdout.isatty())
         print(f"Row {number}: {len(row.lengths)} documents\n{text}\n")
@@ -180,7 +186,12 @@ def main(argv: list[str]) -> None:
     measured.noted.update(reason for reason, _ in notes if reason == "ignored_field")
     fill = _fill(packer, -(-sum(measured.lengths) // training.sequence_length), training.sequence_length)
     heading = f"{measured.num_samples:,} of {samples.num_documents:,} samples measured"
-    facts = measured.facts(samples.num_documents, fill, config)
+    cursors = [packer.first_cursor(number) for number in range(training.global_batch_size)]
+    last_step = most_rows(dealt, cursors, training.sequence_length) if training.epochs else 0
+    if side.share:
+        held_out = sum(map(len, open_sources(config.data, side._replace(is_held_out=True))))
+        heading += f"; validation.share = {side.share:g} holds {held_out:,} more out"
+    facts = measured.facts(samples.num_documents, fill, config, last_step)
     print("\n".join([f"{heading}:", histogram(measured.bins()), *facts]))
     if options.html is not None:
         notes = [*dict.fromkeys([*notes, *measured.notes])]

@@ -3,6 +3,7 @@
 import bisect
 import functools
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -16,6 +17,12 @@ def part_of(index: int, starts: list[int]) -> tuple[int, int]:
     """Of parts that begin at `starts`: which one an index falls into, and its number there."""
     part = bisect.bisect_right(starts, index) - 1
     return part, index - starts[part]
+
+
+@functools.cache
+def mapped_numbers(path: Path) -> NDArray[np.int64]:
+    """A file of int64, memory-mapped once in each process."""
+    return np.memmap(path, "<i8", "r")
 
 
 class Source(Protocol):

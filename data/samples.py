@@ -8,19 +8,22 @@ import itertools
 import json
 import os
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
+from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
 from config.options import Config, Data
 from data.batch import Sample
 from data.chat import ChatTemplate, texts_in
 from data.files import find_files, is_dataset
+from data.held_out import ALL, Side, ends_of
 from data.media import Media, MediaReader, MediaSettings, has_fields, has_media, show_all
 from data.packing import BadSample
-from data.records import Record, Source, part_of
-from data.shuffle import permute
+from data.records import Record, Source, mapped_numbers, part_of
+from data.shuffle import permutation, permute
 from data.sources import declared_sources, open_sources
 from errors import UserError
 from models.ops.labels import IGNORED
@@ -45,8 +48,18 @@ class Samples:
     drawn once. Small to pickle: a worker process opens the sources' files itself.
     """
 
-    def __init__(self, sources: Sequence[Source], weights: Sequence[float], encode: Encode, seed: int | None) -> None:
-        """`weights`: of the sources, or none. `seed`: None for the documents' own order."""
+    def __init__(
+        self,
+        sources: Sequence[Source],
+        weights: Sequence[float],
+        encode: Encode,
+        seed: int | None,
+        made_by: tuple[Any, ...] = (),
+    ) -> None:
+        """`weights`: of the sources, or none. `seed`: None for the documents' own order. `made_by`: beside [data] and
+        the tokenizer, what decides how many tokens a sample has."""
+        self.made_by = made_by
+        self._deal: Path | None = None
         self._sources, self._encode, self._seed = sources, encode, seed
         self._starts = list(itertools.accumulate(map(len, sources), initial=0))
         self.num_documents = self._starts[-1]
@@ -59,10 +72,32 @@ class Samples:
         for number, count in enumerate(self._counts):
             self._rank[self._source_of == number] = np.arange(count)
 
+    def in_order(self) -> "Samples":
+        """The same documents in their own order."""
+        return Samples(self._sources, (), self._encode, None)
+
+    def permutation(self, epoch: int) -> NDArray[np.int64]:
+        """[N], the documents of the samples of an epoch; without weights."""
+        if self._seed is None:
+            return np.arange(self.num_documents)
+        return permutation(self.num_documents, self._seed, epoch)
+
+    def dealt(self, deal: Path) -> "Samples":
+        """The same documents in an order of some epochs that a file has: int64, the document of each sample."""
+        samples = copy.copy(self)
+        samples._deal = deal
+        return samples
+
+    def document(self, sample: int) -> int:
+        """Which of the N a sample is; without weights."""
+        if self._deal is not None:
+            return int(mapped_numbers(self._deal)[sample])
+        return self._permuted(sample, self.num_documents)
+
     def find(self, sample: int) -> tuple[Source, int]:
         """The source of a sample, and the record's number there."""
         if not len(self._rank):
-            number, index = part_of(self._permuted(sample, self.num_documents), self._starts)
+            number, index = part_of(self.document(sample), self._starts)
             return self._sources[number], index
         block, place = divmod(sample, _BLOCK)
         number = int(self._source_of[place])
@@ -127,7 +162,7 @@ def shows_media(config: Config) -> bool:
     """Whether any of the first records of the data, or of what is validated with, has images or videos. Looks into each
     file, or into some of many: those of one entry may be texts here and images there."""
     shows = functools.partial(has_media, data=config.data)
-    for entry in (*config.data.path, *(config.validation.path if config.validation.enable else ())):
+    for entry in (*config.data.path, *itertools.chain(*config.validation.entries.values())):
         if is_dataset(entry):
             files = [entry] if os.path.isdir(entry) else []  # what is on the Hub may have to be fetched
         else:
@@ -267,8 +302,10 @@ def open_samples(
     max_tokens: int,
     seed: int,
     media: MediaSettings | None = None,
+    side: Side = ALL,
 ) -> Samples:
-    """What [data] describes, in rows of `max_tokens`. Raises UserError, one line, if it cannot be used."""
+    """What [data] describes, in rows of `max_tokens`; of it one `side`, if some is held out. Raises UserError, one
+    line, if it cannot be used."""
     encode: Encode
     reader = media and MediaReader(media, data.image_folder, tokenizer)
     if data.format == "chat":
@@ -278,7 +315,8 @@ def open_samples(
             raise UserError(f"data.end_of_document = True: expected an eos_token in {data.tokenizer!r}, or false")
         ending = tokenizer.eos_token_id if data.end_of_document else None
         encode = EncodeText(data, tokenizer.backend_tokenizer, ending, max_tokens, reader)
-    sources = open_sources(data)
+    sources = open_sources(data, side)
     for source in sources:
         check_source(source, copy.copy(encode))  # a copy, so that the workers name ignored fields themselves
-    return Samples(sources, data.weights, encode, seed if data.shuffle else None)
+    made_by = (max_tokens, side, media and media.rules, [ends_of(source, data) for source in sources if len(source)])
+    return Samples(sources, data.weights, encode, seed if data.shuffle else None, made_by)

@@ -3,6 +3,9 @@
 import functools
 import hashlib
 
+import numpy as np
+from numpy.typing import NDArray
+
 _MASK_64 = 2**64 - 1
 _ROUNDS = 6
 
@@ -27,6 +30,22 @@ def permute(index: int, size: int, seed: int, epoch: int) -> int:
             return index
 
 
+def permutation(size: int, seed: int, epoch: int) -> NDArray[np.int64]:
+    """[size], of all indices at once what `permute` says of each."""
+    half_bits = max(3, ((size - 1).bit_length() + 1) // 2)
+    bits, half_mask = np.uint64(half_bits), np.uint64((1 << half_bits) - 1)
+    keys = np.array(_round_keys(seed, epoch), np.uint64)
+    values = np.arange(size, dtype=np.uint64)
+    walking = np.arange(size)
+    while len(walking):
+        left, right = values[walking] >> bits, values[walking] & half_mask
+        for key in keys:
+            left, right = right, left ^ (_mix_all(right ^ key) & half_mask)
+        values[walking] = left << bits | right
+        walking = walking[values[walking] >= size]
+    return values.astype(np.int64)
+
+
 @functools.lru_cache(maxsize=16)
 def _round_keys(seed: int, epoch: int) -> tuple[int, ...]:
     digest = hashlib.blake2b(f"{seed} {epoch}".encode(), digest_size=8 * _ROUNDS).digest()
@@ -39,3 +58,11 @@ def _mix(value: int) -> int:
     value = (value ^ value >> 30) * 0xBF58476D1CE4E5B9 & _MASK_64
     value = (value ^ value >> 27) * 0x94D049BB133111EB & _MASK_64
     return value ^ value >> 31
+
+
+def _mix_all(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """`_mix` of each; the arithmetic of uint64 is modulo 2**64."""
+    values = values + np.uint64(0x9E3779B97F4A7C15)
+    values = (values ^ values >> np.uint64(30)) * np.uint64(0xBF58476D1CE4E5B9)
+    values = (values ^ values >> np.uint64(27)) * np.uint64(0x94D049BB133111EB)
+    return values ^ values >> np.uint64(31)

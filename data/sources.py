@@ -18,6 +18,7 @@ import numpy as np
 
 from config.options import Data
 from data.files import TOKENS_META, cached, each_read, find_files, is_dataset, refuse_misspelt, suffix_of
+from data.held_out import ALL, Side, split
 from data.packing import BadSample
 from data.records import Record, Source, Whole
 from data.tables import ParquetFiles, SavedDataset, columns_of
@@ -27,10 +28,17 @@ from errors import UserError, reading
 _MAX_LINE = 1 << 26  # bytes: what is longer is no document, and would not fit into memory as tokens
 
 
-def open_sources(data: Data) -> list[Source]:
-    """One source for each entry of `data.path`. Raises UserError, one line, for what is missing, empty or damaged."""
-    sources = [source for _, source in declared_sources(data)]
+def open_sources(data: Data, side: Side = ALL) -> list[Source]:
+    """One source for each entry of `data.path`. Raises UserError, one line, for what is missing, empty or damaged.
+    `side`: which of their samples are meant, if some are held out."""
+    sources = [split(source, entry, data, side) for entry, source in declared_sources(data)]
     empty = [entry for entry, source in zip(data.path, sources) if data.weights and not len(source)]
+    if side.share and (empty or not any(map(len, sources))):
+        left = "held out of" if side.is_held_out else "left to train on in"
+        raise UserError(
+            f"validation.share = {side.share}: nothing is {left} {', '.join(map(repr, empty or data.path))}: expected "
+            f"a {'larger' if side.is_held_out else 'smaller'} share, or more samples"
+        )
     if empty or not any(map(len, sources)):
         raise UserError(f"data.path: no document in {', '.join(map(repr, empty or data.path)) or '[]'}")
     return sources

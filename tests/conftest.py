@@ -85,6 +85,11 @@ SLOW: dict[str, tuple[str, ...]] = {
         "test_a_frozen_tower_adds_no_collective_and_a_trained_one_its_units",
         "test_what_is_frozen_has_no_graph_no_gradient_no_state",
     ),
+    "test_clusters.py": (
+        "test_killed_ranks_are_started_again_and_go_on",
+        "test_kubernetes_variables",
+        "test_the_slurm_script_stops_in_time_queues_again_and_finishes",
+    ),
     "test_context_parallel_run.py": (
         "test_conversations_with_fillers_and_bad_samples",
         "test_images",
@@ -121,6 +126,7 @@ SLOW: dict[str, tuple[str, ...]] = {
     ),
     "test_vision_training.py": ("test_one_process_and_two_and_what_is_frozen",),
     "training/test_compile_cache.py": ("test_the_compiler_writes_there",),
+    "training/test_epochs_run.py": ("test_epochs_end_where_it_was_said_and_go_on_on_another_layout",),
     "training/test_distributed.py": ("test_the_missing_rank_is_named",),
     "training/test_load_balancing.py": (
         "test_fillers_count_nowhere",

@@ -112,6 +112,13 @@ MISTAKES = [
     (["--config", "qwen35moe_tiny.toml"], {"NNODES": 2}, ["MASTER_ADDR = ''", "host of node 0"]),
     (["--config", "qwen35moe_tiny.toml"], {"NNODES": 2, "NODE_RANK": 2}, ["NODE_RANK = '2'", "from 0 to 1"]),
     (["--config", "qwen35moe_tiny.toml"], {"MASTER_PORT": 70000}, ["MASTER_PORT = '70000'", "to 65535"]),
+    (["--config=qwen35moe_tiny.toml", "--max-restarts", "two"], {}, ["--max-restarts = 'two'", "at least 0"]),
+    (["--config=qwen35moe_tiny.toml", "--max-restarts"], {}, ["--max-restarts = ''", "at least 0"]),
+    (
+        ["--max-restarts=9", "--config=qwen35moe_tiny.toml"],
+        {"NNODES": 2, "MASTER_ADDR": "a", "MASTER_PORT": 65530},
+        ["MASTER_PORT = '65530'", "at most 65526"],
+    ),
     (["--config", "qwen35moe_tiny.toml"], {"LOG_RANK": "0;1"}, ["LOG_RANK = '0;1'", "commas"]),
     (["--config", "qwen35moe_tiny.toml"], {"NGPU": 2, "LOG_RANK": "0,2"}, ["LOG_RANK = '0,2'", "below 2"]),
 ]

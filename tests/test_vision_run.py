@@ -57,7 +57,7 @@ def read_row(path: Path, vision: VisionConfig) -> Row:
     data = Data(format="chat", path=(str(path),), tokenizer=str(MODEL), image_folder=str(path.parent), shuffle=False)
     settings = MediaSettings(vision, RULES)
     samples = open_samples(data, load_tokenizer(str(MODEL)), 512, 0, settings)
-    packer = Packer(samples, data, 0, 1, one_epoch=True)
+    packer = Packer(samples, data, 0, 1, epochs=1)
     row = packer.slot(packer.first_cursor(0)).next_row(512)
     assert row.notes == []
     return row

@@ -85,6 +85,16 @@ def set_deterministic() -> None:
     torch.use_deterministic_algorithms(True)
 
 
+def most_over_ranks(number: int) -> int:
+    """The largest of the ranks' numbers, on all of them. Those that were long in coming by theirs may be minutes apart,
+    which counts as no rank's failure."""
+    largest = torch.tensor(number)
+    if dist.get_world_size() > 1:
+        group = dist.new_group(backend="gloo", timeout=timedelta(hours=4))
+        dist.all_reduce(largest, dist.ReduceOp.MAX, group)
+    return int(largest)
+
+
 def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:
     """The sum of each rank's `values` (any shape), on all ranks; one all-reduce, none in a world of one."""
     if dist.get_world_size() > 1:

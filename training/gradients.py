@@ -7,6 +7,8 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.tensor import DTensor
 
+from models.qwen35_moe.parts import part_of
+
 # On a CPU a norm's running sum is one long chain of additions, and loses 5e-3 of 64 M numbers; of so many 2e-8. The
 # kernels of GPUs add up in short chains themselves.
 _CHUNK = 1 << 14
@@ -24,6 +26,31 @@ def gradient_norm(parameters: Iterable[nn.Parameter], shards: dist.ProcessGroup 
     if shards is not None and shards.size() > 1:
         dist.all_reduce(square, group=shards)
     return (square + _sum_of_squares([gradient for gradient in gradients if not isinstance(gradient, DTensor)])).sqrt()
+
+
+@torch.no_grad()
+def gradient_norms(
+    named: Iterable[tuple[str, nn.Parameter]], shards: dist.ProcessGroup | None = None
+) -> dict[str, torch.Tensor]:
+    """The same of each part of the model that has gradients (models/qwen35_moe/parts.py), by its name, in one
+    all-reduce. All ranks have the same parts."""
+    sharded: dict[str, list[torch.Tensor]] = {}
+    plain: dict[str, list[torch.Tensor]] = {}
+    for name, parameter in named:
+        gradient = parameter.grad
+        if isinstance(gradient, DTensor):
+            sharded.setdefault(part_of(name), []).append(gradient.to_local())
+        elif gradient is not None:
+            plain.setdefault(part_of(name), []).append(gradient)
+    squares = {part: _sum_of_squares(gradients) for part, gradients in sharded.items()}
+    if squares and shards is not None and shards.size() > 1:
+        of_all = torch.stack(list(squares.values()))
+        dist.all_reduce(of_all, group=shards)
+        squares = dict(zip(squares, of_all))
+    for part, gradients in plain.items():
+        square = _sum_of_squares(gradients)
+        squares[part] = squares[part] + square if part in squares else square
+    return {part: square.sqrt() for part, square in squares.items()}
 
 
 def _sum_of_squares(tensors: list[torch.Tensor]) -> torch.Tensor:

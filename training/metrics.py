@@ -1,4 +1,4 @@
-"""What a run tells: one JSON object a logged step, TensorBoard scalars, and a log line."""
+"""What a run tells: one JSON object a logged step, a log line, and what TensorBoard and W&B show."""
 
 import json
 import logging
@@ -7,7 +7,7 @@ import os
 import resource
 import sys
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
@@ -17,6 +17,7 @@ import torch
 
 from data.packing import REASONS
 from training.distributed import sum_over_ranks
+from training.trackers import Careful, TensorBoard, expert_picture
 
 logger = logging.getLogger("train")
 
@@ -86,29 +87,42 @@ def data_quality(counts: Mapping[str, int], device: torch.device) -> dict[str, f
 
 
 class MetricsWriter:
-    """Writes `metrics.jsonl` and, if asked, TensorBoard events under `folder`; on rank 0 alone.
+    """Writes `metrics.jsonl` and `expert_load.jsonl` under `folder`, and tells the trackers; on rank 0 alone.
 
-    Neither ends a run: what cannot be written, on a full disk say, is told once in the log, and left out.
+    None of it ends a run: what cannot be written, on a full disk say, is told once in the log, and left out.
     """
 
-    def __init__(self, folder: Path, tensorboard: bool, start_step: int, total_steps: int) -> None:
-        """Starts after `start_step`: lines of later steps, left by a run that was cut off, are dropped."""
+    def __init__(
+        self,
+        folder: Path,
+        tensorboard: bool,
+        start_step: int,
+        total_steps: int,
+        others: Sequence[Careful] = (),
+    ) -> None:
+        """Starts after `start_step`: lines of later steps, left by a run that was cut off, are dropped.
+        `others`: trackers beside TensorBoard."""
         self._path, self._total_steps = folder / "metrics.jsonl", total_steps
+        self._load_path = folder / "expert_load.jsonl"
+        self._next_view = 0
         self._has_failed = False
-        self._tensorboard = None
-        with self._going_on():
-            self._keep_lines_up_to(start_step)
-        if tensorboard:
-            from torch.utils.tensorboard import SummaryWriter  # slow to import, so only where it is used
-
+        self._trackers = list(others)
+        for path in (self._path, self._load_path):
             with self._going_on():
-                self._tensorboard = SummaryWriter(str(folder / "tensorboard"), purge_step=start_step + 1)
+                self._keep_lines_up_to(start_step, path)
+        if tensorboard:
+            self._trackers.append(Careful("TensorBoard", lambda: TensorBoard(folder, start_step)))
 
-    def _keep_lines_up_to(self, step: int) -> None:
+    @property
+    def has_trackers(self) -> bool:
+        """Whether anyone shows more than numbers."""
+        return bool(self._trackers)
+
+    def _keep_lines_up_to(self, step: int, path: Path) -> None:
         """Damaged lines are set aside, and it is said; the last may be half written, if the run was killed."""
         kept, damaged = [], []
-        if self._path.exists() and step > 0:
-            for line in self._path.read_bytes().split(b"\n"):
+        if path.exists() and step > 0:
+            for line in path.read_bytes().split(b"\n"):
                 try:
                     of_step = json.loads(line)["step"] if line else math.inf
                     if of_step <= step:
@@ -116,11 +130,11 @@ class MetricsWriter:
                 except (ValueError, KeyError, TypeError, RecursionError):
                     damaged.append(line)
         if damaged:
-            aside = self._path.with_name("metrics.damaged.jsonl")
+            aside = path.with_name(f"{path.stem}.damaged.jsonl")
             with aside.open("ab") as file:
                 file.writelines(line + b"\n" for line in damaged)
-            logger.warning(f"{self._path}: {len(damaged)} damaged lines are set aside in {aside.name}")
-        self._path.write_bytes(b"".join(line + b"\n" for line in kept))
+            logger.warning(f"{path}: {len(damaged)} damaged lines are set aside in {aside.name}")
+        path.write_bytes(b"".join(line + b"\n" for line in kept))
 
     @contextmanager
     def _going_on(self) -> Iterator[None]:
@@ -138,11 +152,9 @@ class MetricsWriter:
         with self._going_on(), self._path.open("ab") as file:
             # A line that a full disk cut off is damaged; the one after it need not be.
             file.write((b"\n" if self._has_failed else b"") + json.dumps(finite, allow_nan=False).encode() + b"\n")
-        if self._tensorboard is not None:
-            with self._going_on():
-                for name, value in metrics.items():
-                    if name != "step":
-                        self._tensorboard.add_scalar(name, value, metrics["step"])
+        values = {name: value for name, value in metrics.items() if name != "step"}
+        for tracker in self._trackers:
+            tracker.tell(lambda tracker: tracker.numbers(values, metrics["step"]))
         time_left = timedelta(seconds=round((self._total_steps - metrics["step"]) * metrics["step_seconds"]))
         mfu = f"  mfu {metrics['mfu']:.1%}" if "mfu" in metrics else ""
         fill = f"  rows {metrics['fill_rate']:.1%} full" if "fill_rate" in metrics else ""
@@ -156,8 +168,29 @@ class MetricsWriter:
             f"memory {metrics['peak_memory_gib']:.2f} GiB  left {time_left}{fill}"
         )
 
+    def write_lengths(self, lengths: list[int], step: int) -> None:
+        """Of some documents, in tokens: a histogram, once a run."""
+        for tracker in self._trackers:
+            tracker.tell(lambda tracker: tracker.histogram("document_lengths", lengths, step))
+
+    def write_view(self, step: int, expert_counts: torch.Tensor, samples: Callable[[], str]) -> None:
+        """More than numbers, but ever more rarely, a hundred times in a million steps: the load of each expert,
+        [L, E], and `samples`, text of what is trained."""
+        if step < self._next_view:
+            return
+        self._next_view = step + 1 + step // 10
+        counts = expert_counts.cpu().numpy()
+        with self._going_on(), self._load_path.open("ab") as file:
+            line = json.dumps({"step": step, "tokens": counts.tolist()}, separators=(",", ":")).encode()
+            file.write((b"\n" if self._has_failed else b"") + line + b"\n")
+        if not self._trackers:
+            return
+        pixels, text = expert_picture(counts), samples()
+        for tracker in self._trackers:
+            tracker.tell(lambda tracker: tracker.picture("expert_load", pixels, step))
+            tracker.tell(lambda tracker: tracker.text("samples", text, step))
+
     def close(self) -> None:
-        """Flushes and closes TensorBoard's file."""
-        if self._tensorboard is not None:
-            with self._going_on():
-                self._tensorboard.close()
+        """Ends what the trackers write."""
+        for tracker in self._trackers:
+            tracker.tell(lambda tracker: tracker.close())

@@ -174,11 +174,10 @@ def describe(plan: Plan, where: Where) -> str:
     hidden = sum(link.hidden for link in plan.time.links)
     lines += [f"  {'communication that is hidden':44} {hidden:8.3f}"] if hidden else []
     mfu = plan.time.flops * plan.tokens_per_second / gpu.peak
-    days = training.steps * seconds / 86400
+    days = f"; {training.steps:,} steps: {training.steps * seconds / 86400:.2f} days" if training.steps else ""
     lines += [
         f"  {'step':44} {seconds:8.3f}",
-        f"  {plan.tokens_per_second:,.0f} tokens/s a GPU, {mfu:.1%} MFU of text; "
-        f"{training.steps:,} steps: {days:.2f} days",
+        f"  {plan.tokens_per_second:,.0f} tokens/s a GPU, {mfu:.1%} MFU of text{days}",
     ]
     if plan.time.links:
         lines += [

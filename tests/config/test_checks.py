@@ -100,6 +100,35 @@ def test_validation_data(folder: Path) -> None:
     assert "validation.path = []: expected at least one file" in error_of("--validation.enable")
     assert "validation.path = '" in error_of("--validation.enable", "--validation.path=none.jsonl")
     check_config(load("--validation.enable", "--validation.path=text/a.jsonl"), 2)
+    on, sets = "--validation.enable", "--validation.sets.code=text/a.jsonl"
+    check_config(load(on, "--validation.share=0.1", sets), 2)
+    check_config(load(on, sets), 2)
+    both = error_of(on, "--validation.share=0.1", "--validation.path=text/a.jsonl")
+    assert "validation.share = 0.1 and validation.path = [" in both
+    assert "expected one of them" in both
+    assert "--validation.share = 1: expected a number from 0 to below 1" in error_of("--validation.share=1")
+    assert "validation.sets.code = '" in error_of(on, "--validation.sets.code=none.jsonl")
+    assert "--validation.sets.a/b = 'x' is unknown" in error_of("--validation.sets.a/b=x")
+    assert "--validation.sets = 3: expected a table" in error_of("--validation.sets=3")
+    assert "--validation.sets.code = [3]: expected a list" in error_of("--validation.sets.code=[3]")
+
+
+def test_epochs_and_what_they_exclude(folder: Path) -> None:
+    check_config(load("--training.epochs=2"), 2)
+    two = "--data.path=text/a.jsonl,text/*.jsonl"
+    weights = error_of("--training.epochs=2", two, "--data.weights=1,2")
+    assert "training.epochs = 2.0 and data.weights: each entry has epochs of its own" in weights
+    assert "training.steps = 3 and training.epochs = 2.0: expected one" in error_of(
+        "--training.epochs=2", "--training.steps=3"
+    )
+    for value in ("0", "-1", "nan", "inf", "1001", "two"):
+        assert "expected a positive number of at most 1000" in error_of(f"--training.epochs={value}")
+
+
+def test_wandb_that_is_not_installed(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert "metrics.wandb = true: the package wandb is missing" in error_of("--metrics.wandb")
+    assert "--metrics.wandb_project = '': expected a name" in error_of("--metrics.wandb_project=")
 
 
 @pytest.mark.parametrize("marker", ["dataset_info.json", "dataset_dict.json", "tokens.json"])

@@ -31,6 +31,19 @@ def test_defaults_then_base_then_file_then_command_line(folder: Path) -> None:
     )
 
 
+def test_epochs_and_steps_take_the_place_of_each_other(folder: Path) -> None:
+    (folder / "child.toml").write_text('extends = "base.toml"\n[training]\nepochs = 1.5\n')
+    training = load_config(["--config", "child.toml"]).training
+    assert (training.steps, training.epochs) == (None, 1.5)
+    training = load_config(["--config", "child.toml", "--training.steps=7"]).training
+    assert (training.steps, training.epochs) == (7, None)
+    stored = load("--training.epochs=3")
+    (folder / "stored.toml").write_text(resolved_toml(stored))
+    assert load_config(["--config", "stored.toml"]) == stored
+    (folder / "both.toml").write_text('extends = "base.toml"\n[training]\nepochs = 1.5\nsteps = 7\n')
+    assert "training.steps = 7 and training.epochs = 1.5" in error_of("--config", "both.toml")
+
+
 def test_tables_merge_and_lists_replace(folder: Path) -> None:
     (folder / "child.toml").write_text(
         'extends = "base.toml"\n'
@@ -123,6 +136,7 @@ def test_a_path_that_exists_is_no_glob(folder: Path) -> None:
 
 def test_resolved_toml_loads_again_from_anywhere(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = load("--optimizer.betas=0.5,0.6", "--training.max_grad_norm=inf", "--model.config.layer_types=" + LAYERS)
+    config = dataclasses.replace(config, validation=load("--validation.sets.a-B=text/a.jsonl").validation)
     (folder / "stored.toml").write_text(resolved_toml(config))
     monkeypatch.chdir("/")
     assert load_config(["--config", str(folder / "stored.toml")]) == config

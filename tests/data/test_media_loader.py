@@ -482,3 +482,13 @@ def test_a_length_needs_no_pixels(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     turns = [{"role": "user", "content": [{"type": "image", "image": "a"}]}, {"role": "assistant", "content": "a"}]
     assert len(encode({"messages": turns}, tmp_path).media[0].frames) == 1
     assert noise(1, 1).shape == (1, 1, 3)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("images", ["good", "broken"])
+def test_the_rows_of_an_epoch_are_counted_without_pictures(folder: Path, kind: str, images: str) -> None:
+    """Where images lie decides where rows end: a text is cut before one that has no room."""
+    loader = make_loader(folder / f"{kind}.jsonl", folder / images, micro=NUM_SLOTS, one_epoch=True)
+    num_rows = loader.num_steps_left()
+    tokens = [int(next(loader).is_real.sum()) for _ in range(num_rows + 2)]
+    assert [count > 0 for count in tokens] == [True] * num_rows + [False, False]

@@ -1,0 +1,159 @@
+"""Compares runs on one page: curves over tokens and over time, the experts' load, skipped samples, configurations.
+
+    python -m training.report RUN [RUN ...] [--out report.html]
+
+RUN is a folder that a run writes (`job.output_dir`), also of one that is still going on. The page needs nothing else,
+neither network nor scripts. Time is that of the training: pauses between starts and for checkpoints are left out.
+"""
+
+import itertools
+import json
+import os
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import tomli
+
+from errors import OneLineParser, UserError, exit_on_error, reading
+from training.report_html import page
+
+Points = list[tuple[float, float]]
+
+
+@dataclass
+class Run:
+    """What a run has written so far."""
+
+    name: str
+    lines: list[dict[str, float]]
+    """Of metrics.jsonl, in order, numbers alone; what was not finite is left out."""
+    num_damaged: int
+    config: dict[str, str]
+    """Every key of config.toml with its value, as TOML would show it."""
+    load: list[list[int]] = field(default_factory=list)
+    """Of the last line of expert_load.jsonl: for each block the tokens of each expert."""
+    load_step: int = 0
+
+    def curve(self, name: str, over: str) -> Points:
+        """(tokens or seconds, value) wherever there is a value. `over`: "tokens_seen" or "seconds"."""
+        return [(line[over], line[name]) for line in self.lines if name in line and over in line]
+
+    def names(self, beginning: str) -> list[str]:
+        """The metrics whose names begin so, in order of appearance."""
+        return list(dict.fromkeys(name for line in self.lines for name in line if name.startswith(beginning)))
+
+    def skipped(self) -> Counter[str]:
+        """How many samples for which reason; each start of the run counts from 0."""
+        total = Counter[str]()
+        for name in self.names("samples_"):
+            counts = [int(line.get(name, 0)) for line in self.lines]
+            ends = [count for count, after in itertools.pairwise([*counts, -1]) if after < count]
+            total[name.removeprefix("samples_")] = sum(ends)
+        return total
+
+
+def read_run(folder: Path, name: str) -> Run:
+    """Raises UserError for a folder without metrics."""
+    path = folder / "metrics.jsonl"
+    if not path.is_file():
+        raise UserError(f"{str(folder)!r}: expected the folder of a run, with a metrics.jsonl")
+    lines, num_damaged = [], 0
+    seconds, step_before = 0.0, 0.0
+    for line in _objects(path):
+        if line is None or "step" not in (numbers := _numbers(line)):
+            num_damaged += 1
+            continue
+        seconds += max(numbers["step"] - step_before, 0) * numbers.get("step_seconds", 0.0)
+        step_before = numbers["step"]
+        lines.append(numbers | {"seconds": seconds})
+    if not lines:
+        raise UserError(f"{path}: expected at least one line of metrics that can be read")
+    run = Run(name, lines, num_damaged, _read_config(folder / "config.toml"))
+    for line in _objects(folder / "expert_load.jsonl"):
+        if line and _is_table(line.get("tokens")):
+            run.load, run.load_step = line["tokens"], int(_numbers(line).get("step", 0))
+    return run
+
+
+def _objects(path: Path) -> Iterator[dict[str, Any] | None]:
+    """Of each line the object, or None where it is damaged."""
+    if not path.is_file():
+        return
+    with reading(path):
+        lines = path.read_bytes().splitlines()
+    for line in lines:
+        try:
+            value = json.loads(line) if line else {"": 0}
+        except (ValueError, RecursionError):
+            value = None
+        if line:
+            yield value if isinstance(value, dict) else None
+
+
+def _numbers(line: dict[str, Any]) -> dict[str, float]:
+    """Those entries that are numbers a curve can show."""
+    return {
+        name: float(value) for name, value in line.items() if type(value) in (int, float) and abs(value) < 1e30
+    }  # of NaN this is false
+
+
+def _is_table(load: object) -> bool:
+    return (
+        isinstance(load, list)
+        and 0 < len(load) <= 10_000
+        and all(isinstance(row, list) and 0 < len(row) <= 10_000 and len(row) == len(load[0]) for row in load)
+        and all(type(count) is int and 0 <= count < 2**63 for row in load for count in row)
+    )
+
+
+def _read_config(path: Path) -> dict[str, str]:
+    if not path.is_file():
+        return {}
+    with reading(path):
+        tables = tomli.loads(path.read_text(encoding="utf-8"))
+        return dict(_flat(tables))
+
+
+def _flat(table: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+    for key, value in table.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", json.dumps(value, default=str, ensure_ascii=False)
+
+
+def short_names(folders: list[Path]) -> list[str]:
+    """The shortest ends of the paths that tell them apart."""
+    parts = [folder.resolve().parts for folder in folders]
+    for length in range(1, max(map(len, parts)) + 1):
+        names = [os.path.join(*own[-length:]) for own in parts]
+        if len(set(names)) == len(set(parts)):
+            break
+    return names
+
+
+def main(argv: list[str]) -> None:
+    """The command line. Raises UserError, one line."""
+    parser = OneLineParser(prog="python -m training.report", description="Compares runs on one page.")
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folders that runs write")
+    parser.add_argument("--out", type=Path, default=Path("report.html"), help="the page; default: report.html")
+    options = parser.parse_args(argv)
+    runs = [read_run(folder, name) for folder, name in zip(options.runs, short_names(options.runs))]
+    content = page(runs).encode(errors="replace")
+    try:
+        options.out.write_bytes(content)
+    except OSError as error:
+        raise UserError(
+            f"--out {str(options.out)!r} cannot be written: {error.strerror}: expected the name of a file in a folder "
+            "that exists"
+        ) from None
+    print(f"{options.out}: {len(content):,} bytes")
+
+
+if __name__ == "__main__":
+    with exit_on_error():
+        main(sys.argv[1:])
