@@ -46,6 +46,7 @@ from training.distributed import (
     sum_over_ranks,
     world_from_environment,
 )
+from training.first_step import FirstStep
 from training.flops import flops_per_token, peak_flops_of_all
 from training.gradients import gradient_norm, gradient_norms, last_nonfinite
 from training.load_balancing import measure_for, router_losses
@@ -259,6 +260,7 @@ def main(arguments: list[str]) -> None:
     flops_of_token = flops_per_token(shape, training.sequence_length, config.lora, trains_trunk)
     peak = peak_flops_of_all(world_size, device)
     vision_work = VisionWork(model, meshes)
+    first_step = FirstStep(config, world_size, device)
     logger.info(f"from step {step} to {total_steps}, {loader.num_micro_batches} micro-batches a rank and step")
     if (warmup_steps := config.lr_scheduler.warmup_steps) > total_steps:
         logger.info(f"lr_scheduler.warmup_steps = {warmup_steps}: the rise is not finished in {total_steps} steps")
@@ -278,7 +280,7 @@ def main(arguments: list[str]) -> None:
     stopping = False
     while step < total_steps and not stopping:
         step += 1
-        data_clock = time.perf_counter()
+        data_clock = step_clock = time.perf_counter()
         of_readers = [next(loader) for _ in range(loader.num_micro_batches)]
         micro_batches = [own_share(batch, meshes.context_parallel, shape.vision) for batch in of_readers]
         data_seconds += time.perf_counter() - data_clock
@@ -309,6 +311,7 @@ def main(arguments: list[str]) -> None:
             gc.collect()
             gc.freeze()
         tokens_seen += tokens_per_step
+        own_seconds = time.perf_counter() - step_clock
 
         if logs:
             result = reduce_result(result)
@@ -345,6 +348,7 @@ def main(arguments: list[str]) -> None:
                 metrics |= validator.measure(model, device)
             if writer is not None:
                 writer.write(metrics)
+                first_step.compare(metrics, own_seconds, device, compiles=step == progress.step + 1)
                 writer.write_view(step, result.expert_counts, loader.show_rows)
             clock, clock_step, data_seconds = time.perf_counter(), step, 0.0
 

@@ -10,11 +10,13 @@ Options of its own: `--documents 4096,1024` cuts every row into documents of the
 row is one document); `--images HEIGHTxWIDTH:SHARE` has so large a share of the tokens stand for images of random pixels
 of this size, for a model with a vision tower; `--steps N` timed steps (default 8); `--profile N` profiles N more and
 prints the time by kind of work; `--trace FILE` also writes rank 0's trace of these, of which timeline.py makes a
-picture; `--json FILE` adds a JSON line to FILE. The other options are train.py's.
+picture; `--json FILE` adds a JSON line to FILE; `--record WHAT` adds the run, by this name, to recorded.jsonl, which
+the planner's predictions are held to. The other options are train.py's.
 """
 
 import argparse
 import dataclasses
+import datetime
 import functools
 import gc
 import itertools
@@ -46,6 +48,7 @@ from training.distributed import init_distributed, sum_over_ranks, world_from_en
 from training.flops import flops_per_token, peak_flops
 from training.metrics import expert_load, setup_logging
 from training.optimizer import build_optimizer
+from training.recorded import RECORDED, record
 from training.vision_work import VisionWork
 
 NUM_WARMUP_STEPS = 4
@@ -136,6 +139,8 @@ def measure(
     num_micro_batches = training.global_batch_size // (meshes.num_data_ranks * training.local_batch_size)
     tokens_per_step = training.global_batch_size * training.sequence_length
     vision_work = VisionWork(model, meshes)
+    frames_of_step: list[list[int]] = []
+    """Of each micro-batch, how many patches each frame has."""
 
     def step(number: int) -> Any:
         # What the training loop gets from its loader, and on fresh data as there: routing differs from step to step.
@@ -147,6 +152,7 @@ def measure(
         batches = [own_share(batch, meshes.context_parallel, shape.vision) for batch in batches]
         if shape.vision:
             vision_work.add(sum_over_ranks(torch.tensor(vision_work.of(batches))).tolist())
+            frames_of_step[:] = [batch.patches.frames.lengths() for batch in batches if batch.patches is not None]
         if shape.mtp_num_hidden_layers:
             batches = [batch.with_mtp_labels() for batch in batches]
         of_losses = (training, config.moe, config.mtp, tokens_per_step)
@@ -202,6 +208,8 @@ def measure(
         "gflop_per_token": round(flops / 1e9, 3),
         "tflops_per_device": round(flops * rate / world_size / 1e12, 1),
         **of_vision,
+        "patches": max(map(sum, frames_of_step), default=0),
+        "frames": list(itertools.chain(*frames_of_step)),
         "loss": round(result.losses["loss"].item(), 4),
         "expert_load_max_over_mean": round(float(expert_load(result.expert_counts)["expert_load_max_over_mean"]), 2),
     }
@@ -245,6 +253,7 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--profile", type=int, default=0, metavar="STEPS")
     parser.add_argument("--trace", default="", metavar="FILE", help="also write a trace for chrome://tracing there")
     parser.add_argument("--json", default="", metavar="FILE")
+    parser.add_argument("--record", default="", metavar="WHAT")
     options, rest = parser.parse_known_args(arguments)
     rank, world_size = world_from_environment()
     setup_logging(rank)
@@ -257,6 +266,8 @@ def main(arguments: list[str]) -> None:
     found = measure(config, lengths, options.steps, options.profile, options.trace, options.images)
     if rank == 0:
         report(found, options.json, kernels=dataclasses.asdict(config.kernels))
+        if options.record:
+            record(RECORDED, options.record, rest, found, str(datetime.date.today()))
     torch.distributed.destroy_process_group()
 
 

@@ -9,75 +9,27 @@ Relative paths are taken from the working directory; what is to be read and is n
 A loaded Config holds absolute paths only, so a stored `config.toml` means the same wherever it is loaded.
 """
 
-import ast
 import contextlib
 import dataclasses
 import difflib
-import inspect
-import itertools
 import json
 import os
-import re
-import textwrap
-import types
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 import tomli
 import tomli_w
 
 from config.options import Config
+from config.schema import SCHEMA, SECTIONS, default_of, help_text, in_words
 from data.files import is_dataset, matches
 from errors import UserError
-from models.qwen35_moe.config import MTP_LAYERS, ModelConfig, read_config
-from models.qwen35_moe.vision_config import TOKEN_IDS, VisionConfig
+from models.qwen35_moe.config import ModelConfig, read_config
 
 _LENGTHS = {"steps", "epochs"}  # how long a run is, either way
-_NAME = re.compile("[A-Za-z0-9_-]{1,64}")  # what the names of metrics may end in
 ROOT = Path(__file__).resolve().parents[1]
-
-# The schema of a TOML file: a table is a dict from its keys to schemas, everything else a type as `typing` writes it.
-# An inline model may have the keys that ModelConfig reads and no others, so that a typo there is found too.
-SECTIONS: dict[str, type] = get_type_hints(Config)
-_SHAPE = {key: hint for key, hint in get_type_hints(ModelConfig).items() if key not in ("vision", MTP_LAYERS)}
-_ROPE = {key: _SHAPE[key] for key in ("rope_theta", "partial_rotary_factor", "mrope_section")}
-_HF_FORM = {"model_type": str, "full_attention_interval": int, "hidden_act": str, "attention_bias": bool}
-_ROPE_PARAMETERS = {"rope_type": str, "mrope_interleaved": bool, **_ROPE}
-_TOWER = get_type_hints(VisionConfig)
-_VISION = {key: _TOWER.pop(key) for key in TOKEN_IDS} | {
-    "vision_config": _TOWER
-    | {"model_type": str, "hidden_act": str, "rope_parameters": {"rope_type": str, "rope_theta": float}}
-}
-
-
-def _given(hint: Any) -> Any:
-    """The type of a value that is given, where it may also be left out."""
-    return get_args(hint)[0] if get_origin(hint) is types.UnionType or get_origin(hint) is Union else hint
-
-
-class _Named(dict[str, Any]):
-    """The schema of a table whose keys are names that the user gives, with values of one type."""
-
-    def __init__(self, hint: Any) -> None:
-        super().__init__()
-        self._hint = hint
-
-    def __contains__(self, name: object) -> bool:
-        return isinstance(name, str) and bool(_NAME.fullmatch(name))
-
-    def __missing__(self, name: str) -> Any:
-        return self._hint
-
-
-SCHEMA: dict[str, Any] = {
-    name: {field.rstrip("_"): _given(hint) for field, hint in get_type_hints(cls, include_extras=True).items()}
-    for name, cls in SECTIONS.items()
-}
-SCHEMA["validation"]["sets"] = _Named(get_args(SCHEMA["validation"]["sets"])[1])
-SCHEMA["model"]["config"] = _SHAPE | _HF_FORM | _VISION
-SCHEMA["model"]["config"] |= {"attention_dropout": float, "rope_parameters": _ROPE_PARAMETERS}
 
 
 def load_config(argv: list[str]) -> Config:
@@ -101,8 +53,8 @@ def load_config(argv: list[str]) -> Config:
         given = tables.get(section, {})
         fields = {item.name.rstrip("_"): item for item in dataclasses.fields(cls)}
         for key, item in fields.items():
-            if key not in given and not _default(item):
-                raise UserError(f"{section}.{key} is missing: expected {_accepted(SCHEMA[section][key])}")
+            if key not in given and not default_of(item):
+                raise UserError(f"{section}.{key} is missing: expected {in_words(SCHEMA[section][key])}")
         sections[section] = cls(**{fields[key].name: value for key, value in given.items()})
     config = Config(**sections)
     if config.training.steps is None and config.training.epochs is None:
@@ -251,7 +203,7 @@ def _parse_command_line(argv: list[str]) -> dict[str, Any]:
             schema = schema[name]
         if text is None:
             if schema is not bool:
-                raise UserError(f"--{key} has no value: expected {_accepted(schema)}")
+                raise UserError(f"--{key} has no value: expected {in_words(schema)}")
             text = "true"
         try:
             table = _parse_word(schema, text)
@@ -355,32 +307,9 @@ def _convert(hint: Any, value: Any) -> Any:
 # Messages
 
 
-def _accepted(hint: Any) -> str:
-    """What a schema accepts, in words."""
-    arguments = get_args(hint)
-    if isinstance(hint, Mapping):
-        return "a table"
-    if get_origin(hint) is Annotated:
-        return str(arguments[1].text)
-    if get_origin(hint) is Literal:
-        *others, last = map(repr, arguments)
-        return f"{', '.join(others)} or {last}" if others else last
-    if get_origin(hint) is dict:
-        return "a table of strings, numbers, booleans, lists and tables"
-    if get_origin(hint) is tuple:
-        return f"a list of {'any length' if arguments[-1] is ... else len(arguments)}, each {_accepted(arguments[0])}"
-    return {
-        object: "a value",
-        str: "a string that can be a path",
-        bool: "true or false",
-        int: "an integer",
-        float: "a number",
-    }[hint]
-
-
 def _expected(hint: Any, value: Any) -> str:
     nearest = difflib.get_close_matches(str(value), get_args(hint), n=1) if get_origin(hint) is Literal else []
-    return f"expected {_accepted(hint)}" + "".join(f"; did you mean {choice!r}?" for choice in nearest)
+    return f"expected {in_words(hint)}" + "".join(f"; did you mean {choice!r}?" for choice in nearest)
 
 
 def _nearest(key: str) -> str:
@@ -397,37 +326,3 @@ def _nearest(key: str) -> str:
         return f"did you mean {nearest[0]}?"
     section = key.partition(".")[0]
     return f"expected one of {', '.join(SCHEMA.get(section, SCHEMA))}"
-
-
-def help_text() -> str:
-    """Every key with its type, default and docstring."""
-    lines = ["usage: ./run_train.sh --config FILE [--section.key value | --section.key=value ...]", ""]
-    lines += ['FILE is a path or a name in train_configs/. Lists: \'["a", "b"]\' or a,b. --help shows this and ends.']
-    for section, cls in SECTIONS.items():
-        lines += ["", f"[{section}] {inspect.getdoc(cls)}"]
-        docs = field_docs(cls)
-        for item in dataclasses.fields(cls):
-            default = f"default {_default(item)}" if _default(item) else "required"
-            key = item.name.rstrip("_")
-            lines.append(f"  --{section}.{key}: {_accepted(SCHEMA[section][key])}; {default}")
-            lines += textwrap.wrap(docs[item.name], 110, initial_indent=" " * 6, subsequent_indent=" " * 6)
-    return "\n".join(lines)
-
-
-def _default(item: "dataclasses.Field[Any]") -> str:
-    """A field's default as TOML, empty if it has none."""
-    if item.default is dataclasses.MISSING:
-        return "" if item.default_factory is dataclasses.MISSING else "{}"
-    return "none" if item.default is None else json.dumps(item.default)
-
-
-def field_docs(cls: type) -> dict[str, str]:
-    """The string literal under each field of a class."""
-    docs = {}
-    (definition,) = ast.parse(inspect.getsource(cls)).body
-    assert isinstance(definition, ast.ClassDef)
-    for pair in itertools.pairwise(definition.body):
-        match pair:
-            case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=str(doc))):
-                docs[name] = inspect.cleandoc(doc)
-    return docs

@@ -78,8 +78,18 @@ def most_rows(packer: "Packer", cursors: Sequence[Cursor], sequence_length: int)
     rows themselves would."""
     assert packer.end is not None
     measured = _measured(packer)
+    if packer.data.format == "text" and len(measured[1]) == packer.samples.num_documents:
+        return max(_num_full_rows(packer, cursor, sequence_length, measured[1]) for cursor in cursors)
     longest = np.zeros(sequence_length if packer.data.format == "chat" else int(measured[1].max(initial=1)), np.int32)
     return max(_num_rows(packer, cursor, sequence_length, measured, longest) for cursor in cursors)
+
+
+def _num_full_rows(packer: "Packer", cursor: Cursor, sequence_length: int, lengths: NDArray[np.int32]) -> int:
+    """Of texts without images, which are cut wherever a row ends: so all rows but the last are full."""
+    number, offset = cursor
+    assert packer.end is not None
+    documents = packer.samples.documents(range(number, packer.end, packer.num_slots))
+    return -(-(int(lengths[documents].sum(dtype=np.int64)) - offset) // sequence_length)
 
 
 def _num_rows(

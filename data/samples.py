@@ -96,6 +96,12 @@ class Samples:
             return int(mapped_numbers(self._deal)[sample])
         return self._permuted(sample, self.num_documents)
 
+    def documents(self, samples: range) -> NDArray[np.int64]:
+        """`document` of each."""
+        if self._deal is not None:
+            return mapped_numbers(self._deal)[samples.start : samples.stop : samples.step]
+        return np.array([self.document(sample) for sample in samples], np.int64)
+
     def find(self, sample: int) -> tuple[Source, int]:
         """The source of a sample, and the record's number there."""
         if not len(self._rank):

@@ -8,6 +8,7 @@ import time
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
+from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,12 @@ import torch.distributed as dist
 
 from training.distributed import init_distributed
 
-# A server that has torch imported, has never run an OpenMP region and never asked for a GPU forks the ranks: a rank
-# starts in milliseconds instead of the seconds that importing torch takes, and inherits no threads and no CUDA state.
-_context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["torch", "torch.distributed.fsdp", "torch.distributed.checkpoint"])
+# A server that has imported torch and all that trains, has never run an OpenMP region and never asked for a GPU forks
+# the ranks: a rank starts in milliseconds instead of the seconds that importing takes, and inherits no threads and no
+# CUDA state. (Not `datasets`: importing it starts a thread.)
+on_cpus = multiprocessing.get_context("forkserver")
+_PRELOADED = ["torch.distributed.checkpoint", "transformers", "tests.parallelisms.layouts"]
+_REPOSITORY = Path(__file__).resolve().parents[1]
 
 
 def free_port() -> int:
@@ -34,6 +37,15 @@ def needs_gpus(number: int) -> list[pytest.MarkDecorator]:
     """Marks of a test that runs on so many GPUs."""
     reason = f"needs {number} CUDA GPU{'s' if number > 1 else ''}"
     return [pytest.mark.gpu, pytest.mark.skipif(torch.cuda.device_count() < number, reason=reason)]
+
+
+def start_server() -> None:
+    """Starts the one server of this process unless it runs. Python 3.11 gives it no sys.path: what it does not find it
+    skips in silence."""
+    on_cpus.set_forkserver_preload(_PRELOADED)
+    with pytest.MonkeyPatch.context() as environment:
+        environment.setenv("PYTHONPATH", str(_REPOSITORY), prepend=os.pathsep)
+        forkserver.ensure_running()
 
 
 def _rank_main(
@@ -65,10 +77,11 @@ def run_ranks(
     the rank that failed first (others may only have missed it), and after `seconds` (a hang) with the ranks that were
     still running.
     """
+    start_server()
     with tempfile.TemporaryDirectory() as folder:
         port = free_port()
         ranks = [
-            _context.Process(target=_rank_main, args=(function, rank, world_size, device_type, port, folder, arguments))
+            on_cpus.Process(target=_rank_main, args=(function, rank, world_size, device_type, port, folder, arguments))
             for rank in range(world_size)
         ]
         for process in ranks:

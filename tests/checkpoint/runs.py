@@ -10,12 +10,10 @@ import time
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
-from tests.distributed import free_port
+from tests.distributed import free_port, on_cpus, start_server
 
 ROOT = Path(__file__).resolve().parents[2]
 
-_on_cpus = multiprocessing.get_context("forkserver")
-_on_cpus.set_forkserver_preload(["train"])
 _on_gpus = multiprocessing.get_context("spawn")  # imports have touched CUDA, which does not outlive a fork
 
 # The tiny recipe with less of everything but kinds of layers. Adam's eps: with the default, weights drift by noise
@@ -66,7 +64,9 @@ class Run:
         defaults = [option for option in OPTIONS if option.split("=")[0] not in given]
         arguments = [*defaults, f"--job.output_dir={folder}", *options]
         port = free_port()
-        start = _on_gpus.Process if on_gpus else _on_cpus.Process
+        if not on_gpus:
+            start_server()
+        start = _on_gpus.Process if on_gpus else on_cpus.Process
         self.ranks: list[BaseProcess] = [
             start(target=_rank_main, args=(rank, world_size, port, str(self.log), arguments, on_gpus))
             for rank in range(world_size)

@@ -6,7 +6,8 @@ import inspect
 
 import pytest
 
-from config.reading import ROOT, SECTIONS, field_docs, load_config, model_config
+from config.reading import ROOT, SECTIONS, load_config, model_config
+from config.schema import field_docs
 
 
 def test_help_lists_every_key_with_type_default_and_docstring(capsys: pytest.CaptureFixture) -> None:

@@ -488,7 +488,8 @@ def test_a_length_needs_no_pixels(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 @pytest.mark.parametrize("images", ["good", "broken"])
 def test_the_rows_of_an_epoch_are_counted_without_pictures(folder: Path, kind: str, images: str) -> None:
     """Where images lie decides where rows end: a text is cut before one that has no room."""
-    loader = make_loader(folder / f"{kind}.jsonl", folder / images, micro=NUM_SLOTS, one_epoch=True)
+    options = {"micro": NUM_SLOTS, "sequence_length": 40 if kind == "text" else SEQUENCE_LENGTH}
+    loader = make_loader(folder / f"{kind}.jsonl", folder / images, one_epoch=True, **options)
     num_rows = loader.num_steps_left()
     tokens = [int(next(loader).is_real.sum()) for _ in range(num_rows + 2)]
     assert [count > 0 for count in tokens] == [True] * num_rows + [False, False]

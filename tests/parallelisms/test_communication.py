@@ -12,15 +12,15 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from data.batch import Frame
-from models.ops.kernels import Kernels
 from models.qwen35_moe.config import FULL
-from models.qwen35_moe.model import Qwen35Moe
 from models.qwen35_moe.parts import part_of
+from parallelisms.degrees import Degrees
 from tests.distributed import run_ranks
 from tests.models.qwen35_moe.shapes import tiny_config
 from tests.models.qwen35_moe.vision_shapes import tiny_vision
 from tests.parallelisms.collectives import Collective, recorded
 from tests.parallelisms.layouts import Layout, build, own_batches, step
+from training.formulas import Traffic, sizes, traffic
 
 CONFIG = tiny_config(vocab_size=96, linear_num_key_heads=4, linear_num_value_heads=8)
 ROWS = [[64]] * 8
@@ -78,36 +78,33 @@ def records() -> dict[Layout, list[Record]]:
     return dict(zip(LAYOUTS, zip(*run_ranks(record_steps, 4, LAYOUTS))))
 
 
+def degrees_of(layout: Layout) -> Degrees:
+    return Degrees(layout.replicate, layout.world // layout.replicate, layout.ep, layout.cp)
+
+
+def tokens_of(layout: Layout) -> int:
+    """Of a rank in a micro-batch."""
+    return sum(map(sum, ROWS)) // (layout.world * layout.accumulation)
+
+
 def symbols(layout: Layout, num_copies: Fraction) -> dict[str, int | Fraction]:
     """What the documentation's letters stand for; see there."""
-    with torch.device("meta"):
-        model = Qwen35Moe(CONFIG, Kernels(attention="sdpa"))
-    fsdp = layout.world // layout.replicate
-    outside = {n for n, _ in model.named_parameters() if n.endswith(("mlp.gate.weight", "A_log", "dt_bias"))}
-    sizes = {}
-    for name, parameter in model.named_parameters():
-        rows = len(parameter) if name in outside else -(-len(parameter) // fsdp) * fsdp  # FSDP pads dimension 0
-        sizes[name] = rows * parameter[0].numel()
-
-    def total(pattern: str) -> int:
-        return sum(size for name, size in sizes.items() if re.match(pattern, name) and name not in outside)
-
-    last, num_full = CONFIG.num_hidden_layers - 1, CONFIG.layer_types.count(FULL)
+    of, num_full = sizes(CONFIG, layout.world // layout.replicate), CONFIG.layer_types.count(FULL)
     return {
         "A": layout.accumulation,
         "L": CONFIG.num_hidden_layers,
-        "D": total(r"layers\.") - total(r"layers.*\.experts\."),
-        "D_last": total(rf"layers\.{last}\.") - total(rf"layers\.{last}\..*\.experts\."),
-        "X": total(r"layers.*\.experts\."),
-        "X_last": total(rf"layers\.{last}\..*\.experts\."),
-        "R": total(r"(?!layers\.)"),
-        "F": sum(sizes[name] for name in outside),
+        "D": of.dense,
+        "D_last": of.last[0],
+        "X": of.experts,
+        "X_last": of.last[1],
+        "R": of.root,
+        "F": of.outside,
         "c": 2,
         "k": CONFIG.num_experts_per_tok,
         "H": CONFIG.hidden_size,
         "C": num_copies,
         "ep": layout.ep,
-        "t": sum(map(sum, ROWS)) // (layout.world * layout.accumulation),
+        "t": tokens_of(layout),
         "P": layout.cp,
         "Ll": CONFIG.num_hidden_layers - num_full,
         "Nk": CONFIG.linear_num_key_heads,
@@ -150,27 +147,37 @@ def all_ranks(layout: Layout) -> str:
     return "fsdp" if layout.replicate == 1 else "data_parallel"
 
 
+def by_formula(layout: Layout, num_copies: Fraction) -> list[Traffic]:
+    mode, of = layout.activation_checkpoint, sizes(CONFIG, layout.world // layout.replicate)
+    where = degrees_of(layout), tokens_of(layout), layout.accumulation, mode
+    return traffic(CONFIG, *where, num_copies, of)
+
+
 def expected(layout: Layout, num_copies: Fraction) -> Totals:
-    totals, of = documented(layout, num_copies), symbols(layout, num_copies)
-    if layout.ep == layout.world:  # ep is the axis fsdp itself
-        totals = {key: value for key, value in totals.items() if key[1] != "efsdp"}
-        totals["all-to-all", "fsdp"] = totals.pop(("all-to-all", "ep"))
-    if layout.cp > 1:
-        count, size = totals.pop(("all-to-all", "cp"))
-        if layout.activation_checkpoint == "full":  # the forward pass, which is half of it, once more
-            count, size = count + count // 2, size + size // 2
-        names = {layout.ep: "ep", layout.world // layout.replicate: "fsdp", layout.world: all_ranks(layout)}
-        key = ("all-to-all", names.get(layout.cp, "cp"))
-        totals[key] = (count + totals.get(key, (0, 0))[0], size + totals.get(key, (0, 0))[1])
-    if layout.ep > 1 and layout.activation_checkpoint == "full":
-        count, size = totals["all-to-all", "ep"]
-        again = of["A"] * of["L"]  # the copies; their weights and experts, float32
-        totals["all-to-all", "ep"] = (count + 2 * again, size + of["C"] * (of["c"] * of["H"] + 8 * of["k"]))
-    if layout.replicate > 1:
-        totals["all-reduce", all_ranks(layout)] = totals.pop(("all-reduce", "fsdp"))
-        sharded = 4 * (of["R"] + of["D"] + of["X"]) // 2
-        totals["all-reduce", "replicate"] = (of["L"] + 1, sharded)
+    """What the formulas say; axes with the same ranks have one name."""
+    names = {1: "", layout.ep: "ep", layout.world // layout.replicate: "fsdp", layout.world: all_ranks(layout)}
+    totals: Totals = {}
+    for kind, axis, calls, size in by_formula(layout, num_copies):
+        if kind == "all-to-all":
+            axis = names.get(layout.ep if axis == "ep" else layout.cp, axis)
+        before = totals.get((kind, axis), (0, 0))
+        totals[kind, axis] = (before[0] + calls, before[1] + size)
     return totals
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_the_documentation_has_the_formulas(layout: Layout) -> None:
+    num_copies = Fraction(1234)
+    with_other_name = {("all-reduce", "data_parallel"): ("all-reduce", "fsdp")}
+    formulas = {
+        with_other_name.get(row[:2], row[:2]): row[2:]
+        for row in by_formula(replace(layout, activation_checkpoint="none"), num_copies)
+        if row.axis != "replicate"  # described in words
+    }
+    written = documented(layout, num_copies)
+    if layout.ep == layout.world // layout.replicate:
+        written = {key: value for key, value in written.items() if key[1] != "efsdp"}
+    assert formulas == written
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)

@@ -1,0 +1,32 @@
+"""The ranks of tests: what they begin with."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from config.reading import ROOT
+from tests.distributed import run_ranks
+
+PROGRAM = "from tests.test_distributed import tell; tell()"
+
+
+def what_a_rank_begins_with() -> tuple[set[str], int]:
+    """Which of these modules are there, and how many threads the server has that forked this rank."""
+    modules = {"tests.parallelisms.layouts", "transformers", "datasets"} & {*sys.modules}
+    return modules, len(os.listdir(f"/proc/{os.getppid()}/task"))
+
+
+def tell() -> None:
+    for modules, num_threads in run_ranks(what_a_rank_begins_with, 2):
+        print(*sorted(modules), num_threads)
+
+
+def test_ranks_begin_with_everything_imported_and_no_threads(tmp_path: Path) -> None:
+    """Or each of the suite's hundreds of ranks would spend more than a second on imports. In a process of its own:
+    there is one server in each, which other tests may have started."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", PROGRAM]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True)
+    # Forking a process that has threads can hang.
+    assert done.stdout.splitlines() == ["tests.parallelisms.layouts transformers 1"] * 2

@@ -1,0 +1,131 @@
+"""The planner's command, what it recommends, and what a run says of it at its first logged step."""
+
+import itertools
+import logging
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from config.reading import load_config
+from errors import UserError
+from training.first_step import FirstStep, compared
+from training.hardware import GIB, GPUS
+from training.plan import Plan, Where, alternatives, as_options, changed, describe, fits, main, make_plan, uncertain
+
+ROOT = Path(__file__).resolve().parents[2]
+ONE_GPU = ["--config", "benchmarks/one_gpu_35b.toml"]
+WHOLE = ["--config", "qwen35moe_35b_a3b.toml", "--data.tokenizer=data/tiny/tokenizer"]
+
+
+def plan_of(arguments: list[str], where: Where) -> Plan:
+    return make_plan(load_config(arguments), where)
+
+
+def test_the_command_needs_no_gpu_and_seconds() -> None:
+    command = [sys.executable, "-m", "training.plan", *WHOLE, "--gpus", "64"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    for part in ("weights", "peak", "dense products", "tokens/s a GPU", "all-to-all", "the fastest first", "64 GPUs"):
+        assert part in done.stdout, part
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["--gpus=0"], "--gpus = 0: expected at least 1"),
+        (["--gpus=2", "--gpu=abacus"], "argument --gpu: invalid choice: 'abacus'"),
+        (["--gpus=2", "--documents=4,x"], "--documents = '4,x': expected lengths as 4096,1024"),
+        (["--gpus=2", "--images=big"], "--images = 'big': expected as 1080x1920:0.3"),
+        (["--gpus=2", "--images=64x64:0.5"], "--images: expected a model with a vision_config"),
+        (["--gpus=3", "--parallelism.expert_parallel_degree=2"], "expert_parallel_degree = 2: expected a divisor"),
+    ],
+)
+def test_mistakes_are_told(arguments: list[str], expected: str) -> None:
+    with pytest.raises(UserError) as error:
+        main([*ONE_GPU, *arguments])
+    assert expected in str(error.value)
+
+
+def test_what_died_of_memory_after_minutes_is_told_in_a_second() -> None:
+    where = Where(1, 8, "h100")
+    plan = plan_of([*ONE_GPU, "--model.config.num_hidden_layers=40"], where)
+    assert fits(plan, where) == "does not fit"
+    assert "does not fit" in describe(plan, where)
+    assert fits(plan_of(ONE_GPU, where), where) == "fits"
+
+
+def test_recommended_options_make_the_plan_that_they_stand_for() -> None:
+    where = Where(64, 8, "h100")
+    config = load_config(WHOLE)
+    found = alternatives(config, where)
+    rates = [plan.tokens_per_second for plan, _ in found]
+    assert len(found) > 20
+    assert all(later <= 1.011 * earlier for earlier, later in itertools.pairwise(rates))
+    for plan, change in found[:5]:
+        again = plan_of([*WHOLE, *as_options(config, change).split()], where)
+        assert (again.peak, again.tokens_per_second) == (plan.peak, plan.tokens_per_second)
+        assert plan.peak < GPUS["h100"].capacity
+
+
+def test_more_of_what_costs_memory_costs_memory() -> None:
+    where = Where(8, 8, "h200")
+    base = load_config([*WHOLE, "--activation_checkpoint.mode=full"])
+    peaks = {}
+    for mode in ("full", "selective", "none"):
+        plan = make_plan(changed(base, {("activation_checkpoint", "mode"): mode}), where)
+        peaks[mode] = plan.peak
+    assert peaks["full"] < peaks["selective"] < peaks["none"]
+    fuller = make_plan(changed(base, {("activation_checkpoint", "mode"): "none"}), where._replace(imbalance=2.0))
+    assert fuller.peak > peaks["none"]
+    halved = make_plan(changed(base, {("training", "master_dtype"): "bfloat16"}), where)
+    assert halved.memory["moments"] * 2 == make_plan(base, where).memory["moments"]
+
+
+def test_it_says_where_nothing_was_measured() -> None:
+    assert uncertain(plan_of(ONE_GPU, Where(1, 8, "h100")), Where(1, 8, "h100")) == []
+    where = Where(16, 8, "h100")
+    reasons = uncertain(plan_of([*WHOLE, "--parallelism.context_parallel_degree=2"], where), where)
+    assert any(reason.startswith("16 GPUs") for reason in reasons)
+    assert any(reason.startswith("several nodes") for reason in reasons)
+    assert any(reason.startswith("context degree 2") for reason in reasons)
+    wide = uncertain(plan_of([*ONE_GPU, "--model.config.hidden_size=3072"], Where(1, 8, "h100")), Where(1, 8, "h100"))
+    assert any(reason.startswith("other widths") for reason in wide)
+
+
+METRICS = {"peak_memory_gib": 54.6, "data_seconds": 0.001, "expert_load_max_over_mean": 1.2}
+
+
+def test_the_first_logged_step_says_what_was_predicted() -> None:
+    plan = plan_of(ONE_GPU, Where(1, 8, "h100"))
+    lasting = sum(plan.memory[term] for term in ("weights", "moments")) / GIB
+    said = compared(plan, METRICS, lasting, plan.time.seconds, list)
+    assert said == f"plan: peak 54.5 GiB, actual 54.6; step {plan.time.seconds:.3f} s, actual {plan.time.seconds:.3f}"
+    late = 2 * plan.time.seconds
+    assert "time is off by data" in compared(plan, METRICS | {"data_seconds": 0.3}, lasting, late, list)
+    assert "time is off, most of the plan's is dense products" in compared(plan, METRICS, lasting, late, list)
+    more = METRICS | {"peak_memory_gib": 64.6}
+    assert "most is activations" in compared(plan, more, lasting, plan.time.seconds, list)
+    told = compared(plan, more, lasting + 10, plan.time.seconds, lambda: ["2 GPUs: links"])
+    assert "off by weights and moments: 29.6 GiB, actual 39.6" in told
+    assert told.endswith("outside of what was measured: 2 GPUs: links")
+
+
+def test_a_run_on_a_known_gpu_says_it_once(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    device = torch.device("cuda")
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "NVIDIA H100 80GB HBM3")
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda _: 30 * GIB)
+    caplog.set_level(logging.INFO, logger="train")
+    first = FirstStep(load_config(ONE_GPU), 1, device)
+    first.compare(METRICS, 30.0, device, compiles=True)
+    assert not caplog.messages
+    for _ in range(2):
+        first.compare(METRICS, 0.34, device, compiles=False)
+    (said,) = caplog.messages
+    assert said.startswith("plan: peak 54.5 GiB, actual 54.6; step 0.341 s, actual 0.340")
+    for device_type, name in (("cpu", ""), ("cuda", "NVIDIA A100")):
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda _, name=name: name)
+        FirstStep(load_config(ONE_GPU), 1, torch.device(device_type)).compare(METRICS, 1.0, device, compiles=False)
+    assert len(caplog.messages) == 1

@@ -1,0 +1,245 @@
+"""What a step's memory and communication are made of, as formulas: read by the planner, and by the tests that compare
+them with recorded collectives, with docs/communication.md, and with what the compiler keeps of each kind of layer.
+
+Letters are those of docs/communication.md. Sizes are in numbers of elements or, where said, in bytes.
+"""
+
+import re
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from math import prod
+from typing import NamedTuple
+
+from config.options import Lora
+from models.qwen35_moe.config import FULL, LINEAR, ModelConfig
+from models.qwen35_moe.parameters import adapter_shapes, parameters
+from models.qwen35_moe.vision_config import VisionConfig
+from parallelisms.degrees import Degrees
+
+NO_LORA = Lora()
+_LAYER = re.compile(r"(?:mtp\.)?layers\.\d+\.")
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Numbers of parameters, as FSDP pads them."""
+
+    by_block: tuple[tuple[int, int], ...]
+    """Of each block: without experts and what stays outside FSDP (of D), experts (of X)."""
+    root: int
+    """R: embedding, final norm, head, and what of MTP is in no block."""
+    outside: int
+    """F: outside FSDP, float32."""
+    visual: int
+    """The vision tower."""
+
+    @property
+    def dense(self) -> int:
+        """D."""
+        return sum(dense for dense, _ in self.by_block)
+
+    @property
+    def experts(self) -> int:
+        """X."""
+        return sum(experts for _, experts in self.by_block)
+
+    @property
+    def last(self) -> tuple[int, int]:
+        """D_last and X_last."""
+        return self.by_block[-1]
+
+    @property
+    def total(self) -> int:
+        return self.dense + self.experts + self.root + self.outside + self.visual
+
+    def on_a_rank(self, degrees: Degrees) -> float:
+        """How many of them lie on a rank."""
+        return (self.total - self.outside) / degrees.shard + self.outside
+
+
+@lru_cache(maxsize=64)
+def sizes(shape: ModelConfig, fsdp: int) -> Sizes:
+    """Of the model itself, trained or not."""
+    table = parameters(shape)
+    outside = {name for name, parameter in table.items() if parameter.is_float32}
+    return _sizes({name: parameter.shape for name, parameter in table.items()}, outside, fsdp)
+
+
+def adapter_sizes(shape: ModelConfig, lora: Lora, fsdp: int) -> Sizes:
+    """Of the adapters alone."""
+    return _sizes(adapter_shapes(shape, lora.rank, lora.targets), (), fsdp)
+
+
+def _sizes(shapes: Mapping[str, tuple[int, ...]], outside: Collection[str], fsdp: int) -> Sizes:
+    blocks: dict[str, list[int]] = {}
+    others = {"root": 0, "outside": 0, "visual": 0}
+    for name, of_one in shapes.items():
+        if name in outside:
+            others["outside"] += prod(of_one)
+            continue
+        size = -(-of_one[0] // fsdp) * fsdp * prod(of_one[1:])  # FSDP pads dimension 0
+        if block := _LAYER.match(name):
+            blocks.setdefault(block[0], [0, 0])[".experts." in name] += size
+        else:
+            others["visual" if name.startswith("visual.") else "root"] += size
+    return Sizes(tuple((dense, experts) for dense, experts in blocks.values()) or ((0, 0),), **others)
+
+
+def copies_of_a_token(shape: ModelConfig, expert_degree: int) -> float:
+    """To how many ranks of `ep` a token goes if experts are chosen at random."""
+    return expert_degree * (1 - (1 - 1 / expert_degree) ** shape.num_experts_per_tok)
+
+
+class Traffic(NamedTuple):
+    """Collectives of one kind over one axis in a step."""
+
+    kind: str
+    axis: str
+    calls: int
+    num_bytes: float
+    """Of the whole tensor that an all-gather makes or a reduce-scatter takes, and of the input of the others."""
+
+
+def traffic(
+    shape: ModelConfig,
+    degrees: Degrees,
+    num_tokens: int,
+    accumulation: int,
+    mode: str,
+    num_copies: float,
+    of: Sizes,
+    c: int = 2,
+) -> list[Traffic]:
+    """The collectives of a step of a text model that trains whole: the tables of docs/communication.md.
+
+    num_tokens: of a rank in a micro-batch; num_copies: C, that a rank sends in a step; c: bytes of the compute dtype.
+    """
+    A, L, P, ep = accumulation, len(of.by_block), degrees.context, degrees.expert
+    k, H = shape.num_experts_per_tok, shape.hidden_size
+    R, D, X, (D_last, X_last), t = of.root, of.dense, of.experts, of.last, num_tokens
+    rows = []
+    if ep == 1:
+        rows += [
+            Traffic("all-gather", "fsdp", A * 2 * L, A * c * (R + 2 * (D + X) - D_last - X_last)),
+            Traffic("reduce-scatter", "fsdp", A * (L + 1), A * 4 * (R + D + X)),
+        ]
+    else:
+        again = 1 if mode == "full" else 0  # the copies and their weights
+        rows += [
+            Traffic("all-gather", "fsdp", A * 2 * L, A * c * (R + 2 * D - D_last)),
+            Traffic("all-gather", "efsdp", A * (2 * L - 1), A * c * (2 * X - X_last) // ep),
+            Traffic("reduce-scatter", "fsdp", A * (L + 1), A * 4 * (R + D)),
+            Traffic("reduce-scatter", "efsdp", A * L, A * 4 * X // ep),
+            Traffic(
+                "all-to-all",
+                "ep",
+                A * (7 + 2 * again) * L,
+                A * L * 8 * ep + num_copies * ((4 + again) * c * H + (16 + 8 * again) * k),
+            ),
+        ]
+    rows.append(Traffic("all-reduce", "fsdp" if degrees.replicate == 1 else "data_parallel", 1, 4 * (of.outside + 1)))
+    if P > 1:
+        Ll, Lf = shape.layer_types.count(LINEAR), shape.layer_types.count(FULL)
+        Nk, Kk, Nv, Kv = (
+            shape.linear_num_key_heads,
+            shape.linear_key_head_dim,
+            shape.linear_num_value_heads,
+            shape.linear_value_head_dim,
+        )
+        N, Nkv, K = shape.num_attention_heads, shape.num_key_value_heads, shape.head_dim
+        of_linear = Ll * (c * (2 * Nk * Kk + 2 * Nv * Kv) + 8 * Nv)
+        of_full = Lf * c * K * (2 * N + 2 * max(Nkv, P))
+        ways = 3 if mode == "full" else 2  # forward, backward, and forward again
+        rows.append(
+            Traffic("all-to-all", "cp", A * (6 * Ll + 4 * Lf) * ways // 2, A * ways * t * (of_linear + of_full))
+        )
+    if degrees.replicate > 1:
+        rows.append(Traffic("all-reduce", "replicate", L + 1, 4 * (R + D + X) / degrees.shard))
+    return [row for row in rows if row.axis != "efsdp" or degrees.shard > ep]
+
+
+def kept_by_layer(
+    shape: ModelConfig, layer_type: str, mode: str, degrees: Degrees, imbalance: float = 1.0, c: int = 2
+) -> float:
+    """Bytes that a compiled block of this kind keeps for the backward pass, for each of the rank's tokens.
+
+    imbalance: how many times the mean of copies and of their choices the rank receives, at ep > 1.
+    """
+    H, k, I, S = (  # noqa: E741
+        shape.hidden_size,
+        shape.num_experts_per_tok,
+        shape.moe_intermediate_size,
+        shape.shared_expert_intermediate_size,
+    )
+    rows = k * (imbalance if degrees.expert > 1 else 1.0)  # of experts
+    order = 22 * k  # weights, which experts, and the order of their rows: float32, int64, int16 and int64
+    product = 2 * I if 2 * I <= H else 0  # activation_checkpoint.py takes a wider one for down_proj's
+    experts: float
+    mixer: float
+    if mode == "full":
+        experts, mixer = order, c * H
+    elif mode == "selective":
+        experts = c * (rows * product + H + 2 * S) + 4 * shape.num_experts + order
+        mixer = c * H + _kept_by_mixer(shape, layer_type, mode, degrees, c)
+    else:
+        # What experts read, also in float32 for the router; the rows, their products before and after SwiGLU.
+        experts = c * (rows * (H + 3 * I) + 2 * H + 3 * S) + 4 * H + 4 * shape.num_experts + 32 * k
+        mixer = 2 * c * H + _kept_by_mixer(shape, layer_type, mode, degrees, c)
+    if degrees.expert > 1:
+        received = copies_of_a_token(shape, degrees.expert) * imbalance
+        # What experts read is handed from part to part; the copies received are kept, or with "full" sent again.
+        experts += 0 if mode == "none" else c * H
+        experts += 0 if mode == "full" else received * (12 * k + (c * H if mode == "selective" else 0))
+    return experts + mixer
+
+
+def _kept_by_mixer(shape: ModelConfig, layer_type: str, mode: str, degrees: Degrees, c: int) -> float:
+    """Of attention of either kind and the product behind it, without what the block reads."""
+    H, keeps_all, P = shape.hidden_size, mode == "none", degrees.context
+    if layer_type == FULL:
+        query, key = shape.num_attention_heads * shape.head_dim, shape.num_key_value_heads * shape.head_dim
+        # Queries with gates, keys and values as projected; the result with its normalisers; the product behind.
+        kept = c * (3 * query + 2 * key + H) + 4 * shape.num_attention_heads
+        if keeps_all:  # rotated queries and keys, the gated result
+            kept += c * (2 * query + key)
+        if P > 1:  # what came: queries, keys, values, results
+            kept += c * (query + query + 2 * max(key, P * shape.head_dim))
+        return kept
+    heads, value, keys = shape.linear_num_value_heads, shape.value_dim, 2 * shape.key_dim
+    # q, k and v before their convolution; the gate z; the result with the inverse of each chunk's system; behind.
+    kept = c * (keys + value + 2 * value + 64 * heads + H) + (2 * c + 4) * heads
+    if keeps_all:  # q, k, v behind the convolution, q and k normalised; the result normalised and gated
+        kept += c * (keys + value + keys + value) + 8 * heads + 8 * shape.linear_num_key_heads
+    if P > 1:  # the results that came back, decays and betas
+        kept += c * value + 8 * heads
+    return kept
+
+
+def backward_of_layer(
+    shape: ModelConfig, layer_type: str, mode: str, degrees: Degrees, imbalance: float = 1.0, c: int = 2
+) -> float:
+    """Bytes a token that are alive at the worst moment of a block's backward pass, what it kept included: what is
+    recomputed, and the gradients of the experts' rows. Counted is what the graphs hold; what the delta rule's kernels
+    allocate for themselves is not known. With "full" it is up to 3.4 % less, as the router's input is made again."""
+    H, I, S = shape.hidden_size, shape.moe_intermediate_size, shape.shared_expert_intermediate_size  # noqa: E741
+    rows = shape.num_experts_per_tok * (imbalance if degrees.expert > 1 else 1.0)
+    # That is when the gradients of the experts' rows are there, and the shared expert's activations are gone.
+    if mode == "selective":
+        return kept_by_layer(shape, layer_type, mode, degrees, imbalance, c) + c * (rows * (H + I) + 3 * H - 2 * S)
+    return kept_by_layer(shape, layer_type, "none", degrees, imbalance, c) + c * (rows * H + H - 3 * S)
+
+
+def kept_by_vision_block(vision: VisionConfig, mode: str, c: int = 2) -> float:
+    """Bytes a patch that a block of a tower that trains keeps: its input, q k v, attention's result, the product behind
+    it, and the MLP's first; without recomputation also both norms and what goes into the second product."""
+    width = vision.hidden_size
+    if mode == "full":
+        return c * width
+    kept = c * (6 * width + vision.intermediate_size) + 4 * vision.num_heads
+    return kept if mode == "selective" else kept + c * (4 * width + vision.intermediate_size)
+
+
+def layer_types(shape: ModelConfig) -> Iterable[str]:
+    """Of all blocks, that of multi-token prediction last."""
+    return (*shape.layer_types, *[FULL] * shape.mtp_num_hidden_layers)

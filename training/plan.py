@@ -1,0 +1,255 @@
+"""Will it fit, how fast, over which wires: memory, time and traffic of a run, and better layouts, without a GPU.
+
+    python -m training.plan --config X.toml --gpus 64 [--gpus-per-node 8] [--gpu h100] [--section.key value ...]
+
+Options of its own: `--documents 4096,1024`: rows are cut into documents of these lengths, over and over (default: a row
+is one); `--images 1080x1920:0.3`: so large a share of the tokens stands for images of this size; `--imbalance 1.1`:
+what the fullest rank receives of experts' rows, over the mean; `--alternatives 5`: how many are shown. The other
+options are train.py's. Formulas and rates stand in formulas.py, memory.py, step_time.py and hardware.py; recorded.py
+has the runs that they are held to.
+"""
+
+import argparse
+import dataclasses
+import itertools
+import math
+import re
+import sys
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from config.options import Config
+from config.reading import load_config, model_config
+from data.images import PixelRules, fit_image
+from errors import OneLineParser, UserError, exit_on_error
+from models.qwen35_moe.vision_config import VisionConfig
+from training.hardware import GPUS
+from training.memory import GIB, Case, case_of, peak_memory
+from training.recorded import OFF_BY, outside, recorded_runs
+from training.step_time import StepTime, step_time
+
+
+class Where(NamedTuple):
+    """What a run runs on, and what is not in its configuration."""
+
+    gpus: int
+    gpus_per_node: int
+    gpu: str
+    documents: tuple[int, ...] = ()
+    imbalance: float = 1.1
+    images: tuple[int, int, float] | None = None
+    """Height, width, share of the tokens."""
+
+
+class Plan(NamedTuple):
+    """What a configuration takes there."""
+
+    case: Case
+    moment: str
+    """The worst of a step, of memory."""
+    memory: dict[str, float]
+    """Bytes then, by term."""
+    time: StepTime
+    config: Config
+
+    @property
+    def peak(self) -> float:
+        return sum(self.memory.values())
+
+    @property
+    def tokens_per_second(self) -> float:
+        """A GPU's; rows that only fill up the last micro-batch do not count."""
+        training, degrees = self.config.training, self.case.degrees
+        tokens = training.global_batch_size * training.sequence_length
+        return tokens / self.time.seconds / (degrees.replicate * degrees.shard)
+
+
+def make_plan(config: Config, where: Where) -> Plan:
+    """Raises UserError for degrees that do not fit the GPUs or the model."""
+    case = case_of(config, where.gpus, where.documents, where.imbalance)
+    if where.images is not None:
+        if case.shape.vision is None:
+            raise UserError("--images: expected a model with a vision_config")
+        case = _with_images(case, case.shape.vision, where.images)
+    moment, memory = peak_memory(case)
+    return Plan(case, moment, memory, step_time(case, where.gpu, where.gpus_per_node), config)
+
+
+def _with_images(case: Case, vision: VisionConfig, images: tuple[int, int, float]) -> Case:
+    """With as many images as their share allows, and one more in the fullest micro-batch if it is no whole number."""
+    height, width = fit_image(*images[:2], PixelRules())
+    patches = height * width // vision.patch_size**2
+    of_micro_batch = images[2] * case.num_tokens / (patches // vision.patches_per_token)
+    num_frames = max(1, round(of_micro_batch * case.accumulation))
+    return dataclasses.replace(case, patches=patches * math.ceil(of_micro_batch), frames=(patches,) * num_frames)
+
+
+Change = dict[tuple[str, str], int | str]
+"""(section, key) -> value."""
+
+
+def changed(config: Config, change: Change) -> Config:
+    """The configuration with these keys changed."""
+    for (section, key), value in change.items():
+        part = dataclasses.replace(getattr(config, section), **{key: value})
+        config = dataclasses.replace(config, **{section: part})
+    return config
+
+
+def _changes(config: Config, where: Where) -> Iterator[Change]:
+    """Layouts that may be better: recomputation, degrees, rows of a micro-batch; the batch of a step stays."""
+    powers = [2**n for n in range(10)]
+    rows = [n for n in powers if n <= config.training.global_batch_size]
+    nodes = [n for n in {1, where.gpus // where.gpus_per_node, where.gpus // where.gpus_per_node // 8} if n >= 1]
+    degrees = [n for n in powers if n <= min(where.gpus, where.gpus_per_node)]
+    for mode, ep, cp, replicate, local in itertools.product(
+        ("none", "selective", "full"), degrees, degrees, sorted(nodes), rows
+    ):
+        yield {
+            ("activation_checkpoint", "mode"): mode,
+            ("parallelism", "expert_parallel_degree"): ep,
+            ("parallelism", "context_parallel_degree"): cp,
+            ("parallelism", "data_parallel_replicate_degree"): replicate,
+            ("parallelism", "data_parallel_shard_degree"): -1,
+            ("training", "local_batch_size"): local,
+        }
+
+
+def alternatives(config: Config, where: Where) -> list[tuple[Plan, Change]]:
+    """Layouts that fit with the error of the prediction to spare, the fastest first; of those that are as fast within
+    1 %, the one with less communication and less memory."""
+    found = []
+    for change in _changes(config, where):
+        other = changed(config, change)
+        try:
+            plan = make_plan(other, where)
+        except UserError:
+            continue  # degrees that cannot be
+        rows = plan.case.degrees.num_data_ranks * other.training.local_batch_size * plan.case.accumulation
+        if rows == config.training.global_batch_size and fits(plan, where) == "fits":
+            found.append((plan, change))
+    cheaper = {id(plan): sum(link.seconds for link in plan.time.links) + plan.peak / 1e15 for plan, _ in found}
+    found.sort(key=lambda each: (-round(math.log(each[0].tokens_per_second) / 0.01), cheaper[id(each[0])]))
+    return found
+
+
+def as_options(config: Config, change: Change) -> str:
+    """What of a change differs from the configuration, as options of the command line."""
+    differs = {
+        (section, key): value
+        for (section, key), value in change.items()
+        if getattr(getattr(config, section), key) != value
+    }
+    return " ".join(f"--{section}.{key} {value}" for (section, key), value in differs.items()) or "(as it is)"
+
+
+def fits(plan: Plan, where: Where) -> str:
+    """In a word or two."""
+    capacity = GPUS[where.gpu].capacity
+    if plan.peak > capacity:
+        return "does not fit"
+    return "fits" if plan.peak * (1 + OFF_BY["peak"]) <= capacity else "may fit"
+
+
+def describe(plan: Plan, where: Where) -> str:
+    """All tables but that of alternatives."""
+    case, gpu, training = plan.case, GPUS[where.gpu], plan.config.training
+    degrees, seconds = case.degrees, plan.time.seconds
+    lines = [
+        f"{where.gpus} x {where.gpu.upper()}, {min(where.gpus_per_node, where.gpus)} a node: replicate "
+        f"{degrees.replicate}, shard {degrees.shard}, ep {degrees.expert}, cp {degrees.context}; {case.mode}; "
+        f"micro-batches a GPU and step: {case.accumulation} of {case.num_tokens:,} tokens",
+        "",
+        f"Memory of a GPU, GiB, at the worst moment: {plan.moment}",
+    ]
+    lines += [f"  {term:44} {size / GIB:8.1f}" for term, size in plan.memory.items() if size > 0.05 * GIB]
+    spare = (gpu.capacity - plan.peak) / GIB
+    how_much = f"{spare:.1f} to spare" if spare >= 0 else f"{-spare:.1f} too many"
+    lines += [f"  {'peak':44} {plan.peak / GIB:8.1f} of {gpu.capacity / GIB:.1f}: {fits(plan, where)}, {how_much}"]
+    if "backward" in plan.moment:
+        room = case.num_tokens * 20e3 * case.shape.hidden_size / 2048 / GIB
+        lines += [f"  not counted: what the delta rule's kernels allocate for themselves, at most some {room:.1f}"]
+    lines += ["", "Time of a step, seconds"]
+    lines += [f"  {kind:44} {part:8.3f} {part / seconds:6.0%}" for kind, part in plan.time.by_kind.items()]
+    hidden = sum(link.hidden for link in plan.time.links)
+    lines += [f"  {'communication that is hidden':44} {hidden:8.3f}"] if hidden else []
+    mfu = plan.time.flops * plan.tokens_per_second / gpu.peak
+    days = f"; {training.steps:,} steps: {training.steps * seconds / 86400:.2f} days" if training.steps else ""
+    lines += [
+        f"  {'step':44} {seconds:8.3f}",
+        f"  {plan.tokens_per_second:,.0f} tokens/s a GPU, {mfu:.1%} MFU of text{days}",
+    ]
+    if plan.time.links:
+        lines += [
+            "",
+            "Traffic of a GPU in a step",
+            f"  {'':16} {'axis':14} {'over':22} calls      GB   seconds  hidden",
+        ]
+        for link in sorted(plan.time.links, key=lambda link: -link.seconds):
+            kind, axis, calls, num_bytes = link.traffic
+            lines.append(
+                f"  {kind:16} {axis:14} {link.over:22} {calls:5} {num_bytes / 1e9:7.2f} {link.seconds:9.3f} "
+                f"{link.hidden / link.seconds if link.seconds else 0:7.0%}"
+            )
+    return "\n".join(lines)
+
+
+def uncertain(plan: Plan, where: Where) -> list[str]:
+    """In what this run is outside of all that was measured, and by which term."""
+    return outside(plan.case, where.gpu, recorded_runs())
+
+
+def _images(text: str) -> tuple[int, int, float] | None:
+    if not text:
+        return None
+    found = re.fullmatch(r"([1-9]\d{0,4})x([1-9]\d{0,4}):(0?\.\d+)", text)
+    if found is None:
+        raise UserError(f"--images = {text!r}: expected as 1080x1920:0.3")
+    return int(found[1]), int(found[2]), float(found[3])
+
+
+def main(arguments: list[str]) -> None:
+    parser = OneLineParser(
+        prog="python -m training.plan", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--gpus", type=int, required=True)
+    parser.add_argument("--gpus-per-node", type=int, default=8)
+    parser.add_argument("--gpu", choices=tuple(GPUS), default="h100")
+    parser.add_argument("--documents", default="", metavar="LENGTHS")
+    parser.add_argument("--images", default="", metavar="HEIGHTxWIDTH:SHARE")
+    parser.add_argument("--imbalance", type=float, default=1.1)
+    parser.add_argument("--alternatives", type=int, default=5, metavar="NUMBER")
+    options, rest = parser.parse_known_args(arguments)
+    lengths = [length for length in options.documents.split(",") if length]
+    if not all(length.isdecimal() and int(length) for length in lengths):
+        raise UserError(f"--documents = {options.documents!r}: expected lengths as 4096,1024")
+    for name in ("gpus", "gpus_per_node", "imbalance"):
+        if not 1 <= getattr(options, name) <= 2**20:
+            raise UserError(f"--{name.replace('_', '-')} = {getattr(options, name)}: expected at least 1")
+    documents = tuple(map(int, lengths))
+    where = Where(
+        options.gpus, options.gpus_per_node, options.gpu, documents, options.imbalance, _images(options.images)
+    )
+    config = load_config(rest)
+    model_config(config)
+    plan = make_plan(config, where)
+    print(describe(plan, where))
+    if options.alternatives:
+        print("\nLayouts that fit, the fastest first: tokens/s a GPU, peak GiB, options")
+        found = alternatives(config, where)[: options.alternatives]
+        for other, change in found:
+            print(f"  {other.tokens_per_second:8,.0f} {other.peak / GIB:7.1f}  {as_options(config, change)}")
+        if not found:
+            print("  none: it takes more GPUs, larger ones, or a smaller state (--optimizer.state_dtype bfloat16)")
+    reasons = uncertain(plan, where)
+    if reasons:
+        print("\nOutside of what was measured, so that the error is not known:")
+        print("\n".join(f"  {reason}" for reason in reasons))
+    else:
+        bounds = f"{OFF_BY['peak']:.0%} in memory and {OFF_BY['time']:.0%} in time"
+        print(f"\nInside of what was measured: on {len(recorded_runs())} recorded runs off by at most {bounds}.")
+
+
+if __name__ == "__main__":
+    with exit_on_error():
+        main(sys.argv[1:])

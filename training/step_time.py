@@ -1,0 +1,175 @@
+"""How long a step takes, by kind of work: operations and bytes over the rates of hardware.py."""
+
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from math import prod
+
+from models.qwen35_moe.config import FULL, LINEAR, ModelConfig
+from models.qwen35_moe.parameters import adapter_parameters_per_token, parameters
+from models.qwen35_moe.vision_config import VisionConfig
+from training import hardware
+from training.flops import flops_per_token, vision_flops
+from training.formulas import (
+    Traffic,
+    copies_of_a_token,
+    kept_by_layer,
+    kept_by_vision_block,
+    layer_types,
+    sizes,
+    traffic,
+)
+from training.hardware import GPUS, HIDDEN, LINKS, Gpu
+from training.memory import Case, in_units, trained_sizes
+
+
+@dataclass(frozen=True)
+class Link:
+    """Collectives of one axis."""
+
+    traffic: Traffic
+    over: str
+    seconds: float
+    hidden: float
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """Seconds of a step."""
+
+    by_kind: dict[str, float]
+    """Of the GPU, what is not hidden; the host's beside them, where the GPU waits for it."""
+    links: list[Link]
+    flops: float
+    """Of a token, as MFU counts them."""
+
+    @property
+    def seconds(self) -> float:
+        return sum(self.by_kind.values())
+
+
+@lru_cache(maxsize=8)
+def products_per_token(shape: ModelConfig) -> tuple[float, float, float]:
+    """Parameters of matrix products that a token passes: dense ones of blocks, experts, the head."""
+    dense, experts = 0, 0
+    for name, parameter in parameters(replace(shape, vision=None)).items():
+        if parameter.expert_dim is not None:
+            experts += prod(parameter.shape) // shape.num_experts * shape.num_experts_per_tok
+        elif len(parameter.shape) == 2 and name not in ("embed_tokens.weight", "lm_head.weight"):
+            dense += prod(parameter.shape)
+    return dense, experts, shape.vocab_size * shape.hidden_size * (1 + shape.mtp_num_hidden_layers)
+
+
+def step_time(case: Case, gpu_name: str, gpus_per_node: int) -> StepTime:
+    """The step of `case` on GPUs of this kind, so many of which a node has."""
+    gpu, shape, c, degrees = GPUS[gpu_name], case.shape, case.c, case.degrees
+    tokens = case.num_tokens * case.accumulation
+    forwards = 2 if case.mode == "full" else 1
+    backward = 2 if case.trains_text else 1  # gradients of activations, and of weights
+    dense, experts, head = products_per_token(shape)
+    full, linear = layer_types_of(case, FULL), layer_types_of(case, LINEAR)
+
+    kinds = {
+        "dense products": 2 * tokens * (dense * (forwards + backward) + head * (1 + backward)) / gpu.dense,
+        "experts' products": 2 * tokens * experts * case.imbalance * (forwards + backward) / gpu.experts,
+    }
+    of_experts = sizes(shape, degrees.shard).experts / degrees.expert
+    kinds["experts' products"] += case.accumulation * c * of_experts * (forwards + backward) / gpu.memory
+    attending = 2 * tokens * case.mean_document * shape.num_attention_heads * shape.head_dim * full
+    kinds["attention"] = attending * (forwards / gpu.attention_forward + 2.5 / gpu.attention_backward)
+    heads = linear * shape.linear_num_value_heads / 32
+    kinds["delta rule"] = tokens * heads * (forwards * hardware.DELTA_RULE[0] + hardware.DELTA_RULE[1])
+    channels = linear * (2 * shape.key_dim + shape.value_dim) / 8192
+    again = 1 if case.mode == "none" else 2
+    kinds["convolution"] = tokens * channels * (again * hardware.CONVOLUTION[0] + hardware.CONVOLUTION[1])
+
+    kept = sum(kept_by_layer(shape, kind, "none", degrees._replace(expert=1, context=1)) for kind in layer_types(shape))
+    passes = hardware.PASSES if degrees.expert == 1 else hardware.PASSES_IN_PARTS
+    kinds["norms, routing, copies"] = tokens * kept * passes * (hardware.RECOMPUTED if forwards > 1 else 1) / gpu.memory
+    logits = tokens * shape.vocab_size * c * (1 + shape.mtp_num_hidden_layers)
+    kinds["softmax of the loss"] = 3 * logits / gpu.memory / hardware.SOFTMAX_SHARE
+    trained = trained_sizes(case)
+    on_rank = trained.on_a_rank(degrees)
+    # In the forward pass cast and copied into place, 4 + 2 + 2 + 2 bytes; gradients 2 + 4, and back to bfloat16.
+    of_a_weight = 16 if case.master_bytes == 4 else 20
+    has_dense, has_experts = in_units(case)
+    gathered = (trained.dense + trained.root) * has_dense + trained.experts / degrees.expert * has_experts
+    kinds["weights cast and gathered"] = case.accumulation * of_a_weight * gathered / gpu.memory
+    # Weights and moments are read and written; gradients read for their norm and again, and written back where clipped.
+    kinds["optimizer, clipping"] = (5 * case.master_bytes + 4 * case.state_bytes) * on_rank / gpu.optimizer
+    if case.lora.rank:
+        of_adapters = adapter_parameters_per_token(shape, case.lora.rank, case.lora.targets)
+        # r * (in + out) parameters each: so thin a product takes as long as its rows are read and written, thrice.
+        kinds["adapters' products"] = 3 * tokens * c * of_adapters / case.lora.rank / gpu.memory
+    if shape.vision is not None and case.frames:
+        kinds["vision"] = _tower(case, shape.vision, gpu)
+
+    if degrees.expert > 1:
+        kinds["numbers of copies"] = hardware.WAIT_AT_EP * len(case.shape.layer_types) * case.accumulation
+    links = _links(case, gpus_per_node)
+    compute = sum(kinds.values()) - kinds["optimizer, clipping"]
+    if degrees.expert == 1 and degrees.shard > 1:  # FSDP's own order: the block before hides it, as far as it lasts
+        over = sum(link.seconds for link in links if link.traffic.axis == "fsdp")
+        share = min(1.0, 0.9 * compute / over)
+        links = [replace(link, hidden=link.seconds * share) if link.traffic.axis == "fsdp" else link for link in links]
+    kinds["communication, not hidden"] = sum(link.seconds - link.hidden for link in links)
+    name = "ep" if degrees.expert > 1 else "units" if has_dense else "no units"
+    host = hardware.HOST[name] * len(list(layer_types(shape))) * case.accumulation
+    kinds["the GPU waits for the host"] = max(host - compute - kinds["communication, not hidden"], 0.0) + hardware.STEP
+    flops = flops_per_token(shape, round(case.mean_document), case.lora, True)
+    return StepTime({kind: seconds for kind, seconds in kinds.items() if seconds}, links, flops)
+
+
+def layer_types_of(case: Case, kind: str) -> int:
+    """How many blocks are of this kind."""
+    return list(layer_types(case.shape)).count(kind)
+
+
+def _tower(case: Case, vision: VisionConfig, gpu: Gpu) -> float:
+    """Products, attention of each frame to itself, and elementwise passes. What is frozen runs forward alone."""
+    trains, ways = case.trains_tower, 3 if case.trains_tower else 1
+    attending = vision.depth * 4 * vision.hidden_size * sum(length**2 for length in case.frames)
+    products = vision_flops(vision, case.frames, trains, trains) - ways * attending
+    forward, backward = hardware.VISION_ATTENTION
+    kept = sum(case.frames) * vision.depth * kept_by_vision_block(vision, "none", case.c)
+    return (
+        products / gpu.dense
+        + attending * (1 / forward + (2.5 / backward if trains else 0))
+        + kept * hardware.PASSES * ways / 3 / gpu.memory
+    )
+
+
+def _links(case: Case, gpus_per_node: int) -> list[Link]:
+    """The collectives of a step. Those of weights go round a ring, which passes a node's border on the cards of all its
+    GPUs that belong to the group."""
+    degrees = case.degrees
+    trained, whole = trained_sizes(case), sizes(case.shape, case.degrees.shard)
+    copies = case.num_tokens * case.accumulation * len(whole.by_block) * case.imbalance
+    copies *= copies_of_a_token(case.shape, degrees.expert)
+    rows = traffic(case.shape, degrees, case.num_tokens, case.accumulation, case.mode, copies, whole, case.c)
+    frozen = 1 - trained.total / whole.total
+    # axis -> its ranks, and the distance from one to the next
+    strides = {
+        "fsdp": (degrees.shard, 1),
+        "ep": (degrees.expert, 1),
+        "efsdp": (degrees.shard // degrees.expert, degrees.expert),
+        "cp": (degrees.context, 1),
+        "replicate": (degrees.replicate, degrees.shard),
+        "data_parallel": (degrees.shard * degrees.replicate, 1),
+    }
+    found = []
+    for row in rows:
+        ranks, stride = strides[row.axis]
+        if ranks == 1:
+            continue
+        in_node = max(1, min(ranks, gpus_per_node // stride))
+        crosses = ranks * stride > gpus_per_node
+        rate = LINKS.all_to_all if row.kind == "all-to-all" else LINKS.ring
+        if crosses:
+            rate = min(rate, LINKS.network * (1 if row.kind == "all-to-all" else in_node))
+        ways = 2 if row.kind == "all-reduce" else 1
+        num_bytes = row.num_bytes * (1 - frozen if row.kind in ("reduce-scatter", "all-reduce") else 1)
+        seconds = ways * num_bytes * (ranks - 1) / ranks / rate
+        hidden = seconds * (0.0 if row.axis == "cp" else HIDDEN[row.kind])
+        over = f"network, {in_node} of a node" if crosses else "NVLink"
+        found.append(Link(row._replace(num_bytes=num_bytes), over, seconds, hidden))
+    return found
