@@ -5,6 +5,7 @@ torch may move or change them in any release; those that pyproject.toml admits h
 
 import torch
 from torch.distributed._functional_collectives import all_to_all_single_autograd
+from torch.distributed.checkpoint.filesystem import _StorageInfo as StorageInfo
 from torch.distributed.fsdp._fully_shard import _fsdp_collectives
 from torch.distributed.fsdp._fully_shard._fsdp_api import ReduceScatter
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
@@ -13,6 +14,7 @@ from torch.utils._pytree import tree_leaves
 
 __all__ = [
     "ReduceScatter",  # the base class for FSDPModule.set_custom_reduce_scatter, which is public; it is not
+    "StorageInfo",  # what DCP's index says of where a tensor's bytes are; there is no public way to write one
     "all_to_all_single_autograd",  # torch.distributed.all_to_all_single has no gradient and breaks the graph
     "compute_local_shape_and_global_offset",  # DTensor tells its local tensor, but not where that lies
     "fsdp_collectives",  # see fsdp_copies.py: there is no other way

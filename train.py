@@ -162,6 +162,7 @@ def build_on_meta(shape: ModelConfig, kernels: Kernels, master_dtype: torch.dtyp
 
 def build_model(config: Config, shape: ModelConfig, meshes: Meshes, device: torch.device) -> Qwen35Moe:
     """The parallelised model on its device, its weights yet to be filled."""
+    keep_compiled_in(config.compile.cache_dir)
     dtype = compute_dtype(config.training.dtype, device.type)
     kernels = select_kernels(dataclasses.asdict(config.kernels), device.type, dtype, *shape.kernel_sizes)
     model = build_on_meta(shape, kernels, getattr(torch, config.training.master_dtype))
@@ -205,7 +206,6 @@ def main(arguments: list[str]) -> None:
     stop = StopRequest()
 
     # 2. Processes, devices, meshes.
-    keep_compiled_in(config.compile.cache_dir)
     if config.job.deterministic:
         set_deterministic()
     device = init_distributed(config.job.collective_timeout_seconds)

@@ -21,7 +21,6 @@ from itertools import product
 from pathlib import Path
 
 import torch
-from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
     Metadata,
@@ -34,6 +33,7 @@ from torch.distributed.checkpoint.metadata import (
 from errors import OneLineParser, exit_on_error
 from models.qwen35_moe.config import FULL, LINEAR, ModelConfig
 from models.qwen35_moe.parameters import parameters
+from torch_private import StorageInfo
 
 ROOT = Path(__file__).resolve().parents[1]
 EFSDP, EP = 2, 4
@@ -71,7 +71,7 @@ def write_checkpoint(folder: Path, config: ModelConfig) -> None:
             offsets = torch.Size([*starts, *[0] * (len(shape) - len(cuts))])
             file, before = files[rank % len(files)], files[rank % len(files)].tell()
             torch.save(numbers.repeat(-(-size.numel() // len(numbers)))[: size.numel()].clone().view(size), file)
-            places[MetadataIndex(f"model.{name}", offsets, len(chunks))] = _StorageInfo(
+            places[MetadataIndex(f"model.{name}", offsets, len(chunks))] = StorageInfo(
                 names[rank], before, file.tell() - before
             )
             chunks.append(ChunkStorageMetadata(offsets, size))

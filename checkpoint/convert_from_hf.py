@@ -13,7 +13,6 @@ from pathlib import Path
 
 import torch
 from torch.distributed.checkpoint import BytesStorageMetadata, ChunkStorageMetadata, Metadata, TensorStorageMetadata
-from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import MetadataIndex, StorageMeta, TensorProperties
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a file from anywhere
@@ -28,6 +27,7 @@ from errors import OneLineParser, exit_on_error
 from models.qwen35_moe.config import ModelConfig, read_config
 from models.qwen35_moe.hf_weights import left_out
 from models.qwen35_moe.parameters import parameters
+from torch_private import StorageInfo
 
 _BLOCK_BYTES = 256 * 2**20
 
@@ -59,7 +59,7 @@ def convert_from_hf(
 def _write_dcp(folder: Path, tensors: Mapping[str, StoredTensor], dtypes: Mapping[str, torch.dtype]) -> None:
     """One `.distcp` file, each tensor in chunks of its rows, and its index: what `dcp.save` writes, block by block."""
     entries: dict[str, TensorStorageMetadata | BytesStorageMetadata] = {}
-    places: dict[MetadataIndex, _StorageInfo] = {}
+    places: dict[MetadataIndex, StorageInfo] = {}
     path = folder / "__0_0.distcp"
     with path.open("wb") as file:
         for name, tensor in tensors.items():
@@ -69,7 +69,7 @@ def _write_dcp(folder: Path, tensors: Mapping[str, StoredTensor], dtypes: Mappin
                 offsets = torch.Size([row] + [0] * (block.dim() - 1)) if block.dim() else torch.Size()
                 start = file.tell()
                 torch.save(block.to(dtypes[name]), file)
-                places[MetadataIndex(key, offsets, len(chunks))] = _StorageInfo(path.name, start, file.tell() - start)
+                places[MetadataIndex(key, offsets, len(chunks))] = StorageInfo(path.name, start, file.tell() - start)
                 chunks.append(ChunkStorageMetadata(offsets, block.shape))
                 row += block.shape[0] if block.dim() else 0
             properties = TensorProperties(dtype=dtypes[name])

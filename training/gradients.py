@@ -22,10 +22,7 @@ def gradient_norm(parameters: Iterable[nn.Parameter], shards: dist.ProcessGroup 
     ones over `fsdp`, experts over `efsdp` and `ep`, which are the same ranks. Plain gradients are the same on all.
     """
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    square = _sum_of_squares([gradient.to_local() for gradient in gradients if isinstance(gradient, DTensor)])
-    if shards is not None and shards.size() > 1:
-        dist.all_reduce(square, group=shards)
-    return (square + _sum_of_squares([gradient for gradient in gradients if not isinstance(gradient, DTensor)])).sqrt()
+    return _norms({"all": gradients}, shards)["all"]
 
 
 @torch.no_grad()
@@ -34,23 +31,23 @@ def gradient_norms(
 ) -> dict[str, torch.Tensor]:
     """The same of each part of the model that has gradients (models/qwen35_moe/parts.py), by its name, in one
     all-reduce. All ranks have the same parts."""
-    sharded: dict[str, list[torch.Tensor]] = {}
-    plain: dict[str, list[torch.Tensor]] = {}
+    of_parts: dict[str, list[torch.Tensor]] = {}
     for name, parameter in named:
-        gradient = parameter.grad
-        if isinstance(gradient, DTensor):
-            sharded.setdefault(part_of(name), []).append(gradient.to_local())
-        elif gradient is not None:
-            plain.setdefault(part_of(name), []).append(gradient)
-    squares = {part: _sum_of_squares(gradients) for part, gradients in sharded.items()}
+        if parameter.grad is not None:
+            of_parts.setdefault(part_of(name), []).append(parameter.grad)
+    return _norms(of_parts, shards)
+
+
+def _norms(groups: dict[str, list[torch.Tensor]], shards: dist.ProcessGroup | None) -> dict[str, torch.Tensor]:
+    sharded = {name: [each.to_local() for each in group if isinstance(each, DTensor)] for name, group in groups.items()}
+    plain = {name: [each for each in group if not isinstance(each, DTensor)] for name, group in groups.items()}
+    squares = {name: _sum_of_squares(group) for name, group in sharded.items()}
     if squares and shards is not None and shards.size() > 1:
-        of_all = torch.stack(list(squares.values()))
+        device = next((group[0].device for group in sharded.values() if group), None)
+        of_all = torch.stack([square.to(device) for square in squares.values()])
         dist.all_reduce(of_all, group=shards)
         squares = dict(zip(squares, of_all))
-    for part, gradients in plain.items():
-        square = _sum_of_squares(gradients)
-        squares[part] = squares[part] + square if part in squares else square
-    return {part: square.sqrt() for part, square in squares.items()}
+    return {name: (square + _sum_of_squares(plain[name])).sqrt() for name, square in squares.items()}
 
 
 def _sum_of_squares(tensors: list[torch.Tensor]) -> torch.Tensor:
