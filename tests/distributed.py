@@ -1,7 +1,9 @@
 """Runs a test function in real processes, one a rank: `run_ranks(function, world_size, *arguments)`."""
 
+import contextlib
 import multiprocessing
 import os
+import random
 import socket
 import tempfile
 import time
@@ -26,11 +28,19 @@ _PRELOADED = ["torch.distributed.checkpoint", "transformers", "tests.parallelism
 _REPOSITORY = Path(__file__).resolve().parents[1]
 
 
-def free_port() -> int:
-    """A TCP port that was free a moment ago."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
+def free_port(count: int = 1) -> int:
+    """The first of `count` TCP ports in a row that were free a moment ago: below 32768, where on Linux no connection
+    takes its own end (scripts/train.sbatch chooses from the same range), and others for every process that asks."""
+    for first in random.Random(os.urandom(8)).sample(range(20000, 30000 - count), 100):
+        with contextlib.ExitStack() as listeners:
+            try:
+                for port in range(first, first + count):
+                    listener = listeners.enter_context(socket.socket())
+                    listener.bind(("", port))
+            except OSError:
+                continue
+            return first
+    raise AssertionError("no free port")
 
 
 def needs_gpus(number: int) -> list[pytest.MarkDecorator]:

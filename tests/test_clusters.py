@@ -63,7 +63,7 @@ def test_killed_ranks_are_started_again_and_go_on(config_file: Path, tmp_path: P
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     run(config_file, whole, *MANY_STEPS)
     of_nodes = {"NGPU": str(2 // num_nodes), "NNODES": str(num_nodes), "MASTER_ADDR": "127.0.0.1"}
-    of_nodes["MASTER_PORT"] = str(free_port())
+    of_nodes["MASTER_PORT"] = str(free_port(3))  # one a start
     launchers = [
         start(killed, config_file, *MANY_STEPS, "--max-restarts", "2", NODE_RANK=str(node), **of_nodes)
         for node in range(num_nodes)
