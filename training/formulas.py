@@ -5,7 +5,7 @@ Letters are those of docs/communication.md. Sizes are in numbers of elements or,
 """
 
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 from math import prod
@@ -14,6 +14,7 @@ from typing import NamedTuple
 from config.options import Lora
 from models.qwen35_moe.config import FULL, LINEAR, ModelConfig
 from models.qwen35_moe.parameters import adapter_shapes, parameters
+from models.qwen35_moe.parts import part_of
 from models.qwen35_moe.vision_config import VisionConfig
 from parallelisms.degrees import Degrees
 
@@ -32,7 +33,9 @@ class Sizes:
     outside: int
     """F: outside FSDP, float32."""
     visual: int
-    """The vision tower."""
+    """Of the vision tower, the parts that train."""
+    whole: int
+    """Of the vision tower, the parts that do not: whole on each rank."""
 
     @property
     def dense(self) -> int:
@@ -50,40 +53,47 @@ class Sizes:
         return self.by_block[-1]
 
     @property
-    def total(self) -> int:
-        return self.dense + self.experts + self.root + self.outside + self.visual
+    def sharded(self) -> int:
+        return self.dense + self.experts + self.root + self.visual
 
-    def on_a_rank(self, degrees: Degrees) -> float:
-        """How many of them lie on a rank."""
-        return (self.total - self.outside) / degrees.shard + self.outside
+    @property
+    def total(self) -> int:
+        return self.sharded + self.outside + self.whole
 
 
 @lru_cache(maxsize=64)
-def sizes(shape: ModelConfig, fsdp: int) -> Sizes:
-    """Of the model itself, trained or not."""
-    table = parameters(shape)
-    outside = {name for name, parameter in table.items() if parameter.is_float32}
-    return _sizes({name: parameter.shape for name, parameter in table.items()}, outside, fsdp)
-
-
-def adapter_sizes(shape: ModelConfig, lora: Lora, fsdp: int) -> Sizes:
-    """Of the adapters alone."""
-    return _sizes(adapter_shapes(shape, lora.rank, lora.targets), (), fsdp)
-
-
-def _sizes(shapes: Mapping[str, tuple[int, ...]], outside: Collection[str], fsdp: int) -> Sizes:
+def sizes(
+    shape: ModelConfig,
+    shard: int,
+    expert: int = 1,
+    lora: Lora = NO_LORA,
+    frozen: frozenset[str] = frozenset(),
+    trains: bool | None = None,
+) -> Sizes:
+    """Of the model and its adapters for these degrees. trains: of those alone that train, or that do not; `frozen` are
+    parts that do not, single ones (parts.py)."""
+    adapters = adapter_shapes(shape, lora.rank, lora.targets) if lora.rank else {}
+    others = {"root": 0, "outside": 0, "visual": 0, "whole": 0}
     blocks: dict[str, list[int]] = {}
-    others = {"root": 0, "outside": 0, "visual": 0}
-    for name, of_one in shapes.items():
-        if name in outside:
-            others["outside"] += prod(of_one)
+    table = {name: (parameter.shape, parameter.is_float32) for name, parameter in parameters(shape).items()}
+    for name, (of_one, is_float32) in (table | {name: (each, False) for name, each in adapters.items()}).items():
+        block = _LAYER.match(name)
+        of_block = blocks.setdefault(block[0], [0, 0]) if block else [0, 0]
+        is_trained = name in adapters if lora.rank else part_of(name) not in frozen
+        if trains is not None and is_trained != trains:
             continue
-        size = -(-of_one[0] // fsdp) * fsdp * prod(of_one[1:])  # FSDP pads dimension 0
-        if block := _LAYER.match(name):
-            blocks.setdefault(block[0], [0, 0])[".experts." in name] += size
+        is_of_tower, is_of_experts = name.startswith("visual."), ".experts." in name
+        if is_float32 or (is_of_tower and not is_trained):
+            others["outside" if is_float32 else "whole"] += prod(of_one)
+            continue
+        # FSDP pads dimension 0; but at ep > 1 that of experts is cut by ep, and another one by FSDP, both evenly.
+        rows = of_one[0] if is_of_experts and expert > 1 else -(-of_one[0] // shard) * shard
+        size = rows * prod(of_one[1:])
+        if block:
+            of_block[is_of_experts] += size
         else:
-            others["visual" if name.startswith("visual.") else "root"] += size
-    return Sizes(tuple((dense, experts) for dense, experts in blocks.values()) or ((0, 0),), **others)
+            others["visual" if is_of_tower else "root"] += size
+    return Sizes(tuple((dense, experts) for dense, experts in blocks.values()), **others)
 
 
 def copies_of_a_token(shape: ModelConfig, expert_degree: int) -> float:
@@ -109,28 +119,32 @@ def traffic(
     mode: str,
     num_copies: float,
     of: Sizes,
+    trained: Sizes,
     c: int = 2,
 ) -> list[Traffic]:
-    """The collectives of a step of a text model that trains whole: the tables of docs/communication.md.
+    """The collectives of a step of a text model: the tables of docs/communication.md, which are of one that trains
+    whole.
 
-    num_tokens: of a rank in a micro-batch; num_copies: C, that a rank sends in a step; c: bytes of the compute dtype.
+    num_tokens: of a rank in a micro-batch; num_copies: C, that a rank sends in a step; of, trained: sizes of all that
+    is gathered, and of what has gradients; c: bytes of the compute dtype.
     """
     A, L, P, ep = accumulation, len(of.by_block), degrees.context, degrees.expert
     k, H = shape.num_experts_per_tok, shape.hidden_size
     R, D, X, (D_last, X_last), t = of.root, of.dense, of.experts, of.last, num_tokens
+    gradients = trained.root + trained.dense
     rows = []
     if ep == 1:
         rows += [
             Traffic("all-gather", "fsdp", A * 2 * L, A * c * (R + 2 * (D + X) - D_last - X_last)),
-            Traffic("reduce-scatter", "fsdp", A * (L + 1), A * 4 * (R + D + X)),
+            Traffic("reduce-scatter", "fsdp", A * (L + 1), A * 4 * (gradients + trained.experts)),
         ]
     else:
         again = 1 if mode == "full" else 0  # the copies and their weights
         rows += [
             Traffic("all-gather", "fsdp", A * 2 * L, A * c * (R + 2 * D - D_last)),
             Traffic("all-gather", "efsdp", A * (2 * L - 1), A * c * (2 * X - X_last) // ep),
-            Traffic("reduce-scatter", "fsdp", A * (L + 1), A * 4 * (R + D)),
-            Traffic("reduce-scatter", "efsdp", A * L, A * 4 * X // ep),
+            Traffic("reduce-scatter", "fsdp", A * (L + 1), A * 4 * gradients),
+            Traffic("reduce-scatter", "efsdp", A * L, A * 4 * trained.experts // ep),
             Traffic(
                 "all-to-all",
                 "ep",
@@ -138,7 +152,9 @@ def traffic(
                 A * L * 8 * ep + num_copies * ((4 + again) * c * H + (16 + 8 * again) * k),
             ),
         ]
-    rows.append(Traffic("all-reduce", "fsdp" if degrees.replicate == 1 else "data_parallel", 1, 4 * (of.outside + 1)))
+    rows.append(
+        Traffic("all-reduce", "fsdp" if degrees.replicate == 1 else "data_parallel", 1, 4 * (trained.outside + 1))
+    )
     if P > 1:
         Ll, Lf = shape.layer_types.count(LINEAR), shape.layer_types.count(FULL)
         Nk, Kk, Nv, Kv = (
@@ -155,7 +171,7 @@ def traffic(
             Traffic("all-to-all", "cp", A * (6 * Ll + 4 * Lf) * ways // 2, A * ways * t * (of_linear + of_full))
         )
     if degrees.replicate > 1:
-        rows.append(Traffic("all-reduce", "replicate", L + 1, 4 * (R + D + X) / degrees.shard))
+        rows.append(Traffic("all-reduce", "replicate", L + 1, 4 * (gradients + trained.experts) / degrees.shard))
     return [row for row in rows if row.axis != "efsdp" or degrees.shard > ep]
 
 

@@ -2,16 +2,16 @@
 
 import itertools
 from dataclasses import dataclass
+from functools import cached_property
 
 from config.options import Config, Lora
 from config.reading import model_config
 from models.qwen35_moe.config import ModelConfig
-from models.qwen35_moe.parts import OF_TEXT, frozen_parts
+from models.qwen35_moe.parts import OF_TEXT, frozen_parts, parts_of_model, single_parts
 from parallelisms.degrees import Degrees, work_out_degrees
 from training.formulas import (
     NO_LORA,
     Sizes,
-    adapter_sizes,
     backward_of_layer,
     copies_of_a_token,
     kept_by_layer,
@@ -41,13 +41,13 @@ class Case:
     accumulation: int
     """Micro-batches a rank and step."""
     master_bytes: int
-    """Of a stored weight and its gradient."""
+    """Of a stored weight and its gradient; what is outside FSDP has 4."""
     state_bytes: int
     """Of each of Adam's moments."""
-    trains_text: bool = True
-    trains_tower: bool = True
-    partly_frozen: bool = False
-    """Parts of the text are, not all: they are counted as if they trained."""
+    state_outside: int = 4
+    """The same of what is outside FSDP."""
+    frozen: frozenset[str] = frozenset()
+    """Parts that do not train, single ones (parts.py)."""
     lora: Lora = NO_LORA
     imbalance: float = 1.0
     """Copies and rows that the fullest rank of `ep` receives, over the mean."""
@@ -57,7 +57,31 @@ class Case:
     """Patches of each frame of a rank's step."""
     compiled: bool = True
     c: int = 2
-    """Bytes of the compute dtype, bfloat16."""
+    """Bytes of the compute dtype."""
+
+    @cached_property
+    def trained(self) -> frozenset[str]:
+        """The model's own parts that train."""
+        return frozenset() if self.lora.rank else frozenset(parts_of_model(self.shape)) - self.frozen
+
+    @property
+    def trains_text(self) -> bool:
+        """Whether any of the text's own weights does."""
+        return not self.trained.isdisjoint(OF_TEXT)
+
+    @property
+    def trains_head(self) -> bool:
+        return ("embeddings" if self.shape.tie_word_embeddings else "head") in self.trained
+
+    @property
+    def trunk_has_graph(self) -> bool:
+        """Whether anything but multi-token prediction trains."""
+        return bool(self.lora.rank or self.trained - {"mtp"})
+
+    def sizes(self, trains: bool | None = None) -> Sizes:
+        """Of all parameters, or of those that train, or do not."""
+        degrees = self.degrees
+        return sizes(self.shape, degrees.shard, degrees.expert, self.lora, self.frozen, trains)
 
 
 def case_of(
@@ -73,7 +97,6 @@ def case_of(
     shape, training, state = model_config(config), config.training, config.optimizer.state_dtype
     degrees = work_out_degrees(config.parallelism, training, shape, world_size)
     lengths = [min(length, training.sequence_length) for length in documents] or [training.sequence_length]
-    frozen = set(frozen_parts(config.model.freeze, config.mtp.train))
     rows = degrees.num_data_ranks * training.local_batch_size
     return Case(
         shape=shape,
@@ -85,25 +108,15 @@ def case_of(
         accumulation=max(1, -(-training.global_batch_size // rows)),
         master_bytes=_BYTES[training.master_dtype],
         state_bytes=_BYTES[training.master_dtype if state == "auto" else state],
-        partly_frozen=config.mtp.train != "head" and bool(frozen & set(OF_TEXT)) and not frozen.issuperset(OF_TEXT),
-        trains_text=not config.lora.rank and not ("text" in frozen or frozen.issuperset(OF_TEXT)),
-        trains_tower=shape.vision is not None and not config.lora.rank and "vision" not in frozen,
+        state_outside=_BYTES["float32" if state == "auto" else state],
+        frozen=frozenset(single_parts(frozen_parts(config.model.freeze, config.mtp.train))),
         lora=config.lora,
         imbalance=imbalance,
         patches=patches,
         frames=frames,
         compiled=config.compile.enable,
+        c=_BYTES["bfloat16" if training.dtype == "auto" else training.dtype],
     )
-
-
-def trained_sizes(case: Case) -> Sizes:
-    """Of the parameters that train."""
-    if case.lora.rank:
-        return adapter_sizes(case.shape, case.lora, case.degrees.shard)
-    whole, nothing = sizes(case.shape, case.degrees.shard), ((0, 0),)
-    if not case.trains_text:
-        whole = Sizes(nothing, 0, 0, whole.visual)
-    return whole if case.trains_tower else Sizes(whole.by_block, whole.root, whole.outside, 0)
 
 
 def _loss_buffers(case: Case) -> float:
@@ -112,7 +125,8 @@ def _loss_buffers(case: Case) -> float:
     shape, tokens, c = case.shape, case.num_tokens, case.c
     num_chunks = -(-tokens // max(1, _CHUNK_BYTES // (c * shape.vocab_size)))
     chunk = c * shape.vocab_size * -(-tokens // num_chunks)
-    head = 4 * shape.vocab_size * shape.hidden_size if case.trains_text else 0
+    width = shape.hidden_size if case.trains_head else case.lora.rank if "head" in case.lora.targets else 0
+    head = 4 * shape.vocab_size * width
     hidden = tokens * shape.hidden_size * (2 * c + (8 if case.trains_text else 4))  # the norm's, in float32
     angles = tokens * shape.rotary_dim * 4
     return chunk * (3 if num_chunks > 1 else 2) + head + hidden + angles
@@ -125,21 +139,27 @@ def peak_memory(case: Case) -> tuple[str, dict[str, float]]:
     as there is one; the root's gradients, when nearly all others are there.
     """
     shape, degrees, c, types = case.shape, case.degrees, case.c, list(layer_types(case.shape))
-    whole, trained = sizes(shape, degrees.shard), trained_sizes(case)
-    is_sharded, trains = degrees.shard > 1, case.trains_text
-    of_head = c * shape.vocab_size * shape.hidden_size if trains else 0.0
-    has_dense, has_experts = in_units(case)
-    root = c * whole.root * has_dense
-    tower = c * whole.visual if case.trains_tower and has_dense and not is_sharded else 0.0
-    units = [c * (dense * has_dense + experts / degrees.expert * has_experts) for dense, experts in whole.by_block]
+    trained, (dense_of, experts_of) = case.sizes(trains=True), gathered_sizes(case)
+    is_sharded = degrees.shard > 1
+    of_head = c * shape.vocab_size * shape.hidden_size if case.trains_head else 0.0
+    root = c * dense_of.root
+    tower = 0.0 if is_sharded else c * dense_of.visual
+    blocks = list(zip(dense_of.by_block, experts_of.by_block))
+    units = [c * (dense + experts / degrees.expert) for (dense, _), (_, experts) in blocks]
     # The last block stays gathered, and while one computes so is the next; one process keeps all.
     two = max(map(sum, itertools.pairwise([*units, 0.0]))) + units[-1]
 
-    gradients = case.master_bytes * trained.on_a_rank(degrees)
+    gradients = _gradients(case)
     before = gradients if case.accumulation > 1 else 0.0  # of the micro-batches before
     # Of one block, before they are reduced: as computed, and in float32, which for one process are those that it keeps.
-    unreduced = units[0] * (1 + 4 / c * is_sharded) if trains else 0.0
-    kept = [_kept(case, kind) for kind in types]
+    unreduced = 0.0
+    if dense_of.total or experts_of.total:
+        dense, experts = trained.by_block[0]
+        computed = c * (dense * bool(dense_of.total) + experts / degrees.expert * bool(experts_of.total))
+        unreduced = computed * (1 + 4 / c * is_sharded)
+    # What runs without a graph keeps nothing: the trunk, where multi-token prediction alone trains.
+    first = 0 if case.trunk_has_graph else len(shape.layer_types)
+    kept = [_kept(case, kind) if index >= first else 0.0 for index, kind in enumerate(types)]
 
     def activations(number: int) -> dict[str, float]:
         """Of so many blocks, by kind."""
@@ -154,7 +174,7 @@ def peak_memory(case: Case) -> tuple[str, dict[str, float]]:
             "loss: logits, the head's gradient": _loss_buffers(case),
         }
     }
-    for kind in dict.fromkeys(types):
+    for kind in dict.fromkeys(types[first:]):
         index = len(types) - 1 - types[::-1].index(kind)
         later = sum(dense + experts for dense, experts in trained.by_block[index + 1 :]) * case.master_bytes
         alive = backward_of_layer(shape, kind, case.mode, degrees, case.imbalance, c)
@@ -165,41 +185,47 @@ def peak_memory(case: Case) -> tuple[str, dict[str, float]]:
             "recomputed, gradients of activations": case.num_tokens * alive,
             "exchange buffers": _exchange(case),
         }
-    if trains:  # of the root once as computed and, where they are reduced or added up, once in float32
-        computed = c * whole.root
-        in_float32 = 4 / c * computed if is_sharded or case.accumulation > 1 else 0.0
-        moments["the root's gradients"] = {
-            "gradients": gradients + computed * has_dense + in_float32,
-            "gathered weights": root + tower,
-        }
+    # Of the root once as computed and, where they are reduced or added up, once in float32.
+    computed = c * trained.root
+    in_float32 = 4 / c * computed if is_sharded or case.accumulation > 1 else 0.0
+    moments["the root's gradients"] = {
+        "gradients": gradients + computed * bool(dense_of.root) + in_float32,
+        "gathered weights": root + tower,
+    }
     worst = max(moments, key=lambda name: sum(moments[name].values()))
     terms = _lasting(case) | moments[worst] | {"vision": _vision(case)}
     return worst, {name: size for name, size in terms.items() if size}
 
 
-def in_units(case: Case) -> tuple[bool, bool]:
-    """Whether dense weights, and experts, are in units of FSDP, which gathers or casts them: not what is whole on its
-    rank and stored as it is computed with (parallelize.py)."""
-    degrees = case.degrees
-    needs_no_cast = bool(case.lora.rank) or not case.trains_text or case.master_bytes == case.c
-    if degrees.replicate > 1 and case.trains_text:
-        return True, True
-    return not needs_no_cast or degrees.shard > 1, not needs_no_cast or degrees.shard > degrees.expert
+def gathered_sizes(case: Case) -> tuple[Sizes, Sizes]:
+    """What of dense weights, and of experts, is in units of FSDP, which gathers or casts it: of what is whole on its
+    rank all that trains, unless it is stored as it is computed with and has no replicas (parallelize.py)."""
+    degrees, nothing = case.degrees, Sizes(((0, 0),) * len(list(layer_types(case.shape))), 0, 0, 0, 0)
+    needs_cast = case.master_bytes != case.c and not case.lora.rank
+    of_whole = case.sizes(trains=True) if needs_cast or degrees.replicate > 1 else nothing
+    over_experts = degrees.shard // (degrees.expert if degrees.expert > 1 else 1)
+    return case.sizes() if degrees.shard > 1 else of_whole, case.sizes() if over_experts > 1 else of_whole
 
 
 def _kept(case: Case, kind: str) -> float:
     return case.num_tokens * kept_by_layer(case.shape, kind, case.mode, case.degrees, case.imbalance, case.c)
 
 
+def _gradients(case: Case) -> float:
+    """Of a step, as they are kept."""
+    trained = case.sizes(trains=True)
+    return trained.sharded / case.degrees.shard * case.master_bytes + 4 * trained.outside
+
+
 def _lasting(case: Case) -> dict[str, float]:
     """What is there from step to step."""
-    whole, trained = sizes(case.shape, case.degrees.shard), trained_sizes(case).on_a_rank(case.degrees)
-    # What is frozen lies there as it is computed with: sharded with the rest, of the tower whole on each rank.
-    frozen = 0 if case.trains_text else (whole.total - whole.visual) * case.c / case.degrees.shard
-    frozen += 0 if case.trains_tower else whole.visual * case.c
-    name = "adapters" if case.lora.rank else "weights"
-    moments = 2 * trained * case.state_bytes
-    return {name: trained * case.master_bytes, "moments": moments, "frozen weights": frozen}
+    trained, frozen, shard = case.sizes(trains=True), case.sizes(trains=False), case.degrees.shard
+    return {
+        "adapters" if case.lora.rank else "weights": _gradients(case),  # as large
+        "moments": 2 * (trained.sharded / shard * case.state_bytes + trained.outside * case.state_outside),
+        # As computed with, and of the tower whole on each rank.
+        "frozen weights": case.c * (frozen.sharded / shard + frozen.whole) + 4 * frozen.outside,
+    }
 
 
 LASTING = ("weights", "adapters", "moments", "frozen weights")
@@ -207,14 +233,16 @@ LASTING = ("weights", "adapters", "moments", "frozen weights")
 
 def _vision(case: Case) -> float:
     """Features; and of a tower that trains, activations and the weights of a block."""
-    vision = case.shape.vision
+    vision, c = case.shape.vision, case.c
     if vision is None or not case.patches:
         return 0.0
-    features = case.patches * case.shape.hidden_size * case.c / vision.patches_per_token
-    if not case.trains_tower:
-        return features
-    weights = case.c * sizes(case.shape, case.degrees.shard).visual / (vision.depth + 1)
-    return features + weights + case.patches * vision.depth * kept_by_vision_block(vision, case.mode, case.c)
+    # The merger's input, that normalised, and its products before and after GELU.
+    of_patch = 4 * c * vision.hidden_size + 8 if case.trained & {"vision", "merger"} else 0.0
+    weights = 0.0
+    if "vision" in case.trained:
+        of_patch += vision.depth * kept_by_vision_block(vision, case.mode, c)
+        weights = c * case.sizes(trains=True).visual / (vision.depth + 1) * (case.degrees.shard > 1)
+    return weights + case.patches * (of_patch + case.shape.hidden_size * c / vision.patches_per_token)
 
 
 def _exchange(case: Case) -> float:

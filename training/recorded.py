@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 from config.reading import load_config
 from errors import UserError, reading
+from models.qwen35_moe.parts import OF_TEXT, parts_of_model
 from training.hardware import GPUS
 from training.memory import GIB, Case, case_of, peak_memory
 from training.step_time import step_time
@@ -121,9 +122,13 @@ def outside(case: Case, gpu: str, runs: list[Recorded]) -> list[str]:
     widths = [_widths(c) for c in cases]
     unless(_widths(case) in widths, "other widths than 35B-A3B's", "every kind's rate")
     unless(case.state_bytes == case.master_bytes, "moments of another dtype than weights", "the optimizer's rate")
+    unless(case.c == 2, 'training.dtype = "float32"', "every kind's rate, and memory that is counted in bfloat16")
     unless(case.compiled, "compile.enable = false", "activations and elementwise passes: both are higher")
+    some = case.trained & set(OF_TEXT)
     unless(
-        not case.partly_frozen, "frozen parts of the text", "their gradients and moments, counted as if they trained"
+        not some or some >= set(parts_of_model(case.shape)) & set(OF_TEXT),
+        "frozen parts of the text",
+        "what they spare of activations and time, counted as if they trained",
     )
     unless(not case.shape.mtp_num_hidden_layers, "multi-token prediction", "its activations and time")
     unless(not case.frames or any(c.frames for c in timed), "images", "the tower's time")

@@ -15,11 +15,10 @@ from training.formulas import (
     kept_by_layer,
     kept_by_vision_block,
     layer_types,
-    sizes,
     traffic,
 )
 from training.hardware import GPUS, HIDDEN, LINKS, Gpu
-from training.memory import Case, in_units, trained_sizes
+from training.memory import Case, gathered_sizes
 
 
 @dataclass(frozen=True)
@@ -72,7 +71,7 @@ def step_time(case: Case, gpu_name: str, gpus_per_node: int) -> StepTime:
         "dense products": 2 * tokens * (dense * (forwards + backward) + head * (1 + backward)) / gpu.dense,
         "experts' products": 2 * tokens * experts * case.imbalance * (forwards + backward) / gpu.experts,
     }
-    of_experts = sizes(shape, degrees.shard).experts / degrees.expert
+    of_experts = case.sizes().experts / degrees.expert
     kinds["experts' products"] += case.accumulation * c * of_experts * (forwards + backward) / gpu.memory
     attending = 2 * tokens * case.mean_document * shape.num_attention_heads * shape.head_dim * full
     kinds["attention"] = attending * (forwards / gpu.attention_forward + 2.5 / gpu.attention_backward)
@@ -87,11 +86,11 @@ def step_time(case: Case, gpu_name: str, gpus_per_node: int) -> StepTime:
     kinds["norms, routing, copies"] = tokens * kept * passes * (hardware.RECOMPUTED if forwards > 1 else 1) / gpu.memory
     logits = tokens * shape.vocab_size * c * (1 + shape.mtp_num_hidden_layers)
     kinds["softmax of the loss"] = 3 * logits / gpu.memory / hardware.SOFTMAX_SHARE
-    trained = trained_sizes(case)
-    on_rank = trained.on_a_rank(degrees)
+    trained = case.sizes(trains=True)
+    on_rank = trained.sharded / degrees.shard + trained.outside
     # In the forward pass cast and copied into place, 4 + 2 + 2 + 2 bytes; gradients 2 + 4, and back to bfloat16.
     of_a_weight = 16 if case.master_bytes == 4 else 20
-    has_dense, has_experts = in_units(case)
+    has_dense, has_experts = (bool(of.total) for of in gathered_sizes(case))
     gathered = (trained.dense + trained.root) * has_dense + trained.experts / degrees.expert * has_experts
     kinds["weights cast and gathered"] = case.accumulation * of_a_weight * gathered / gpu.memory
     # Weights and moments are read and written; gradients read for their norm and again, and written back where clipped.
@@ -126,9 +125,10 @@ def layer_types_of(case: Case, kind: str) -> int:
 
 def _tower(case: Case, vision: VisionConfig, gpu: Gpu) -> float:
     """Products, attention of each frame to itself, and elementwise passes. What is frozen runs forward alone."""
-    trains, ways = case.trains_tower, 3 if case.trains_tower else 1
+    trains, trains_merger = "vision" in case.trained, "merger" in case.trained
+    ways = 3 if trains else 1
     attending = vision.depth * 4 * vision.hidden_size * sum(length**2 for length in case.frames)
-    products = vision_flops(vision, case.frames, trains, trains) - ways * attending
+    products = vision_flops(vision, case.frames, trains, trains_merger) - ways * attending
     forward, backward = hardware.VISION_ATTENTION
     kept = sum(case.frames) * vision.depth * kept_by_vision_block(vision, "none", case.c)
     return (
@@ -142,11 +142,10 @@ def _links(case: Case, gpus_per_node: int) -> list[Link]:
     """The collectives of a step. Those of weights go round a ring, which passes a node's border on the cards of all its
     GPUs that belong to the group."""
     degrees = case.degrees
-    trained, whole = trained_sizes(case), sizes(case.shape, case.degrees.shard)
+    trained, whole = case.sizes(trains=True), case.sizes()
     copies = case.num_tokens * case.accumulation * len(whole.by_block) * case.imbalance
     copies *= copies_of_a_token(case.shape, degrees.expert)
-    rows = traffic(case.shape, degrees, case.num_tokens, case.accumulation, case.mode, copies, whole, case.c)
-    frozen = 1 - trained.total / whole.total
+    rows = traffic(case.shape, degrees, case.num_tokens, case.accumulation, case.mode, copies, whole, trained, case.c)
     # axis -> its ranks, and the distance from one to the next
     strides = {
         "fsdp": (degrees.shard, 1),
@@ -167,9 +166,8 @@ def _links(case: Case, gpus_per_node: int) -> list[Link]:
         if crosses:
             rate = min(rate, LINKS.network * (1 if row.kind == "all-to-all" else in_node))
         ways = 2 if row.kind == "all-reduce" else 1
-        num_bytes = row.num_bytes * (1 - frozen if row.kind in ("reduce-scatter", "all-reduce") else 1)
-        seconds = ways * num_bytes * (ranks - 1) / ranks / rate
+        seconds = ways * row.num_bytes * (ranks - 1) / ranks / rate
         hidden = seconds * (0.0 if row.axis == "cp" else HIDDEN[row.kind])
         over = f"network, {in_node} of a node" if crosses else "NVLink"
-        found.append(Link(row._replace(num_bytes=num_bytes), over, seconds, hidden))
+        found.append(Link(row, over, seconds, hidden))
     return found

@@ -67,13 +67,13 @@ def check_frozen(frozen: Collection[str], config: ModelConfig) -> None:
                 f"model.freeze = {list(frozen)}: the model has no part {part!r}{reasons.get(part, '')}: expected some "
                 f"of {', '.join((TEXT, *present))}"
             )
-    if not set(present) - _single(frozen):
+    if not set(present) - single_parts(frozen):
         raise UserError(f"model.freeze = {list(frozen)}: nothing is left to train: expected fewer parts")
 
 
 def freeze(model: "nn.Module", frozen: Iterable[str]) -> None:
     """Has all parameters of these parts, and no others, require no gradient."""
-    single = _single(frozen)
+    single = single_parts(frozen)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(part_of(name) not in single)
 
@@ -84,5 +84,6 @@ def frozen_parts(frozen: Collection[str], mtp_train: str) -> Collection[str]:
     return set(PARTS) - {"mtp"} | set(frozen) if mtp_train == "head" else frozen
 
 
-def _single(parts: Iterable[str]) -> set[str]:
+def single_parts(parts: Iterable[str]) -> set[str]:
+    """Those that "text" stands for in its place."""
     return {single for part in parts for single in (OF_TEXT if part == TEXT else (part,))}

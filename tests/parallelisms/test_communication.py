@@ -89,7 +89,7 @@ def tokens_of(layout: Layout) -> int:
 
 def symbols(layout: Layout, num_copies: Fraction) -> dict[str, int | Fraction]:
     """What the documentation's letters stand for; see there."""
-    of, num_full = sizes(CONFIG, layout.world // layout.replicate), CONFIG.layer_types.count(FULL)
+    of, num_full = sizes(CONFIG, layout.world // layout.replicate, layout.ep), CONFIG.layer_types.count(FULL)
     return {
         "A": layout.accumulation,
         "L": CONFIG.num_hidden_layers,
@@ -148,9 +148,9 @@ def all_ranks(layout: Layout) -> str:
 
 
 def by_formula(layout: Layout, num_copies: Fraction) -> list[Traffic]:
-    mode, of = layout.activation_checkpoint, sizes(CONFIG, layout.world // layout.replicate)
+    mode, of = layout.activation_checkpoint, sizes(CONFIG, layout.world // layout.replicate, layout.ep)
     where = degrees_of(layout), tokens_of(layout), layout.accumulation, mode
-    return traffic(CONFIG, *where, num_copies, of)
+    return traffic(CONFIG, *where, num_copies, of, of)
 
 
 def expected(layout: Layout, num_copies: Fraction) -> Totals:
