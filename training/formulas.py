@@ -20,6 +20,7 @@ from parallelisms.degrees import Degrees
 
 NO_LORA = Lora()
 _LAYER = re.compile(r"(?:mtp\.)?layers\.\d+\.")
+_UNIT_OF_TOWER = re.compile(r"visual\.(?:blocks\.\d+\.)?")
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,8 @@ class Sizes:
     """Of the vision tower, the parts that train."""
     whole: int
     """Of the vision tower, the parts that do not: whole on each rank."""
+    units_of_tower: int
+    """Of FSDP: each block that trains, and the rest that does."""
 
     @property
     def dense(self) -> int:
@@ -75,6 +78,7 @@ def sizes(
     adapters = adapter_shapes(shape, lora.rank, lora.targets) if lora.rank else {}
     others = {"root": 0, "outside": 0, "visual": 0, "whole": 0}
     blocks: dict[str, list[int]] = {}
+    units_of_tower = set[str]()
     table = {name: (parameter.shape, parameter.is_float32) for name, parameter in parameters(shape).items()}
     for name, (of_one, is_float32) in (table | {name: (each, False) for name, each in adapters.items()}).items():
         block = _LAYER.match(name)
@@ -82,8 +86,8 @@ def sizes(
         is_trained = name in adapters if lora.rank else part_of(name) not in frozen
         if trains is not None and is_trained != trains:
             continue
-        is_of_tower, is_of_experts = name.startswith("visual."), ".experts." in name
-        if is_float32 or (is_of_tower and not is_trained):
+        of_tower, is_of_experts = _UNIT_OF_TOWER.match(name), ".experts." in name
+        if is_float32 or (of_tower and not is_trained):
             others["outside" if is_float32 else "whole"] += prod(of_one)
             continue
         # FSDP pads dimension 0; but at ep > 1 that of experts is cut by ep, and another one by FSDP, both evenly.
@@ -92,8 +96,11 @@ def sizes(
         if block:
             of_block[is_of_experts] += size
         else:
-            others["visual" if is_of_tower else "root"] += size
-    return Sizes(tuple((dense, experts) for dense, experts in blocks.values()), **others)
+            others["visual" if of_tower else "root"] += size
+        if of_tower:
+            units_of_tower.add(of_tower[0])
+    by_block = tuple((dense, experts) for dense, experts in blocks.values())
+    return Sizes(by_block, **others, units_of_tower=len(units_of_tower))
 
 
 def copies_of_a_token(shape: ModelConfig, expert_degree: int) -> float:
@@ -121,30 +128,41 @@ def traffic(
     of: Sizes,
     trained: Sizes,
     c: int = 2,
+    trunk_has_graph: bool = True,
 ) -> list[Traffic]:
-    """The collectives of a step of a text model: the tables of docs/communication.md, which are of one that trains
-    whole.
+    """The collectives of a step: the tables of docs/communication.md, which are of a text model that trains whole; but
+    of a tower's features and of the embeddings that multi-token prediction sends.
 
     num_tokens: of a rank in a micro-batch; num_copies: C, that a rank sends in a step; of, trained: sizes of all that
-    is gathered, and of what has gradients; c: bytes of the compute dtype.
+    is in units of FSDP, and of what trains; c: bytes of the compute dtype; trunk_has_graph: false where multi-token
+    prediction alone trains.
     """
     A, L, P, ep = accumulation, len(of.by_block), degrees.context, degrees.expert
-    k, H = shape.num_experts_per_tok, shape.hidden_size
-    R, D, X, (D_last, X_last), t = of.root, of.dense, of.experts, of.last, num_tokens
-    gradients = trained.root + trained.dense
-    rows = []
-    if ep == 1:
-        rows += [
-            Traffic("all-gather", "fsdp", A * 2 * L, A * c * (R + 2 * (D + X) - D_last - X_last)),
-            Traffic("reduce-scatter", "fsdp", A * (L + 1), A * 4 * (gradients + trained.experts)),
-        ]
-    else:
+    k, H, t = shape.num_experts_per_tok, shape.hidden_size, num_tokens
+    # Blocks that run forward alone are gathered once, but for the one that FSDP gathers before it is not needed.
+    once = 0 if trunk_has_graph else max(len(shape.layer_types) - 1, 0)
+    with_experts = [sum(block) for block in of.by_block], [sum(block) for block in trained.by_block]
+    dense, dense_trained = with_experts if ep == 1 else ([d for d, _ in of.by_block], [d for d, _ in trained.by_block])
+    experts, experts_trained = [x for _, x in of.by_block], [x for _, x in trained.by_block]
+    units = [*dense_trained, trained.root]  # with gradients to be reduced
+
+    def gathered(blocks: list[int]) -> int:
+        return 2 * sum(blocks) - blocks[-1] - sum(blocks[:once])
+
+    calls = A * (2 * L - once + 2 * of.units_of_tower), A * (sum(map(bool, units)) + trained.units_of_tower)
+    rows = [
+        Traffic("all-gather", "fsdp", calls[0], A * c * (of.root + gathered(dense) + 2 * of.visual)),
+        Traffic("reduce-scatter", "fsdp", calls[1], A * 4 * (sum(units) + trained.visual)),
+        Traffic("all-reduce", "fsdp" if degrees.replicate == 1 else "data_parallel", 1, 4 * (trained.outside + 1)),
+    ]
+    num_reduced = calls[1] // A
+    if ep > 1:
         again = 1 if mode == "full" else 0  # the copies and their weights
+        units += experts_trained
+        num_reduced += sum(map(bool, experts_trained))
         rows += [
-            Traffic("all-gather", "fsdp", A * 2 * L, A * c * (R + 2 * D - D_last)),
-            Traffic("all-gather", "efsdp", A * (2 * L - 1), A * c * (2 * X - X_last) // ep),
-            Traffic("reduce-scatter", "fsdp", A * (L + 1), A * 4 * gradients),
-            Traffic("reduce-scatter", "efsdp", A * L, A * 4 * trained.experts // ep),
+            Traffic("all-gather", "efsdp", A * (2 * L - 1 - once), A * c * gathered(experts) // ep),
+            Traffic("reduce-scatter", "efsdp", A * sum(map(bool, experts_trained)), A * 4 * trained.experts // ep),
             Traffic(
                 "all-to-all",
                 "ep",
@@ -152,11 +170,9 @@ def traffic(
                 A * L * 8 * ep + num_copies * ((4 + again) * c * H + (16 + 8 * again) * k),
             ),
         ]
-    rows.append(
-        Traffic("all-reduce", "fsdp" if degrees.replicate == 1 else "data_parallel", 1, 4 * (trained.outside + 1))
-    )
     if P > 1:
-        Ll, Lf = shape.layer_types.count(LINEAR), shape.layer_types.count(FULL)
+        types = list(layer_types(shape))
+        Ll, Lf = types.count(LINEAR), types.count(FULL)
         Nk, Kk, Nv, Kv = (
             shape.linear_num_key_heads,
             shape.linear_key_head_dim,
@@ -171,8 +187,8 @@ def traffic(
             Traffic("all-to-all", "cp", A * (6 * Ll + 4 * Lf) * ways // 2, A * ways * t * (of_linear + of_full))
         )
     if degrees.replicate > 1:
-        rows.append(Traffic("all-reduce", "replicate", L + 1, 4 * (gradients + trained.experts) / degrees.shard))
-    return [row for row in rows if row.axis != "efsdp" or degrees.shard > ep]
+        rows.append(Traffic("all-reduce", "replicate", num_reduced, 4 * (sum(units) + trained.visual) / degrees.shard))
+    return [row for row in rows if row.calls and (row.axis != "efsdp" or degrees.shard > ep)]
 
 
 def kept_by_layer(

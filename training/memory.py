@@ -149,7 +149,7 @@ def peak_memory(case: Case) -> tuple[str, dict[str, float]]:
     # The last block stays gathered, and while one computes so is the next; one process keeps all.
     two = max(map(sum, itertools.pairwise([*units, 0.0]))) + units[-1]
 
-    gradients = _gradients(case)
+    gradients = gradient_bytes(case)
     before = gradients if case.accumulation > 1 else 0.0  # of the micro-batches before
     # Of one block, before they are reduced: as computed, and in float32, which for one process are those that it keeps.
     unreduced = 0.0
@@ -200,7 +200,7 @@ def peak_memory(case: Case) -> tuple[str, dict[str, float]]:
 def gathered_sizes(case: Case) -> tuple[Sizes, Sizes]:
     """What of dense weights, and of experts, is in units of FSDP, which gathers or casts it: of what is whole on its
     rank all that trains, unless it is stored as it is computed with and has no replicas (parallelize.py)."""
-    degrees, nothing = case.degrees, Sizes(((0, 0),) * len(list(layer_types(case.shape))), 0, 0, 0, 0)
+    degrees, nothing = case.degrees, Sizes(((0, 0),) * len(list(layer_types(case.shape))), 0, 0, 0, 0, 0)
     needs_cast = case.master_bytes != case.c and not case.lora.rank
     of_whole = case.sizes(trains=True) if needs_cast or degrees.replicate > 1 else nothing
     over_experts = degrees.shard // (degrees.expert if degrees.expert > 1 else 1)
@@ -211,7 +211,7 @@ def _kept(case: Case, kind: str) -> float:
     return case.num_tokens * kept_by_layer(case.shape, kind, case.mode, case.degrees, case.imbalance, case.c)
 
 
-def _gradients(case: Case) -> float:
+def gradient_bytes(case: Case) -> float:
     """Of a step, as they are kept."""
     trained = case.sizes(trains=True)
     return trained.sharded / case.degrees.shard * case.master_bytes + 4 * trained.outside
@@ -221,7 +221,7 @@ def _lasting(case: Case) -> dict[str, float]:
     """What is there from step to step."""
     trained, frozen, shard = case.sizes(trains=True), case.sizes(trains=False), case.degrees.shard
     return {
-        "adapters" if case.lora.rank else "weights": _gradients(case),  # as large
+        "adapters" if case.lora.rank else "weights": gradient_bytes(case),  # as large
         "moments": 2 * (trained.sharded / shard * case.state_bytes + trained.outside * case.state_outside),
         # As computed with, and of the tower whole on each rank.
         "frozen weights": case.c * (frozen.sharded / shard + frozen.whole) + 4 * frozen.outside,

@@ -145,7 +145,18 @@ def _links(case: Case, gpus_per_node: int) -> list[Link]:
     trained, whole = case.sizes(trains=True), case.sizes()
     copies = case.num_tokens * case.accumulation * len(whole.by_block) * case.imbalance
     copies *= copies_of_a_token(case.shape, degrees.expert)
-    rows = traffic(case.shape, degrees, case.num_tokens, case.accumulation, case.mode, copies, whole, trained, case.c)
+    rows = traffic(
+        case.shape,
+        degrees,
+        case.num_tokens,
+        case.accumulation,
+        case.mode,
+        copies,
+        whole,
+        trained,
+        case.c,
+        case.trunk_has_graph,
+    )
     # axis -> its ranks, and the distance from one to the next
     strides = {
         "fsdp": (degrees.shard, 1),
