@@ -2,42 +2,18 @@
 
 import dataclasses
 import functools
-import re
-from typing import NamedTuple
 
 import torch
 
 from data.batch import MAX_PATCHES, MicroBatch
-from data.images import PixelRules, fit_image
 from errors import UserError
 from models.ops.labels import IGNORED
 from models.qwen35_moe.patches import Patches
 from models.qwen35_moe.positions import multimodal_positions
 from models.qwen35_moe.vision_config import VisionConfig
-
-
-class Images(NamedTuple):
-    """Their height and width in pixels, and the share of the tokens that stands for them."""
-
-    height: int
-    width: int
-    share: float
-
-    def grid(self, vision: VisionConfig) -> tuple[int, int]:
-        """Height and width in patches, by the published limits."""
-        height, width = fit_image(self.height, self.width, PixelRules())
-        return height // vision.patch_size, width // vision.patch_size
-
+from training.plan import Images
 
 NONE = Images(32, 32, 0.0)
-
-
-def parse_images(text: str) -> Images | None:
-    """HEIGHTxWIDTH:SHARE; None for an empty text. Raises UserError."""
-    found = re.fullmatch(r"([1-9]\d*)x([1-9]\d*):(0?\.\d+)", text)
-    if text and found is None:
-        raise UserError(f"--images = {text!r}: expected as 1080x1920:0.3")
-    return Images(int(found[1]), int(found[2]), float(found[3])) if found else None
 
 
 @functools.cache

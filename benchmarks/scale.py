@@ -20,7 +20,7 @@ from errors import OneLineParser, UserError, exit_on_error
 from models.qwen35_moe.config import FULL
 from training.hardware import GPUS
 from training.memory import GIB
-from training.plan import Change, Plan, Where, alternatives
+from training.plan import Change, Images, Plan, Where, alternatives
 
 # What differs from 35B-A3B. Counted by this code, they have 34.7, 122.1 and 396.3 B parameters.
 MODELS: dict[str, tuple[str, ...]] = {
@@ -52,7 +52,7 @@ IMAGES = (
     "--model.config.vision_end_token_id=4097",
 )
 TOKENS_PER_STEP = {8: 2**20, 64: 2**22, 512: 2**24}
-PICTURES = (1080, 1920, 0.3)
+PICTURES = Images(1080, 1920, 0.3)
 
 
 def configuration(model: str, gpus: int, length: int, *options: str) -> Config:

@@ -31,7 +31,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.images import NONE, Images, parse_images, with_images
+from benchmarks.images import NONE, with_images
 from config.checks import check_config
 from config.options import Config
 from config.reading import load_config, model_config
@@ -48,6 +48,7 @@ from training.distributed import init_distributed, sum_over_ranks, world_from_en
 from training.flops import flops_per_token, peak_flops
 from training.metrics import expert_load, setup_logging
 from training.optimizer import build_optimizer
+from training.plan import Images, parse_documents, parse_images
 from training.recorded import RECORDED, record
 from training.vision_work import VisionWork
 
@@ -246,15 +247,18 @@ def report(found: dict[str, Any], json_file: str, **only_there: Any) -> None:
 
 
 def main(arguments: list[str]) -> None:
-    parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = OneLineParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     parser.add_argument("--documents", default="", metavar="LENGTHS")
-    parser.add_argument("--images", type=parse_images, metavar="HEIGHTxWIDTH:SHARE")
+    parser.add_argument("--images", default="", metavar="HEIGHTxWIDTH:SHARE")
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--profile", type=int, default=0, metavar="STEPS")
     parser.add_argument("--trace", default="", metavar="FILE", help="also write a trace for chrome://tracing there")
     parser.add_argument("--json", default="", metavar="FILE")
     parser.add_argument("--record", default="", metavar="WHAT")
     options, rest = parser.parse_known_args(arguments)
+    documents, images = parse_documents(options.documents), parse_images(options.images)
     rank, world_size = world_from_environment()
     setup_logging(rank)
     config = load_config(rest)
@@ -262,8 +266,7 @@ def main(arguments: list[str]) -> None:
     training = dataclasses.replace(config.training, global_batch_size=global_batch_size)
     config = dataclasses.replace(config, training=training)
     check_config(config, world_size)
-    lengths = [int(length) for length in options.documents.split(",") if length]
-    found = measure(config, lengths, options.steps, options.profile, options.trace, options.images)
+    found = measure(config, list(documents), options.steps, options.profile, options.trace, images)
     if rank == 0:
         report(found, options.json, kernels=dataclasses.asdict(config.kernels))
         if options.record:

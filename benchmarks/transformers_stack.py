@@ -18,7 +18,7 @@ import torch
 import transformers
 from transformers.models.qwen3_5_moe import modeling_qwen3_5_moe
 
-from benchmarks.images import NONE, Images, parse_images, with_images
+from benchmarks.images import NONE, with_images
 from benchmarks.throughput import NUM_WARMUP_STEPS, random_micro_batch, report
 from checkpoint.adapters import Adapter, peft_config
 from config.options import Config, Lora
@@ -30,6 +30,7 @@ from models.qwen35_moe.lora import add_adapters, is_adapter
 from models.qwen35_moe.vision_config import VisionConfig
 from train import build_on_meta
 from training.flops import flops_per_token, peak_flops, vision_flops
+from training.plan import Images, parse_images
 
 
 def use_fast_convolution() -> None:
@@ -153,13 +154,13 @@ def measure(config: Config, num_steps: int, images: Images | None = None) -> dic
 def main(arguments: list[str]) -> None:
     parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=8)
-    parser.add_argument("--images", type=parse_images, metavar="HEIGHTxWIDTH:SHARE", help="as in throughput.py")
+    parser.add_argument("--images", default="", metavar="HEIGHTxWIDTH:SHARE", help="as in throughput.py")
     parser.add_argument("--json", default="", metavar="FILE", help="also add a JSON line to FILE")
     options, rest = parser.parse_known_args(arguments)
     missing = [name for name in ("fla", "liger_kernel") if importlib.util.find_spec(name) is None]
     if missing or not torch.cuda.is_available():
         parser.error(f"expected a CUDA GPU and the packages fla and liger_kernel; not here: {missing or 'the GPU'}")
-    report(measure(load_config(rest), options.steps, options.images), options.json)
+    report(measure(load_config(rest), options.steps, parse_images(options.images)), options.json)
 
 
 if __name__ == "__main__":

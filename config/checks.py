@@ -24,6 +24,18 @@ def check_config(config: Config, world_size: int) -> None:
     """Raises UserError for what `world_size` processes on this machine could not run."""
 
     shape = model_config(config)
+    check_layout(config, shape, world_size)
+    if config.metrics.wandb and getattr(importlib.util.find_spec("wandb"), "origin", None) is None:  # a folder is none
+        raise UserError("metrics.wandb = true: the package wandb is missing: expected `pip install wandb`, or false")
+    _check_kernels(config, shape)
+
+    check_data(config, shape.vocab_size, shape.vision)
+    _check_paths(config)
+
+
+def check_layout(config: Config, shape: ModelConfig, world_size: int) -> Degrees:
+    """What is the same on every machine: the degrees. Raises UserError for what `world_size` processes could not run
+    anywhere."""
     degrees = work_out_degrees(config.parallelism, config.training, shape, world_size)
     check_frozen(config.model.freeze, shape)
     _check_mtp(config)
@@ -32,12 +44,7 @@ def check_config(config: Config, world_size: int) -> None:
     _check_ratios(config.optimizer, shape)
     _check_state(config)
     _check_schedule(config.lr_scheduler)
-    if config.metrics.wandb and getattr(importlib.util.find_spec("wandb"), "origin", None) is None:  # a folder is none
-        raise UserError("metrics.wandb = true: the package wandb is missing: expected `pip install wandb`, or false")
-    _check_kernels(config, shape)
-
-    check_data(config, shape.vocab_size, shape.vision)
-    _check_paths(config)
+    return degrees
 
 
 def _check_schedule(schedule: LRScheduler) -> None:

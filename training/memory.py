@@ -1,14 +1,16 @@
 """Peak memory of a GPU by term, without one: what is alive at each moment of a step that could be the worst."""
 
 import itertools
+from collections import Counter
 from dataclasses import dataclass
 from functools import cached_property
 
+from config.checks import check_layout
 from config.options import Config, Lora
 from config.reading import model_config
 from models.qwen35_moe.config import ModelConfig
 from models.qwen35_moe.parts import OF_TEXT, frozen_parts, parts_of_model, single_parts
-from parallelisms.degrees import Degrees, work_out_degrees
+from parallelisms.degrees import Degrees
 from training.formulas import (
     NO_LORA,
     Sizes,
@@ -53,8 +55,8 @@ class Case:
     """Copies and rows that the fullest rank of `ep` receives, over the mean."""
     patches: int = 0
     """Of the fullest micro-batch."""
-    frames: tuple[int, ...] = ()
-    """Patches of each frame of a rank's step."""
+    frames: tuple[tuple[int, int], ...] = ()
+    """Of a rank's step: (patches of a frame, how many there are)."""
     compiled: bool = True
     c: int = 2
     """Bytes of the compute dtype."""
@@ -89,21 +91,20 @@ def case_of(
     world_size: int,
     documents: tuple[int, ...] = (),
     imbalance: float = 1.0,
-    patches: int = 0,
-    frames: tuple[int, ...] = (),
+    shape: ModelConfig | None = None,
 ) -> Case:
     """What a configuration is for so many GPUs. documents: the lengths that rows are cut into, over and over; none: a
-    row is one. Raises UserError for degrees that do not fit."""
-    shape, training, state = model_config(config), config.training, config.optimizer.state_dtype
-    degrees = work_out_degrees(config.parallelism, training, shape, world_size)
-    lengths = [min(length, training.sequence_length) for length in documents] or [training.sequence_length]
+    row is one; shape: the model's, if it is known. Raises UserError for what train.py would refuse on any machine."""
+    shape, training, state = shape or model_config(config), config.training, config.optimizer.state_dtype
+    degrees = check_layout(config, shape, world_size)
+    lengths = _cut(training.sequence_length, documents or (training.sequence_length,))
     rows = degrees.num_data_ranks * training.local_batch_size
     return Case(
         shape=shape,
         degrees=degrees,
         mode=config.activation_checkpoint.mode,
         num_tokens=training.local_batch_size * training.sequence_length // degrees.context,
-        mean_document=sum(length**2 for length in lengths) / sum(lengths),
+        mean_document=sum(number * length**2 for length, number in lengths.items()) / training.sequence_length,
         longest_document=max(lengths),
         accumulation=max(1, -(-training.global_batch_size // rows)),
         master_bytes=_BYTES[training.master_dtype],
@@ -112,11 +113,20 @@ def case_of(
         frozen=frozenset(single_parts(frozen_parts(config.model.freeze, config.mtp.train))),
         lora=config.lora,
         imbalance=imbalance,
-        patches=patches,
-        frames=frames,
         compiled=config.compile.enable,
         c=_BYTES["bfloat16" if training.dtype == "auto" else training.dtype],
     )
+
+
+def _cut(row: int, documents: tuple[int, ...]) -> Counter[int]:
+    """How many documents of which length a row has."""
+    whole, left = divmod(row, sum(documents))
+    found = Counter({length: whole * number for length, number in Counter(documents).items()} if whole else {})
+    for length in documents:
+        if left > 0:
+            found[min(length, left)] += 1
+            left -= length
+    return found
 
 
 def _loss_buffers(case: Case) -> float:

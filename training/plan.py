@@ -21,12 +21,32 @@ from typing import NamedTuple
 from config.options import Config
 from config.reading import load_config, model_config
 from data.images import PixelRules, fit_image
+from data.packing import BadSample
 from errors import OneLineParser, UserError, exit_on_error
+from models.qwen35_moe.config import ModelConfig
 from models.qwen35_moe.vision_config import VisionConfig
+from parallelisms.degrees import work_out_degrees
 from training.hardware import GPUS
 from training.memory import GIB, Case, case_of, peak_memory
 from training.recorded import OFF_BY, outside, recorded_runs
 from training.step_time import StepTime, step_time
+
+
+class Images(NamedTuple):
+    """Their height and width in pixels, and the share of the tokens that stands for them."""
+
+    height: int
+    width: int
+    share: float
+
+    def grid(self, vision: VisionConfig) -> tuple[int, int]:
+        """Height and width in patches, by the published limits. Raises UserError."""
+        rules = PixelRules(patch_size=vision.patch_size, merge_size=vision.spatial_merge_size)
+        try:
+            height, width = fit_image(self.height, self.width, rules)
+        except BadSample as error:
+            raise UserError(f"--images: {error}") from None
+        return height // vision.patch_size, width // vision.patch_size
 
 
 class Where(NamedTuple):
@@ -37,8 +57,7 @@ class Where(NamedTuple):
     gpu: str
     documents: tuple[int, ...] = ()
     imbalance: float = 1.1
-    images: tuple[int, int, float] | None = None
-    """Height, width, share of the tokens."""
+    images: Images | None = None
 
 
 class Plan(NamedTuple):
@@ -64,24 +83,26 @@ class Plan(NamedTuple):
         return tokens / self.time.seconds / (degrees.replicate * degrees.shard)
 
 
-def make_plan(config: Config, where: Where) -> Plan:
-    """Raises UserError for degrees that do not fit the GPUs or the model."""
-    case = case_of(config, where.gpus, where.documents, where.imbalance)
+def make_plan(config: Config, where: Where, shape: ModelConfig | None = None) -> Plan:
+    """shape: the model's, if it is known. Raises UserError for what train.py would refuse on any machine."""
+    case = case_of(config, where.gpus, where.documents, where.imbalance, shape)
     if where.images is not None:
         if case.shape.vision is None:
             raise UserError("--images: expected a model with a vision_config")
-        case = _with_images(case, case.shape.vision, where.images)
+        case = _with_images(case, case.shape.vision, where.images, config.training.sequence_length)
     moment, memory = peak_memory(case)
     return Plan(case, moment, memory, step_time(case, where.gpu, where.gpus_per_node), config)
 
 
-def _with_images(case: Case, vision: VisionConfig, images: tuple[int, int, float]) -> Case:
+def _with_images(case: Case, vision: VisionConfig, images: Images, row: int) -> Case:
     """With as many images as their share allows, and one more in the fullest micro-batch if it is no whole number."""
-    height, width = fit_image(*images[:2], PixelRules())
-    patches = height * width // vision.patch_size**2
-    of_micro_batch = images[2] * case.num_tokens / (patches // vision.patches_per_token)
-    num_frames = max(1, round(of_micro_batch * case.accumulation))
-    return dataclasses.replace(case, patches=patches * math.ceil(of_micro_batch), frames=(patches,) * num_frames)
+    patches = math.prod(images.grid(vision))
+    tokens = patches // vision.patches_per_token
+    if tokens > row:
+        raise UserError(f"--images: one of {tokens:,} tokens: expected at most training.sequence_length = {row:,}")
+    of_micro_batch = images.share * case.num_tokens / tokens
+    frames = ((patches, max(1, round(of_micro_batch * case.accumulation))),)
+    return dataclasses.replace(case, patches=patches * math.ceil(of_micro_batch), frames=frames)
 
 
 Change = dict[tuple[str, str], int | str]
@@ -96,14 +117,18 @@ def changed(config: Config, change: Change) -> Config:
     return config
 
 
-def _changes(config: Config, where: Where) -> Iterator[Change]:
+def _changes(config: Config, where: Where, shape: ModelConfig) -> Iterator[Change]:
     """Layouts that may be better: recomputation, degrees, rows of a micro-batch; the batch of a step stays."""
-    powers = [2**n for n in range(10)]
-    rows = [n for n in powers if n <= config.training.global_batch_size]
-    nodes = [n for n in {1, where.gpus // where.gpus_per_node, where.gpus // where.gpus_per_node // 8} if n >= 1]
-    degrees = [n for n in powers if n <= min(where.gpus, where.gpus_per_node)]
+    own = work_out_degrees(config.parallelism, config.training, shape, where.gpus)
+    rows = {2**n for n in range(10)} | {config.training.local_batch_size}
+    nodes = {where.gpus // where.gpus_per_node, where.gpus // where.gpus_per_node // 8, own.replicate} - {0}
+    degrees = [n for n in range(1, min(where.gpus, where.gpus_per_node) + 1) if where.gpus % n == 0]
     for mode, ep, cp, replicate, local in itertools.product(
-        ("none", "selective", "full"), degrees, degrees, sorted(nodes), rows
+        ("none", "selective", "full"),
+        sorted({*degrees, own.expert}),
+        sorted({*degrees, own.context}),
+        sorted({1} | nodes),
+        sorted(n for n in rows if n <= config.training.global_batch_size),
     ):
         yield {
             ("activation_checkpoint", "mode"): mode,
@@ -118,15 +143,13 @@ def _changes(config: Config, where: Where) -> Iterator[Change]:
 def alternatives(config: Config, where: Where) -> list[tuple[Plan, Change]]:
     """Layouts that fit with the error of the prediction to spare, the fastest first; of those that are as fast within
     1 %, the one with less communication and less memory."""
-    found = []
-    for change in _changes(config, where):
-        other = changed(config, change)
+    found, shape = [], model_config(config)
+    for change in _changes(config, where, shape):
         try:
-            plan = make_plan(other, where)
+            plan = make_plan(changed(config, change), where, shape)
         except UserError:
             continue  # degrees that cannot be
-        rows = plan.case.degrees.num_data_ranks * other.training.local_batch_size * plan.case.accumulation
-        if rows == config.training.global_batch_size and fits(plan, where) == "fits":
+        if fits(plan, where) == "fits":
             found.append((plan, change))
     cheaper = {id(plan): sum(link.seconds for link in plan.time.links) + plan.peak / 1e15 for plan, _ in found}
     found.sort(key=lambda each: (-round(math.log(each[0].tokens_per_second) / 0.01), cheaper[id(each[0])]))
@@ -196,47 +219,64 @@ def describe(plan: Plan, where: Where) -> str:
 
 def uncertain(plan: Plan, where: Where) -> list[str]:
     """In what this run is outside of all that was measured, and by which term."""
-    return outside(plan.case, where.gpu, recorded_runs())
+    return outside(plan.case, where.gpu, where.gpus_per_node, recorded_runs())
 
 
-def _images(text: str) -> tuple[int, int, float] | None:
-    if not text:
-        return None
-    found = re.fullmatch(r"([1-9]\d{0,4})x([1-9]\d{0,4}):(0?\.\d+)", text)
-    if found is None:
+def parse_documents(text: str) -> tuple[int, ...]:
+    """Lengths; none for an empty text. Raises UserError."""
+    if text and not re.fullmatch(r"[1-9]\d{0,8}(,[1-9]\d{0,8})*", text, re.ASCII):
+        raise UserError(f"--documents = {text!r}: expected lengths as 4096,1024")
+    return tuple(map(int, text.split(","))) if text else ()
+
+
+def parse_images(text: str) -> Images | None:
+    """HEIGHTxWIDTH:SHARE; None for an empty text. Raises UserError."""
+    found = re.fullmatch(r"([1-9]\d{0,5})x([1-9]\d{0,5}):(0?\.\d{1,9})", text, re.ASCII)
+    if text and (found is None or not float(found[3])):
         raise UserError(f"--images = {text!r}: expected as 1080x1920:0.3")
-    return int(found[1]), int(found[2]), float(found[3])
+    return Images(int(found[1]), int(found[2]), float(found[3])) if found else None
 
 
-def main(arguments: list[str]) -> None:
+def _own_options(arguments: list[str]) -> tuple[Where, int, list[str]]:
+    """Where it would run, how many alternatives are to be shown, and the options that are train.py's."""
     parser = OneLineParser(
-        prog="python -m training.plan", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m training.plan",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     parser.add_argument("--gpus", type=int, required=True)
     parser.add_argument("--gpus-per-node", type=int, default=8)
-    parser.add_argument("--gpu", choices=tuple(GPUS), default="h100")
+    parser.add_argument("--gpu", type=str.lower, choices=tuple(GPUS), default="h100")
     parser.add_argument("--documents", default="", metavar="LENGTHS")
     parser.add_argument("--images", default="", metavar="HEIGHTxWIDTH:SHARE")
     parser.add_argument("--imbalance", type=float, default=1.1)
     parser.add_argument("--alternatives", type=int, default=5, metavar="NUMBER")
     options, rest = parser.parse_known_args(arguments)
-    lengths = [length for length in options.documents.split(",") if length]
-    if not all(length.isdecimal() and int(length) for length in lengths):
-        raise UserError(f"--documents = {options.documents!r}: expected lengths as 4096,1024")
-    for name in ("gpus", "gpus_per_node", "imbalance"):
-        if not 1 <= getattr(options, name) <= 2**20:
-            raise UserError(f"--{name.replace('_', '-')} = {getattr(options, name)}: expected at least 1")
-    documents = tuple(map(int, lengths))
-    where = Where(
-        options.gpus, options.gpus_per_node, options.gpu, documents, options.imbalance, _images(options.images)
-    )
+    names = [word.partition("=")[0] for word in arguments if word not in rest]
+    for name, value in vars(options).items():
+        option = f"--{name.replace('_', '-')}"
+        if names.count(option) > 1:
+            raise UserError(f"{option} = {value!r} is given a second time: expected one value")
+        least, most = (0 if name == "alternatives" else 1), (100 if name == "imbalance" else 2**20)
+        if isinstance(value, (int, float)) and not least <= value <= most:
+            raise UserError(f"{option} = {value}: expected at least {least} and at most {most}")
+    images, documents = parse_images(options.images), parse_documents(options.documents)
+    where = Where(options.gpus, options.gpus_per_node, options.gpu, documents, options.imbalance, images)
+    return where, options.alternatives, rest
+
+
+def main(arguments: list[str]) -> None:
+    where, number, rest = _own_options(arguments)
     config = load_config(rest)
-    model_config(config)
     plan = make_plan(config, where)
     print(describe(plan, where))
-    if options.alternatives:
-        print("\nLayouts that fit, the fastest first: tokens/s a GPU, peak GiB, options")
-        found = alternatives(config, where)[: options.alternatives]
+    if number:
+        found = alternatives(config, where)[:number]
+        print(
+            "\nLayouts that fit, the fastest first, within 1 % those that communicate less: tokens/s a GPU, peak GiB,"
+        )
+        print("options, in the place of those above that have the same names")
         for other, change in found:
             print(f"  {other.tokens_per_second:8,.0f} {other.peak / GIB:7.1f}  {as_options(config, change)}")
         if not found:

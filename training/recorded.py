@@ -1,6 +1,8 @@
 """Runs that were measured, and what the formulas say of them; which configurations lie outside of what was measured."""
 
 import json
+from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -53,13 +55,9 @@ def _run(row: dict[str, Any]) -> Recorded:
     arguments = [
         str(root / word) if word.endswith(".toml") and (root / word).is_file() else word for word in row["arguments"]
     ]
-    case = case_of(
-        load_config(arguments),
-        row["world_size"],
-        documents=tuple(row.get("documents", ())),
-        patches=row.get("patches", 0),
-        frames=tuple(row.get("frames", ())),
-    )
+    frames = tuple(Counter(row.get("frames", ())).items())
+    case = case_of(load_config(arguments), row["world_size"], tuple(row.get("documents", ())))
+    case = replace(case, patches=row.get("patches", 0), frames=frames)
     return Recorded(row["what"], gpu, case, row.get("peak_gib"), row.get("step_seconds"))
 
 
@@ -76,7 +74,7 @@ def record(path: Path, what: str, arguments: list[str], found: dict[str, Any], d
         file.write(json.dumps(row | {"source": "benchmarks.throughput --record"}) + "\n")
 
 
-def outside(case: Case, gpu: str, runs: list[Recorded]) -> list[str]:
+def outside(case: Case, gpu: str, gpus_per_node: int, runs: list[Recorded]) -> list[str]:
     """In what this case differs from all that was measured, each with the term that it makes uncertain."""
     cases = [run.case for run in runs]
     timed = [run.case for run in runs if run.step_seconds]
@@ -91,7 +89,7 @@ def outside(case: Case, gpu: str, runs: list[Recorded]) -> list[str]:
     unless(
         world <= measured_world, f"{world} GPUs (measured: up to {measured_world})", "how much communication is hidden"
     )
-    unless(world <= GPUS_PER_NODE, "several nodes", "the network's rate")
+    unless(world <= gpus_per_node, "several nodes", "the network's rate")
     for name in ("replicate", "expert", "context"):
         degree, most = getattr(degrees, name), max(getattr(c.degrees, name) for c in cases)
         term = {"replicate": "its all-reduce", "expert": "the all-to-alls' rate and the load of the fullest rank"}

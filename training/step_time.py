@@ -1,5 +1,6 @@
 """How long a step takes, by kind of work: operations and bytes over the rates of hardware.py."""
 
+import math
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from math import prod
@@ -114,7 +115,7 @@ def step_time(case: Case, gpu_name: str, gpus_per_node: int) -> StepTime:
     name = "ep" if degrees.expert > 1 else "units" if has_dense else "no units"
     host = hardware.HOST[name] * len(list(layer_types(shape))) * case.accumulation
     kinds["the GPU waits for the host"] = max(host - compute - kinds["communication, not hidden"], 0.0) + hardware.STEP
-    flops = flops_per_token(shape, round(case.mean_document), case.lora, True)
+    flops = flops_per_token(shape, round(case.mean_document), case.lora, case.trunk_has_graph)
     return StepTime({kind: seconds for kind, seconds in kinds.items() if seconds}, links, flops)
 
 
@@ -127,10 +128,12 @@ def _tower(case: Case, vision: VisionConfig, gpu: Gpu) -> float:
     """Products, attention of each frame to itself, and elementwise passes. What is frozen runs forward alone."""
     trains, trains_merger = "vision" in case.trained, "merger" in case.trained
     ways = 3 if trains else 1
-    attending = vision.depth * 4 * vision.hidden_size * sum(length**2 for length in case.frames)
-    products = vision_flops(vision, case.frames, trains, trains_merger) - ways * attending
+    products = sum(number * vision_flops(vision, (size,), trains, trains_merger) for size, number in case.frames)
+    attending = vision.depth * 4 * vision.hidden_size * sum(number * size**2 for size, number in case.frames)
+    products -= ways * attending
     forward, backward = hardware.VISION_ATTENTION
-    kept = sum(case.frames) * vision.depth * kept_by_vision_block(vision, "none", case.c)
+    patches = sum(number * size for size, number in case.frames)
+    kept = patches * vision.depth * kept_by_vision_block(vision, "none", case.c)
     return (
         products / gpu.dense
         + attending * (1 / forward + (2.5 / backward if trains else 0))
@@ -171,8 +174,9 @@ def _links(case: Case, gpus_per_node: int) -> list[Link]:
         ranks, stride = strides[row.axis]
         if ranks == 1:
             continue
-        in_node = max(1, min(ranks, gpus_per_node // stride))
-        crosses = ranks * stride > gpus_per_node
+        # How many of a group a node has at least; a node's border may cut through groups.
+        in_node = max(1, math.gcd(ranks * stride, gpus_per_node) // stride)
+        crosses = degrees.replicate * degrees.shard > gpus_per_node and gpus_per_node % (ranks * stride) > 0
         rate = LINKS.all_to_all if row.kind == "all-to-all" else LINKS.ring
         if crosses:
             rate = min(rate, LINKS.network * (1 if row.kind == "all-to-all" else in_node))

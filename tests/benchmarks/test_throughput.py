@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.images import parse_images, with_images
+from benchmarks.images import with_images
 from benchmarks.throughput import random_micro_batch
 from config.reading import load_config, model_config
 from errors import UserError
+from training.plan import parse_images
 
 ROOT = Path(__file__).resolve().parents[2]
 

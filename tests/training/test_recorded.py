@@ -44,7 +44,7 @@ def test_the_documentation_has_every_run() -> None:
 def test_what_was_measured_is_not_outside_of_it() -> None:
     for run in RUNS:
         if run.step_seconds:
-            assert outside(run.case, run.gpu, RUNS) == [], run.what
+            assert outside(run.case, run.gpu, 8, RUNS) == [], run.what
 
 
 def test_a_benchmark_is_recorded_as_it_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
