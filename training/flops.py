@@ -13,7 +13,7 @@ from models.qwen35_moe.vision_config import VisionConfig
 WITHOUT = Lora()
 
 # Dense bf16 peak of one device in FLOP/s, from the vendor's datasheets.
-_PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "H800": 989e12, "B200": 2250e12, "A100": 312e12}
+PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "H800": 989e12, "B200": 2250e12, "A100": 312e12}
 
 
 def flops_per_token(
@@ -47,7 +47,7 @@ def flops_per_token(
 
 def peak_flops(device_name: str) -> float | None:
     """The dense bf16 peak of a GPU by its name, FLOP/s; None for one that is not in the table."""
-    return next((peak for name, peak in _PEAK_FLOPS.items() if name in device_name), None)
+    return next((peak for name, peak in PEAK_FLOPS.items() if name in device_name), None)
 
 
 def peak_flops_of_all(num_devices: int, device: torch.device) -> float | None:

@@ -7,6 +7,8 @@ operations are of 35B-A3B's shapes at 16,384 tokens.
 
 from typing import NamedTuple
 
+from training.flops import PEAK_FLOPS
+
 GIB = 2**30
 
 
@@ -35,7 +37,7 @@ class Gpu(NamedTuple):
 GPUS = {
     "h100": Gpu(
         capacity=79.1 * GIB,
-        peak=989e12,
+        peak=PEAK_FLOPS["H100"],
         dense=733e12,
         experts=660e12,
         attention_forward=588e12,
@@ -46,7 +48,7 @@ GPUS = {
     ),
     "h200": Gpu(
         capacity=139.8 * GIB,
-        peak=989e12,
+        peak=PEAK_FLOPS["H200"],
         dense=710e12,
         experts=650e12,
         attention_forward=588e12,  # not measured alone; in steps of 4096 and 32,768 tokens 8 % faster

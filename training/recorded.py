@@ -43,22 +43,23 @@ def recorded_runs(path: Path = RECORDED) -> list[Recorded]:
     """All of them. Raises UserError for a damaged file."""
     with reading(path):
         rows: list[dict[str, Any]] = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-        return [_run(row) for row in rows]
+        runs = [(row["what"], str(row["device"]), [str(word) for word in row["arguments"]], row) for row in rows]
+        sizes = [(int(row["world_size"]), tuple(map(int, row.get("documents", ())))) for row in rows]
+    return [_run(*run, *size) for run, size in zip(runs, sizes)]
 
 
-def _run(row: dict[str, Any]) -> Recorded:
-    gpu = gpu_named(row["device"])
+def _run(
+    what: str, device: str, arguments: list[str], row: dict[str, Any], world_size: int, documents: tuple[int, ...]
+) -> Recorded:
+    gpu = gpu_named(device)
     if gpu is None:
-        raise UserError(f"{row['device']!r}: expected one of {', '.join(GPUS)}")
+        raise UserError(f"{device!r}: expected one of {', '.join(GPUS)}")
     # Paths were from the repository's root, which need not be where a run is started.
     root = RECORDED.parents[1]
-    arguments = [
-        str(root / word) if word.endswith(".toml") and (root / word).is_file() else word for word in row["arguments"]
-    ]
-    frames = tuple(Counter(row.get("frames", ())).items())
-    case = case_of(load_config(arguments), row["world_size"], tuple(row.get("documents", ())))
-    case = replace(case, patches=row.get("patches", 0), frames=frames)
-    return Recorded(row["what"], gpu, case, row.get("peak_gib"), row.get("step_seconds"))
+    arguments = [str(root / word) if word.endswith(".toml") and (root / word).is_file() else word for word in arguments]
+    case = case_of(load_config(arguments), world_size, documents)
+    case = replace(case, patches=row.get("patches", 0), frames=tuple(Counter(row.get("frames", ())).items()))
+    return Recorded(what, gpu, case, row.get("peak_gib"), row.get("step_seconds"))
 
 
 def record(path: Path, what: str, arguments: list[str], found: dict[str, Any], date: str) -> None:

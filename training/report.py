@@ -6,31 +6,38 @@ RUN is a folder that a run writes (`job.output_dir`), also of one that is still 
 neither network nor scripts. Time is that of the training: pauses between starts and for checkpoints are left out.
 """
 
-import itertools
 import json
+import math
 import os
 import sys
+from array import array
+from bisect import bisect_left
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import tomli
+from numpy.typing import NDArray
 
 from errors import OneLineParser, UserError, exit_on_error, reading
 from training.report_html import page
 
 Points = list[tuple[float, float]]
+_MOST_METRICS = 1000  # of other names than those a run has: a damaged file may have any number
+_NEVER_NEGATIVE = ("step", "tokens_seen", "step_seconds")
 
 
 @dataclass
 class Run:
-    """What a run has written so far."""
+    """What a run has written so far. Shapes: N lines of metrics.jsonl."""
 
     name: str
-    lines: list[dict[str, float]]
-    """Of metrics.jsonl, in order, numbers alone; what was not finite is left out."""
+    metrics: dict[str, NDArray[np.float64]]
+    """[N] each, in order of step; NaN where a line has none, or one that is not finite. "seconds" is that of the
+    training so far."""
     num_damaged: int
     config: dict[str, str]
     """Every key of config.toml with its value, as TOML would show it."""
@@ -38,41 +45,62 @@ class Run:
     """Of the last line of expert_load.jsonl: for each block the tokens of each expert."""
     load_step: int = 0
 
-    def curve(self, name: str, over: str) -> Points:
-        """(tokens or seconds, value) wherever there is a value. `over`: "tokens_seen" or "seconds"."""
-        return [(line[over], line[name]) for line in self.lines if name in line and over in line]
+    def values(self, name: str) -> NDArray[np.float64]:
+        """All that there are of a metric."""
+        column = self.metrics.get(name, np.empty(0))
+        return column[~np.isnan(column)]
+
+    def curve(self, name: str, over: str) -> NDArray[np.float64]:
+        """[points, 2]: (tokens or seconds, value) wherever there is a value. `over`: "tokens_seen" or "seconds"."""
+        if name not in self.metrics or over not in self.metrics:
+            return np.empty((0, 2))
+        points = np.stack([self.metrics[over], self.metrics[name]], axis=1)
+        return points[~np.isnan(points).any(axis=1)]
 
     def names(self, beginning: str) -> list[str]:
         """The metrics whose names begin so, in order of appearance."""
-        return list(dict.fromkeys(name for line in self.lines for name in line if name.startswith(beginning)))
+        return [name for name in self.metrics if name.startswith(beginning)]
 
     def skipped(self) -> Counter[str]:
         """How many samples for which reason; each start of the run counts from 0."""
         total = Counter[str]()
         for name in self.names("samples_"):
-            counts = [int(line.get(name, 0)) for line in self.lines]
-            ends = [count for count, after in itertools.pairwise([*counts, -1]) if after < count]
-            total[name.removeprefix("samples_")] = sum(ends)
+            counts = np.nan_to_num(self.metrics[name])
+            is_end = np.append(counts[1:] < counts[:-1], True)
+            total[name.removeprefix("samples_")] = int(counts[is_end].sum())
         return total
 
 
 def read_run(folder: Path, name: str) -> Run:
     """Raises UserError for a folder without metrics."""
     path = folder / "metrics.jsonl"
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise UserError(f"{str(folder)!r}: expected the folder of a run, with a metrics.jsonl")
-    lines, num_damaged = [], 0
-    seconds, step_before = 0.0, 0.0
+    columns: dict[str, array[float]] = {"step": array("d"), "seconds": array("d")}
+    steps, seconds, num_damaged = columns["step"], columns["seconds"], 0
     for line in _objects(path):
-        if line is None or "step" not in (numbers := _numbers(line)):
+        numbers = _numbers(line) if line is not None else {}
+        if "step" not in numbers:
             num_damaged += 1
             continue
-        seconds += max(numbers["step"] - step_before, 0) * numbers.get("step_seconds", 0.0)
-        step_before = numbers["step"]
-        lines.append(numbers | {"seconds": seconds})
-    if not lines:
+        if steps and numbers["step"] <= steps[-1]:  # made once more after a resume: the later one counts
+            first = bisect_left(steps, numbers["step"])
+            for column in columns.values():
+                del column[first:]
+        before = (steps[-1], seconds[-1]) if steps else (0.0, 0.0)
+        numbers["seconds"] = before[1] + (numbers["step"] - before[0]) * numbers.get("step_seconds", 0.0)
+        count = len(steps)
+        for metric, value in numbers.items():
+            if metric in columns or len(columns) < _MOST_METRICS:
+                column = columns.setdefault(metric, array("d"))
+                column.extend([math.nan] * (count - len(column)))
+                column.append(value)
+    if not steps:
         raise UserError(f"{path}: expected at least one line of metrics that can be read")
-    run = Run(name, lines, num_damaged, _read_config(folder / "config.toml"))
+    for column in columns.values():
+        column.extend([math.nan] * (len(steps) - len(column)))
+    metrics = {metric: np.array(column) for metric, column in columns.items()}
+    run = Run(name, metrics, num_damaged, _read_config(folder / "config.toml"))
     for line in _objects(folder / "expert_load.jsonl"):
         if line and _is_table(line.get("tokens")):
             run.load, run.load_step = line["tokens"], int(_numbers(line).get("step", 0))
@@ -81,24 +109,28 @@ def read_run(folder: Path, name: str) -> Run:
 
 def _objects(path: Path) -> Iterator[dict[str, Any] | None]:
     """Of each line the object, or None where it is damaged."""
-    if not path.is_file():
+    if not os.path.isfile(path):
         return
     with reading(path):
-        lines = path.read_bytes().splitlines()
-    for line in lines:
-        try:
-            value = json.loads(line) if line else {"": 0}
-        except (ValueError, RecursionError):
-            value = None
-        if line:
-            yield value if isinstance(value, dict) else None
+        file = path.open("rb")
+    with file:
+        for line in file:
+            if line.strip():
+                try:
+                    value = json.loads(line)
+                except (ValueError, RecursionError):
+                    value = None
+                yield value if isinstance(value, dict) else None
 
 
 def _numbers(line: dict[str, Any]) -> dict[str, float]:
     """Those entries that are numbers a curve can show."""
     return {
-        name: float(value) for name, value in line.items() if type(value) in (int, float) and abs(value) < 1e30
-    }  # of NaN this is false
+        name: float(value)
+        for name, value in line.items()
+        if type(value) in (int, float) and abs(value) < 1e30  # of NaN this is false
+        if value >= 0 or name not in _NEVER_NEGATIVE
+    }
 
 
 def _is_table(load: object) -> bool:
@@ -111,7 +143,7 @@ def _is_table(load: object) -> bool:
 
 
 def _read_config(path: Path) -> dict[str, str]:
-    if not path.is_file():
+    if not os.path.isfile(path):
         return {}
     with reading(path):
         tables = tomli.loads(path.read_text(encoding="utf-8"))
@@ -128,7 +160,7 @@ def _flat(table: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
 
 def short_names(folders: list[Path]) -> list[str]:
     """The shortest ends of the paths that tell them apart."""
-    parts = [folder.resolve().parts for folder in folders]
+    parts = [Path(os.path.realpath(folder)).parts for folder in folders]
     for length in range(1, max(map(len, parts)) + 1):
         names = [os.path.join(*own[-length:]) for own in parts]
         if len(set(names)) == len(set(parts)):

@@ -12,6 +12,7 @@ from html import escape
 from typing import TYPE_CHECKING
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image
 
 from training.trackers import expert_picture
@@ -92,18 +93,17 @@ def _summary(runs: Sequence["Run"]) -> str:
     heads = ("run", "step", "tokens", "time of training", "loss", "best validation", "tokens a second", "skipped")
     rows = []
     for number, run in enumerate(runs):
-        last = run.lines[-1]
-        tail = [line["loss"] for line in run.lines[-max(1, len(run.lines) // 20) :] if "loss" in line]
-        validated = [line["validation_loss"] for line in run.lines if "validation_loss" in line]
-        speeds = sorted(line["tokens_per_second"] for line in run.lines if "tokens_per_second" in line)
-        damaged = f" <small>{run.num_damaged:,} damaged lines left out</small>" if run.num_damaged else ""
+        losses, validated = run.values("loss"), run.values("validation_loss")
+        tail = losses[-max(1, len(run.metrics["step"]) // 20) :]
+        speeds, tokens = run.values("tokens_per_second"), run.values("tokens_seen")
+        damaged = f" <small>damaged lines left out: {run.num_damaged:,}</small>" if run.num_damaged else ""
         cells = (
-            f"{int(last['step']):,}",
-            _count(last.get("tokens_seen", 0)),
-            _duration(last["seconds"]),
-            f"{sum(tail) / len(tail):.4f}" if tail else "",
-            f"{min(validated):.4f}" if validated else "",
-            f"{speeds[len(speeds) // 2]:,.0f}" if speeds else "",
+            f"{int(run.metrics['step'][-1]):,}",
+            _count(tokens[-1]) if len(tokens) else "",
+            _duration(run.metrics["seconds"][-1]),
+            f"{tail.mean():.4f}" if len(tail) else "",
+            f"{validated.min():.4f}" if len(validated) else "",
+            f"{np.median(speeds):,.0f}" if len(speeds) else "",
             f"{run.skipped().total():,}",
         )
         key = f'<span class="key" style="border-color: {_colour(number)}"></span>'
@@ -136,10 +136,10 @@ def _chart(
 ) -> str:
     """The curves of some metrics of all runs; nothing if there are none. `form`: how places along the axis are told."""
     curves = [
-        (number, run.name, place, thinned(points))
+        (number, run.name, place, points)
         for number, run in enumerate(runs)
         for place, name in enumerate(names)
-        if (points := run.curve(name, over))
+        if (points := thinned(run.curve(name, over)))
     ]
     if not curves:
         return ""
@@ -184,19 +184,18 @@ def _chart(
     return "".join([*parts, "</svg></div>\n"])
 
 
-def thinned(points: "Points") -> "Points":
-    """At most _MOST_POINTS of them, each the mean of those of its stretch; the last as it is."""
-    if len(points) <= _MOST_POINTS:
-        return points
-    bounds = np.linspace(0, len(points) - 1, _MOST_POINTS).astype(int)
-    array = np.array(points)
-    means = [array[begin:end].mean(axis=0) for begin, end in itertools.pairwise(bounds)]
-    return [(float(x), float(y)) for x, y in [*means, points[-1]]]
+def thinned(points: NDArray[np.float64]) -> "Points":
+    """Of [points, 2] at most _MOST_POINTS, each the mean of those of its stretch; the last as it is."""
+    if len(points) > _MOST_POINTS:
+        bounds = np.linspace(0, len(points) - 1, _MOST_POINTS).astype(int)
+        means = [points[begin:end].mean(axis=0) for begin, end in itertools.pairwise(bounds)]
+        points = np.stack([*means, points[-1]])
+    return [(x, y) for x, y in points.tolist()]
 
 
 def _ticks(low: float, high: float, base: int = 10) -> list[float]:
     """Four to eight round numbers over a range; of seconds, round in minutes and hours too."""
-    span = (high - low) or abs(high) or 1.0
+    span = max((high - low) or abs(high) or 1.0, 1e-300)  # the smallest numbers have no tenths
     rough = span / 5
     if base == 60 and rough >= 1:
         steps = [1.0, 2, 5, 10, 15, 30, 60, 120, 300, 600, 900, 1800, 3600, 7200, 10800, 21600, 43200]
@@ -225,7 +224,7 @@ def _pictures(runs: Sequence["Run"]) -> str:
     for run in runs:
         if run.load:
             file = io.BytesIO()
-            pixels = expert_picture(np.array(run.load, np.int64))[::8, ::8]
+            pixels = expert_picture(np.array(run.load, np.int64), cell=1)
             Image.fromarray(pixels).save(file, "PNG")
             data = base64.b64encode(file.getvalue()).decode()
             cards.append(

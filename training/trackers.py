@@ -161,12 +161,14 @@ class Careful:
         self._has_failed = True
 
 
-def expert_picture(counts: NDArray[np.int64]) -> NDArray[np.uint8]:
-    """[L, E] -> [height, width, 3]: a line a block from the top, a square an expert. White: the block's mean load; red:
-    more, up to four times as much; blue: less, down to a quarter; black: none."""
+def expert_picture(counts: NDArray[np.int64], cell: int = _CELL) -> NDArray[np.uint8]:
+    """[L, E] -> [height, width, 3]: a line a block from the top, a square of `cell` pixels an expert.
+
+    White: the block's mean load; red: more, up to four times as much; blue: less, down to a quarter; black: none.
+    """
     load = counts / np.maximum(counts.mean(axis=1, keepdims=True), 1e-9)
     place = np.clip(np.log2(np.maximum(load, 1e-9)), -2, 2)[..., None] / 2
     low, middle, high = _COLOURS
     colours = np.where(place < 0, middle + (middle - low) * place, middle + (high - middle) * place)
     colours = np.where(counts[..., None] > 0, colours, 0)
-    return np.rint(colours).astype(np.uint8).repeat(_CELL, axis=0).repeat(_CELL, axis=1)
+    return np.rint(colours).astype(np.uint8).repeat(cell, axis=0).repeat(cell, axis=1)
