@@ -139,6 +139,7 @@ SLOW: dict[str, tuple[str, ...]] = {
         "test_a_run_skips_if_asked_and_counts",
     ),
     "training/test_validation.py": ("test_the_exact_mean_on_any_mesh_and_no_trace_in_the_training",),
+    "training/test_memory.py": ("test_what_lies_on_a_rank_and_what_it_communicates_is_what_the_plan_says",),
     "training/test_formulas.py": (
         "test_what_a_layer_keeps_is_as_counted",
         "test_what_is_alive_in_a_layers_backward_pass_is_as_counted",

@@ -2,23 +2,31 @@
 
 import random
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
 from torch.distributed.tensor import DTensor
 
 from config.options import Config
 from config.reading import load_config, model_config
 from data.batch import Frame
+from errors import UserError
+from models.ops.kernels import Kernels
 from models.qwen35_moe.init import init_weights
+from models.qwen35_moe.lora import add_adapters
+from models.qwen35_moe.parameters import parameters
+from models.qwen35_moe.parts import freeze, frozen_parts
 from parallelisms.degrees import work_out_degrees
 from parallelisms.mesh import build_meshes
 from parallelisms.parallelize import local_region
 from tests.distributed import run_ranks
 from tests.parallelisms.collectives import Collective, recorded
 from tests.parallelisms.layouts import Layout, own_batches
-from train import build_model, train_step
+from train import build_model, build_on_meta, train_step
 from training.memory import Case, case_of, gradient_bytes, peak_memory
 from training.optimizer import build_optimizer
 from training.step_time import step_time
@@ -182,3 +190,67 @@ def measured(case: Case, calls: tuple[Collective, ...]) -> Totals:
             before = totals.get(kind, (0, 0))
             totals[kind] = (before[0] + 1, before[1] + size)
     return totals
+
+
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(
+    kind=st.sampled_from([kind for kind in KINDS if "tower" not in kind]),
+    shard=st.sampled_from([1, 2, 3, 4, 7, 8, 64, 4096]),
+    expert=st.sampled_from([1, 2, 4]),
+    replicate=st.sampled_from([1, 2]),
+    seed=st.integers(0, 10**6),
+)
+def test_sizes_on_any_number_of_gpus_are_those_of_its_parameters(
+    kind: list[str], shard: int, expert: int, replicate: int, seed: int
+) -> None:
+    """Counted here from the model's own shapes, as FSDP and the experts' ranks cut them: the first rank's part."""
+    words = [word for word in drawn(kind, 1, seed) if "--parallelism." not in word and "num_experts=" not in word]
+    words += [f"--parallelism.expert_parallel_degree={expert}", "--model.config.num_experts=12"]
+    words += [f"--parallelism.data_parallel_replicate_degree={replicate}"]
+    config = load_config(words)
+    try:
+        case = case_of(config, replicate * shard)
+    except UserError:  # expert degrees that do not divide
+        assume(False)
+    model = build_on_meta(model_config(config), Kernels(), getattr(torch, config.training.master_dtype))
+    freeze(model, frozen_parts(config.model.freeze, config.mtp.train))
+    if config.lora.rank:
+        add_adapters(model, config.lora.rank, 1.0, config.lora.targets)
+    is_float32 = {id(parameter) for parameter in model.float32_parameters()}
+    found = {"weights": 0.0, "moments": 0.0, "frozen": 0.0}
+    for name, parameter in model.named_parameters():
+        if id(parameter) in is_float32:
+            own, num_bytes = parameter.numel(), 4
+        elif ".experts." in name and expert > 1:
+            own, num_bytes = parameter.numel() // shard, case.master_bytes
+            assert parameter.numel() % shard == 0
+        else:
+            rows = len(torch.empty(len(parameter), 0).chunk(shard)[0])
+            own, num_bytes = rows * parameter[0].numel(), case.master_bytes
+        if not parameter.requires_grad:
+            found["frozen"] += own * (4 if id(parameter) in is_float32 else case.c)
+            continue
+        found["weights"] += own * num_bytes
+        found["moments"] += 2 * own * (2 if config.optimizer.state_dtype == "bfloat16" else num_bytes)
+    terms = peak_memory(case)[1]
+    assert terms.get("weights", 0) + terms.get("adapters", 0) == found["weights"] == gradient_bytes(case)
+    assert (terms["moments"], terms.get("frozen weights", 0)) == (found["moments"], found["frozen"])
+
+
+def test_a_case_of_one_gpu_by_hand() -> None:
+    """The moment of the loss of one_gpu_35b.toml, from the shapes of 35B-A3B."""
+    case = case_of(load_config(["--config=benchmarks/one_gpu_35b.toml", "--activation_checkpoint.mode=none"]), 1)
+    moment, terms = peak_memory(case)
+    experts = 12 * 32 * 3 * 2048 * 512
+    table = parameters(case.shape)
+    outside = 12 * 32 * 2048 + 9 * 2 * 32
+    total = sum(prod(each.shape) for each in table.values())
+    assert terms["weights"] == 4 * total
+    assert terms["moments"] == 8 * total
+    assert sum(prod(each.shape) for each in table.values() if each.expert_dim is not None) == experts
+    assert moment == "the loss"  # all that is cast is there once more in bfloat16, and no gradient
+    assert terms["gathered weights"] == 2 * (total - outside)
+    assert "gradients" not in terms
+    # 16,384 tokens are four chunks of 4096, of which three sizes are alive, and the head's gradient is in float32.
+    logits = 3 * 2 * 4096 * 248320 + 4 * 248320 * 2048
+    assert terms["loss: logits, the head's gradient"] == logits + 16384 * (2048 * 12 + 64 * 4)

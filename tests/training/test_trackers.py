@@ -61,6 +61,23 @@ def test_a_resume_drops_what_came_later(tmp_path: Path) -> None:
     assert [json.loads(each)["step"] for each in (tmp_path / "expert_load.jsonl").read_text().splitlines()] == [1, 5]
 
 
+def test_tensorboard_has_each_step_once_after_a_resume(tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    for start, end in ((0, 5), (3, 6), (2, 4)):  # cut off at 5, gone on with from 3, and then from 2
+        writer = MetricsWriter(tmp_path, tensorboard=True, start_step=start, total_steps=9)
+        for step in range(start + 1, end + 1):
+            writer.write({**line(step), "loss": 10.0 * start + step})
+            writer.write_view(step, COUNTS, lambda: "text")
+        writer.close()
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    told = [(event.step, event.value) for event in events.Scalars("loss")]
+    assert told == [(1, 1.0), (2, 2.0), (3, 23.0), (4, 24.0)]
+    steps = [image.step for image in events.Images("expert_load")]
+    assert sorted(set(steps)) == steps
+
+
 class FakeRun:
     def __init__(self, **options: object) -> None:
         self.options, self.logged, self.has_ended = options, [], False
