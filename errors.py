@@ -14,7 +14,7 @@ import time
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import NoReturn
+from typing import Any, NoReturn
 
 
 class _OneLine(Exception):
@@ -76,7 +76,19 @@ def _stdout_is_closed() -> bool:
 
 
 class OneLineParser(argparse.ArgumentParser):
-    """A mistake on the command line is a UserError, without the usage."""
+    """A mistake on the command line is a UserError, without the usage: also a name that is cut short, and an option
+    that is given twice."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(allow_abbrev=False, **options)
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        words = sys.argv[1:] if args is None else list(args)
+        names = [word.partition("=")[0] for word in words]
+        for name in self._option_string_actions:
+            if names.count(name) > 1:
+                raise UserError(f"{name} is given a second time: expected one value")
+        return super().parse_known_args(words, namespace)
 
     def error(self, message: str) -> NoReturn:
         raise UserError(message)

@@ -36,7 +36,7 @@ from config.checks import check_config
 from config.options import Config
 from config.reading import load_config, model_config
 from data.batch import MicroBatch
-from errors import OneLineParser, exit_on_error
+from errors import OneLineParser, UserError, exit_on_error
 from models.ops.documents import Documents
 from models.qwen35_moe.init import init_weights
 from parallelisms.context_parallel import own_share
@@ -49,7 +49,7 @@ from training.flops import flops_per_token, peak_flops
 from training.metrics import expert_load, setup_logging
 from training.optimizer import build_optimizer
 from training.plan import Images, parse_documents, parse_images
-from training.recorded import RECORDED, record
+from training.recorded import RECORDED, known_gpu, record
 from training.vision_work import VisionWork
 
 NUM_WARMUP_STEPS = 4
@@ -247,9 +247,7 @@ def report(found: dict[str, Any], json_file: str, **only_there: Any) -> None:
 
 
 def main(arguments: list[str]) -> None:
-    parser = OneLineParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--documents", default="", metavar="LENGTHS")
     parser.add_argument("--images", default="", metavar="HEIGHTxWIDTH:SHARE")
     parser.add_argument("--steps", type=int, default=8)
@@ -259,6 +257,10 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--record", default="", metavar="WHAT")
     options, rest = parser.parse_known_args(arguments)
     documents, images = parse_documents(options.documents), parse_images(options.images)
+    if options.steps < 1:
+        raise UserError(f"--steps = {options.steps}: expected at least 1")
+    if options.record:
+        known_gpu(torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu")
     rank, world_size = world_from_environment()
     setup_logging(rank)
     config = load_config(rest)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from config.reading import load_config
-from errors import exit_on_error, reading
+from errors import OneLineParser, UserError, exit_on_error, reading
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -48,3 +48,12 @@ def test_only_a_reader_of_stdout_that_has_gone_is_no_error(closed: str) -> None:
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, stdout=writer, stderr=subprocess.PIPE, text=True)
     assert (done.returncode == 0) == (closed == "stdout")
     assert ("BrokenPipeError" in done.stderr) == (closed != "stdout")
+
+
+@pytest.mark.parametrize("words", [["--number=1", "--number", "1"], ["--num=1"], ["--number"], ["--number=x"]])
+def test_an_option_twice_cut_short_or_without_its_value_is_a_mistake(words: list[str]) -> None:
+    parser = OneLineParser()
+    parser.add_argument("--number", type=int)
+    assert parser.parse_args(["--number=1"]).number == 1
+    with pytest.raises(UserError, match="--num"):
+        parser.parse_args(words)

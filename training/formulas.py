@@ -196,7 +196,7 @@ def kept_by_layer(
 ) -> float:
     """Bytes that a compiled block of this kind keeps for the backward pass, for each of the rank's tokens.
 
-    imbalance: how many times the mean of copies and of their choices the rank receives, at ep > 1.
+    imbalance: how many times the mean of copies and of their choices the rank receives: 1 at ep 1.
     """
     H, k, I, S = (  # noqa: E741
         shape.hidden_size,
@@ -204,7 +204,7 @@ def kept_by_layer(
         shape.moe_intermediate_size,
         shape.shared_expert_intermediate_size,
     )
-    rows = k * (imbalance if degrees.expert > 1 else 1.0)  # of experts
+    rows = k * imbalance  # of experts
     order = 22 * k  # weights, which experts, and the order of their rows: float32, int64, int16 and int64
     product = 2 * I if 2 * I <= H else 0  # activation_checkpoint.py takes a wider one for down_proj's
     experts: float
@@ -255,7 +255,7 @@ def backward_of_layer(
     recomputed, and the gradients of the experts' rows. Counted is what the graphs hold; what the delta rule's kernels
     allocate for themselves is not known. With "full" it is up to 3.4 % less, as the router's input is made again."""
     H, I, S = shape.hidden_size, shape.moe_intermediate_size, shape.shared_expert_intermediate_size  # noqa: E741
-    rows = shape.num_experts_per_tok * (imbalance if degrees.expert > 1 else 1.0)
+    rows = shape.num_experts_per_tok * imbalance
     # That is when the gradients of the experts' rows are there, and the shared expert's activations are gone.
     if mode == "selective":
         return kept_by_layer(shape, layer_type, mode, degrees, imbalance, c) + c * (rows * (H + I) + 3 * H - 2 * S)

@@ -52,7 +52,7 @@ class Case:
     """Parts that do not train, single ones (parts.py)."""
     lora: Lora = NO_LORA
     imbalance: float = 1.0
-    """Copies and rows that the fullest rank of `ep` receives, over the mean."""
+    """Copies and rows that the fullest rank of `ep` receives, over the mean: 1 at ep 1."""
     patches: int = 0
     """Of the fullest micro-batch."""
     frames: tuple[tuple[int, int], ...] = ()
@@ -112,7 +112,7 @@ def case_of(
         state_outside=_BYTES["float32" if state == "auto" else state],
         frozen=frozenset(single_parts(frozen_parts(config.model.freeze, config.mtp.train))),
         lora=config.lora,
-        imbalance=imbalance,
+        imbalance=imbalance if degrees.expert > 1 else 1.0,
         compiled=config.compile.enable,
         c=_BYTES["bfloat16" if training.dtype == "auto" else training.dtype],
     )
@@ -169,7 +169,9 @@ def peak_memory(case: Case) -> tuple[str, dict[str, float]]:
         unreduced = computed * (1 + 4 / c * is_sharded)
     # What runs without a graph keeps nothing: the trunk, where multi-token prediction alone trains.
     first = 0 if case.trunk_has_graph else len(shape.layer_types)
-    kept = [_kept(case, kind) if index >= first else 0.0 for index, kind in enumerate(types)]
+    of_layer = (case.mode, degrees, case.imbalance, c)
+    of_kind = {kind: case.num_tokens * kept_by_layer(shape, kind, *of_layer) for kind in types}
+    kept = [of_kind[kind] if index >= first else 0.0 for index, kind in enumerate(types)]
 
     def activations(number: int) -> dict[str, float]:
         """Of so many blocks, by kind."""
@@ -187,7 +189,7 @@ def peak_memory(case: Case) -> tuple[str, dict[str, float]]:
     for kind in dict.fromkeys(types[first:]):
         index = len(types) - 1 - types[::-1].index(kind)
         later = sum(dense + experts for dense, experts in trained.by_block[index + 1 :]) * case.master_bytes
-        alive = backward_of_layer(shape, kind, case.mode, degrees, case.imbalance, c)
+        alive = backward_of_layer(shape, kind, *of_layer)
         moments[f"the backward pass of block {index}, {kind.replace('_', ' ')}"] = {
             "gradients": max(before, later / degrees.shard) + unreduced + of_head,
             "gathered weights": root + tower + (two if is_sharded else sum(units[: index + 1])),
@@ -215,10 +217,6 @@ def gathered_sizes(case: Case) -> tuple[Sizes, Sizes]:
     of_whole = case.sizes(trains=True) if needs_cast or degrees.replicate > 1 else nothing
     over_experts = degrees.shard // (degrees.expert if degrees.expert > 1 else 1)
     return case.sizes() if degrees.shard > 1 else of_whole, case.sizes() if over_experts > 1 else of_whole
-
-
-def _kept(case: Case, kind: str) -> float:
-    return case.num_tokens * kept_by_layer(case.shape, kind, case.mode, case.degrees, case.imbalance, case.c)
 
 
 def gradient_bytes(case: Case) -> float:

@@ -243,7 +243,6 @@ def _own_options(arguments: list[str]) -> tuple[Where, int, list[str]]:
         prog="python -m training.plan",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     parser.add_argument("--gpus", type=int, required=True)
     parser.add_argument("--gpus-per-node", type=int, default=8)
@@ -253,14 +252,10 @@ def _own_options(arguments: list[str]) -> tuple[Where, int, list[str]]:
     parser.add_argument("--imbalance", type=float, default=1.1)
     parser.add_argument("--alternatives", type=int, default=5, metavar="NUMBER")
     options, rest = parser.parse_known_args(arguments)
-    names = [word.partition("=")[0] for word in arguments if word not in rest]
     for name, value in vars(options).items():
-        option = f"--{name.replace('_', '-')}"
-        if names.count(option) > 1:
-            raise UserError(f"{option} = {value!r} is given a second time: expected one value")
         least, most = (0 if name == "alternatives" else 1), (100 if name == "imbalance" else 2**20)
         if isinstance(value, (int, float)) and not least <= value <= most:
-            raise UserError(f"{option} = {value}: expected at least {least} and at most {most}")
+            raise UserError(f"--{name.replace('_', '-')} = {value}: expected at least {least} and at most {most}")
     images, documents = parse_images(options.images), parse_documents(options.documents)
     where = Where(options.gpus, options.gpus_per_node, options.gpu, documents, options.imbalance, images)
     return where, options.alternatives, rest

@@ -39,6 +39,14 @@ def gpu_named(device: str) -> str | None:
     return next((name for name in GPUS if name in device.lower()), None)
 
 
+def known_gpu(device: str) -> str:
+    """The same. Raises UserError for one that is not in the table."""
+    gpu = gpu_named(device)
+    if gpu is None:
+        raise UserError(f"a run that is recorded on {device!r}: expected one of {', '.join(GPUS)}")
+    return gpu
+
+
 def recorded_runs(path: Path = RECORDED) -> list[Recorded]:
     """All of them. Raises UserError for a damaged file."""
     with reading(path):
@@ -51,22 +59,18 @@ def recorded_runs(path: Path = RECORDED) -> list[Recorded]:
 def _run(
     what: str, device: str, arguments: list[str], row: dict[str, Any], world_size: int, documents: tuple[int, ...]
 ) -> Recorded:
-    gpu = gpu_named(device)
-    if gpu is None:
-        raise UserError(f"{device!r}: expected one of {', '.join(GPUS)}")
     # Paths were from the repository's root, which need not be where a run is started.
     root = RECORDED.parents[1]
     arguments = [str(root / word) if word.endswith(".toml") and (root / word).is_file() else word for word in arguments]
     case = case_of(load_config(arguments), world_size, documents)
     case = replace(case, patches=row.get("patches", 0), frames=tuple(Counter(row.get("frames", ())).items()))
-    return Recorded(what, gpu, case, row.get("peak_gib"), row.get("step_seconds"))
+    return Recorded(what, known_gpu(device), case, row.get("peak_gib"), row.get("step_seconds"))
 
 
 def record(path: Path, what: str, arguments: list[str], found: dict[str, Any], date: str) -> None:
     """Adds a line of what benchmarks.throughput `found` with these arguments of train.py's. Raises UserError for a GPU
     that is not in the table."""
-    if gpu_named(found["device"]) is None:
-        raise UserError(f"--record on {found['device']!r}: expected one of {', '.join(GPUS)}")
+    known_gpu(found["device"])
     kept = ("device", "world_size", "documents", "patches", "frames", "peak_gib", "step_seconds", "torch")
     apart = [part for word in arguments for part in word.split("=", 1)]  # as paths are looked for in them
     row = {"what": what, "date": date, "arguments": apart}

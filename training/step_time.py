@@ -66,7 +66,8 @@ def step_time(case: Case, gpu_name: str, gpus_per_node: int) -> StepTime:
     forwards = 2 if case.mode == "full" else 1
     backward = 2 if case.trains_text else 1  # gradients of activations, and of weights
     dense, experts, head = products_per_token(shape)
-    full, linear = layer_types_of(case, FULL), layer_types_of(case, LINEAR)
+    types = list(layer_types(shape))
+    full, linear = types.count(FULL), types.count(LINEAR)
 
     kinds = {
         "dense products": 2 * tokens * (dense * (forwards + backward) + head * (1 + backward)) / gpu.dense,
@@ -82,7 +83,7 @@ def step_time(case: Case, gpu_name: str, gpus_per_node: int) -> StepTime:
     again = 1 if case.mode == "none" else 2
     kinds["convolution"] = tokens * channels * (again * hardware.CONVOLUTION[0] + hardware.CONVOLUTION[1])
 
-    kept = sum(kept_by_layer(shape, kind, "none", degrees._replace(expert=1, context=1)) for kind in layer_types(shape))
+    kept = sum(kept_by_layer(shape, kind, "none", degrees._replace(expert=1, context=1)) for kind in types)
     passes = hardware.PASSES if degrees.expert == 1 else hardware.PASSES_IN_PARTS
     kinds["norms, routing, copies"] = tokens * kept * passes * (hardware.RECOMPUTED if forwards > 1 else 1) / gpu.memory
     logits = tokens * shape.vocab_size * c * (1 + shape.mtp_num_hidden_layers)
@@ -104,7 +105,7 @@ def step_time(case: Case, gpu_name: str, gpus_per_node: int) -> StepTime:
         kinds["vision"] = _tower(case, shape.vision, gpu)
 
     if degrees.expert > 1:
-        kinds["numbers of copies"] = hardware.WAIT_AT_EP * len(case.shape.layer_types) * case.accumulation
+        kinds["numbers of copies"] = hardware.WAIT_AT_EP * len(types) * case.accumulation
     links = _links(case, gpus_per_node)
     compute = sum(kinds.values()) - kinds["optimizer, clipping"]
     if degrees.expert == 1 and degrees.shard > 1:  # FSDP's own order: the block before hides it, as far as it lasts
@@ -113,15 +114,10 @@ def step_time(case: Case, gpu_name: str, gpus_per_node: int) -> StepTime:
         links = [replace(link, hidden=link.seconds * share) if link.traffic.axis == "fsdp" else link for link in links]
     kinds["communication, not hidden"] = sum(link.seconds - link.hidden for link in links)
     name = "ep" if degrees.expert > 1 else "units" if has_dense else "no units"
-    host = hardware.HOST[name] * len(list(layer_types(shape))) * case.accumulation
+    host = hardware.HOST[name] * len(types) * case.accumulation
     kinds["the GPU waits for the host"] = max(host - compute - kinds["communication, not hidden"], 0.0) + hardware.STEP
     flops = flops_per_token(shape, round(case.mean_document), case.lora, case.trunk_has_graph)
     return StepTime({kind: seconds for kind, seconds in kinds.items() if seconds}, links, flops)
-
-
-def layer_types_of(case: Case, kind: str) -> int:
-    """How many blocks are of this kind."""
-    return list(layer_types(case.shape)).count(kind)
 
 
 def _tower(case: Case, vision: VisionConfig, gpu: Gpu) -> float:

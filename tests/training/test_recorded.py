@@ -61,7 +61,7 @@ def test_a_benchmark_is_recorded_as_it_is_read(tmp_path: Path, monkeypatch: pyte
     path.write_text(json.dumps(row | {"device": "a toaster"}) + "\n")
     with pytest.raises(UserError, match=r"toaster.*expected one of h100, h200"):
         recorded_runs(path)
-    with pytest.raises(UserError, match=r"--record on 'cpu': expected one of h100, h200"):
+    with pytest.raises(UserError, match=r"recorded on 'cpu': expected one of h100, h200"):
         record(path, "a run", arguments, found | {"device": "cpu"}, "2026-11-28")
     path.write_text("{half")
     with pytest.raises(UserError, match=str(path)):

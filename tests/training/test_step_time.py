@@ -97,3 +97,12 @@ def test_what_crosses_a_nodes_border_takes_its_cards(
         ways = 2 if link.traffic.kind == "all-reduce" else 1
         assert link.over == over
         assert link.seconds == pytest.approx(ways * link.traffic.num_bytes * (ranks - 1) / ranks / rate)
+
+
+def test_an_uneven_load_costs_time_where_experts_are_spread_alone() -> None:
+    for ep in (1, 2):
+        options = [f"--parallelism.expert_parallel_degree={ep}", "--training.global_batch_size=64"]
+        config = load_config(["--config=benchmarks/one_gpu_35b.toml", *options])
+        even, uneven = (step_time(case_of(config, 2, imbalance=imbalance), "h100", 8) for imbalance in (1.0, 1.5))
+        assert (uneven.by_kind["experts' products"] > even.by_kind["experts' products"]) == (ep > 1)
+        assert (uneven.seconds > even.seconds) == (ep > 1)
