@@ -25,7 +25,6 @@ from data.packing import BadSample
 from errors import OneLineParser, UserError, exit_on_error
 from models.qwen35_moe.config import ModelConfig
 from models.qwen35_moe.vision_config import VisionConfig
-from parallelisms.degrees import work_out_degrees
 from training.hardware import GPUS
 from training.memory import GIB, Case, case_of, peak_memory
 from training.recorded import OFF_BY, outside, recorded_runs
@@ -117,17 +116,18 @@ def changed(config: Config, change: Change) -> Config:
     return config
 
 
-def _changes(config: Config, where: Where, shape: ModelConfig) -> Iterator[Change]:
-    """Layouts that may be better: recomputation, degrees, rows of a micro-batch; the batch of a step stays."""
-    own = work_out_degrees(config.parallelism, config.training, shape, where.gpus)
+def _changes(config: Config, where: Where) -> Iterator[Change]:
+    """Layouts that may be better: recomputation, degrees within a node, replicas, rows of a micro-batch, and the
+    configuration's own; the batch of a step stays."""
+    own, num_nodes = config.parallelism, where.gpus // where.gpus_per_node
+    degrees = {n for n in range(1, min(where.gpus, where.gpus_per_node) + 1) if where.gpus % n == 0}
+    replicas = {1, num_nodes, num_nodes // 8, own.data_parallel_replicate_degree} - {0}
     rows = {2**n for n in range(10)} | {config.training.local_batch_size}
-    nodes = {where.gpus // where.gpus_per_node, where.gpus // where.gpus_per_node // 8, own.replicate} - {0}
-    degrees = [n for n in range(1, min(where.gpus, where.gpus_per_node) + 1) if where.gpus % n == 0]
     for mode, ep, cp, replicate, local in itertools.product(
         ("none", "selective", "full"),
-        sorted({*degrees, own.expert}),
-        sorted({*degrees, own.context}),
-        sorted({1} | nodes),
+        sorted(degrees | {own.expert_parallel_degree} - {-1}),
+        sorted(degrees | {own.context_parallel_degree}),
+        sorted(replicas),
         sorted(n for n in rows if n <= config.training.global_batch_size),
     ):
         yield {
@@ -144,7 +144,7 @@ def alternatives(config: Config, where: Where) -> list[tuple[Plan, Change]]:
     """Layouts that fit with the error of the prediction to spare, the fastest first; of those that are as fast within
     1 %, the one with less communication and less memory."""
     found, shape = [], model_config(config)
-    for change in _changes(config, where, shape):
+    for change in _changes(config, where):
         try:
             plan = make_plan(changed(config, change), where, shape)
         except UserError:

@@ -92,9 +92,14 @@ def step_time(case: Case, gpu_name: str, gpus_per_node: int) -> StepTime:
     on_rank = trained.sharded / degrees.shard + trained.outside
     # In the forward pass cast and copied into place, 4 + 2 + 2 + 2 bytes; gradients 2 + 4, and back to bfloat16.
     of_a_weight = 16 if case.master_bytes == 4 else 20
-    has_dense, has_experts = (bool(of.total) for of in gathered_sizes(case))
-    gathered = (trained.dense + trained.root) * has_dense + trained.experts / degrees.expert * has_experts
-    kinds["weights cast and gathered"] = case.accumulation * of_a_weight * gathered / gpu.memory
+    dense_of, experts_of = gathered_sizes(case)
+    cast = (trained.dense + trained.root) * bool(dense_of.total) + trained.experts / degrees.expert * bool(
+        experts_of.total
+    )
+    gathered = dense_of.dense + dense_of.root + experts_of.experts / degrees.expert
+    # What is frozen is copied into place for the forward and for the backward pass.
+    moved = of_a_weight * cast + 4 * c * (gathered - cast)
+    kinds["weights cast and gathered"] = case.accumulation * moved / gpu.memory
     # Weights and moments are read and written; gradients read for their norm and again, and written back where clipped.
     kinds["optimizer, clipping"] = (5 * case.master_bytes + 4 * case.state_bytes) * on_rank / gpu.optimizer
     if case.lora.rank:
@@ -113,7 +118,7 @@ def step_time(case: Case, gpu_name: str, gpus_per_node: int) -> StepTime:
         share = min(1.0, 0.9 * compute / over)
         links = [replace(link, hidden=link.seconds * share) if link.traffic.axis == "fsdp" else link for link in links]
     kinds["communication, not hidden"] = sum(link.seconds - link.hidden for link in links)
-    name = "ep" if degrees.expert > 1 else "units" if has_dense else "no units"
+    name = "ep" if degrees.expert > 1 else "units" if dense_of.total else "no units"
     host = hardware.HOST[name] * len(types) * case.accumulation
     kinds["the GPU waits for the host"] = max(host - compute - kinds["communication, not hidden"], 0.0) + hardware.STEP
     flops = flops_per_token(shape, round(case.mean_document), case.lora, case.trunk_has_graph)
