@@ -148,7 +148,7 @@ def _chart(
     y_ticks = _ticks(0 if from_zero else min(ys), max(ys))
     x_end = max(*xs, x_ticks[-1] if len(x_ticks) < 2 else 0) or 1
     low, high = min(y_ticks[0], *ys), max(y_ticks[-1], *ys)
-    high = high if high > low else low + 1
+    high = high if high > low else low + max(1.0, abs(low))
 
     def x_of(value: float) -> float:
         return _LEFT + value / x_end * (_WIDTH - _LEFT - _RIGHT)
