@@ -396,5 +396,7 @@ def _one_line(error: BaseException) -> str:
     """The reason, without DCP's tracebacks of every rank."""
     if isinstance(error, CheckpointException):
         error = next(iter(error.failures.values()))[0]
+    if isinstance(error, OSError) and error.filename and error.strerror:
+        return f"{error.filename}: {error.strerror}"
     lines = str(error).splitlines()
     return lines[0] if lines else type(error).__name__

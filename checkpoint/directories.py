@@ -21,8 +21,9 @@ STEP = re.compile(r"step-([0-9]{8}|[1-9][0-9]{8,17})")
 
 
 def complete_checkpoints(folder: Path) -> list[Path]:
-    """The complete checkpoints in a run's `checkpoints` folder, oldest first."""
-    found = [path for path in folder.glob("step-*") if STEP.fullmatch(path.name) and path.is_dir()]
+    """Whatever bears a complete checkpoint's name in a run's `checkpoints` folder, oldest first. What is no directory,
+    say a link to a disk that is not there, is a damaged one."""
+    found = [path for path in folder.glob("step-*") if STEP.fullmatch(path.name)]
     return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
 
 
@@ -84,7 +85,7 @@ def _read_manifest(folder: Path) -> dict[str, tuple[int, int]]:
             if not all(type(number) is int and number >= 0 for number in numbers):
                 raise ValueError(f"it does not tell the size and CRC-32 of {name!r}")
             files[name] = numbers
-    read = [folder / ".metadata", *folder.glob("*.distcp"), *folder.glob("run.json"), *folder.glob("hf/*")]
+    read = [folder / ".metadata", *folder.glob("*.distcp"), *folder.glob("run.json"), *folder.glob("hf/[!.]*")]
     if unlisted := sorted({str(file.relative_to(folder)) for file in read} - files.keys()):
         raise UserError(f"{path} does not list {unlisted[0]!r}: expected the folder as the run left it")
     return files
@@ -129,16 +130,24 @@ def check_is_free(out: Path) -> None:
 def publish(unfinished: Path, final: Path) -> None:
     """Gives a finished directory its name, in place of what bears it; by then its contents survive a power cut."""
     _flush_all(unfinished)
-    before = _hide(final) if final.exists() else None
+    before = _hide(final) if os.path.lexists(final) else None
     unfinished.rename(final)
     _flush(final.parent)
     if before:
-        shutil.rmtree(before)
+        _delete(before)
 
 
 def remove(folder: Path) -> None:
     """Deletes a directory whose name readers know."""
-    shutil.rmtree(_hide(folder))
+    _delete(_hide(folder))
+
+
+def _delete(path: Path) -> None:
+    """A directory with its contents; a link, and not what it names; a file."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
 
 
 def tidy(folder: Path) -> None:
@@ -149,10 +158,11 @@ def tidy(folder: Path) -> None:
     """
     for path in sorted(folder.glob(".step-*")):
         final = folder / path.name.removeprefix(".")
-        if STEP.fullmatch(final.name) and not final.exists() and find_damage(path) is None:
+        is_named = STEP.fullmatch(final.name) and not path.is_symlink()
+        if is_named and not os.path.lexists(final) and find_damage(path) is None:
             publish(path, final)
         else:
-            shutil.rmtree(path)
+            _delete(path)
 
 
 def _hide(folder: Path) -> Path:
