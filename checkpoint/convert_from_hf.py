@@ -22,7 +22,7 @@ from checkpoint.export import DTYPES
 from checkpoint.hf_assets import write_checkpoint_assets
 from checkpoint.hf_reader import naming_tensors, native_tensors
 from checkpoint.tensors.safetensors import read_safetensors
-from checkpoint.tensors.stored import StoredTensor
+from checkpoint.tensors.stored import StoredTensor, finite
 from errors import OneLineParser, exit_on_error
 from models.qwen35_moe.config import ModelConfig, read_config
 from models.qwen35_moe.hf_weights import left_out
@@ -68,7 +68,7 @@ def _write_dcp(folder: Path, tensors: Mapping[str, StoredTensor], dtypes: Mappin
             for block in tensor.blocks(_BLOCK_BYTES):
                 offsets = torch.Size([row] + [0] * (block.dim() - 1)) if block.dim() else torch.Size()
                 start = file.tell()
-                torch.save(block.to(dtypes[name]), file)
+                torch.save(finite(name, block.to(dtypes[name])), file)
                 places[MetadataIndex(key, offsets, len(chunks))] = StorageInfo(path.name, start, file.tell() - start)
                 chunks.append(ChunkStorageMetadata(offsets, block.shape))
                 row += block.shape[0] if block.dim() else 0

@@ -34,6 +34,7 @@ DTYPES = {
     "BOOL": torch.bool,
 }
 """What a tensor may consist of, by the names in safetensors files."""
+PLAIN_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 _MAX_DIMS, _MAX_CELLS = 16, 2**24
 
 
@@ -94,6 +95,14 @@ class StoredArray(NamedTuple):
             done += count
         strided = buffer.as_strided(self.shape, self.strides)
         return buffer.view(self.shape) if strided.is_contiguous() else strided.contiguous()
+
+
+def finite(name: str, values: torch.Tensor) -> torch.Tensor:
+    """`values`. Raises UserError if any is NaN or infinite: such weights compute nothing, and training mends none."""
+    # A sum passes over them once, and shows them; but finite ones may add up to infinity.
+    if values.dtype in PLAIN_DTYPES and not values.sum(dtype=torch.float64).isfinite() and not values.isfinite().all():
+        raise UserError(f"{name!r} has values that are not finite as {values.dtype}: expected numbers")
+    return values
 
 
 def file_size(path: Path) -> int:
