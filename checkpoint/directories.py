@@ -3,6 +3,7 @@
 A checkpoint's manifest.json, written after everything else, tells every other file's size and CRC-32.
 """
 
+import errno
 import json
 import os
 import re
@@ -15,6 +16,7 @@ from pathlib import Path
 from checkpoint.tensors.stored import file_size, read_json
 from errors import UserError, reading
 
+_OF_THE_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.ESTALE}
 MANIFEST = "manifest.json"
 STEP = re.compile(r"step-([0-9]{8}|[1-9][0-9]{8,17})")
 """The names of complete checkpoints: the step in eight digits, or in more if it has more."""
@@ -103,19 +105,31 @@ def _crc32(path: Path) -> int:
 def new_directory(out: Path, source: Path) -> Iterator[Path]:
     """Yields a directory to fill, which takes the name `out` when the block ends well and vanishes when it does not.
 
-    Raises UserError if `out` exists, unless it is an empty directory, and if it cannot be made or lies in `source`.
+    Raises UserError if `out` exists, unless it is an empty directory, if it cannot be made or lies in `source`, and if
+    the disk gets full or fails.
     """
     check_is_free(out)
     with reading(out):
         out = out.resolve()
         if out.is_relative_to(source.resolve()):
             raise UserError(f"{out} lies in {source}, which is read: expected another place")
-        unfinished = out.with_name(f".{out.name}.unfinished")
-        shutil.rmtree(unfinished, ignore_errors=True)  # left by a process that was killed
-        unfinished.mkdir(parents=True)
+    unfinished = out.with_name(f".{out.name}.unfinished")
+    try:
+        make_afresh(unfinished)
+    except OSError as error:
+        raise UserError(f"{out} cannot be written: {error.strerror}") from error
     try:
         yield unfinished
         publish(unfinished, out)
+    except UserError:
+        raise
+    except Exception as error:
+        cause: BaseException | None = error
+        while cause and not (isinstance(cause, OSError) and cause.errno in _OF_THE_DISK):
+            cause = cause.__context__  # torch.save makes another error of it
+        if isinstance(cause, OSError):
+            raise UserError(f"{out} cannot be written: {cause.strerror}") from error
+        raise
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
 
@@ -125,6 +139,12 @@ def check_is_free(out: Path) -> None:
     with reading(out):
         if os.path.lexists(out) and (not out.is_dir() or any(out.iterdir())):
             raise UserError(f"{out} exists: expected a new or an empty directory")
+
+
+def make_afresh(unfinished: Path) -> None:
+    """An empty directory in place of what a process that was killed left there."""
+    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished.mkdir(parents=True)
 
 
 def publish(unfinished: Path, final: Path) -> None:
