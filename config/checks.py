@@ -22,9 +22,11 @@ _LARGEST_BETA_IN_BFLOAT16 = 0.99
 
 def check_config(config: Config, world_size: int) -> None:
     """Raises UserError for what `world_size` processes on this machine could not run."""
-
+    training = config.training
+    if (num_tokens := training.local_batch_size * training.sequence_length) >= 2**31:
+        raise UserError(f"training.local_batch_size * sequence_length = {num_tokens}: expected less than 2**31 tokens")
     shape = model_config(config)
-    degrees = work_out_degrees(config.parallelism, config.training, shape, world_size)
+    degrees = work_out_degrees(config.parallelism, training, shape, world_size)
     check_frozen(config.model.freeze, shape)
     _check_mtp(config)
     if config.lora.rank:

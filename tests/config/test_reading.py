@@ -248,6 +248,11 @@ def test_a_mistake_on_the_command_line(option: str, expected: str) -> None:
         assert expected in error_of(option)
 
 
+def test_a_micro_batch_whose_tokens_no_boundary_can_count() -> None:
+    message = error_of("--training.sequence_length=1073741824", "--training.local_batch_size=2")
+    assert "training.local_batch_size * sequence_length = 2147483648: expected less than 2**31 tokens" in message
+
+
 def test_an_option_given_twice() -> None:
     assert "--training.steps = '4' is given a second time" in error_of("--training.steps", "3", "--training.steps", "4")
 
