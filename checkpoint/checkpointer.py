@@ -331,8 +331,7 @@ class Checkpointer:
         if self._config.lora.rank and self._base:
             write_adapter(assets, self._config.lora, self._base, self._files_of_base)
         (assets / SAMPLE).write_text(json.dumps(self._sample), encoding="utf-8")
-        others = [path for path in unfinished.rglob("*") if path.is_file() and path.name not in files]
-        directories.write_manifest(unfinished, files | directories.describe_files(unfinished, others))
+        directories.write_manifest(unfinished, files)
         directories.publish(unfinished, final)
         # Never the one just written, which may not have the highest step.
         keep, older = self._config.checkpoint.keep, directories.complete_checkpoints(self._folder)

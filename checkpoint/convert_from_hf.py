@@ -17,7 +17,7 @@ from torch.distributed.checkpoint.metadata import MetadataIndex, StorageMeta, Te
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a file from anywhere
 
-from checkpoint.directories import check_is_free, describe_files, new_directory, write_manifest
+from checkpoint.directories import check_is_free, new_directory, write_manifest
 from checkpoint.export import DTYPES
 from checkpoint.hf_assets import write_checkpoint_assets
 from checkpoint.hf_reader import naming_tensors, native_tensors
@@ -52,7 +52,7 @@ def convert_from_hf(
         (folder / "hf").mkdir()
         _write_dcp(folder, tensors, dtypes)
         write_checkpoint_assets(folder / "hf", config, source, source)
-        write_manifest(folder, describe_files(folder, [path for path in folder.rglob("*") if path.is_file()]))
+        write_manifest(folder)
     return [key for key in stored if key.startswith(left_out(shape))]
 
 

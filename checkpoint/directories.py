@@ -4,6 +4,7 @@ A checkpoint's manifest.json, written after everything else, tells every other f
 """
 
 import errno
+import fcntl
 import json
 import os
 import re
@@ -45,9 +46,13 @@ def describe_files(folder: Path, paths: list[Path]) -> dict[str, dict[str, int]]
     return {str(path.relative_to(folder)): {"size": path.stat().st_size, "crc32": _crc32(path)} for path in paths}
 
 
-def write_manifest(folder: Path, files: dict[str, dict[str, int]]) -> None:
-    """Writes the list of `folder`'s files, and makes sure that what it lists is on disk before it is."""
+def write_manifest(folder: Path, known: dict[str, dict[str, int]] | None = None) -> None:
+    """Writes the list of `folder`'s files, of which some are `known` already, and makes sure that what it lists is on
+    disk before it is."""
     _flush_all(folder)
+    files = dict(known or {})
+    others = {path for path in folder.rglob("*") if path.is_file()} - {folder / name for name in (*files, MANIFEST)}
+    files |= describe_files(folder, sorted(others))
     (folder / MANIFEST).write_text(json.dumps({"files": files}, indent=1) + "\n", encoding="utf-8")
 
 
@@ -105,8 +110,8 @@ def _crc32(path: Path) -> int:
 def new_directory(out: Path, source: Path) -> Iterator[Path]:
     """Yields a directory to fill, which takes the name `out` when the block ends well and vanishes when it does not.
 
-    Raises UserError if `out` exists, unless it is an empty directory, if it cannot be made or lies in `source`, and if
-    the disk gets full or fails.
+    Raises UserError if `out` exists, unless it is an empty directory, if it cannot be made, lies in `source` or is made
+    by another process, and if the disk gets full or fails.
     """
     check_is_free(out)
     with reading(out):
@@ -115,7 +120,10 @@ def new_directory(out: Path, source: Path) -> Iterator[Path]:
             raise UserError(f"{out} lies in {source}, which is read: expected another place")
     unfinished = out.with_name(f".{out.name}.unfinished")
     try:
+        if unfinished.is_dir():
+            os.close(_lock(unfinished))
         make_afresh(unfinished)
+        lock = _lock(unfinished)
     except OSError as error:
         raise UserError(f"{out} cannot be written: {error.strerror}") from error
     try:
@@ -132,6 +140,20 @@ def new_directory(out: Path, source: Path) -> Iterator[Path]:
         raise
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
+        os.close(lock)
+
+
+def _lock(folder: Path) -> int:
+    """A descriptor of a directory that others cannot lock until it is closed. Raises UserError if another has it."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        raise UserError(f"{folder} is being written by another process: expected its end, or another place") from None
+    except OSError:
+        pass  # no locks on this file system
+    return descriptor
 
 
 def check_is_free(out: Path) -> None:

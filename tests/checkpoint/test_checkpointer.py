@@ -14,7 +14,7 @@ import torch.distributed as dist
 
 import checkpoint.checkpointer as checkpointer_module
 from checkpoint.checkpointer import Checkpointer, Progress
-from checkpoint.directories import complete_checkpoints, describe_files, find_checkpoint, write_manifest
+from checkpoint.directories import complete_checkpoints, find_checkpoint, write_manifest
 from checkpoint.hf_assets import read_base
 from config.options import Checkpoint, Config, Data, Job, Model, Optimizer, Training
 from errors import UserError
@@ -293,7 +293,7 @@ def test_nothing_that_believes_a_pickle_reads_a_checkpoint(
     assert checkpointer.resume() == (Progress() if option == "start_from" else Progress(2, 0, ANY))
     marker = tmp_path / "marker"
     (path / ".metadata").write_bytes(b"ctorch.distributed.run\nos.system\n(Vtouch " + bytes(marker) + b"\ntR.")
-    write_manifest(path, describe_files(path, [file for file in path.rglob("[!m]*") if file.is_file()]))
+    write_manifest(path)
     with pytest.raises(ValueError, match=r"metadata asks for torch\.distributed\.run\.os\.system"):
         checkpointer.resume()
     assert not marker.exists()

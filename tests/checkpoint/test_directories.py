@@ -9,7 +9,6 @@ from checkpoint.directories import (
     MANIFEST,
     check_is_free,
     complete_checkpoints,
-    describe_files,
     find_checkpoint,
     find_damage,
     publish,
@@ -24,7 +23,7 @@ def make(folder: Path, content: str = "x") -> Path:
     folder.mkdir(parents=True)
     (folder / "file").write_text(content)
     (folder / ".metadata").write_text("")
-    write_manifest(folder, describe_files(folder, [folder / "file", folder / ".metadata"]))
+    write_manifest(folder)
     return folder
 
 
