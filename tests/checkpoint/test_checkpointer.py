@@ -182,7 +182,7 @@ def test_a_save_that_fails_half_way_is_told_and_leaves_nothing(
         assert not checkpointer.wait()
     (record,) = [record for record in caplog.records if record.levelname == "ERROR"]
     assert "cannot save" in record.message
-    assert "No such file or directory: '/nowhere/at/all'" in record.message
+    assert "/nowhere/at/all: No such file or directory" in record.message
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000002"]
     assert build(str(tmp_path), 1, 1, seed=1)[2].resume().step == 2
     save(checkpointer, 4)
