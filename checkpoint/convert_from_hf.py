@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a file fr
 
 from checkpoint.directories import check_is_free, new_directory, write_manifest
 from checkpoint.export import DTYPES
-from checkpoint.hf_assets import write_checkpoint_assets
+from checkpoint.hf_assets import special_token_ids, write_checkpoint_assets
 from checkpoint.hf_reader import naming_tensors, native_tensors
 from checkpoint.tensors.safetensors import read_safetensors
 from checkpoint.tensors.stored import StoredTensor, finite
@@ -42,6 +42,7 @@ def convert_from_hf(
     from `source` again. `out` is new or empty; it appears when it is complete. Raises UserError naming a tensor that is
     missing, odd or unknown.
     """
+    special_token_ids(source)  # a damaged tokenizer is told now, and not when a run begins
     stored = read_safetensors(source)
     config, shape = read_config(source / "config.json"), ModelConfig.from_pretrained(source, with_vision, with_mtp)
     with naming_tensors():

@@ -158,7 +158,9 @@ def test_json_of_a_checkpoint_that_is_something_else(tmp_path: Path, step: Path,
 
 
 @pytest.mark.parametrize("kind", JSON)
-@pytest.mark.parametrize("name", ["config.json", "model.safetensors.index.json"])
+@pytest.mark.parametrize(
+    "name", ["config.json", "model.safetensors.index.json", "tokenizer.json", "tokenizer_config.json"]
+)
 def test_json_of_a_directory_that_is_something_else(tmp_path: Path, hf: Path, name: str, kind: str) -> None:
     (hf / name).write_bytes(JSON[kind])
     assert name in error_of(lambda out: convert_from_hf(hf, out, None), tmp_path)
