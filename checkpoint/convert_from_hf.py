@@ -69,7 +69,7 @@ def _write_dcp(folder: Path, tensors: Mapping[str, StoredTensor], dtypes: Mappin
             for block in tensor.blocks(_BLOCK_BYTES):
                 offsets = torch.Size([row] + [0] * (block.dim() - 1)) if block.dim() else torch.Size()
                 start = file.tell()
-                torch.save(finite(name, block.to(dtypes[name])), file)
+                torch.save(finite(tensor, block.to(dtypes[name])), file)
                 places[MetadataIndex(key, offsets, len(chunks))] = StorageInfo(path.name, start, file.tell() - start)
                 chunks.append(ChunkStorageMetadata(offsets, block.shape))
                 row += block.shape[0] if block.dim() else 0

@@ -106,4 +106,4 @@ def fill(
         if local.numel():
             local.copy_(stored[name].read(box))
             if not name.startswith("optimizer."):
-                finite(name, local)
+                finite(stored[name], local)

@@ -112,7 +112,7 @@ class Export(NamedTuple):
     def blocks(self) -> Iterator[torch.Tensor]:
         """The data to be written, in order; memory stays within a few blocks."""
         blocks = iter([self.stored.read(self.box)]) if self.box else self.stored.blocks(_BLOCK_BYTES)
-        return (finite(self.key, block.to(self.dtype)).view(-1) for block in blocks)
+        return (finite(self.stored, block.to(self.dtype)).view(-1) for block in blocks)
 
 
 def write_file(path: Path, tensors: list[Export]) -> Iterator[int]:

@@ -97,14 +97,6 @@ class StoredArray(NamedTuple):
         return buffer.view(self.shape) if strided.is_contiguous() else strided.contiguous()
 
 
-def finite(name: str, values: torch.Tensor) -> torch.Tensor:
-    """`values`. Raises UserError if any is NaN or infinite: such weights compute nothing, and training mends none."""
-    # A sum passes over them once, and shows them; but finite ones may add up to infinity.
-    if values.dtype in PLAIN_DTYPES and not values.sum(dtype=torch.float64).isfinite() and not values.isfinite().all():
-        raise UserError(f"{name!r} has values that are not finite as {values.dtype}: expected numbers")
-    return values
-
-
 def file_size(path: Path) -> int:
     """Bytes of a regular file. Raises UserError for anything else, which might never end."""
     with reading(path):
@@ -224,6 +216,16 @@ class StoredTensor:
             count[tuple(slice(of[start], of[stop]) for of, (start, stop) in zip(cells, box))] += 1
         if (count != 1).any():
             raise UserError(f"the chunks of {self.name!r} overlap or leave a hole")
+
+
+def finite(tensor: StoredTensor, values: torch.Tensor) -> torch.Tensor:
+    """`values`, which were read from `tensor` and maybe converted. Raises UserError if any is NaN or infinite: such
+    weights compute nothing, and training mends none."""
+    # A sum passes over them once, and shows them; but finite ones may add up to infinity.
+    if values.dtype in PLAIN_DTYPES and not values.sum(dtype=torch.float64).isfinite() and not values.isfinite().all():
+        folder = f"{tensor.open(tensor.chunks[0]).file.parent}: " if tensor.chunks else ""
+        raise UserError(f"{folder}{tensor.name!r} has values that are not finite as {values.dtype}: expected numbers")
+    return values
 
 
 def whole(name: str, array: StoredArray) -> StoredTensor:

@@ -97,13 +97,13 @@ def test_weights_that_are_no_numbers_are_named(tmp_path: Path, value: float) -> 
     weights["model.norm.weight"][5] = value
     write_hf(tmp_path / "hf", weights)
     model = Qwen35Moe(CONFIG, Kernels(attention="sdpa"))
-    with pytest.raises(UserError, match=r"'norm.weight' has values that are not finite as torch.float32"):
+    with pytest.raises(UserError, match=r"hf: 'model.norm.weight' has values that are not finite as torch.float32"):
         load_hf_weights(model, tmp_path / "hf", 0, local_region)
-    with pytest.raises(UserError, match=r"'norm.weight' has values that are not finite as torch.float32"):
+    with pytest.raises(UserError, match=r"hf: 'model.norm.weight' has values that are not finite as torch.float32"):
         convert_from_hf(tmp_path / "hf", tmp_path / "out", torch.float32)
     assert not (tmp_path / "out").exists()
     dcp.save({f"model.{n}": weights[hf_name(n)] for n in random_weights()}, checkpoint_id=tmp_path / "dcp")
-    with pytest.raises(UserError, match=r"'model.norm.weight' has values that are not finite as torch.bfloat16"):
+    with pytest.raises(UserError, match=r"dcp: 'model.norm.weight' has values that are not finite as torch.bfloat16"):
         export_to_hf(tmp_path / "dcp", tmp_path / "out", Options(base=tmp_path / "hf"))
     assert not (tmp_path / "out").exists()
 
