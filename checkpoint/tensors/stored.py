@@ -222,7 +222,7 @@ def finite(tensor: StoredTensor, values: torch.Tensor) -> torch.Tensor:
     """`values`, which were read from `tensor` and maybe converted. Raises UserError if any is NaN or infinite: such
     weights compute nothing, and training mends none."""
     # A sum passes over them once, and shows them; but finite ones may add up to infinity.
-    if values.dtype in PLAIN_DTYPES and not values.sum(dtype=torch.float64).isfinite() and not values.isfinite().all():
+    if values.dtype in PLAIN_DTYPES and not values.sum().isfinite() and not values.isfinite().all():
         folder = f"{tensor.open(tensor.chunks[0]).file.parent}: " if tensor.chunks else ""
         raise UserError(f"{folder}{tensor.name!r} has values that are not finite as {values.dtype}: expected numbers")
     return values
