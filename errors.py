@@ -105,7 +105,8 @@ def exit_on_error(prefix: str = "", interrupted: str = "") -> Iterator[None]:
         yield
         sys.stdout.flush()
     except (UserError, RunError) as error:
-        rank = int(os.environ.get("RANK", "0"))
+        given = os.environ.get("RANK", "0")
+        rank = int(given) if given.isdecimal() else 0
         if rank > 0:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)  # torchrun's, once rank 0 has ended: nothing is left to say
             time.sleep(5)

@@ -28,6 +28,7 @@ fail() {
 
 folder=$(cd "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")" && pwd)
 python=${PYTHON:-python}
+command -v "$python" >/dev/null || fail "PYTHON = '$python': expected a Python interpreter"
 export PYTHONPATH=$folder${PYTHONPATH:+:$PYTHONPATH} # and -P: a folder here may be called "config" or "data" too
 
 for argument in "$@"; do
@@ -56,6 +57,7 @@ export LOG_RANK=${LOG_RANK:-0}
 
 positive='^[1-9][0-9]{0,5}$' number='^(0|[1-9][0-9]{0,5})$'
 [[ $nproc_per_node =~ $positive ]] || fail "NGPU = '$nproc_per_node': expected a positive integer"
+((gpus > 0 || nproc_per_node <= 1024)) || fail "NGPU = '$nproc_per_node': expected at most 1024 processes on CPUs"
 ((gpus == 0 || nproc_per_node <= gpus)) || fail "NGPU = '$nproc_per_node': expected at most the $gpus GPUs here"
 [[ $nnodes =~ $positive ]] || fail "NNODES = '$nnodes': expected a positive integer"
 [[ $node_rank =~ $number ]] && ((node_rank < nnodes)) ||

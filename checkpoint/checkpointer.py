@@ -254,7 +254,7 @@ class Checkpointer:
         unfinished = self._folder / f".{final.name}"
         saving: object
         try:
-            self._from_rank_0(lambda: _make_folder(unfinished))
+            self._from_rank_0(lambda: directories.make_afresh(unfinished))
             state = self._model_state() | self._optimizer_state()
             state |= _train_state(step, tokens_seen, self._gather_cursors(own_cursors))
             if self._config.checkpoint.async_ and not last:
@@ -291,16 +291,19 @@ class Checkpointer:
             export_to_hf(final, out, Options(dtype=None) if lora.rank else None)
             logger.info(f"exported {out}" + (f": {serving_note(lora.targets)}" if lora.rank else ""))
 
+        doing = "save"
         try:
             files = {name: file for own in self._on_all_ranks(own_files) for name, file in own.items()}
             self._from_rank_0(lambda: self._publish(unfinished, final, files))
+            doing = "export"
             if self._config.checkpoint.export_hf == "all" or (self._config.checkpoint.export_hf == "last" and last):
                 self._from_rank_0(export_hf)
         except UserError as error:
             if dist.get_rank() == 0:
                 shutil.rmtree(unfinished, ignore_errors=True)  # what was written takes up room
                 free = shutil.disk_usage(self._folder).free / 2**20 if self._folder.exists() else 0
-                logger.error(f"cannot save {final}: {error} ({free:,.0f} MiB free); earlier checkpoints are untouched")
+                left = f"{free:,.0f} MiB free); earlier checkpoints are untouched"
+                logger.error(f"cannot {doing} {final}: {error} ({left}")
             return False
         if dist.get_rank() == 0:
             logger.info(f"saved {final}")
@@ -328,8 +331,7 @@ class Checkpointer:
         if self._config.lora.rank and self._base:
             write_adapter(assets, self._config.lora, self._base, self._files_of_base)
         (assets / SAMPLE).write_text(json.dumps(self._sample), encoding="utf-8")
-        others = [path for path in unfinished.rglob("*") if path.is_file() and path.name not in files]
-        directories.write_manifest(unfinished, files | directories.describe_files(unfinished, others))
+        directories.write_manifest(unfinished, files)
         directories.publish(unfinished, final)
         # Never the one just written, which may not have the highest step.
         keep, older = self._config.checkpoint.keep, directories.complete_checkpoints(self._folder)
@@ -387,14 +389,10 @@ def _train_state(step: int, tokens_seen: int, data_cursors: torch.Tensor) -> dic
     }
 
 
-def _make_folder(unfinished: Path) -> None:
-    shutil.rmtree(unfinished, ignore_errors=True)
-    unfinished.mkdir(parents=True)
-
-
 def _one_line(error: BaseException) -> str:
     """The reason, without DCP's tracebacks of every rank."""
     if isinstance(error, CheckpointException):
         error = next(iter(error.failures.values()))[0]
-    lines = str(error).splitlines()
-    return lines[0] if lines else type(error).__name__
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    return next(iter(str(error).splitlines()), type(error).__name__)

@@ -17,12 +17,12 @@ from torch.distributed.checkpoint.metadata import MetadataIndex, StorageMeta, Te
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a file from anywhere
 
-from checkpoint.directories import check_is_free, describe_files, new_directory, write_manifest
+from checkpoint.directories import check_is_free, new_directory, write_manifest
 from checkpoint.export import DTYPES
-from checkpoint.hf_assets import write_checkpoint_assets
+from checkpoint.hf_assets import special_token_ids, write_checkpoint_assets
 from checkpoint.hf_reader import naming_tensors, native_tensors
 from checkpoint.tensors.safetensors import read_safetensors
-from checkpoint.tensors.stored import StoredTensor
+from checkpoint.tensors.stored import StoredTensor, finite
 from errors import OneLineParser, exit_on_error
 from models.qwen35_moe.config import ModelConfig, read_config
 from models.qwen35_moe.hf_weights import left_out
@@ -42,6 +42,7 @@ def convert_from_hf(
     from `source` again. `out` is new or empty; it appears when it is complete. Raises UserError naming a tensor that is
     missing, odd or unknown.
     """
+    special_token_ids(source)  # a damaged tokenizer is told now, and not when a run begins
     stored = read_safetensors(source)
     config, shape = read_config(source / "config.json"), ModelConfig.from_pretrained(source, with_vision, with_mtp)
     with naming_tensors():
@@ -52,7 +53,7 @@ def convert_from_hf(
         (folder / "hf").mkdir()
         _write_dcp(folder, tensors, dtypes)
         write_checkpoint_assets(folder / "hf", config, source, source)
-        write_manifest(folder, describe_files(folder, [path for path in folder.rglob("*") if path.is_file()]))
+        write_manifest(folder)
     return [key for key in stored if key.startswith(left_out(shape))]
 
 
@@ -68,7 +69,7 @@ def _write_dcp(folder: Path, tensors: Mapping[str, StoredTensor], dtypes: Mappin
             for block in tensor.blocks(_BLOCK_BYTES):
                 offsets = torch.Size([row] + [0] * (block.dim() - 1)) if block.dim() else torch.Size()
                 start = file.tell()
-                torch.save(block.to(dtypes[name]), file)
+                torch.save(finite(tensor, block.to(dtypes[name])), file)
                 places[MetadataIndex(key, offsets, len(chunks))] = StorageInfo(path.name, start, file.tell() - start)
                 chunks.append(ChunkStorageMetadata(offsets, block.shape))
                 row += block.shape[0] if block.dim() else 0

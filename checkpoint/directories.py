@@ -3,6 +3,8 @@
 A checkpoint's manifest.json, written after everything else, tells every other file's size and CRC-32.
 """
 
+import errno
+import fcntl
 import json
 import os
 import re
@@ -15,14 +17,16 @@ from pathlib import Path
 from checkpoint.tensors.stored import file_size, read_json
 from errors import UserError, reading
 
+_OF_THE_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.ESTALE}
 MANIFEST = "manifest.json"
 STEP = re.compile(r"step-([0-9]{8}|[1-9][0-9]{8,17})")
 """The names of complete checkpoints: the step in eight digits, or in more if it has more."""
 
 
 def complete_checkpoints(folder: Path) -> list[Path]:
-    """The complete checkpoints in a run's `checkpoints` folder, oldest first."""
-    found = [path for path in folder.glob("step-*") if STEP.fullmatch(path.name) and path.is_dir()]
+    """Whatever bears a complete checkpoint's name in a run's `checkpoints` folder, oldest first. What is no directory,
+    say a link to a disk that is not there, is a damaged one."""
+    found = [path for path in folder.glob("step-*") if STEP.fullmatch(path.name)]
     return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
 
 
@@ -42,9 +46,13 @@ def describe_files(folder: Path, paths: list[Path]) -> dict[str, dict[str, int]]
     return {str(path.relative_to(folder)): {"size": path.stat().st_size, "crc32": _crc32(path)} for path in paths}
 
 
-def write_manifest(folder: Path, files: dict[str, dict[str, int]]) -> None:
-    """Writes the list of `folder`'s files, and makes sure that what it lists is on disk before it is."""
+def write_manifest(folder: Path, known: dict[str, dict[str, int]] | None = None) -> None:
+    """Writes the list of `folder`'s files, of which some are `known` already, and makes sure that what it lists is on
+    disk before it is."""
     _flush_all(folder)
+    files = dict(known or {})
+    others = {path for path in folder.rglob("*") if path.is_file()} - {folder / name for name in (*files, MANIFEST)}
+    files |= describe_files(folder, sorted(others))
     (folder / MANIFEST).write_text(json.dumps({"files": files}, indent=1) + "\n", encoding="utf-8")
 
 
@@ -84,7 +92,7 @@ def _read_manifest(folder: Path) -> dict[str, tuple[int, int]]:
             if not all(type(number) is int and number >= 0 for number in numbers):
                 raise ValueError(f"it does not tell the size and CRC-32 of {name!r}")
             files[name] = numbers
-    read = [folder / ".metadata", *folder.glob("*.distcp"), *folder.glob("run.json"), *folder.glob("hf/*")]
+    read = [folder / ".metadata", *folder.glob("*.distcp"), *folder.glob("run.json"), *folder.glob("hf/[!.]*")]
     if unlisted := sorted({str(file.relative_to(folder)) for file in read} - files.keys()):
         raise UserError(f"{path} does not list {unlisted[0]!r}: expected the folder as the run left it")
     return files
@@ -102,21 +110,50 @@ def _crc32(path: Path) -> int:
 def new_directory(out: Path, source: Path) -> Iterator[Path]:
     """Yields a directory to fill, which takes the name `out` when the block ends well and vanishes when it does not.
 
-    Raises UserError if `out` exists, unless it is an empty directory, and if it cannot be made or lies in `source`.
+    Raises UserError if `out` exists, unless it is an empty directory, if it cannot be made, lies in `source` or is made
+    by another process, and if the disk gets full or fails.
     """
     check_is_free(out)
     with reading(out):
         out = out.resolve()
         if out.is_relative_to(source.resolve()):
             raise UserError(f"{out} lies in {source}, which is read: expected another place")
-        unfinished = out.with_name(f".{out.name}.unfinished")
-        shutil.rmtree(unfinished, ignore_errors=True)  # left by a process that was killed
-        unfinished.mkdir(parents=True)
+    unfinished = out.with_name(f".{out.name}.unfinished")
+    try:
+        if unfinished.is_dir():
+            os.close(_lock(unfinished))
+        make_afresh(unfinished)
+        lock = _lock(unfinished)
+    except OSError as error:
+        raise UserError(f"{out} cannot be written: {error.strerror}") from error
     try:
         yield unfinished
         publish(unfinished, out)
+    except UserError:
+        raise
+    except Exception as error:
+        cause: BaseException | None = error
+        while cause and not (isinstance(cause, OSError) and cause.errno in _OF_THE_DISK):
+            cause = cause.__context__  # torch.save makes another error of it
+        if isinstance(cause, OSError):
+            raise UserError(f"{out} cannot be written: {cause.strerror}") from error
+        raise
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
+        os.close(lock)
+
+
+def _lock(folder: Path) -> int:
+    """A descriptor of a directory that others cannot lock until it is closed. Raises UserError if another has it."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        raise UserError(f"{folder} is being written by another process: expected its end, or another place") from None
+    except OSError:
+        pass  # no locks on this file system
+    return descriptor
 
 
 def check_is_free(out: Path) -> None:
@@ -126,19 +163,33 @@ def check_is_free(out: Path) -> None:
             raise UserError(f"{out} exists: expected a new or an empty directory")
 
 
+def make_afresh(unfinished: Path) -> None:
+    """An empty directory in place of what a process that was killed left there."""
+    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished.mkdir(parents=True)
+
+
 def publish(unfinished: Path, final: Path) -> None:
     """Gives a finished directory its name, in place of what bears it; by then its contents survive a power cut."""
     _flush_all(unfinished)
-    before = _hide(final) if final.exists() else None
+    before = _hide(final) if os.path.lexists(final) else None
     unfinished.rename(final)
     _flush(final.parent)
     if before:
-        shutil.rmtree(before)
+        _delete(before)
 
 
 def remove(folder: Path) -> None:
     """Deletes a directory whose name readers know."""
-    shutil.rmtree(_hide(folder))
+    _delete(_hide(folder))
+
+
+def _delete(path: Path) -> None:
+    """A directory with its contents; a link, and not what it names; a file."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
 
 
 def tidy(folder: Path) -> None:
@@ -149,10 +200,11 @@ def tidy(folder: Path) -> None:
     """
     for path in sorted(folder.glob(".step-*")):
         final = folder / path.name.removeprefix(".")
-        if STEP.fullmatch(final.name) and not final.exists() and find_damage(path) is None:
+        is_named = STEP.fullmatch(final.name) and not path.is_symlink()
+        if is_named and not os.path.lexists(final) and find_damage(path) is None:
             publish(path, final)
         else:
-            shutil.rmtree(path)
+            _delete(path)
 
 
 def _hide(folder: Path) -> Path:

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from checkpoint.tensors.safetensors import read_safetensors
-from checkpoint.tensors.stored import Chunk, StoredArray, StoredTensor
+from checkpoint.tensors.stored import PLAIN_DTYPES, Chunk, StoredArray, StoredTensor, finite
 from errors import UserError, WrongTensors
 from models.qwen35_moe.config import ModelConfig
 from models.qwen35_moe.hf_weights import MTP, Piece, find_pieces, left_out
@@ -19,8 +19,6 @@ from models.qwen35_moe.model import Qwen35Moe
 from models.qwen35_moe.parameters import Shape, full_box, parameters
 
 logger = logging.getLogger("train")
-
-PLAIN_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
 def native_tensors(config: ModelConfig, stored: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
@@ -102,8 +100,10 @@ def fill(
     stored: Mapping[str, StoredTensor],
     local_part: Callable[[torch.Tensor], LocalPart],
 ) -> None:
-    """Reads the part of each of `tensors` that lies in this process."""
+    """Reads the part of each of `tensors` that lies in this process. Raises UserError if weights are not finite."""
     for name, tensor in tensors.items():
         local, box = local_part(tensor)
         if local.numel():
             local.copy_(stored[name].read(box))
+            if not name.startswith("optimizer."):
+                finite(stored[name], local)

@@ -22,7 +22,6 @@ _LARGEST_BETA_IN_BFLOAT16 = 0.99
 
 def check_config(config: Config, world_size: int) -> None:
     """Raises UserError for what `world_size` processes on this machine could not run."""
-
     shape = model_config(config)
     check_layout(config, shape, world_size)
     if config.metrics.wandb and getattr(importlib.util.find_spec("wandb"), "origin", None) is None:  # a folder is none
@@ -36,7 +35,10 @@ def check_config(config: Config, world_size: int) -> None:
 def check_layout(config: Config, shape: ModelConfig, world_size: int) -> Degrees:
     """What is the same on every machine: the degrees. Raises UserError for what `world_size` processes could not run
     anywhere."""
-    degrees = work_out_degrees(config.parallelism, config.training, shape, world_size)
+    training = config.training
+    if (num_tokens := training.local_batch_size * training.sequence_length) >= 2**31:
+        raise UserError(f"training.local_batch_size * sequence_length = {num_tokens}: expected less than 2**31 tokens")
+    degrees = work_out_degrees(config.parallelism, training, shape, world_size)
     check_frozen(config.model.freeze, shape)
     _check_mtp(config)
     if config.lora.rank:

@@ -19,8 +19,11 @@ class Accept(NamedTuple):
     test: Callable[[Any], bool]
 
 
-PositiveInt = Annotated[int, Accept("a positive integer", lambda n: n > 0)]
-Count = Annotated[int, Accept("an integer of at least 0", lambda n: n >= 0)]
+# Bounds so high that they hinder nobody: products of two, and of three, stay numbers that a tensor can hold.
+PositiveInt = Annotated[int, Accept("a positive integer below 2**31", lambda n: 0 < n < 2**31)]
+Count = Annotated[int, Accept("an integer of at least 0, below 2**31", lambda n: 0 <= n < 2**31)]
+Rows = Annotated[int, Accept("a positive integer of at most 2**20", lambda n: 0 < n <= 2**20)]
+Workers = Annotated[int, Accept("an integer from 0 to 1024", lambda n: 0 <= n <= 1024)]
 Seed = Annotated[int, Accept("an integer from 0 to 2**63 - 1", lambda n: 0 <= n < 2**63)]
 Degree = Annotated[int, Accept("a positive integer, or -1", lambda n: n > 0 or n == -1)]
 Positive = Annotated[float, Accept("a positive number", lambda x: 0 < x < math.inf)]
@@ -151,7 +154,7 @@ class Data:
     """Hugging Face directory with tokenizer.json. Empty: `model.path`."""
     shuffle: bool = True
     """Read the documents in another random order each epoch, instead of the files' order."""
-    num_workers: Count = 2
+    num_workers: Workers = 2
     """Background processes a rank that tokenise and pack. 0: in the training process. The data is the same."""
     end_of_document: bool = True
     """Append the tokenizer's end-of-sequence token to each document."""
@@ -167,9 +170,9 @@ class Training:
     """Instead of `steps`: how often the run reads each sample. The last step, counted before the run, has the last."""
     sequence_length: PositiveInt
     """Tokens in a row. Rows are filled with documents end to end; a document that does not fit is cut."""
-    local_batch_size: PositiveInt = 1
+    local_batch_size: Rows = 1
     """Rows in one micro-batch of one process."""
-    global_batch_size: PositiveInt
+    global_batch_size: Rows
     """Rows in one optimizer step: processes * local_batch_size * micro-batches of each process."""
     max_grad_norm: PositiveOrInf = 1.0
     """Gradients are scaled down to this global 2-norm. inf: never."""

@@ -163,7 +163,7 @@ def _load_toml(path: Path, below: tuple[Path, ...] = ()) -> dict[str, Any]:
             f"{below[-1]}: extends = {str(path)!r} is a cycle: expected a file that does not extend this one"
         )
     try:
-        tables = tomli.loads(path.read_text(encoding="utf-8"))
+        tables = tomli.loads(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}: expected a TOML file") from None
     except (ValueError, RecursionError) as error:  # TOMLDecodeError tells line and column
@@ -220,7 +220,7 @@ def _parse_word(schema: Any, text: str) -> Any:
     hint = get_args(schema)[0] if get_origin(schema) is Annotated else schema
     if hint is object:
         try:
-            return tomli.loads(f"value = {text}")["value"]
+            return _parse_value(text)
         except ValueError:
             return text  # a word
     if hint is str or get_origin(hint) is Literal:
@@ -229,7 +229,13 @@ def _parse_word(schema: Any, text: str) -> Any:
         if get_args(hint)[0] is str:
             return text.split(",")
         text = f"[{text}]"
-    return tomli.loads(f"value = {text}")["value"]
+    return _parse_value(text)
+
+
+def _parse_value(text: str) -> Any:
+    """One TOML value. Raises ValueError, also for lines below it."""
+    (value,) = tomli.loads(f"value = {text}").values()
+    return value
 
 
 def _over(base: dict[str, Any], source: dict[str, Any]) -> dict[str, Any]:
@@ -319,8 +325,9 @@ def _nearest(key: str) -> str:
         for name, inner in schema.items():
             yield from leaves(inner, f"{prefix}{name}.") if isinstance(inner, Mapping) else [prefix + name]
 
-    known = list(leaves(SCHEMA, ""))
-    same_name = [other for other in known if other.rpartition(".")[2] == key.rpartition(".")[2]]
+    keys = list(leaves(SCHEMA, ""))
+    known = keys if "." in key else [*SCHEMA, *keys]
+    same_name = [other for other in (*SCHEMA, *keys) if other.rpartition(".")[2] == key.rpartition(".")[2]]
     nearest = difflib.get_close_matches(key, same_name or known, n=1, cutoff=0.0 if same_name else 0.6)
     if nearest:
         return f"did you mean {nearest[0]}?"

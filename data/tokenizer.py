@@ -179,7 +179,7 @@ def verify_tokenizer(trained_folder: str, export_folder: str, texts: Iterable[st
     from transformers import AutoTokenizer
 
     trained = read_tokenizer(trained_folder)
-    _settings(export_folder)
+    _settings(trained_folder)  # as they were copied
     with reading(export_folder):
         exported = AutoTokenizer.from_pretrained(export_folder, trust_remote_code=False)
     special = [token.content for token in trained.get_added_tokens_decoder().values()]
@@ -188,7 +188,7 @@ def verify_tokenizer(trained_folder: str, export_folder: str, texts: Iterable[st
         found = exported(text, add_special_tokens=False).input_ids
         if found != expected:
             raise UserError(
-                f"{export_folder}: AutoTokenizer makes {len(found)} other tokens of {text!r:.80} than the "
+                f"{trained_folder}: AutoTokenizer makes {len(found)} other tokens of {text!r:.80} than the "
                 f"{len(expected)} of tokenizer.json, which was trained with: expected a tokenizer whose normalizer and "
                 f"pre_tokenizer are those of {type(exported).__name__}"
             )

@@ -107,6 +107,8 @@ MISTAKES = [
         ["expert_parallel_degree = 2", "divisor of the shard degree 3"],
     ),
     (["--config", "qwen35moe_tiny.toml"], {"NGPU": "two"}, ["NGPU = 'two'", "positive integer"]),
+    (["--config", "qwen35moe_tiny.toml"], {"NGPU": "100000"}, ["NGPU = '100000'", "at most 1024 processes"]),
+    (["--config", "qwen35moe_tiny.toml"], {"PYTHON": "python0"}, ["PYTHON = 'python0'", "a Python interpreter"]),
     (["--config", "qwen35moe_tiny.toml"], {"NGPU": "0"}, ["NGPU = '0'", "positive integer"]),
     (["--config", "qwen35moe_tiny.toml"], {"NNODES": "-1"}, ["NNODES = '-1'", "positive integer"]),
     (["--config", "qwen35moe_tiny.toml"], {"NNODES": 2}, ["MASTER_ADDR = ''", "host of node 0"]),
@@ -138,7 +140,7 @@ def test_a_mistake_is_one_line_and_status_2(arguments: list[str], variables: dic
 def test_help_from_any_directory(tmp_path: Path) -> None:
     result = run_script("--config", "qwen35moe_tiny.toml", "--help", cwd=tmp_path)
     assert (result.returncode, result.stderr) == (0, "")
-    assert "--training.sequence_length: a positive integer; required" in result.stdout
+    assert "--training.sequence_length: a positive integer below 2**31; required" in result.stdout
 
 
 def test_ranks_environment_and_success(tmp_path: Path) -> None:

@@ -26,7 +26,15 @@ def world_from_environment() -> tuple[int, int]:
 
     Raises UserError for a world of one process where a scheduler starts several: each would be a run of its own.
     """
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT"):
+        if not re.fullmatch("[0-9]{1,6}", value := os.environ.get(name, "1")):
+            raise UserError(f"{name} = {value!r}: expected an integer, as torchrun sets it")
     rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    if rank >= world_size:
+        raise UserError(f"RANK = {rank}: expected less than WORLD_SIZE = {world_size}")
+    for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if world_size > 1 else ():
+        if not os.environ.get(name):
+            raise UserError(f"{name} is not set, but WORLD_SIZE = {world_size}: expected run_train.sh or torchrun")
     for name in _TASKS if world_size == 1 else ():
         if os.environ.get(name, "1") not in ("", "0", "1"):
             raise UserError(

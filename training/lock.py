@@ -34,7 +34,7 @@ class RunLock:
             output_dir.mkdir(parents=True, exist_ok=True)
             self._file = self._path.open("a+", encoding="utf-8")
         except OSError as error:
-            raise self._refusal(f"{error.strerror}: expected a folder to write to") from None
+            raise self._refusal(f"{error.strerror or error}: expected a folder to write to") from None
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

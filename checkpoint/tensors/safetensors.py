@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import torch
 
-from checkpoint.tensors.stored import DTYPES, StoredArray, StoredTensor, file_size, read_json, whole
+from checkpoint.tensors.stored import DTYPES, StoredArray, StoredTensor, file_size, finite, read_json, whole
 from errors import UserError, reading
 from models.qwen35_moe.hf_weights import shape_of_box
 from models.qwen35_moe.parameters import Box, Shape
@@ -112,7 +112,7 @@ class Export(NamedTuple):
     def blocks(self) -> Iterator[torch.Tensor]:
         """The data to be written, in order; memory stays within a few blocks."""
         blocks = iter([self.stored.read(self.box)]) if self.box else self.stored.blocks(_BLOCK_BYTES)
-        return (block.to(self.dtype).view(-1) for block in blocks)
+        return (finite(self.stored, block.to(self.dtype)).view(-1) for block in blocks)
 
 
 def write_file(path: Path, tensors: list[Export]) -> Iterator[int]:

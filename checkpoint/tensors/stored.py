@@ -34,6 +34,7 @@ DTYPES = {
     "BOOL": torch.bool,
 }
 """What a tensor may consist of, by the names in safetensors files."""
+PLAIN_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 _MAX_DIMS, _MAX_CELLS = 16, 2**24
 
 
@@ -215,6 +216,16 @@ class StoredTensor:
             count[tuple(slice(of[start], of[stop]) for of, (start, stop) in zip(cells, box))] += 1
         if (count != 1).any():
             raise UserError(f"the chunks of {self.name!r} overlap or leave a hole")
+
+
+def finite(tensor: StoredTensor, values: torch.Tensor) -> torch.Tensor:
+    """`values`, which were read from `tensor` and maybe converted. Raises UserError if any is NaN or infinite: such
+    weights compute nothing, and training mends none."""
+    # A sum passes over them once, and shows them; but finite ones may add up to infinity.
+    if values.dtype in PLAIN_DTYPES and not values.sum().isfinite() and not values.isfinite().all():
+        folder = f"{tensor.open(tensor.chunks[0]).file.parent}: " if tensor.chunks else ""
+        raise UserError(f"{folder}{tensor.name!r} has values that are not finite as {values.dtype}: expected numbers")
+    return values
 
 
 def whole(name: str, array: StoredArray) -> StoredTensor:

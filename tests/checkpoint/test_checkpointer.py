@@ -14,7 +14,7 @@ import torch.distributed as dist
 
 import checkpoint.checkpointer as checkpointer_module
 from checkpoint.checkpointer import Checkpointer, Progress
-from checkpoint.directories import complete_checkpoints, describe_files, find_checkpoint, write_manifest
+from checkpoint.directories import complete_checkpoints, find_checkpoint, write_manifest
 from checkpoint.hf_assets import read_base
 from config.options import Checkpoint, Config, Data, Job, Model, Optimizer, Training
 from errors import UserError
@@ -182,7 +182,7 @@ def test_a_save_that_fails_half_way_is_told_and_leaves_nothing(
         assert not checkpointer.wait()
     (record,) = [record for record in caplog.records if record.levelname == "ERROR"]
     assert "cannot save" in record.message
-    assert "No such file or directory: '/nowhere/at/all'" in record.message
+    assert "/nowhere/at/all: No such file or directory" in record.message
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000002"]
     assert build(str(tmp_path), 1, 1, seed=1)[2].resume().step == 2
     save(checkpointer, 4)
@@ -293,7 +293,7 @@ def test_nothing_that_believes_a_pickle_reads_a_checkpoint(
     assert checkpointer.resume() == (Progress() if option == "start_from" else Progress(2, 0, ANY))
     marker = tmp_path / "marker"
     (path / ".metadata").write_bytes(b"ctorch.distributed.run\nos.system\n(Vtouch " + bytes(marker) + b"\ntR.")
-    write_manifest(path, describe_files(path, [file for file in path.rglob("[!m]*") if file.is_file()]))
+    write_manifest(path)
     with pytest.raises(ValueError, match=r"metadata asks for torch\.distributed\.run\.os\.system"):
         checkpointer.resume()
     assert not marker.exists()

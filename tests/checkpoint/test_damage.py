@@ -14,7 +14,7 @@ import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file, save_file
 
 from checkpoint.convert_from_hf import convert_from_hf
-from checkpoint.directories import complete_checkpoints, describe_files, find_damage, new_directory, write_manifest
+from checkpoint.directories import complete_checkpoints, find_damage, new_directory, write_manifest
 from checkpoint.export import Options, export_to_hf
 from checkpoint.tensors.dcp import read_dcp
 from checkpoint.tensors.fsdp_shards import read_fsdp_shards
@@ -46,9 +46,7 @@ def step(sources: Path, tmp_path: Path) -> Path:
 
 def remade(step: Path) -> None:
     """The manifest anew, so that what else is wrong is met."""
-    write_manifest(
-        step, describe_files(step, [p for p in step.rglob("*") if p.is_file() and p.name != "manifest.json"])
-    )
+    write_manifest(step)
 
 
 def error_of(action: Callable[[Path], object], tmp_path: Path, code: int = 2) -> str:
@@ -160,7 +158,9 @@ def test_json_of_a_checkpoint_that_is_something_else(tmp_path: Path, step: Path,
 
 
 @pytest.mark.parametrize("kind", JSON)
-@pytest.mark.parametrize("name", ["config.json", "model.safetensors.index.json"])
+@pytest.mark.parametrize(
+    "name", ["config.json", "model.safetensors.index.json", "tokenizer.json", "tokenizer_config.json"]
+)
 def test_json_of_a_directory_that_is_something_else(tmp_path: Path, hf: Path, name: str, kind: str) -> None:
     (hf / name).write_bytes(JSON[kind])
     assert name in error_of(lambda out: convert_from_hf(hf, out, None), tmp_path)
@@ -244,7 +244,6 @@ def test_steps_are_ordered_by_their_number(tmp_path: Path) -> None:
         (tmp_path / f"step-{number:08}").mkdir()
     for name in ("step-1", "step-000000001", "step-0000000x", "step-00000003.old"):
         (tmp_path / name).mkdir()
-    (tmp_path / "step-00000005").touch()
     assert [int(path.name[5:]) for path in complete_checkpoints(tmp_path)] == sorted(steps)
 
 
@@ -302,3 +301,14 @@ def test_a_new_directory_is_left_to_nobody_when_the_work_in_it_fails(tmp_path: P
     with pytest.raises(KeyError), new_directory(tmp_path / "out", tmp_path / "source"):
         raise KeyError
     assert not list(tmp_path.iterdir())
+
+
+def test_two_that_make_one_directory_do_not_mix(tmp_path: Path) -> None:
+    (tmp_path / ".out.unfinished").mkdir()  # left by a killed one
+    with new_directory(tmp_path / "out", tmp_path / "source") as folder:
+        (folder / "file").write_text("first")
+        message = "is being written by another process"
+        with pytest.raises(UserError, match=message), new_directory(tmp_path / "out", tmp_path / "source"):
+            raise AssertionError
+    assert (tmp_path / "out/file").read_text() == "first"
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]

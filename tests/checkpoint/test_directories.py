@@ -9,7 +9,6 @@ from checkpoint.directories import (
     MANIFEST,
     check_is_free,
     complete_checkpoints,
-    describe_files,
     find_checkpoint,
     find_damage,
     publish,
@@ -24,7 +23,7 @@ def make(folder: Path, content: str = "x") -> Path:
     folder.mkdir(parents=True)
     (folder / "file").write_text(content)
     (folder / ".metadata").write_text("")
-    write_manifest(folder, describe_files(folder, [folder / "file", folder / ".metadata"]))
+    write_manifest(folder)
     return folder
 
 
@@ -90,8 +89,38 @@ def test_what_a_killed_run_left(tmp_path: Path) -> None:
     make(tmp_path / ".step-00000002")  # was to replace it
     (tmp_path / ".step-00000003").mkdir()  # half written
     make(tmp_path / ".step-00000004.removed")
+    (tmp_path / ".step-00000005").touch()
+    (tmp_path / ".step-00000006").symlink_to("none")
+    (tmp_path / ".step-00000007").symlink_to("step-00000002")  # it is not what it looks like
     tidy(tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000001", "step-00000002"]
+    assert find_damage(tmp_path / "step-00000002") is None
+
+
+@pytest.mark.parametrize("kind", ["a file", "a link to nothing", "a link"])
+def test_a_name_that_no_directory_bears_is_a_damaged_checkpoint(tmp_path: Path, kind: str) -> None:
+    """A run never begins afresh beside a checkpoint that is away."""
+    path, elsewhere = tmp_path / "step-00000003", make(tmp_path / "elsewhere")
+    path.touch() if kind == "a file" else path.symlink_to("elsewhere" if kind == "a link" else "none")
+    assert complete_checkpoints(tmp_path) == [path]
+    assert (find_damage(path) is None) == (kind == "a link")
+    publish(make(tmp_path / ".step-00000003", "new"), path)  # the same step saved again
+    assert (path / "file").read_text() == "new"
+    assert not path.is_symlink()
+    link = tmp_path / "step-00000004"
+    link.symlink_to("elsewhere")
+    remove(link)
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["elsewhere", "step-00000003"]
+    assert find_damage(elsewhere) is None
+
+
+def test_what_an_operating_system_leaves_beside_assets_is_no_damage(tmp_path: Path) -> None:
+    folder = make(tmp_path / "step-00000001")
+    (folder / "hf").mkdir()
+    (folder / "hf/.DS_Store").touch()
+    assert find_damage(folder) is None
+    (folder / "hf/added_tokens.json").touch()
+    assert "does not list 'hf/added_tokens.json'" in str(find_damage(folder))
 
 
 def test_what_stands_in_the_way(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """Saves that fail: a full disk, a read-only one; the run goes on, the next save is tried, earlier ones stay intact."""
 
+import functools
 import os
 import resource
 import subprocess
@@ -11,9 +12,14 @@ import torch
 import torch.distributed as dist
 
 from checkpoint import directories
+from checkpoint.convert_from_hf import convert_from_hf
 from checkpoint.directories import complete_checkpoints, describe_files, find_damage
+from checkpoint.export import export_to_hf
+from errors import UserError
+from models.qwen35_moe.hf_weights import hf_name
 from tests.checkpoint.runs import Run
 from tests.checkpoint.test_checkpointer import build
+from tests.checkpoint.test_convert_to_hf import random_weights, write_hf
 from tests.distributed import run_ranks
 
 
@@ -76,6 +82,23 @@ def test_under_a_limit_on_the_size_of_files(tmp_path: Path, async_: bool) -> Non
     for outcomes in run_ranks(saves, 2, str(tmp_path), async_, "file size limit"):
         assert outcomes == [True, False, False, True]
     check(tmp_path)
+
+
+@pytest.mark.parametrize("size", [100, 20_000, 1_000_000])
+@pytest.mark.parametrize("back", [False, True])
+def test_a_conversion_without_room_is_one_line_and_leaves_nothing(tmp_path: Path, size: int, back: bool) -> None:
+    write_hf(tmp_path / "hf", {hf_name(name): tensor for name, tensor in random_weights().items()})
+    convert_from_hf(tmp_path / "hf", tmp_path / "step", None)
+    to_hf = functools.partial(export_to_hf, tmp_path / "step")
+    convert = to_hf if back else lambda out: convert_from_hf(tmp_path / "hf", out, torch.float32)
+    before, limits = set(tmp_path.iterdir()), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+    try:
+        with pytest.raises(UserError, match=r"out cannot be written: File too large"):
+            convert(tmp_path / "out")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert set(tmp_path.iterdir()) == before
 
 
 def test_files_that_one_rank_cannot_read_back(tmp_path: Path) -> None:

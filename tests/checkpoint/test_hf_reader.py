@@ -5,7 +5,10 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 
+from checkpoint.convert_from_hf import convert_from_hf
+from checkpoint.export import Options, export_to_hf
 from checkpoint.hf_reader import load_hf_weights, native_tensors
 from checkpoint.tensors.safetensors import read_safetensors
 from errors import UserError
@@ -84,6 +87,25 @@ def test_damaged_files_are_named(tmp_path: Path) -> None:
     path.unlink()
     with pytest.raises(ValueError, match=r"model-00001.safetensors is missing"):
         load_hf_weights(model, tmp_path / "hf", 0, lambda _: None)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("-inf"), 1e300])
+def test_weights_that_are_no_numbers_are_named(tmp_path: Path, value: float) -> None:
+    """At a start, a conversion, and its way back; what only float64 holds too."""
+    weights = {hf_name(name): tensor for name, tensor in random_weights().items()}
+    weights["model.norm.weight"] = weights["model.norm.weight"].double()
+    weights["model.norm.weight"][5] = value
+    write_hf(tmp_path / "hf", weights)
+    model = Qwen35Moe(CONFIG, Kernels(attention="sdpa"))
+    with pytest.raises(UserError, match=r"hf: 'model.norm.weight' has values that are not finite as torch.float32"):
+        load_hf_weights(model, tmp_path / "hf", 0, local_region)
+    with pytest.raises(UserError, match=r"hf: 'model.norm.weight' has values that are not finite as torch.float32"):
+        convert_from_hf(tmp_path / "hf", tmp_path / "out", torch.float32)
+    assert not (tmp_path / "out").exists()
+    dcp.save({f"model.{n}": weights[hf_name(n)] for n in random_weights()}, checkpoint_id=tmp_path / "dcp")
+    with pytest.raises(UserError, match=r"dcp: 'model.norm.weight' has values that are not finite as torch.bfloat16"):
+        export_to_hf(tmp_path / "dcp", tmp_path / "out", Options(base=tmp_path / "hf"))
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("dtype", [torch.int8, torch.int32, torch.float8_e4m3fn])

@@ -193,7 +193,7 @@ def test_bare_command_line_ends_in_one_line() -> None:
         return done.returncode, done.stdout, done.stderr
 
     assert run("--world-size", "2", "--config", "base.toml") == (0, "False\n", "")
-    wrong = "--training.steps = 0: expected a positive integer\n"
+    wrong = "--training.steps = 0: expected a positive integer below 2**31\n"
     assert run("--world-size", "2", "--config", "base.toml", "--training.steps=0") == (2, "False\n", wrong)
     assert run("--config", "base.toml")[0] == 2
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -169,6 +170,14 @@ def test_every_value_survives_the_round_trip(text_key: str, seed: int, lr: float
         ("--trainin.steps=3", "--trainin.steps = '3' is unknown: did you mean training.steps?"),
         ("--training.lr=3", "--training.lr = '3' is unknown: did you mean optimizer.lr?"),
         ("--zzz=3", "--zzz = '3' is unknown: expected one of job, model, data,"),
+        ("--traning={}", "--traning = '{}' is unknown: did you mean training?"),
+        ("--compile.training={}", "did you mean training?"),
+        (f"--training.steps={2**31}", "--training.steps = 2147483648: expected a positive integer below 2**31"),
+        (f"--metrics.log_interval={10**4000}", "000: expected a positive integer below 2**31"),
+        (f"--checkpoint.keep={10**30}", "expected an integer of at least 0, below 2**31"),
+        ("--training.global_batch_size=2000000", "expected a positive integer of at most 2**20"),
+        ("--data.num_workers=1000000", "--data.num_workers = 1000000: expected an integer from 0 to 1024"),
+        ("--optimizer.lr=1e-3\nx = 3", "--optimizer.lr = '1e-3\\nx = 3': expected a positive number"),
         ("--data.zzz=3", "expected one of format, path, weights,"),
         ("--training.steps.x=3", "--training.steps.x = '3' is unknown"),
         ("--model.config.num_expert=3", "did you mean model.config.num_experts?"),
@@ -239,6 +248,11 @@ def test_a_mistake_on_the_command_line(option: str, expected: str) -> None:
         assert expected in error_of(option)
 
 
+def test_a_micro_batch_whose_tokens_no_boundary_can_count() -> None:
+    message = error_of("--training.sequence_length=1073741824", "--training.local_batch_size=2")
+    assert "training.local_batch_size * sequence_length = 2147483648: expected less than 2**31 tokens" in message
+
+
 def test_an_option_given_twice() -> None:
     assert "--training.steps = '4' is given a second time" in error_of("--training.steps", "3", "--training.steps", "4")
 
@@ -265,6 +279,12 @@ def test_an_option_given_twice() -> None:
 )
 def test_a_mistake_in_a_file(toml: str, expected: str) -> None:
     assert expected in error_of(toml=toml)
+
+
+@pytest.mark.parametrize("change", [lambda text: text.replace("\n", "\r\n"), lambda text: "\ufeff" + text])
+def test_files_that_windows_wrote(folder: Path, change: Callable[[str], str]) -> None:
+    (folder / "windows.toml").write_bytes(change(MINIMAL).encode())
+    assert load_config(["--config", "windows.toml"]) == load()
 
 
 def test_a_key_that_is_a_keyword_of_python(folder: Path) -> None:

@@ -8,8 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from tests.commands import status_of
 from tests.distributed import needs_gpus
 from tests.training.test_load_balancing import ROOT, SMALL
+from training.distributed import world_from_environment
 
 # train.py with one rank that falls asleep in its second step: in the data loader, or between two collectives.
 SCRIPT = """
@@ -82,3 +84,30 @@ def run_with_a_sleeper(
     else:
         environment["CUDA_VISIBLE_DEVICES"] = ""
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+
+
+@pytest.mark.parametrize(
+    ("environment", "said"),
+    [
+        ({"WORLD_SIZE": "two"}, "WORLD_SIZE = 'two': expected an integer"),
+        ({"RANK": ""}, "RANK = '': expected an integer"),
+        ({"RANK": "-1", "WORLD_SIZE": "2"}, "RANK = '-1': expected an integer"),
+        ({"LOCAL_RANK": "0.5"}, "LOCAL_RANK = '0.5': expected an integer"),
+        ({"MASTER_PORT": "http"}, "MASTER_PORT = 'http': expected an integer"),
+        ({"WORLD_SIZE": "0"}, "RANK = 0: expected less than WORLD_SIZE = 0"),
+        ({"RANK": "2", "WORLD_SIZE": "2"}, "RANK = 2: expected less than WORLD_SIZE = 2"),
+        ({"WORLD_SIZE": "2", "RANK": "1", "MASTER_ADDR": "localhost"}, "MASTER_PORT is not set, but WORLD_SIZE = 2"),
+        ({"WORLD_SIZE": "2"}, "RANK is not set, but WORLD_SIZE = 2"),
+    ],
+)
+def test_an_impossible_environment_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, environment: dict[str, str], said: str
+) -> None:
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr("errors.time.sleep", lambda _: None)
+    assert status_of(lambda _: world_from_environment() and None, []) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert said in line
