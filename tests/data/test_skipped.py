@@ -63,7 +63,7 @@ def test_each_is_written_with_its_fields_and_what_is_wrong(tmp_path, run):
         ("b.json, line 15 (element 3)", "wrong_type"),
         ("c.csv, line 3", "not_csv"),
         ("c.csv, line 4", "special_token"),
-        ("d.parquet, row 2", "unclear_spans"),
+        ("d.parquet, row 2", "empty"),
     ]
     assert about[2]["message"].startswith("data.messages_key = 'messages': expected one of x, or")
     assert written == [
