@@ -18,7 +18,7 @@ import numpy as np
 from config.options import Data
 from data.batch import Sample
 from data.layouts import OPTIONS_KEY
-from data.markers import Field, Place, locate, with_markers, written
+from data.markers import Field, Located, Place, locate, with_markers, written
 from data.media import Media, MediaReader, Source, moved, show_all
 from data.messages import Conversation, Message, from_turn, later_turns, only_shows, read_messages
 from data.packing import BadSample
@@ -139,16 +139,8 @@ class ChatTemplate:
     def _spans(self, messages: list[Message], tools: Any) -> tuple[str, dict[int, tuple[int, int]]]:
         """The rendering, and where in it each of the assistant's turns begins and ends. Raises BadSample."""
         rendered, messages = self._with_reasoning_apart(messages, tools)
-        # A template may look at how a text begins or ends, so at first the markers stand in the middle.
-        for share in (0.5, 1.0, 0.0):
-            marked, marked_tools, fields = with_markers(messages, tools, share, self._template.learnt.reasoning)
-            located = locate(rendered, self._template.render(marked, marked_tools), fields)
-            if located is not None:
-                break
-        else:
-            raise _unclear()
-        places, shown = located
-        self._check_shown(messages, [field for number, field in enumerate(fields) if number not in shown])
+        places, missing = self._locate(rendered, messages, tools)
+        self._check_shown(messages, missing)
         spans = {
             number: self._turn(rendered, places, number)
             for number, message in enumerate(messages)
@@ -163,6 +155,17 @@ class ChatTemplate:
                             "unrendered", f"has message {number} of whose tool call the template leaves out {forms[0]}"
                         )
         return rendered, spans
+
+    def _locate(self, rendered: str, messages: list[Message], tools: Any) -> Located:
+        """Where the texts are. Raises BadSample."""
+        if not tools and (located := self._template.locate(rendered, messages)):
+            return located
+        # A template may look at how a text begins or ends, so at first the markers stand in the middle.
+        for share in (0.5, 1.0, 0.0):
+            marked, marked_tools, fields = with_markers(messages, tools, share, self._template.learnt.reasoning)
+            if located := locate(rendered, self._template.render(marked, marked_tools), fields):
+                return located
+        raise _unclear()
 
     def _check_shown(self, messages: list[Message], missing: list[Field]) -> None:
         """Raises BadSample for texts that the rendering does not show. Reasoning before a question of the user's may be
