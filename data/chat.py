@@ -129,7 +129,7 @@ class ChatTemplate:
         for begin, end in (spans[number] for number in wanted if number in spans):
             inside = (begins >= begin) & (ends <= end) & (ends > begin)
             is_trained |= inside
-            decoded = self._tokenizer.decode(tokens[inside].tolist(), clean_up_tokenization_spaces=False)
+            decoded = self._tokenizer.backend_tokenizer.decode(tokens[inside].tolist(), skip_special_tokens=False)
             if decoded != rendered[begin:end] and decoded != unicodedata.normalize("NFC", rendered[begin:end]):
                 raise BadSample("unclear_spans", "has a token that lies across the border of a turn")
         if sources and reader:

@@ -19,7 +19,7 @@ import numpy as np
 
 from data.files import cached, each_read, plain_suffix, suffix_of
 from data.packing import BadSample
-from data.records import Record
+from data.records import Record, mapped_numbers
 from errors import UserError, reading
 
 _MAX_LINE = 1 << 26  # bytes: what is longer is no document, and would not fit into memory as tokens
@@ -72,7 +72,7 @@ class Pieces:
         return cached(self._plain, f"{type(self).__name__}, 2", ".index", make)  # 1: of lines alone
 
     def _place(self, index: int) -> tuple[int, int, int, int]:
-        number, offset, length, line = np.fromfile(self._index, "<i8", count=4, offset=32 * index).tolist()
+        number, offset, length, line = mapped_numbers(self._index)[4 * index : 4 * index + 4].tolist()
         return number, offset, length, line
 
     def __len__(self) -> int:
@@ -87,7 +87,7 @@ class Pieces:
 
     def where(self, index: int) -> str:
         number, _, _, line = self._place(index)
-        first = np.searchsorted(np.memmap(self._index, "<i8", "r")[::4], number) if len(self) else 0
+        first = np.searchsorted(mapped_numbers(self._index)[::4], number)
         name = self.naming(self._files[number]).format(line=line, number=index - int(first) + 1)
         return f"{self._files[number]}, {name}"
 
