@@ -29,6 +29,7 @@ class Place(NamedTuple):
     kind: str
     begin: int
     end: int
+    is_repeated: bool  # it stands at an earlier place too
 
 
 class Located(NamedTuple):
@@ -111,9 +112,8 @@ def locate(rendered: str, marked: str, fields: list[Field]) -> Located | None:
     pieces = _MARKER.split(marked)  # text, number, text, number, ..., text
     if not rendered.startswith(pieces[0]):
         return None
-    places, position = [], len(pieces[0])
-    numbers = list(map(int, pieces[1::2]))
-    for number, following in zip(numbers, pieces[2::2]):
+    places, position, numbers = [], len(pieces[0]), set[int]()
+    for number, following in zip(map(int, pieces[1::2]), pieces[2::2]):
         message, kind, text, cut = fields[number]
         for shown in (text, text.strip(), text.lstrip(), text.rstrip()) if cut is None else ("",):
             if rendered.startswith(shown + following, position):
@@ -125,7 +125,8 @@ def locate(rendered: str, marked: str, fields: list[Field]) -> Located | None:
             for before, after in zip(_forms(text[:cut]), _forms(text[cut:]))
         ):
             return None
-        places.append(Place(message, kind, position, position + len(shown)))
+        places.append(Place(message, kind, position, position + len(shown), number in numbers))
+        numbers.add(number)
         position += len(shown) + len(following)
     missing = [field for number, field in enumerate(fields) if number not in numbers]
     return Located(places, missing) if position == len(rendered) else None

@@ -117,8 +117,8 @@ class Template:
         self.learnt = self._all_learnt[key]
 
     def locate(self, rendered: str, messages: list[Message]) -> Located | None:
-        """Where a rendering without tools shows the texts of its messages, if these are plain: by what the template wrote
-        around the texts of such messages before. None if that does not fit."""
+        """Where a rendering without tools shows the texts of its messages, if these are plain: by what the template
+        wrote around the texts of such messages before. None if that does not fit."""
         plain = plain_fields(messages, self.learnt.reasoning)
         if plain is None:
             return None

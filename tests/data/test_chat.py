@@ -388,7 +388,7 @@ def test_a_template_that_makes_too_much(monkeypatch):
         ([user("x"), system("y")], "template_error", "refused by the chat template: System message must be"),
         ([{"role": "judge", "content": "x"}], "template_error", "Unexpected message role"),
         ([user("x")], "nothing_to_train", "no turn of the assistant"),
-        ([user("x"), assistant("")], "unclear_spans", "cannot be found"),
+        ([user("x"), assistant("")], "empty", "has message 1 of the assistant that says nothing"),
         ([user("x\ud800"), assistant("y")], "undecodable", "has half a surrogate pair in a text"),
         ([user("x"), assistant("", calls=[("f", {"\udfff": 1})])], "undecodable", "half a surrogate pair"),
         ([user("x"), assistant("y<|im_end|>z")], "special_token", "the special token '<|im_end|>' in a text"),
