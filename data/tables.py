@@ -152,6 +152,8 @@ def _plain_type(kind: "pa.DataType") -> "pa.DataType":
     def inner(field: "pa.Field") -> "pa.Field":
         return field.with_type(_plain_type(field.type))
 
+    if pa.types.is_null(kind):
+        return pa.string()
     if pa.types.is_dictionary(kind):
         return _plain_type(kind.value_type)
     if pa.types.is_struct(kind):
