@@ -227,6 +227,8 @@ def _side(value: Any, field: str, role: str) -> list[Any]:
             return [{"role": role, "content": value}]
         value = parsed
     messages = _messages(value, field)
+    if messages == []:
+        raise BadSample("empty", f"has an empty {field}")
     if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
         raise BadSample("wrong_type", f"has {field} {value!r:.60}, expected a string or a list of messages")
     return messages

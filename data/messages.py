@@ -206,7 +206,7 @@ def _read_call(call: Any, number: int) -> dict[str, Any]:
     """A tool call whose arguments are a table, as templates want it: many write them as a string of JSON."""
     is_wrapped = isinstance(call, dict) and "function" in call
     function = call["function"] if is_wrapped else call
-    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+    if not isinstance(function, dict) or not isinstance(name := function.get("name"), str) or not name.strip():
         raise BadSample("wrong_type", f"has message {number} with a tool call without a name")
     known = {"call": ("id", "type", "index", "function"), "function": ("name", "arguments", "parameters")}
     if not is_wrapped:

@@ -385,6 +385,7 @@ def test_a_template_that_makes_too_much(monkeypatch):
         ([user("x"), assistant("y", calls=[("f", "{")])], "wrong_type", "whose arguments are not JSON"),
         ([user("x"), {**assistant("y"), "tool_calls": "f"}], "wrong_type", "whose tool_calls are no list"),
         ([user("x"), assistant("y", calls=[(None, {})])], "wrong_type", "a tool call without a name"),
+        ([user("x"), assistant("y", calls=[(" ", {})])], "wrong_type", "a tool call without a name"),
         ([user("x"), system("y")], "template_error", "refused by the chat template: System message must be"),
         ([{"role": "judge", "content": "x"}], "template_error", "Unexpected message role"),
         ([user("x")], "nothing_to_train", "no turn of the assistant"),

@@ -100,6 +100,8 @@ def test_every_layout_becomes_messages(layout, record, messages, weights):
         ({"instruction": "Q", "output": "A", "history": [["Q"]]}, "history with ['Q'], expected [question, answer]"),
         ({"instruction": "Q", "output": "A", "history": 3}, "has history 3, expected a list of [question, answer]"),
         ({"prompt": "Q", "completion": ""}, "has an empty completion"),
+        ({"prompt": [], "completion": [A]}, "has an empty prompt"),
+        ({"prompt": {"role": [], "content": []}, "completion": "A"}, "has an empty prompt"),
         ({"prompt": "Q", "completion": [Q2]}, "has a completion without a message of the assistant"),
         ({"prompt": 3, "completion": "A"}, "has prompt 3, expected a string or a list of messages"),
         ({"conversations": [{"from": "gpt4", "value": "A"}]}, "has message 0 from 'gpt4', expected human, user, gpt"),
