@@ -109,6 +109,7 @@ PRETTY = json.dumps({"text": "a", "list": [1, {"b": 2}]}, indent=2).encode()
         (b'{"text": "a", "list": [1,\n{"text": "b"}\n{"text": "c"}\n', ["not_json", "b", "c"]),
         (b'{"text": "a\n{"text": "b"}\n', ["not_json", "b"]),
         (b'[{"text": "a"}]\n{"text": "b"}\n', ["not_json", "b"]),
+        (b'{"text": "a\n{bad\n{"text": "b"}\n', ["not_json", "not_json", "b"]),
         (b'{"text": "a"}\n   \n\t\r\n{"text": "b"}\n' + BOM + b'{"text": "c"}', ["a", "b", "c"]),
     ],
 )
@@ -296,3 +297,16 @@ def test_memory_does_not_grow_with_the_file(tmp_path, kind):
         peaks.append(int(done.stdout) * 1024)
     assert path.stat().st_size > 110e6
     assert peaks[1] - peaks[0] < 30e6
+
+
+def test_a_mark_before_quoted_names_of_fields(tmp_path):
+    (tmp_path / "a.csv").write_bytes(BOM + b'"n\nm","text"\r\n1,"a\r\nb"\r\n')
+    assert records_of(tmp_path / "a.csv") == ["a\r\nb"]
+
+
+def test_lines_of_csv_that_end_in_cr_alone(tmp_path):
+    """As the first row is not one, no row is: nothing of it would be read."""
+    (tmp_path / "a.csv").write_bytes(b"text,n\ra,1\rb,2\r")
+    (tmp_path / "b.csv").write_bytes(b"text,n\nc,1\n")
+    with pytest.raises(UserError, match=r"a\.csv, line 1: is no row of CSV: it has CR without LF.* expected the names"):
+        open_sources(Data(path=(str(tmp_path / "*.csv"),)))
