@@ -72,7 +72,7 @@ def _is_open(data: Data) -> bool:
     return data.layout == "auto" and data.messages_key == Data.messages_key
 
 
-def refuse_preferences(found: Iterable[str]) -> str:
+def preferences_refused(found: Iterable[str]) -> str:
     """What to say of fields with which answers are compared."""
     return (
         f"has {' and '.join(found)}: preferences, as for DPO and KTO, which are not trained on: expected "
@@ -97,7 +97,7 @@ def layout_of(record: dict[str, Any], data: Data) -> str:
         compared = preferences_in(field for field, value in record.items() if value)
         labels = [field for field in _LABELS if str(record.get(field)).lower() in ("true", "false")] if fits else []
         if compared or labels:
-            raise BadSample("wrong_type", refuse_preferences(compared + labels))
+            raise BadSample("wrong_type", preferences_refused(compared + labels))
     if len(fits) > 1:
         raise BadSample(
             "wrong_type",

@@ -54,8 +54,8 @@ def read_messages(messages: Any, reasoning_key: str, media: Media) -> Conversati
 def _with_role(message: Any, number: int) -> Message:
     """A message with a `role` that templates know, with `content` instead of ShareGPT's `value`, and with the call that
     stands there in `tool_calls`."""
-    name = message.get("role", message.get("from")) if isinstance(message, dict) else None
-    name = message.get("from") if name is None and isinstance(message, dict) else name
+    given = message if isinstance(message, dict) else {}
+    name = next((given[key] for key in ("role", "from") if given.get(key) is not None), None)
     if not isinstance(name, str):
         raise BadSample("wrong_type", f"has message {number} without a role")
     role = role_of(message)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from config.options import Data
 from data.files import cached, each_read
-from data.layouts import fields_of, optional_fields, preferences_in, refuse_preferences
+from data.layouts import fields_of, optional_fields, preferences_in, preferences_refused
 from data.media import media_keys
 from data.packing import BadSample
 from data.records import Record, Whole, part_of
@@ -39,7 +39,7 @@ class Columns(NamedTuple):
         """Those that there are. Raises UserError for a table without what a sample needs."""
         if not any(set(names) <= set(present) for names in self.needed):
             if compared := preferences_in(present):
-                raise UserError(f"{where} {refuse_preferences(compared)}")
+                raise UserError(f"{where} {preferences_refused(compared)}")
             others = "".join(f", or {' and '.join(map(repr, names))}" for names in self.needed[1:])
             raise UserError(
                 f"{self.key} = {self.needed[0][0]!r}: expected one of {', '.join(present)}{others}, as in {where}"
