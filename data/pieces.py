@@ -4,6 +4,7 @@ The index has four numbers a record (file, offset, length, line), int64, and is 
 more than the record at hand. A file is never read whole, whatever its kind.
 """
 
+import contextlib
 import csv
 import functools
 import io
@@ -118,8 +119,10 @@ class JsonLines(Pieces):
         return _lines(stream, file) if form == "lines" else _elements(stream, file, int(form == "list"))
 
     def naming(self, file: str) -> str:
-        with _open_packed(file) as stream:
-            return "line {line} (element {number})" if _form(stream, file) == "list" else super().naming(file)
+        with contextlib.suppress(UserError), _open_packed(file) as stream:  # it may be gone by now
+            if _form(stream, file) == "list":
+                return "line {line} (element {number})"
+        return super().naming(file)
 
 
 class JsonFiles(JsonLines):
@@ -251,7 +254,13 @@ def _form(stream: BinaryIO, file: str) -> Literal["lines", "list", "objects"]:
     is_open = sum((token in (b"{", b"[")) - (token in (b"}", b"]")) for token in brackets) > 0
     following, end, _ = rest.lstrip().partition(b"\n")
     is_known = bool(rest) and (bool(end) or len(start) < _CHUNK // 2)
-    if start[:1] not in (b"{", b"[") or not is_open or not is_known or b'"' in brackets or _is_object(following):
+    goes_on = first.rstrip()[-1:] in (b"{", b"[", b",", b":") and following[:1] in (b'"', b"{", b"[")
+    if (
+        start[:1] not in (b"{", b"[")
+        or not (is_open and is_known and goes_on)
+        or b'"' in brackets
+        or _is_object(following)
+    ):
         return "lines"
     return "list" if start[:1] == b"[" else "objects"
 
