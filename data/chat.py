@@ -18,7 +18,7 @@ import numpy as np
 from config.options import Data
 from data.batch import Sample
 from data.layouts import OPTIONS_KEY
-from data.markers import Field, Place, locate, with_markers, written
+from data.markers import Field, Located, Place, locate, with_markers, written
 from data.media import Media, MediaReader, Source, moved, show_all
 from data.messages import Conversation, Message, from_turn, later_turns, only_shows, read_messages
 from data.packing import BadSample
@@ -129,7 +129,7 @@ class ChatTemplate:
         for begin, end in (spans[number] for number in wanted if number in spans):
             inside = (begins >= begin) & (ends <= end) & (ends > begin)
             is_trained |= inside
-            decoded = self._tokenizer.decode(tokens[inside].tolist(), clean_up_tokenization_spaces=False)
+            decoded = self._tokenizer.backend_tokenizer.decode(tokens[inside].tolist(), skip_special_tokens=False)
             if decoded != rendered[begin:end] and decoded != unicodedata.normalize("NFC", rendered[begin:end]):
                 raise BadSample("unclear_spans", "has a token that lies across the border of a turn")
         if sources and reader:
@@ -139,18 +139,10 @@ class ChatTemplate:
     def _spans(self, messages: list[Message], tools: Any) -> tuple[str, dict[int, tuple[int, int]]]:
         """The rendering, and where in it each of the assistant's turns begins and ends. Raises BadSample."""
         rendered, messages = self._with_reasoning_apart(messages, tools)
-        # A template may look at how a text begins or ends, so at first the markers stand in the middle.
-        for share in (0.5, 1.0, 0.0):
-            marked, marked_tools, fields = with_markers(messages, tools, share, self._template.learnt.reasoning)
-            located = locate(rendered, self._template.render(marked, marked_tools), fields)
-            if located is not None:
-                break
-        else:
-            raise _unclear()
-        places, shown = located
-        self._check_shown(messages, [field for number, field in enumerate(fields) if number not in shown])
+        places, missing = self._locate(rendered, messages, tools)
+        self._check_shown(messages, missing)
         spans = {
-            number: self._turn(rendered, places, number)
+            number: self._turn(rendered, places, number, messages, tools)
             for number, message in enumerate(messages)
             if message["role"] == "assistant" and not only_shows(message)
         }
@@ -164,6 +156,17 @@ class ChatTemplate:
                         )
         return rendered, spans
 
+    def _locate(self, rendered: str, messages: list[Message], tools: Any) -> Located:
+        """Where the texts are. Raises BadSample."""
+        if not tools and (located := self._template.locate(rendered, messages)):
+            return located
+        # A template may look at how a text begins or ends, so at first the markers stand in the middle.
+        for share in (0.5, 1.0, 0.0):
+            marked, marked_tools, fields = with_markers(messages, tools, share, self._template.learnt.reasoning)
+            if located := locate(rendered, self._template.render(marked, marked_tools), fields):
+                return located
+        raise _unclear()
+
     def _check_shown(self, messages: list[Message], missing: list[Field]) -> None:
         """Raises BadSample for texts that the rendering does not show. Reasoning before a question of the user's may be
         left out: templates show it only where it led to the present answer."""
@@ -174,30 +177,38 @@ class ChatTemplate:
                 whose = f"message {number} whose {kind}" if number >= 0 else "tools of which"
                 raise BadSample("unrendered", f"has {whose} the chat template leaves out: {text!r:.60}")
 
-    def _turn(self, rendered: str, places: list[Place], number: int) -> tuple[int, int]:
+    def _turn(
+        self, rendered: str, places: list[Place], number: int, messages: list[Message], tools: Any
+    ) -> tuple[int, int]:
         """Where the turn of message `number` begins and ends, its end-of-turn token included."""
+        learnt = self._template.learnt
+        every = (*learnt.ends, *learnt.other_ends)
         own = [index for index, place in enumerate(places) if place.message == number]
+        # The name of a tool may stand in the answer to its call as well.
+        while own and places[own[-1]].is_repeated:
+            between = rendered[places[own[-1] - 1].end : places[own[-1]].begin]
+            if not any(end in between for end in every):
+                break
+            own.pop()
         if not own or own != list(range(own[0], own[-1] + 1)):
             raise _unclear()
         first, last = places[own[0]], places[own[-1]]
         previous = places[own[0] - 1].end if own[0] else 0
         following = places[own[-1] + 1].begin if own[-1] + 1 < len(places) else len(rendered)
 
-        # The end: nothing but the rest of a tool call may stand before the token.
-        every = (*self._template.learnt.ends, *self._template.learnt.other_ends)
+        # The end: nothing but the rest of a tool call may stand before the token. The model stops at its first.
         found = [(place, end) for end in every if (place := rendered.find(end, last.end, following)) >= 0]
-        if not found:
+        if not found or any(rendered.find(end, first.begin, last.end) >= 0 for end in learnt.ends):
             raise _unclear()
         end, token = min(found)
         rest = rendered[last.end : end]
         rest = self._reader.without_placeholders(rest) if self._reader else rest
         if last.kind != "tool_call" and rest.strip():
             raise _unclear()
-        end += len(token) if token in self._template.learnt.ends else 0
+        end += len(token) if token in learnt.ends else 0
 
         # The beginning: what the model is to write after the prompt for an answer. If it is not told what to think, the
         # empty thoughts before its answer are the template's, unless they are wanted.
-        learnt = self._template.learnt
         openings = learnt.openings[::-1] if self._train_empty_thinking else learnt.openings
         if first.kind == learnt.reasoning:
             openings = (learnt.prompt,)
@@ -208,9 +219,13 @@ class ChatTemplate:
                 if not self._train_empty_thinking and _NO_THOUGHTS.fullmatch(rendered, begin, first.begin):
                     begin = first.begin
                 return begin, end
-        if first.kind == "tool_call":
+        if first.kind != "tool_call":
+            return first.begin, end
+        # A template that puts nothing before an answer, but something before a call.
+        prompt = self._template.render(messages[:number], tools, add_generation_prompt=True) if number else ""
+        if not prompt or not rendered.startswith(prompt) or not previous <= len(prompt) <= first.begin:
             raise _unclear()
-        return first.begin, end
+        return len(prompt), end
 
     def _with_reasoning_apart(self, messages: list[Message], tools: Any) -> tuple[str, list[Message]]:
         """The rendering, and messages that have it too, with reasoning that is written inside of a content apart."""

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
-from data.folders import files_in_folder, folder_of
+from data.folders import files_in_folder, folder_of, once, walk
 from errors import UserError, reading
 
 T = TypeVar("T")
@@ -38,8 +38,8 @@ def each_read(file: object, parts: Iterator[T]) -> Iterator[T]:
 
 
 def suffix_of(file: str) -> str:
-    """The one of SUFFIXES that a name ends in, or else whatever it ends in."""
-    return next((suffix for suffix in SUFFIXES if file.endswith(suffix)), Path(file).suffix)
+    """The one of SUFFIXES that a name ends in, in any case of letters, or else whatever it ends in."""
+    return next((suffix for suffix in SUFFIXES if file.lower().endswith(suffix)), Path(file).suffix)
 
 
 def plain_suffix(file: str) -> str:
@@ -89,7 +89,15 @@ def find_files(pattern: str, key: str = "data.path", split: str = "train") -> li
     if found := folder_of(pattern):
         files = [os.path.abspath(path) for path in files_in_folder(*found, split, SUFFIXES, key)]
     else:
-        files = [os.path.abspath(path) for path in sorted(set(matches(pattern))) if os.path.isfile(path)]
+        met = [os.path.abspath(path) for path in sorted(set(matches(pattern)))]
+        files = once(path for path in met if not os.path.isdir(path))
+        for folder in filter(os.path.isdir, met):
+            inside = [path for path in walk(folder) if suffix_of(path) in (*SUFFIXES, ".arrow")]
+            if inside and not any(file.startswith(folder + os.sep) for file in files):
+                raise UserError(
+                    f"{key} = {pattern!r} matches the folder {folder!r} too, in which there are data: expected a glob "
+                    "of files, or the folder as an entry"
+                )
     if not files:
         folder, name = os.path.split(pattern)
         here = os.listdir(folder or ".") if os.path.isdir(folder or ".") else []
@@ -97,6 +105,8 @@ def find_files(pattern: str, key: str = "data.path", split: str = "train") -> li
         hint = "".join(f"; did you mean {os.path.join(folder, other)!r}?" for other in nearest)
         raise UserError(f"{key} = {pattern!r} matches no file: expected a file or a glob that matches some{hint}")
     for file in files:
+        if not os.path.isfile(file):
+            raise UserError(f"{key}: {file!r} is no file, or a link to none: expected a file")
         if suffix_of(file) not in SUFFIXES:
             raise UserError(f"{key}: {file!r} ends in {suffix_of(file)!r}: expected {', '.join(SUFFIXES)}")
     return files

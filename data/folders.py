@@ -4,10 +4,11 @@ The README's front matter says which files belong to which split (`configs` with
 names do: `data/train_sft-00000-of-00003.parquet`, or a word such as `train` or `test`. Both as on the Hub.
 """
 
+import functools
 import glob
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ _WORDS = {
 }
 _WORD = re.compile(rf"(?<![a-z])({'|'.join(_WORDS)})(?![a-z])")
 _NO_DATA = ("dataset_infos.json",)
+_LIKE_DATA = re.compile(r"\.(jsonl|ndjson|json|csv|tsv|parquet|arrow|txt)(\.(gz|zst|bz2|xz|lz4|zip))?$")
 _LFS = b"version https://git-lfs"
 
 
@@ -108,29 +110,43 @@ def _matched(folder: str, patterns: list[str]) -> list[str]:
         found = (
             [path] if os.path.exists(path) else glob.glob(path.replace(folder, glob.escape(folder), 1), recursive=True)
         )
-        found = [inner for each in found for inner in (_walk(each) if os.path.isdir(each) else [each])]
+        found = [inner for each in found for inner in (walk(each) if os.path.isdir(each) else [each])]
         if not found:
             raise UserError(f"{folder}/README.md: {pattern!r} in data_files: expected a path that matches a file")
         files |= set(found)
     return sorted(files)
 
 
-def _walk(folder: str) -> list[str]:
-    """All files, in folders at any depth; nothing that is hidden."""
-    files = []
-    for root, folders, names in os.walk(folder):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        files += [os.path.join(root, name) for name in sorted(names) if not name.startswith(".")]
+def walk(folder: str) -> list[str]:
+    """All files, in folders at any depth and behind links; nothing that is hidden."""
+    files, seen = [], set()
+    for root, folders, names in os.walk(folder, followlinks=True):
+        is_new = os.path.realpath(root) not in seen
+        seen.add(os.path.realpath(root))
+        folders[:] = sorted(name for name in folders if is_new and not name.startswith("."))
+        files += [os.path.join(root, name) for name in sorted(names) if is_new and not name.startswith(".")]
     return files
+
+
+def once(files: Iterable[str]) -> list[str]:
+    """Files, without those that were met already in a folder by another link to it."""
+    real, met = functools.cache(os.path.realpath), dict[tuple[str, str], str]()
+    for file in files:
+        met.setdefault((real(os.path.dirname(file)), os.path.basename(file)), file)
+    return list(met.values())
 
 
 def _by_names(folder: str, suffixes: Sequence[str], key: str) -> dict[str, list[str]]:
     """The data files of a folder by the split that their names tell; all under "" if none does."""
     splits: dict[str, list[str]] = {}
-    for file in _walk(folder):
+    for file in walk(folder):
         name = os.path.relpath(file, folder)
-        if name.endswith(tuple(suffixes)) and os.path.basename(name) not in _NO_DATA:
+        if os.path.basename(name) in _NO_DATA:
+            continue
+        if name.lower().endswith(tuple(suffixes)):
             splits.setdefault(_split_of(name), []).append(file)
+        elif _LIKE_DATA.search(name.lower()):
+            raise UserError(f"{key} = {folder!r} has {name!r}, which is not read: expected {', '.join(suffixes)}")
     if "" in splits and len(splits) > 1:
         others = ", ".join(sorted(splits.keys() - {""}))
         raise UserError(
@@ -153,7 +169,7 @@ def _split_of(name: str) -> str:
 def _fetched(files: list[str]) -> list[str]:
     """The files. Raises UserError for one of which a clone has but the pointer."""
     for file in files:
-        if os.path.getsize(file) < 1024:
+        if os.path.isfile(file) and os.path.getsize(file) < 1024:
             with reading(file), open(file, "rb") as opened:
                 start = opened.read(len(_LFS))
             if start == _LFS:

@@ -116,9 +116,8 @@ def place_of(record: Record, data: Data) -> float:
     whatever else it holds, or by all of it where they name nothing."""
     if isinstance(record, dict):
         # What is absent, null or empty is left out: a key that is known here one day moves no record that lacks it.
-        fields = [field for key in _keys(data) if (field := record.get(key)) not in (None, "", [])]
-        said = fields or record
-        content = json.dumps(_canonical(said), sort_keys=True, default=_plain).encode()
+        fields = [field for key in _keys(data) if (field := _canonical(record.get(key))) not in (None, "", [])]
+        content = json.dumps(fields or _canonical(record), sort_keys=True, default=_plain).encode()
     else:
         tokens = record.tokens if isinstance(record, TokenisedChat) else record
         content = tokens.astype("<u4").tobytes()

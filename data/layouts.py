@@ -9,6 +9,7 @@ Lists and tables may stand as the JSON of themselves, as in CSV files.
 """
 
 import json
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 from config.options import Data
@@ -26,12 +27,16 @@ _MEANT = {
 
 ROLES = {
     **dict.fromkeys(("human", "user"), "user"),
-    **dict.fromkeys(("gpt", "assistant", "model", "bot", "chatgpt", "bing", "bard", "function_call"), "assistant"),
-    **dict.fromkeys(("tool", "observation", "function_response", "function"), "tool"),
+    **dict.fromkeys(("gpt", "assistant", "model", "bot", "chatgpt", "bing", "bard"), "assistant"),
+    **dict.fromkeys(("function_call", "tool_call"), "assistant"),  # the value is the call, as JSON
+    **dict.fromkeys(("tool", "observation", "function_response", "tool_response", "function"), "tool"),
     "system": "system",
 }
-"""The senders of ShareGPT's and LLaVA's messages, {"from": ..., "value": ...}, as roles. The value of a
-function_call is the call, as JSON."""
+"""The names of those who speak, in "from" or "role", in any case of letters, as roles of templates."""
+_ANSWERS_OF_TWO = ("chosen", "rejected", "rejected_response", "rejected_messages")
+_LABELS = ("label", "kto_tag")
+_UNREAD = {"system_prompt": "system_key", "system_message": "system_key", "functions": "tools_key"}
+"""Fields that belong to a conversation if they are there, and the option that has to name them."""
 
 
 class Chat(NamedTuple):
@@ -53,12 +58,31 @@ def fields_of(data: Data) -> dict[str, tuple[str, ...]]:
     if data.layout != "auto":
         return {data.layout: fields[data.layout]}
     # A key that was set says which.
-    return fields if data.messages_key == Data.messages_key else {"messages": fields["messages"]}
+    return fields if _is_open(data) else {"messages": fields["messages"]}
 
 
 def optional_fields(data: Data) -> list[str]:
     """What else a conversation may have."""
-    return [data.tools_key, data.system_key, OPTIONS_KEY, "input", "history"]
+    preferences = (*_ANSWERS_OF_TWO, *_LABELS) if _is_open(data) else ()
+    return [data.tools_key, data.system_key, OPTIONS_KEY, "input", "history", *_UNREAD, *preferences]
+
+
+def _is_open(data: Data) -> bool:
+    """Whether no option says where the conversations are."""
+    return data.layout == "auto" and data.messages_key == Data.messages_key
+
+
+def preferences_refused(found: Iterable[str]) -> str:
+    """What to say of fields with which answers are compared."""
+    return (
+        f"has {' and '.join(found)}: preferences, as for DPO and KTO, which are not trained on: expected "
+        "data.messages_key or data.layout to name the answers to train on"
+    )
+
+
+def preferences_in(fields: Iterable[str]) -> list[str]:
+    """Those of some fields that hold a better and a worse answer."""
+    return [field for field in fields if field in _ANSWERS_OF_TWO]
 
 
 def layout_of(record: dict[str, Any], data: Data) -> str:
@@ -69,6 +93,11 @@ def layout_of(record: dict[str, Any], data: Data) -> str:
     fits = fits or [layout for layout, fields in known.items() if all(field in record for field in fields)]
     # A table of several layouts may fill up with empty texts and lists.
     fits = [layout for layout in fits if any(record[field] not in ("", []) for field in known[layout])] or fits
+    if _is_open(data):
+        compared = preferences_in(field for field, value in record.items() if value)
+        labels = [field for field in _LABELS if str(record.get(field)).lower() in ("true", "false")] if fits else []
+        if compared or labels:
+            raise BadSample("wrong_type", preferences_refused(compared + labels))
     if len(fits) > 1:
         raise BadSample(
             "wrong_type",
@@ -107,9 +136,13 @@ def read_layout(record: dict[str, Any], data: Data) -> Chat:
         messages = _prompt(record["prompt"]) + _completion(record["completion"])
     if system := record.get(data.system_key):
         messages = _with_system(messages, system, data.system_key)
+    for field, key in _UNREAD.items():
+        if record.get(field) and field != getattr(data, key) and record[field] != _system_of(messages):
+            raise BadSample("unused_field", f"has {field!r}, which is not read: expected data.{key} = {field!r}")
     tools = _from_json(record.get(data.tools_key), data.tools_key) or None
     if not isinstance(tools, list | None):
         raise BadSample("wrong_type", f"has {data.tools_key} that are no list")
+    tools = tools and [_from_json(tool, data.tools_key) for tool in tools]
     options = _from_json(record.get(OPTIONS_KEY), OPTIONS_KEY) or {}
     if not isinstance(options, dict):
         raise BadSample("wrong_type", f"has {OPTIONS_KEY} {options!r:.60}, expected a table of options")
@@ -194,20 +227,31 @@ def _side(value: Any, field: str, role: str) -> list[Any]:
             return [{"role": role, "content": value}]
         value = parsed
     messages = _messages(value, field)
+    if messages == []:
+        raise BadSample("empty", f"has an empty {field}")
     if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
         raise BadSample("wrong_type", f"has {field} {value!r:.60}, expected a string or a list of messages")
     return messages
 
 
 def role_of(message: dict[str, Any]) -> str | None:
-    """The role of a message, in the names of templates; None if it has none that is known."""
+    """The role of a message, in the names of templates; None if it has none, or is from somebody unknown. What else
+    a "role" may be is the template's to know."""
     if isinstance(role := message.get("role"), str):
-        return role
+        return ROLES.get(role.lower(), role)
     return ROLES.get(sender.lower()) if isinstance(sender := message.get("from"), str) else None
 
 
 def _is_answer(message: dict[str, Any]) -> bool:
     return role_of(message) == "assistant"
+
+
+def _system_of(messages: Any) -> Any:
+    """What the first message says, if it is one of system."""
+    first = messages[0] if isinstance(messages, list) and messages else None
+    if not isinstance(first, dict) or role_of(first) != "system":
+        return None
+    return first.get("content", first.get("value"))
 
 
 def _with_system(messages: Any, system: Any, field: str) -> Any:
@@ -216,9 +260,7 @@ def _with_system(messages: Any, system: Any, field: str) -> Any:
         raise BadSample("wrong_type", f"has {field} {system!r:.60}, expected a string")
     if not isinstance(messages, list) or not messages or not system.strip():
         return messages
-    first = messages[0]
-    if isinstance(first, dict) and role_of(first) == "system":
-        if first.get("content", first.get("value")) != system:
-            raise BadSample("wrong_type", f"has {field} beside a message of system that says something else")
-        return messages
-    return [{"role": "system", "content": system}, *messages]
+    said = _system_of(messages)
+    if said not in (None, system):
+        raise BadSample("wrong_type", f"has {field} beside a message of system that says something else")
+    return messages if said == system else [{"role": "system", "content": system}, *messages]

@@ -29,6 +29,14 @@ class Place(NamedTuple):
     kind: str
     begin: int
     end: int
+    is_repeated: bool  # it stands at an earlier place too
+
+
+class Located(NamedTuple):
+    """The texts in a rendering."""
+
+    places: list[Place]  # in its own order
+    missing: list[Field]  # that it does not show
 
 
 def with_markers(
@@ -75,15 +83,37 @@ def with_markers(
     return marked, marked_tools, fields
 
 
-def locate(rendered: str, marked: str, fields: list[Field]) -> tuple[list[Place], set[int]] | None:
-    """Where the rendering shows the texts, in its own order, and the numbers of those that it shows; None if the texts
-    in the place of the markers do not make it."""
+def plain_fields(messages: list[Message], reasoning: str) -> tuple[list[Field], tuple[object, ...]] | None:
+    """The texts of messages that have nothing else, each to be replaced, and all that such messages have beside them:
+    for equal ones a template writes the same around the texts, unless it looks at these. None for other messages."""
+    fields, beside = list[Field](), list[object]()
+    for number, message in enumerate(messages):
+        beside.append(message["role"])
+        for key, text in message.items():
+            if key in ("content", reasoning) and isinstance(text, str):
+                is_text = bool(text.strip())
+                fields += [Field(number, key, text, None)] * is_text
+                beside.append((key, None if is_text else text))
+            elif key != "role":
+                return None
+    return fields, tuple(beside)
+
+
+def only_markers(messages: list[Message], fields: list[Field]) -> list[Message]:
+    """Copies in which each of the texts is a marker."""
+    marked = [dict(message) for message in messages]
+    for place, (number, kind, _, _) in enumerate(fields):
+        marked[number][kind] = f"{OPEN}{place}{CLOSE}"
+    return marked
+
+
+def locate(rendered: str, marked: str, fields: list[Field]) -> Located | None:
+    """Where the rendering shows the texts; None if the texts in the place of the markers do not make it."""
     pieces = _MARKER.split(marked)  # text, number, text, number, ..., text
     if not rendered.startswith(pieces[0]):
         return None
-    places, position = [], len(pieces[0])
-    numbers = list(map(int, pieces[1::2]))
-    for number, following in zip(numbers, pieces[2::2]):
+    places, position, numbers = [], len(pieces[0]), set[int]()
+    for number, following in zip(map(int, pieces[1::2]), pieces[2::2]):
         message, kind, text, cut = fields[number]
         for shown in (text, text.strip(), text.lstrip(), text.rstrip()) if cut is None else ("",):
             if rendered.startswith(shown + following, position):
@@ -95,9 +125,11 @@ def locate(rendered: str, marked: str, fields: list[Field]) -> tuple[list[Place]
             for before, after in zip(_forms(text[:cut]), _forms(text[cut:]))
         ):
             return None
-        places.append(Place(message, kind, position, position + len(shown)))
+        places.append(Place(message, kind, position, position + len(shown), number in numbers))
+        numbers.add(number)
         position += len(shown) + len(following)
-    return (places, set(numbers)) if position == len(rendered) else None
+    missing = [field for number, field in enumerate(fields) if number not in numbers]
+    return Located(places, missing) if position == len(rendered) else None
 
 
 def _forms(text: str) -> tuple[str, ...]:

@@ -47,27 +47,32 @@ def read_messages(messages: Any, reasoning_key: str, media: Media) -> Conversati
         raise BadSample("wrong_type" if messages else "empty", "has no messages: expected a list of them")
     read = Conversation([], {}, [], set())
     for number, message in enumerate(messages):
-        if isinstance(message, dict) and message.get("from") is not None and message.get("role") is None:
-            message = _from_sharegpt(message, number)
-        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
-            raise BadSample("wrong_type", f"has message {number} without a role")
-        read.messages.append(_read_message(message, number, reasoning_key, read, media))
+        read.messages.append(_read_message(_with_role(message, number), number, reasoning_key, read, media))
     return read
 
 
-def _from_sharegpt(message: Message, number: int) -> Message:
-    sender, role = message["from"], role_of({"from": message["from"]})
+def _with_role(message: Any, number: int) -> Message:
+    """A message with a `role` that templates know, with `content` instead of ShareGPT's `value`, and with the call that
+    stands there in `tool_calls`."""
+    given = message if isinstance(message, dict) else {}
+    name = next((given[key] for key in ("role", "from") if given.get(key) is not None), None)
+    if not isinstance(name, str):
+        raise BadSample("wrong_type", f"has message {number} without a role")
+    role = role_of(message)
     if role is None:
-        raise BadSample("wrong_type", f"has message {number} from {sender!r:.60}, expected {', '.join(ROLES)}")
-    others = {key: value for key, value in message.items() if key not in ("role", "from", "value")}
-    if sender.lower() != "function_call":
-        content = message.get("value") if message.get("value") is not None else message.get("content")
-        return {"role": role, **others, "content": content}
+        raise BadSample("wrong_type", f"has message {number} from {name!r:.60}, expected {', '.join(ROLES)}")
+    if role == message.get("role") and "value" not in message:
+        return message
+    given = {"role": role} | {key: value for key, value in message.items() if key not in ("role", "from")}
+    if given.get("content") is None:
+        given["content"] = given.pop("value", None)
+    if name.lower() not in ("function_call", "tool_call"):
+        return given
     try:
-        calls = json.loads(message["value"])
-    except (KeyError, TypeError, ValueError, RecursionError):
-        raise BadSample("wrong_type", f"has message {number} from {sender!r} whose value is not JSON") from None
-    return {"role": role, **others, "tool_calls": calls if isinstance(calls, list) else [calls]}
+        calls = json.loads(given.pop("content"))
+    except (TypeError, ValueError, RecursionError):
+        raise BadSample("wrong_type", f"has message {number} from {name!r} whose value is not JSON") from None
+    return {**given, "tool_calls": calls if isinstance(calls, list) else [calls]}
 
 
 def _read_message(message: Message, number: int, reasoning_key: str, read: Conversation, media: Media) -> Message:
@@ -106,7 +111,10 @@ def _read_message(message: Message, number: int, reasoning_key: str, read: Conve
                 read.unknown.append((number, field))
     if "content" not in out and "tool_calls" not in out:
         raise BadSample("wrong_type", f"has message {number} without content")
-    out.setdefault("content", "")
+    content = out.setdefault("content", "")
+    is_silent = isinstance(content, str) and not content.strip()
+    if out["role"] == "assistant" and is_silent and not out.get("tool_calls") and not out.get(reasoning_key):
+        raise BadSample("empty", f"has message {number} of the assistant that says nothing")
     if len(set(weights.values())) > 1:
         raise BadSample("wrong_type", f"has message {number} whose {' and '.join(weights)} contradict each other")
     if out["role"] == "assistant":
@@ -198,7 +206,7 @@ def _read_call(call: Any, number: int) -> dict[str, Any]:
     """A tool call whose arguments are a table, as templates want it: many write them as a string of JSON."""
     is_wrapped = isinstance(call, dict) and "function" in call
     function = call["function"] if is_wrapped else call
-    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+    if not isinstance(function, dict) or not isinstance(name := function.get("name"), str) or not name.strip():
         raise BadSample("wrong_type", f"has message {number} with a tool call without a name")
     known = {"call": ("id", "type", "index", "function"), "function": ("name", "arguments", "parameters")}
     if not is_wrapped:
@@ -216,6 +224,7 @@ def _read_call(call: Any, number: int) -> dict[str, Any]:
             arguments = json.loads(arguments) if arguments.strip() else {}
     except (ValueError, RecursionError):
         raise BadSample("wrong_type", f"has message {number} with a tool call whose arguments are not JSON") from None
+    arguments = arguments or {}  # an empty table of Arrow's is a list
     outer = call if is_wrapped else {"type": "function"}
     inner = {key: value for key, value in function.items() if key != "parameters"}
     return {**outer, "function": {**inner, "arguments": arguments}}

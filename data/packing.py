@@ -49,7 +49,12 @@ class BadSample(UserError):
         """What its file has, if that is text and no record could be made of it."""
 
     def __str__(self) -> str:
-        return " ".join(str(self.args[1]).encode(errors="backslashreplace").decode().split())
+        return in_one_line(str(self.args[1]))
+
+
+def in_one_line(text: str) -> str:
+    """A text that can be told whatever it holds, line ends or half a surrogate pair say."""
+    return " ".join(text.encode(errors="backslashreplace").decode().split())
 
 
 @dataclass

@@ -1,9 +1,10 @@
-"""JSON Lines, JSON arrays, CSV and TSV: records that are pieces of files, each found by its place in an index.
+"""JSON, in lines or over lines, CSV and TSV: records that are pieces of files, each found by its place in an index.
 
 The index has four numbers a record (file, offset, length, line), int64, and is made once, in one pass that holds no
 more than the record at hand. A file is never read whole, whatever its kind.
 """
 
+import contextlib
 import csv
 import functools
 import io
@@ -13,19 +14,20 @@ import re
 import struct
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import BinaryIO, Literal, NamedTuple
 
 import numpy as np
 
 from data.files import cached, each_read, plain_suffix, suffix_of
 from data.packing import BadSample
-from data.records import Record
+from data.records import Record, mapped_numbers
 from errors import UserError, reading
 
 _MAX_LINE = 1 << 26  # bytes: what is longer is no document, and would not fit into memory as tokens
 _CHUNK = 1 << 20
 _TOKEN = re.compile(rb'"(?:[^"\\]++|\\.)*+"|["{}\[\],]', re.DOTALL)
 _QUOTE, _COMMA, _OPENING, _CLOSING = ord('"'), ord(","), b"{[", b"}]"
+_BOM = b"\xef\xbb\xbf"
 csv.field_size_limit(_MAX_LINE)  # the library's own is 128 KiB, for all readers of the process
 
 
@@ -49,7 +51,7 @@ class Pieces:
 
     def parse(self, piece: Piece, file: str) -> Record:
         """Raises BadSample."""
-        return _parsed(piece.content, is_first=not piece.offset)
+        return _parsed(piece.content)
 
     def naming(self, file: str) -> str:
         """What people call a record, by its `line` and its `number` in the file, both from 1."""
@@ -68,10 +70,10 @@ class Pieces:
                         for offset, line, content in self.pieces(stream, file):
                             index.write(struct.pack("<4q", number, offset, len(content), line))
 
-        return cached(self._plain, type(self).__name__, ".index", make)
+        return cached(self._plain, f"{type(self).__name__}, 2", ".index", make)  # 1: of lines alone
 
     def _place(self, index: int) -> tuple[int, int, int, int]:
-        number, offset, length, line = np.fromfile(self._index, "<i8", count=4, offset=32 * index).tolist()
+        number, offset, length, line = mapped_numbers(self._index)[4 * index : 4 * index + 4].tolist()
         return number, offset, length, line
 
     def __len__(self) -> int:
@@ -86,7 +88,7 @@ class Pieces:
 
     def where(self, index: int) -> str:
         number, _, _, line = self._place(index)
-        first = np.searchsorted(np.memmap(self._index, "<i8", "r")[::4], number) if len(self) else 0
+        first = np.searchsorted(mapped_numbers(self._index)[::4], number)
         name = self.naming(self._files[number]).format(line=line, number=index - int(first) + 1)
         return f"{self._files[number]}, {name}"
 
@@ -109,21 +111,22 @@ class Pieces:
 
 
 class JsonLines(Pieces):
-    """`.jsonl`: an object a line, empty lines aside."""
+    """`.jsonl`: an object a line, empty lines aside; or, under that name, a list of objects or objects over several
+    lines."""
 
     def pieces(self, stream: BinaryIO, file: str) -> Iterator[Piece]:
-        return _lines(stream, file)
-
-
-class JsonFiles(Pieces):
-    """`.json`: a list of objects; or JSON Lines under that name, as many files on the Hub are."""
-
-    def pieces(self, stream: BinaryIO, file: str) -> Iterator[Piece]:
-        return _elements(stream, file) if _begins_a_list(stream, file) else _lines(stream, file)
+        form = _form(stream, file)
+        return _lines(stream, file) if form == "lines" else _elements(stream, file, int(form == "list"))
 
     def naming(self, file: str) -> str:
-        with _open_packed(file) as stream:
-            return "line {line} (element {number})" if _begins_a_list(stream, file) else super().naming(file)
+        with contextlib.suppress(UserError), _open_packed(file) as stream:  # it may be gone by now
+            if _form(stream, file) == "list":
+                return "line {line} (element {number})"
+        return super().naming(file)
+
+
+class JsonFiles(JsonLines):
+    """The same, of which some are `.json`. A checkpoint has the name of what it read."""
 
 
 class CsvFiles(Pieces):
@@ -131,7 +134,7 @@ class CsvFiles(Pieces):
 
     def pieces(self, stream: BinaryIO, file: str) -> Iterator[Piece]:
         rows = _rows(stream, file)
-        next(rows, None)
+        _names(next(rows, None), file)
         return rows
 
     def parse(self, piece: Piece, file: str) -> Record:
@@ -143,12 +146,18 @@ class CsvFiles(Pieces):
 
 @functools.lru_cache(maxsize=1024)
 def _header(file: str, changed: int) -> list[str]:
-    """The names of a file's fields, as it is since `changed`; one may be empty, as of an index that was written too.
-    Raises UserError."""
+    """The names of a file's fields, as it is since `changed`."""
     with _open_packed(file) as stream:
-        first = next(_rows(stream, file), None)
+        return _names(next(_rows(stream, file), None), file)
+
+
+def _names(first: Piece | None, file: str) -> list[str]:
+    """What the first row of a file names; one name may be empty, as of an index that was written too. Raises
+    UserError."""
+    if first is None:
+        return []
     try:
-        names = [name.strip() for name in _cells(first.content.removeprefix(b"\xef\xbb\xbf"), file)] if first else []
+        names = [name.strip() for name in _cells(first.content.removeprefix(_BOM), file)]
     except BadSample as error:
         raise UserError(f"{file}, line 1: {error}: expected the names of the fields") from None
     if len(set(names)) < len(names) or not any(names):
@@ -159,12 +168,14 @@ def _header(file: str, changed: int) -> list[str]:
 def _cells(content: bytes, file: str) -> list[str]:
     """The values of a row. Raises BadSample."""
     try:
-        (row,) = csv.reader(io.StringIO(content.decode(), newline=""), delimiter=_delimiter(file), strict=True)
+        rows = list(csv.reader(io.StringIO(content.decode(), newline=""), delimiter=_delimiter(file), strict=True))
     except UnicodeDecodeError as error:
         raise BadSample("undecodable", f"is not UTF-8: {error}") from None
     except (csv.Error, ValueError) as error:
         raise BadSample("not_csv", f"is no row of CSV: {error}") from None
-    return row
+    if len(rows) != 1:
+        raise BadSample("not_csv", "is no row of CSV: it has CR without LF outside of quotes")
+    return rows[0]
 
 
 def _delimiter(file: str) -> str:
@@ -179,10 +190,12 @@ def _rows(stream: BinaryIO, file: str) -> Iterator[Piece]:
     def lines() -> Iterator[str]:
         for line in each_read(file, iter(lambda: stream.readline(_MAX_LINE + 1), b"")):
             taken.append(line)
+            # The mark before a quote would make it a part of the text.
+            line = line.removeprefix(_BOM) if len(taken) == 1 and not offset else line
             yield line.decode("latin-1")  # a character a byte: only quotes, delimiters and line ends matter
 
-    reader = csv.reader(lines(), delimiter=_delimiter(file), strict=True)
     offset, line = 0, 1
+    reader = csv.reader(lines(), delimiter=_delimiter(file), strict=True)
     while True:
         try:
             row: list[str] | None = next(reader)
@@ -202,10 +215,10 @@ def _rows(stream: BinaryIO, file: str) -> Iterator[Piece]:
         taken.clear()
 
 
-def _parsed(content: bytes, is_first: bool) -> Record:
+def _parsed(content: bytes) -> Record:
     """The object in a line, or in an element of a list."""
     try:
-        record = json.loads(content.decode("utf-8-sig" if is_first else "utf-8"))
+        record = json.loads(content.decode("utf-8-sig"))  # each of several files that were put together may have a mark
     except UnicodeDecodeError as error:
         raise BadSample("undecodable", f"is not UTF-8: {error}") from None
     except (ValueError, RecursionError) as error:
@@ -223,23 +236,48 @@ def _lines(stream: BinaryIO, file: str) -> Iterator[Piece]:
     for line in each_read(file, iter(lambda: stream.readline(_MAX_LINE + 1), b"")):
         if not is_rest:
             number += 1
-            if len(line.rstrip(b"\n")) > 1:
+            if len(line.strip()) > 1:
                 yield Piece(offset, number, line)
         offset += len(line)
         is_rest = not line.endswith(b"\n")
 
 
-def _begins_a_list(stream: BinaryIO, file: str) -> bool:
+def _form(stream: BinaryIO, file: str) -> Literal["lines", "list", "objects"]:
+    """How a file holds its objects, by its first lines. Those of JSON Lines may be damaged, so what may be lines is."""
     with reading(file):
         assert isinstance(stream, io.BufferedReader)
-        return stream.peek(_CHUNK).removeprefix(b"\xef\xbb\xbf").lstrip()[:1] == b"["
+        start = stream.peek(_CHUNK).removeprefix(_BOM).lstrip()
+    first, _, rest = start.partition(b"\n")
+    if start[:1] == b"[" and plain_suffix(file) == ".json":
+        return "list"
+    brackets = [token[0] for token in _TOKEN.finditer(first)]
+    is_open = sum((token in (b"{", b"[")) - (token in (b"}", b"]")) for token in brackets) > 0
+    following, end, _ = rest.lstrip().partition(b"\n")
+    is_known = bool(rest) and (bool(end) or len(start) < _CHUNK // 2)
+    goes_on = first.rstrip()[-1:] in (b"{", b"[", b",", b":") and following[:1] in (b'"', b"{", b"[")
+    if (
+        start[:1] not in (b"{", b"[")
+        or not (is_open and is_known and goes_on)
+        or b'"' in brackets
+        or _is_object(following)
+    ):
+        return "lines"
+    return "list" if start[:1] == b"[" else "objects"
 
 
-def _elements(stream: BinaryIO, file: str) -> Iterator[Piece]:
-    """The elements of a list, by their brackets and quotes alone: what is damaged inside of one is its own affair. Of
-    one of more than _MAX_LINE bytes only the beginning is kept."""
+def _is_object(line: bytes) -> bool:
+    try:
+        return isinstance(json.loads(line), dict)
+    except (ValueError, RecursionError):
+        return False
+
+
+def _elements(stream: BinaryIO, file: str, inside: int) -> Iterator[Piece]:
+    """The elements of a list (`inside` = 1), or objects one after the other (0), by their brackets and quotes alone:
+    what is damaged inside of one is its own affair. Of one of more than _MAX_LINE bytes only the beginning is kept."""
     buffer, start = b"", 0  # what is looked at, and its offset in the file
-    position = begin = depth = 0  # in the buffer: what comes next, and where the element began
+    position = begin = 0  # in the buffer: what comes next, and where the element began
+    depth = 1 - inside
     line, counted = 1, 0  # line ends before `counted`, in the buffer
     kept: Piece | None = None  # the beginning of an element that is too long
     is_over = False
@@ -248,7 +286,7 @@ def _elements(stream: BinaryIO, file: str) -> Iterator[Piece]:
         buffer += chunk
         resume = len(buffer)
         if is_over and buffer.strip():
-            raise _no_list(file, line, "has something behind the end of the list")
+            raise _no_list(file, line, "has something behind its end")
         for token in () if is_over else _TOKEN.finditer(buffer, position):
             place = token.start()
             byte = buffer[place]
@@ -258,11 +296,12 @@ def _elements(stream: BinaryIO, file: str) -> Iterator[Piece]:
                     break
             elif byte in _OPENING:
                 depth += 1
-                begin = place + 1 if depth == 1 else begin
+                begin = place + 1 if depth == inside else begin
             elif byte in _CLOSING:
                 depth -= 1
-            if depth == 0 or (byte == _COMMA and depth == 1):
-                content = buffer[begin:place]
+            is_object = depth == 1 and not inside and byte in _CLOSING
+            if depth == 0 or is_object or (byte == _COMMA and depth == 1):
+                content = buffer[begin : place + is_object]
                 first = begin + len(content) - len(content.lstrip())
                 line, counted = line + buffer.count(b"\n", counted, first), max(first, counted)
                 if kept or content.strip():
@@ -271,7 +310,7 @@ def _elements(stream: BinaryIO, file: str) -> Iterator[Piece]:
             if depth == 0:
                 is_over = True
                 if buffer[begin:].strip():
-                    raise _no_list(file, line, "has something behind the end of the list")
+                    raise _no_list(file, line, "has something behind its end")
                 break
         if is_over:
             buffer, start, position, begin, counted = b"", start + len(buffer), 0, 0, 0
@@ -288,23 +327,26 @@ def _elements(stream: BinaryIO, file: str) -> Iterator[Piece]:
         line, counted = line + buffer.count(b"\n", counted, drop), max(counted - drop, 0)
         buffer, start, position, begin = buffer[drop:], start + drop, resume - drop, begin - drop
         wanted[0] = max(_CHUNK, len(buffer))
-    if not is_over:
+    if not is_over and (inside or depth > 1 or buffer[begin:].strip()):
         line += buffer.count(b"\n", counted, len(buffer) - len(buffer[begin:].lstrip()))
         raise _no_list(file, line, "is not ended")
 
 
 def _no_list(file: str, line: int, why: str) -> UserError:
-    return UserError(f"{file}, line {line}: the list that begins the file {why}: expected [{{...}}, {{...}}]")
+    return UserError(
+        f"{file}, line {line}: what begins the file {why}: expected [{{...}}, {{...}}], or an object a line"
+    )
 
 
 def _open_packed(file: str) -> BinaryIO:
     """What a file holds, or what a `.gz` or `.zst` file does."""
     with reading(file):
         if suffix_of(file) == plain_suffix(file):
-            return open(file, "rb")
+            return open(file, "rb", _CHUNK)
         import pyarrow as pa
 
-        return io.BufferedReader(pa.input_stream(file), _CHUNK)  # knows the compression by the name
+        packing = "gzip" if suffix_of(file).endswith(".gz") else "zstd"
+        return io.BufferedReader(pa.input_stream(file, compression=packing), _CHUNK)
 
 
 def _unpacked(file: str) -> str:

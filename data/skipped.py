@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from config.options import Config
-from data.packing import USED, BadSample
+from data.packing import USED, BadSample, in_one_line
 from data.records import Record
 from data.sources import declared_sources
 from errors import UserError, reading
@@ -26,7 +26,8 @@ def write_skipped(config: Config, folder: Path, out: Path) -> str:
     found = Counter[str]()
     try:
         with open(out, "x", encoding="utf-8") as file:
-            for place, record in _records(config):
+            for where, record in _records(config):
+                place = in_one_line(where)
                 text = by_place.get(place)
                 if text is None or found[text]:
                     continue

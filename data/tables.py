@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from config.options import Data
 from data.files import cached, each_read
-from data.layouts import fields_of, optional_fields
+from data.layouts import fields_of, optional_fields, preferences_in, preferences_refused
 from data.media import media_keys
 from data.packing import BadSample
 from data.records import Record, Whole, part_of
@@ -38,6 +38,8 @@ class Columns(NamedTuple):
     def among(self, present: list[str], where: str) -> list[str]:
         """Those that there are. Raises UserError for a table without what a sample needs."""
         if not any(set(names) <= set(present) for names in self.needed):
+            if compared := preferences_in(present):
+                raise UserError(f"{where} {preferences_refused(compared)}")
             others = "".join(f", or {' and '.join(map(repr, names))}" for names in self.needed[1:])
             raise UserError(
                 f"{self.key} = {self.needed[0][0]!r}: expected one of {', '.join(present)}{others}, as in {where}"
@@ -150,6 +152,8 @@ def _plain_type(kind: "pa.DataType") -> "pa.DataType":
     def inner(field: "pa.Field") -> "pa.Field":
         return field.with_type(_plain_type(field.type))
 
+    if pa.types.is_null(kind):
+        return pa.string()
     if pa.types.is_dictionary(kind):
         return _plain_type(kind.value_type)
     if pa.types.is_struct(kind):
@@ -200,7 +204,7 @@ class SavedDataset(Whole):
         name, _, subset = self._entry.partition(":")
         is_local = os.path.isdir(self._entry)
         with reading(f"data.path: {self._entry}"):
-            table = datasets.load_from_disk(name) if is_local else datasets.load_dataset(name, subset or None)
+            table = datasets.load_from_disk(self._entry) if is_local else datasets.load_dataset(name, subset or None)
         if isinstance(table, dict):
             if self._split not in table:
                 names = ", ".join(table)

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from data.markers import OPEN
+from data.markers import OPEN, Located, locate, only_markers, plain_fields
 from data.messages import Message
 from data.packing import BadSample
 from errors import UserError
@@ -22,6 +22,7 @@ _NO_THOUGHTS_END = re.compile(r"<think>\s*</think>\s*$")
 _RENDER_SECONDS = 5.0  # of processor time, of which a long conversation takes a hundredth
 _MAX_TIMEOUTS = 3
 _MAX_RENDERING = 1 << 26  # characters
+_MOST_OUTLINES = 4096  # of a few messages each
 _MOST_OPTIONS = 64  # of samples' own, that are remembered
 _NOT_OPTIONS = {
     *("conversation", "messages", "tools", "documents", "chat_template", "add_generation_prompt", "tokenize"),
@@ -64,6 +65,7 @@ class Template:
             raise UserError(f"data.template_options.{wrong}")
         self._run_options = self._options = options or {}
         self._all_learnt: dict[str, Learnt] = {}  # by a sample's own options
+        self._outlines: dict[tuple[object, ...], str | None] = {}
         try:
             self.use({})
         except BadSample as error:
@@ -106,13 +108,30 @@ class Template:
     def use(self, own: dict[str, Any]) -> None:
         """Renders with a sample's own options from now on."""
         self._options = self._run_options | own
-        key = json.dumps(own, sort_keys=True, default=str)
+        self._key = key = json.dumps(own, sort_keys=True, default=str) if own else ""
         if key not in self._all_learnt:
             if len(self._all_learnt) >= _MOST_OPTIONS:
                 self._all_learnt.clear()
             self.learnt = Learnt()
             self._all_learnt[key] = self._learn()
         self.learnt = self._all_learnt[key]
+
+    def locate(self, rendered: str, messages: list[Message]) -> Located | None:
+        """Where a rendering without tools shows the texts of its messages, if these are plain: by what the template
+        wrote around the texts of such messages before. None if that does not fit."""
+        plain = plain_fields(messages, self.learnt.reasoning)
+        if plain is None:
+            return None
+        fields, beside = plain
+        key = (self._key, *beside)
+        if key not in self._outlines:
+            if len(self._outlines) >= _MOST_OUTLINES:
+                self._outlines.clear()
+            self._outlines[key] = None
+            with contextlib.suppress(BadSample):
+                self._outlines[key] = self.render(only_markers(messages, fields))
+        outline = self._outlines[key]
+        return None if outline is None else locate(rendered, outline, fields)
 
     def _learn(self) -> Learnt:
         """What the template puts before an answer, and the tokens that end one."""

@@ -9,7 +9,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 from config.options import Config, Data, Job, LRScheduler, Model, Optimizer, Training, Validation
@@ -72,7 +72,7 @@ def test_it_needs_neither_torch_nor_datasets_and_does_not_read_on(tmp_path):
         (b'{"text": "a"}\n{"text": "\xff"}\n{"text": "b"}\n', ["a", "b"], {"undecodable": 1}),
         (b'{"text": "a"}\n\x00\x00\x00\n{"text": "b\\u0000"}\n', ["a", "b\x00"], {"not_json": 1}),
         (b'{"text": "a"}\n{"text": "\\ud800"}\n{"text": "b"}', ["a", "b"], {"undecodable": 1}),
-        (b'{"text": "a"}\n' + BOM + b'{"text": "b"}\n', ["a"], {"not_json": 1}),
+        (b'{"text": "a"}\n' + BOM + b'{"text": "b"}\n', ["a", "b"], {}),  # two files put together
         (b'\xff\xfe{"text": 1}\n{"text": "b"}', ["b"], {"undecodable": 1}),
         (b'{"text": "a"}\n{"x": ' + b"[" * 99_999 + b'\n{"text": "b"}', ["a", "b"], {"not_json": 1}),
         (b'{"text": "a"}\n{"text": ' + b"9" * 9_999 + b'}\n{"text": "b"}', ["a", "b"], {"not_json": 1}),
@@ -185,10 +185,10 @@ def test_whatever_a_sample_raises_is_its_own_refusal(tmp_path, monkeypatch, erro
     path.write_text('{"text": "a"}\n{"text": "bad"}\n{"text": "b"}')
     parsed = pieces._parsed
 
-    def failing(line, is_first):
+    def failing(line):
         if b"bad" in line:
             raise error
-        return parsed(line, is_first)
+        return parsed(line)
 
     monkeypatch.setattr(pieces, "_parsed", failing)
     reason = "wrong_type" if isinstance(error, RecursionError) else "failed"
@@ -248,10 +248,10 @@ LINES = st.one_of(
 )  # fmt: skip
 
 
-def independent(line, is_first):
+def independent(line):
     """The text of a line, or None if it has to be refused."""
     try:
-        text = json.loads(line.removeprefix(BOM if is_first else b"").decode())["text"]
+        text = json.loads(line.removeprefix(BOM).decode())["text"]
         return text if isinstance(text, str) and text and text.encode() else None
     except Exception:
         return None
@@ -263,10 +263,10 @@ def test_random_lines_are_right_or_refused(tmp_path, marked, lines, ending, ende
     path = tmp_path / "a.jsonl"
     content = BOM * marked + ending.join(lines) + ending * ended
     path.write_bytes(content)
-    raw = [line for line in content.split(b"\n") if len(line) > 1]
-    expected = [
-        text for place, line in enumerate(raw) if (text := independent(line, content.startswith(line) and not place))
-    ]
+    with open(path, "rb") as stream:
+        assume(pieces._form(stream, "a.jsonl") == "lines")
+    raw = [line for line in content.split(b"\n") if len(line.strip()) > 1]
+    expected = [text for line in raw if (text := independent(line))]
     try:
         check_data(config(path), 4096)
         texts, counts = texts_of(path)

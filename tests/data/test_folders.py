@@ -1,7 +1,9 @@
 """Folders: which files belong to the split, by a README as on the Hub or by their names; nothing is guessed."""
 
+import gzip
 import json
 import os
+import re
 
 import pyarrow as pa
 import pyarrow.parquet
@@ -39,6 +41,38 @@ def test_a_folder_is_its_files_at_any_depth(tmp_path):
     folder = make(tmp_path, *names, ".git/x.jsonl", ".hidden.jsonl", "LICENSE", "README.md", "dataset_infos.json")
     assert texts_of(folder) == ["a.jsonl", "deep/c.json", "deep/er/b.jsonl"]
     assert texts_of(folder + "/") == texts_of(folder)
+
+
+def test_what_lies_behind_links_is_read_once(tmp_path):
+    folder = make(tmp_path / "a", "a.jsonl")
+    make(tmp_path / "b", "b.jsonl", "deep/c.jsonl")
+    (tmp_path / "a" / "one").symlink_to(tmp_path / "b")
+    (tmp_path / "a" / "two").symlink_to(tmp_path / "b" / "deep")
+    (tmp_path / "b" / "loop").symlink_to(tmp_path / "a")
+    for entry in (folder, folder + "/**/*.jsonl"):
+        assert sorted(texts_of(entry)) == ["a.jsonl", "b.jsonl", "deep/c.jsonl"]
+    (tmp_path / "a" / "z.jsonl").symlink_to(tmp_path / "nowhere")
+    for entry in (folder, folder + "/*.jsonl", folder + "/z.jsonl"):
+        with pytest.raises(UserError, match=r"'.*/a/z\.jsonl' is no file, or a link to none|z\.jsonl' matches no file"):
+            texts_of(entry)
+
+
+def test_nothing_that_looks_like_data_is_left_out_unsaid(tmp_path):
+    folder = make(tmp_path / "a", "a.jsonl", "B.JSONL", "notes.md", "plot.png", "a.json.bak")
+    assert texts_of(folder) == ["B.JSONL", "a.jsonl"]
+    (tmp_path / "a" / "C.jsonl.GZ").write_bytes(gzip.compress(b'{"text": "c"}'))
+    assert texts_of(folder) == ["B.JSONL", "c", "a.jsonl"]
+    for name in ("c.ndjson", "c.arrow", "c.jsonl.bz2", "c.csv.xz", "C.TXT.gz"):
+        other = make(tmp_path / name[2:].replace(".", "-"), "a.jsonl", name)
+        with pytest.raises(UserError, match=rf"has '{re.escape(name)}', which is not read: expected \.jsonl, "):
+            texts_of(other)
+
+
+def test_a_glob_that_matches_folders_says_so(tmp_path):
+    folder = make(tmp_path, "a.jsonl", "deep/b.jsonl", "images/c.png")
+    assert texts_of(folder + "/**/*.jsonl") == ["a.jsonl", "deep/b.jsonl"]
+    with pytest.raises(UserError, match=r"/\*' matches the folder '.*/deep' too, in which there are data: expected a"):
+        texts_of(folder + "/*")
 
 
 @pytest.mark.parametrize(

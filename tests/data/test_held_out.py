@@ -102,6 +102,12 @@ def test_conversations_are_the_same_in_tables_and_as_json() -> None:
     assert place_of({"own": "a"}, data) != place_of({"own": "b"}, data)
 
 
+def test_empty_lists_are_nothing_in_csv_too() -> None:
+    record = {"instruction": "I", "output": "O"}
+    same = [record, {**record, "history": [], "tools": None}, {**record, "history": "[]", "input": ""}]
+    assert len({place_of(each, Data(format="chat")) for each in same}) == 1
+
+
 @given(st.lists(st.integers(0, 2**16 - 1)))
 def test_tokens_count_and_not_their_width(tokens: list[int]) -> None:
     narrow, wide = (place_of(np.array(tokens, dtype), Data()) for dtype in ("<u2", "<u4"))

@@ -41,6 +41,9 @@ RECORDS = [
     ("sharegpt", {"conversations": [{"from": "USER", "value": "Q"}, {"from": "chatgpt", "value": "A"}]}, [Q, A], [1]),
     ("sharegpt", {"conversations": [{"from": "system", "value": "S"}, *SHAREGPT], "system": "S"}, [S, Q, A], [1]),
     ("sharegpt", {"conversations": [Q, A]}, [Q, A], [1]),
+    ("messages", {"messages": [{"role": "Human", "value": "Q"}, {"role": "GPT", "content": "A"}]}, [Q, A], [1]),
+    ("messages", {"messages": [Q, A], "label": 3, "chosen": None, "system_prompt": ""}, [Q, A], [1]),
+    ("messages", {"messages": [S, Q, A], "system_prompt": "S"}, [S, Q, A], [1]),
     ("alpaca", {"instruction": "Q", "input": "", "output": "A", "text": "Below is an"}, [Q, A], [1]),
     ("alpaca", {"instruction": "Q", "output": "A", "system": "S", "history": []}, [S, Q, A], [1]),
     ("alpaca", {"instruction": "Q2", "output": "A2", "history": [["Q", "A"]]}, [Q, A, Q2, A2], [1, 1]),
@@ -78,12 +81,27 @@ def test_every_layout_becomes_messages(layout, record, messages, weights):
         ({"messages": [Q, A], "tools": "{"}, "has tools that are not JSON"),
         ({"messages": [Q, A], "tools": {"a": 1}}, "has tools that are no list"),
         ({"messages": [Q, A], "chat_template_kwargs": "[1]"}, "has chat_template_kwargs [1], expected a table"),
+        ({"prompt": "Q", "chosen": "A", "rejected": "B"}, "has chosen and rejected: preferences, as for DPO and KTO"),
+        ({"chosen": [Q, A], "rejected": [Q, A2]}, "expected data.messages_key or data.layout to name the answers"),
+        ({"conversations": SHAREGPT, "chosen": SHAREGPT[1], "rejected": SHAREGPT[1]}, "has chosen and rejected: pref"),
+        ({"messages": [Q, A], "rejected_response": "B"}, "has rejected_response: preferences"),
+        ({"prompt": "Q", "completion": "A", "label": False}, "has label: preferences"),
+        ({"messages": [Q, A], "kto_tag": "true"}, "has kto_tag: preferences"),
+        (
+            {"messages": [Q, A], "system_prompt": "S"},
+            "has 'system_prompt', which is not read: expected data.system_key",
+        ),
+        ({"messages": [Q, A], "functions": [{"name": "f"}]}, "expected data.tools_key = 'functions'"),
+        ({"messages": [Q, {"role": "assistant", "content": " "}]}, "has message 1 of the assistant that says nothing"),
+        ({"messages": [Q, {"role": None, "content": "A"}]}, "has message 1 without a role"),
         ({"instruction": 3, "output": "A"}, "has instruction 3, expected a string"),
         ({"instruction": "", "output": "A"}, "has an empty instruction"),
         ({"instruction": "Q", "output": " "}, "has an empty output"),
         ({"instruction": "Q", "output": "A", "history": [["Q"]]}, "history with ['Q'], expected [question, answer]"),
         ({"instruction": "Q", "output": "A", "history": 3}, "has history 3, expected a list of [question, answer]"),
         ({"prompt": "Q", "completion": ""}, "has an empty completion"),
+        ({"prompt": [], "completion": [A]}, "has an empty prompt"),
+        ({"prompt": {"role": [], "content": []}, "completion": "A"}, "has an empty prompt"),
         ({"prompt": "Q", "completion": [Q2]}, "has a completion without a message of the assistant"),
         ({"prompt": 3, "completion": "A"}, "has prompt 3, expected a string or a list of messages"),
         ({"conversations": [{"from": "gpt4", "value": "A"}]}, "has message 0 from 'gpt4', expected human, user, gpt"),
@@ -113,6 +131,35 @@ def test_a_layout_that_is_named_or_a_key_that_is_set_decides():
         BadSample, match=r"data\.messages_key = 'turns': expected one of messages, conversations, prompt, "
     ):
         read_layout(record, Data(format="chat", messages_key="turns"))
+
+
+def test_answers_that_are_compared_are_trained_on_if_they_are_named(tmp_path):
+    record = {"prompt": "Q2", "chosen": [Q, A], "rejected": [Q, A2], "messages": [Q, A2], "label": False}
+    for options, expected in (({"messages_key": "chosen"}, [Q, A]), ({"layout": "messages"}, [Q, A2])):
+        assert read_layout(record, Data(format="chat", **options)).messages == expected
+    for number, fields in enumerate(({"prompt", "chosen", "rejected"}, {"messages", "label"}, {"messages", "chosen"})):
+        path = tmp_path / f"{number}.parquet"
+        pyarrow.parquet.write_table(pa.Table.from_pylist([{name: record[name] for name in fields}]), path)
+        with pytest.raises(UserError, match=rf"{number}\.parquet.* has (chosen|rejected|label).*: preferences, as for"):
+            open_samples(Data(format="chat", path=(str(path),)), load_tokenizer(TOKENIZER), 100, 0)
+
+
+def test_tools_may_be_json_each():
+    tool = {"type": "function", "function": {"name": "f"}}
+    record = {"messages": [Q, A], "tools": [json.dumps(tool), tool]}
+    assert read_layout(record, CHAT).tools == [tool, tool]
+
+
+@pytest.mark.parametrize("sender", ["from", "role"])
+@pytest.mark.parametrize(("call", "response"), [("function_call", "observation"), ("tool_call", "Tool_Response")])
+def test_every_name_of_a_call(sender, call, response):
+    turns = [(call, '{"name": "f", "arguments": {}}'), (response, "2")]
+    messages = [Q, *({sender: name, "value": value} for name, value in turns), A]
+    read = read_messages(read_layout({"messages": messages}, CHAT).messages, "reasoning", Media({}, CHAT))
+    called = {"type": "function", "function": {"name": "f", "arguments": {}}}
+    expected = {"role": "assistant", "tool_calls": [called], "content": ""}
+    assert read.messages == [Q, expected, {"role": "tool", "content": "2"}, A]
+    assert read.weights == {1: 1, 3: 1}
 
 
 def test_calls_of_functions_in_sharegpt():

@@ -56,15 +56,18 @@ JSON = st.recursive(
     indent=st.sampled_from([None, 0, 2]),
     escapes=st.booleans(),
     chunk=st.sampled_from([1, 2, 7, 64, 1 << 20]),
+    between=st.sampled_from([None, "", "\n", " \n,\n"]),
 )
-def test_a_list_is_read_as_the_library_reads_it(tmp_path, monkeypatch, records, indent, escapes, chunk):
+def test_elements_are_read_as_the_library_reads_them(tmp_path, monkeypatch, records, indent, escapes, chunk, between):
+    """A list, or objects with something `between` them."""
     monkeypatch.setattr(pieces, "_CHUNK", chunk)
     path = tmp_path / "a.json"
-    text = json.dumps(records, indent=indent, ensure_ascii=escapes)
+    texts = [json.dumps(record, indent=indent, ensure_ascii=escapes) for record in records]
+    text = json.dumps(records, indent=indent, ensure_ascii=escapes) if between is None else between.join(texts)
     content = text.encode("utf-8", "surrogatepass")
     path.write_bytes(content)
     with open(path, "rb") as stream:
-        found = list(pieces._elements(stream, "a.json"))
+        found = list(pieces._elements(stream, "a.json", int(between is None)))
     assert [json.loads(piece.content.decode("utf-8", "surrogatepass")) for piece in found] == records
     for piece in found:
         assert content[piece.offset :].startswith(piece.content)
@@ -92,13 +95,49 @@ def test_lists_of_any_look(tmp_path, monkeypatch, content, texts):
     assert records_of(tmp_path / "b.json.gz") == texts
 
 
+PRETTY = json.dumps({"text": "a", "list": [1, {"b": 2}]}, indent=2).encode()
+
+
+@pytest.mark.parametrize(
+    ("content", "texts"),
+    [
+        (b'[\n{"text": "a"},\n{"text": "b"}\n]\n', ["a", "b"]),
+        (BOM + PRETTY, ["a"]),
+        (PRETTY.replace(b"\n", b"\r\n") + b"\n" + PRETTY, ["a", "a"]),
+        (b'{"text": "a",\n"n": 1}\n{"text" 3}\n{"text": "b"}\n', ["a", "not_json", "b"]),
+        # Lines, of which the first is damaged:
+        (b'{"text": "a", "list": [1,\n{"text": "b"}\n{"text": "c"}\n', ["not_json", "b", "c"]),
+        (b'{"text": "a\n{"text": "b"}\n', ["not_json", "b"]),
+        (b'[{"text": "a"}]\n{"text": "b"}\n', ["not_json", "b"]),
+        (b'{"text": "a\n{bad\n{"text": "b"}\n', ["not_json", "not_json", "b"]),
+        (b'{"text": "a"}\n   \n\t\r\n{"text": "b"}\n' + BOM + b'{"text": "c"}', ["a", "b", "c"]),
+    ],
+)
+def test_objects_over_several_lines_and_lines_that_are_damaged(tmp_path, content, texts):
+    (tmp_path / "a.jsonl").write_bytes(content)
+    assert records_of(tmp_path / "a.jsonl") == texts
+    (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(content))
+    assert records_of(tmp_path / "b.jsonl.gz") == texts
+    if content[:1] != b"[":
+        (tmp_path / "c.json").write_bytes(content)
+        assert records_of(tmp_path / "c.json") == texts
+
+
+def test_a_table_of_records_is_no_record_of_its_last_line(tmp_path):
+    (tmp_path / "a.json").write_text('{"data": [\n{"text": "a"},\n{"text": "b"}\n]}\n')
+    (source,) = open_sources(Data(path=(str(tmp_path / "a.json"),)))
+    assert [source[index] for index in range(len(source))] == [{"data": [{"text": "a"}, {"text": "b"}]}]
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b'[{"text": "a"},\n{"text": "b"}', r"a\.json, line 2: the list that begins the file is not ended"),
-        (b'[{"text": "a"},\n{"text": "b}]', r"a\.json, line \d: the list that begins the file is not ended"),
-        (b'[{"text": "a"}]\n[{"text": "b"}]', r"line 1: the list that begins the file has something behind the end"),
-        (b"[{}" + b", {}" * 1000 + b"]" + b" " * 5000 + b"x", r"has something behind the end of the list"),
+        (b'{"text": "a",\n"n": [1', r"a\.json, line 1: what begins the file is not ended: expected \["),
+        (b'{"text": "a",\n"n": 1}}\n{}', r"line \d: what begins the file has something behind its end"),
+        (b'[{"text": "a"},\n{"text": "b"}', r"a\.json, line 2: what begins the file is not ended"),
+        (b'[{"text": "a"},\n{"text": "b}]', r"a\.json, line \d: what begins the file is not ended"),
+        (b'[{"text": "a"}]\n[{"text": "b"}]', r"line 1: what begins the file has something behind its end"),
+        (b"[{}" + b", {}" * 1000 + b"]" + b" " * 5000 + b"x", r"has something behind its end"),
     ],
 )
 def test_damaged_lists_are_told_with_the_line(tmp_path, monkeypatch, content, message):
@@ -258,3 +297,16 @@ def test_memory_does_not_grow_with_the_file(tmp_path, kind):
         peaks.append(int(done.stdout) * 1024)
     assert path.stat().st_size > 110e6
     assert peaks[1] - peaks[0] < 30e6
+
+
+def test_a_mark_before_quoted_names_of_fields(tmp_path):
+    (tmp_path / "a.csv").write_bytes(BOM + b'"n\nm","text"\r\n1,"a\r\nb"\r\n')
+    assert records_of(tmp_path / "a.csv") == ["a\r\nb"]
+
+
+def test_lines_of_csv_that_end_in_cr_alone(tmp_path):
+    """As the first row is not one, no row is: nothing of it would be read."""
+    (tmp_path / "a.csv").write_bytes(b"text,n\ra,1\rb,2\r")
+    (tmp_path / "b.csv").write_bytes(b"text,n\nc,1\n")
+    with pytest.raises(UserError, match=r"a\.csv, line 1: is no row of CSV: it has CR without LF.* expected the names"):
+        open_sources(Data(path=(str(tmp_path / "*.csv"),)))

@@ -28,13 +28,13 @@ def chat(question, answer):
 def run(tmp_path):
     """A run that has met all of its data, good and bad, in files of several kinds."""
     good, long = chat("One?", "Two."), chat("word " * 100, "x")
-    (tmp_path / "a: b, line 3: c.jsonl").write_text(
+    (tmp_path / "a: b,  line 3:\tc.jsonl").write_text(
         "".join(f"{line}\n" for line in (json.dumps(good), "{broken", json.dumps(long), "", json.dumps({"x": 1})))
     )
     (tmp_path / "b.json").write_text(json.dumps([good, 3, chat("Three?", 4)], indent=1))
     (tmp_path / "c.csv").write_text('prompt,completion\nQ,A\n"Q"x,A\nQ,A<|im_end|>\n')
     pyarrow.parquet.write_table(pa.Table.from_pylist([good, chat("Five?", "")]), tmp_path / "d.parquet")
-    names = ["a: b, line 3: c.jsonl", "b.json", "c.csv", "d.parquet"]
+    names = ["a: b,  line 3:\tc.jsonl", "b.json", "c.csv", "d.parquet"]
     paths = json.dumps([str(tmp_path / name) for name in names])
     options = ["--data.format=chat", "--data.num_workers=0", "--data.path", paths]
     config = load_config(["--config=qwen35moe_tiny.toml", *options])
@@ -63,7 +63,7 @@ def test_each_is_written_with_its_fields_and_what_is_wrong(tmp_path, run):
         ("b.json, line 15 (element 3)", "wrong_type"),
         ("c.csv, line 3", "not_csv"),
         ("c.csv, line 4", "special_token"),
-        ("d.parquet, row 2", "unclear_spans"),
+        ("d.parquet, row 2", "empty"),
     ]
     assert about[2]["message"].startswith("data.messages_key = 'messages': expected one of x, or")
     assert written == [

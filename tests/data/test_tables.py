@@ -168,3 +168,12 @@ def test_damaged_files_are_refused_in_one_line_or_read(tmp_path):
             assert "\n" not in str(error)  # noqa: PT017
             assert "a.parquet" in str(error) or "no document" in str(error)  # noqa: PT017
     assert num_refused > 50
+
+
+def test_fields_that_are_null_in_all_rows_of_a_file(tmp_path):
+    turn = {"role": "assistant", "content": "A", "tool_calls": None, "parts": [None]}
+    table = [{"messages": [{**turn, "role": "user"}, turn, turn]}] * 5
+    pyarrow.parquet.write_table(pa.Table.from_pylist(table), tmp_path / "a.parquet", row_group_size=2)
+    kept = {"role": "assistant", "content": "A", "parts": [None]}
+    source = open_source(tmp_path / "a.parquet", format="chat")
+    assert rows(source) == [{"messages": [{**kept, "role": "user"}, kept, kept]}] * 5

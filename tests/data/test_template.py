@@ -277,3 +277,57 @@ def test_the_tiny_template_writes_tools_reasoning_and_pictures_as_the_family_doe
     shown = tokenizer.apply_chat_template([user(parts)], tokenize=False)
     expected = "<|vision_start|><|image_pad|><|vision_end|>What?<|vision_start|><|video_pad|><|vision_end|>"
     assert shown == f"<|im_start|>user\n{expected}<|im_end|>\n"
+
+
+def _trained_by(template, messages):
+    tokenizer = tokenizer_of("deepseek_style")
+    tokenizer.add_special_tokens({"additional_special_tokens": SPECIAL["harmony_style"] + SPECIAL["deepseek_style"]})
+    tokenizer.chat_template = template
+    sample = EncodeChat(Data(format="chat"), tokenizer, 1000)({"messages": messages})
+    is_trained = sample.labels != IGNORED
+    runs = itertools.groupby(range(len(is_trained)), lambda place: is_trained[place])
+    return [tokenizer.decode(sample.labels[list(run)].tolist()) for flag, run in runs if flag]
+
+
+CALLED = [user("One?"), answer("", tool_calls=[CALL]), {"role": "tool", "content": "4"}, answer("Two.")]
+
+
+def test_calls_where_nothing_stands_before_an_answer():
+    template = (
+        "{% for m in messages %}{% if m.role in ('user', 'tool') %}<|User|>{{ m.content }}<|output|>"
+        "{% elif m.tool_calls %}<|calls_begin|>{{ m.tool_calls[0].function|tojson }}<|end_of_sentence|>"
+        "{% else %}{{ m.content }}<|end_of_sentence|>{% endif %}{% endfor %}"
+    )
+    call = '<|calls_begin|>{"name": "add", "arguments": {"x": "a b", "n": 3}}<|end_of_sentence|>'
+    assert _trained_by(template, CALLED) == [call, "Two.<|end_of_sentence|>"]
+    asks = template.replace("<|output|>", "<|output|>{{ '->' if loop.last }}")
+    with pytest.raises(BadSample, match="cannot be found"):  # the prompt does not stand in the rendering
+        _trained_by(asks, CALLED)
+
+
+def test_a_name_that_stands_in_the_answer_to_its_call_too():
+    template = (
+        "{% set ns = namespace(name='') %}{% for m in messages %}{% if m.tool_calls %}"
+        "{% set ns.name = m.tool_calls[0].function.name %}<|start|>assistant to={{ ns.name }}<|message|>"
+        "{{ m.tool_calls[0].function.arguments|tojson }}<|call|>"
+        "{% elif m.role == 'tool' %}<|start|>{{ ns.name }}<|message|>{{ m.content }}<|end|>"
+        "{% else %}<|start|>{{ m.role }}<|message|>{{ m.content }}<|end|>{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}<|start|>assistant{% endif %}"
+    )
+    call = ' to=add<|message|>{"x": "a b", "n": 3}<|call|>'
+    assert _trained_by(template, CALLED) == [call, "<|message|>Two.<|end|>"]
+    twice = template.replace("arguments|tojson }}", "arguments|tojson }} {{ ns.name }}")
+    assert _trained_by(twice, CALLED) == [call.replace("<|call|>", " add<|call|>"), "<|message|>Two.<|end|>"]
+
+
+def test_an_answer_that_ends_and_is_asked_for_again_is_refused():
+    template = (
+        "{% for m in messages %}{% if m.role == 'assistant' %}"
+        "{% for c in m.tool_calls|default([]) %}<|Assistant|>{{ c.function|tojson }}<|end_of_sentence|>{% endfor %}"
+        "{% if m.content %}<|Assistant|>{{ m.content }}<|end_of_sentence|>{% endif %}"
+        "{% else %}<|User|>{{ m.content }}{% endif %}{% endfor %}{% if add_generation_prompt %}<|Assistant|>{% endif %}"
+    )
+    assert len(_trained_by(template, CALLED)) == 2
+    for message in (answer("Then.", tool_calls=[CALL]), answer("", tool_calls=[CALL, CALL])):
+        with pytest.raises(BadSample, match="cannot be found"):
+            _trained_by(template, [user("One?"), message])
