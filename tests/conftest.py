@@ -4,7 +4,11 @@ What is left, `pytest -m "not slow"`, takes four minutes on two cores, and is to
 tells what to add.
 """
 
+import hypothesis
 import pytest
+
+hypothesis.settings.register_profile("any machine", deadline=None)  # one in use is no fault
+hypothesis.settings.load_profile("any machine")
 
 SLOW: dict[str, tuple[str, ...]] = {
     "benchmarks/test_throughput.py": (

@@ -4,7 +4,7 @@ import re
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from errors import UserError
@@ -42,7 +42,6 @@ SHAPES = st.builds(
 CONFIG = tiny_config(vision=tiny_vision())
 
 
-@settings(deadline=None)  # a machine in use is no fault
 @given(SHAPES)
 def test_every_parameter_is_of_one_part_and_the_model_has_those_parts(config: ModelConfig) -> None:
     of_names = {name: [p for p, beginning in PARTS.items() if re.match(beginning, name)] for name in parameters(config)}
