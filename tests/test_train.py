@@ -18,6 +18,7 @@ from models.ops.documents import Documents
 from models.ops.kernels import Kernels
 from models.qwen35_moe.config import ModelConfig
 from models.qwen35_moe.model import Qwen35Moe
+from tests.checkpoint.runs import Run
 from tests.distributed import free_port
 from tests.models.qwen35_moe.shapes import run_model
 
@@ -61,11 +62,16 @@ def environment(**changes: str) -> dict[str, str]:
     return {**os.environ, "PYTHON": sys.executable, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **changes}
 
 
-def run(config_file: Path, output_dir: Path, *options: str, ranks: int = 2, **variables: str) -> None:
+def run(config_file: Path, output_dir: Path, *options: str, ranks: int = 2) -> None:
+    """train.py's main to its end, which must be a good one, in a tenth of the time that run_train.sh takes to start."""
+    Run(output_dir, ranks, f"--config={config_file}", *options, defaults=()).finish(seconds=150)
+
+
+def run_script(config_file: Path, output_dir: Path, *options: str, ranks: int = 2) -> None:
     """run_train.sh to its end, which must be a good one."""
     command = ["bash", str(ROOT / "run_train.sh"), "--config", str(config_file), "--job.output_dir", str(output_dir)]
     done = subprocess.run(
-        [*command, *options], env=environment(NGPU=str(ranks), **variables), capture_output=True, text=True, timeout=150
+        [*command, *options], env=environment(NGPU=str(ranks)), capture_output=True, text=True, timeout=150
     )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
 
@@ -92,7 +98,7 @@ def native_model(checkpoint: Path, with_vision: bool = False) -> Qwen35Moe:
 
 
 def test_four_processes_train_and_transformers_loads_the_result(config_file: Path, tmp_path: Path) -> None:
-    run(config_file, tmp_path / "run", "--training.steps=10", "--parallelism.expert_parallel_degree=4", ranks=4)
+    run_script(config_file, tmp_path / "run", "--training.steps=10", "--parallelism.expert_parallel_degree=4", ranks=4)
     lines = metrics(tmp_path / "run")
     assert [line["step"] for line in lines] == list(range(1, 11))
     assert lines[-1]["loss"] < lines[0]["loss"] - 0.5

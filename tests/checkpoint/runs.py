@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Sequence
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
@@ -56,13 +57,20 @@ def _rank_main(rank: int, world_size: int, port: int, log: str, arguments: list[
 class Run:
     """A run of `world_size` processes under way, on CPUs or each with a GPU; what they print goes to `folder`/log."""
 
-    def __init__(self, folder: Path, world_size: int, *options: str, on_gpus: bool = False) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        world_size: int,
+        *options: str,
+        on_gpus: bool = False,
+        defaults: Sequence[str] = tuple(OPTIONS),
+    ) -> None:
         self.folder, self.log = folder, folder / "log"
         folder.mkdir(exist_ok=True, parents=True)
         self.log.write_text("")
         given = {option.split("=")[0] for option in options}  # each may stand there once
-        defaults = [option for option in OPTIONS if option.split("=")[0] not in given]
-        arguments = [*defaults, f"--job.output_dir={folder}", *options]
+        kept = [option for option in defaults if option.split("=")[0] not in given]
+        arguments = [*kept, f"--job.output_dir={folder}", *options]
         port = free_port()
         if not on_gpus:
             start_server()
