@@ -4,6 +4,12 @@ What is left, `pytest -m "not slow"`, takes four minutes on two cores, and is to
 tells what to add.
 """
 
+import os
+
+# Before torch is imported, here and in all processes that tests start: their tensors are small, and threads that wait
+# for work keep the cores from those that have some.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import hypothesis
 import pytest
 

@@ -2,9 +2,9 @@
 
 import errno
 import json
+import os
 import subprocess
 import sys
-import time
 from collections import Counter
 from pathlib import Path
 
@@ -51,17 +51,17 @@ def texts_of(path, **data):
 
 def test_it_needs_neither_torch_nor_datasets_and_does_not_read_on(tmp_path):
     path = tmp_path / "a.jsonl"
-    path.write_bytes(b'{"text": "x"}\n' * 2_000_000 + b'{"text"')
+    path.write_bytes(b'{"text": "x"}\n' * 100_000)
+    os.truncate(path, 2**42)  # a hole that nobody reads to its end
     program = (
         "import sys; from data.check import check_data; from config.reading import load_config\n"
         "config = load_config(['--config', 'qwen35moe_tiny.toml', '--data.path', sys.argv[1]])\n"
-        "import time; start = time.perf_counter(); check_data(config, 4096)\n"
-        "print(time.perf_counter() - start, sorted({'torch', 'datasets', 'pandas', 'pyarrow'} & set(sys.modules)))"
+        "check_data(config, 4096)\n"
+        "print(sorted({'torch', 'datasets', 'pandas', 'pyarrow'} & set(sys.modules)))"
     )
-    done = subprocess.run([sys.executable, "-c", program, path], cwd=ROOT, capture_output=True, text=True, check=True)
-    seconds, modules = done.stdout.split(" ", 1)
-    assert modules.strip() == "[]"
-    assert float(seconds) < 1.0  # 0.05 on an idle core; an index of the lines takes more
+    command = [sys.executable, "-c", program, path]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True, timeout=100)
+    assert done.stdout == "[]\n"
 
 
 @pytest.mark.parametrize(
@@ -131,10 +131,9 @@ def test_validation_data_are_looked_at_too(tmp_path):
 def test_a_slip_in_a_path_is_no_name_on_the_hub(tmp_path, monkeypatch, name, hint):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "data" / "train").mkdir(parents=True)
-    start = time.perf_counter()
+    monkeypatch.setattr("socket.getaddrinfo", lambda *_, **__: pytest.fail("asked the network"))
     with pytest.raises(UserError) as raised:
         check_data(config(name), 4096)
-    assert time.perf_counter() - start < 1
     assert f"data.path = '{name}' does not exist: expected a path" in str(raised.value)
     assert str(raised.value).endswith(f"'{name}:default'{hint}")
     with pytest.raises(UserError, match="does not exist: expected a path"):
