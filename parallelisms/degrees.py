@@ -90,11 +90,14 @@ def _hindrance_of_context(context: int, training: Training, shape: ModelConfig, 
 
 
 def shape_on_a_rank(shape: ModelConfig, context: int) -> ModelConfig:
-    """The model's shape with as many heads as attention of either kind sees on a rank."""
+    """The model's shape with as many heads as attention of either kind sees on a rank. (A kind that the model lacks may
+    have numbers that `context` does not divide: then about as many.)"""
+    keys = max(shape.num_key_value_heads // context, 1)
+    linear_keys = max(shape.linear_num_key_heads // context, 1)
     return replace(
         shape,
-        num_attention_heads=max(shape.num_attention_heads // context, 1),
-        num_key_value_heads=max(shape.num_key_value_heads // context, 1),
-        linear_num_key_heads=max(shape.linear_num_key_heads // context, 1),
-        linear_num_value_heads=max(shape.linear_num_value_heads // context, 1),
+        num_attention_heads=max(shape.num_attention_heads // context // keys, 1) * keys,
+        num_key_value_heads=keys,
+        linear_num_key_heads=linear_keys,
+        linear_num_value_heads=shape.linear_num_value_heads // shape.linear_num_key_heads * linear_keys,
     )

@@ -116,3 +116,11 @@ def test_heads_on_a_rank() -> None:
     heads = (own.num_attention_heads, own.num_key_value_heads, own.linear_num_key_heads, own.linear_num_value_heads)
     assert heads == (2, 1, 2, whole.linear_num_value_heads // 4)
     assert (4 * own.key_dim, 4 * own.value_dim, own.head_dim) == (whole.key_dim, whole.value_dim, whole.head_dim)
+
+
+def test_heads_that_the_model_does_not_have_and_context_does_not_divide() -> None:
+    linear, full = ["--model.config.full_attention_interval=5"], ["--model.config.full_attention_interval=1"]
+    shape = model_config(load(*of_model({"num_attention_heads": 10, "num_key_value_heads": 5}), *linear))
+    assert shape_on_a_rank(shape, 2).linear_num_key_heads == 4
+    shape = model_config(load(*of_model({"linear_num_key_heads": 5, "linear_num_value_heads": 10}), *full))
+    assert shape_on_a_rank(shape, 2).num_attention_heads == 4
