@@ -14,7 +14,7 @@ from config.reading import load_config, model_config
 from data.check import check_data
 from errors import UserError, exit_on_error
 from models.qwen35_moe.config import ModelConfig
-from models.qwen35_moe.parts import ADAPTABLE, check_frozen, parts_of_model
+from models.qwen35_moe.parts import ADAPTABLE, check_frozen, check_present, parts_of_model
 from parallelisms.degrees import Degrees, work_out_degrees
 
 _LARGEST_BETA_IN_BFLOAT16 = 0.99
@@ -65,12 +65,7 @@ def _check_lora(config: Config, shape: ModelConfig, degrees: Degrees) -> None:
     if lora.rank > shape.hidden_size:
         raise UserError(f"{rank}: expected at most the model's hidden_size = {shape.hidden_size}")
     present = parts_of_model(shape)
-    for part in lora.targets:
-        if part not in present:
-            expected = ", ".join(name for name in ADAPTABLE if name in present)
-            raise UserError(
-                f"lora.targets = {list(lora.targets)}: the model has no part {part!r}: expected some of {expected}"
-            )
+    check_present("lora.targets", lora.targets, [part for part in ADAPTABLE if part in present])
     if "experts" in lora.targets:
         if lora.rank % 8:
             raise UserError(

@@ -72,7 +72,8 @@ def _hindrance_of_context(context: int, training: Training, shape: ModelConfig, 
     if world_size % context:
         return f"expected a divisor of {world_size}, the number of processes"
     heads = {}  # each rank has as many
-    if FULL in shape.layer_types:
+    has_full = FULL in shape.layer_types or shape.mtp_num_hidden_layers > 0  # whose layer has full attention always
+    if has_full:
         heads["num_attention_heads"] = shape.num_attention_heads
     if LINEAR in shape.layer_types:  # whose value heads are a multiple of its key heads
         heads["linear_num_key_heads"] = shape.linear_num_key_heads
@@ -80,7 +81,7 @@ def _hindrance_of_context(context: int, training: Training, shape: ModelConfig, 
         if number % context:
             return f"expected a divisor of the model's {name} = {number}"
     keys = shape.num_key_value_heads
-    if FULL in shape.layer_types and keys % context and context % keys:
+    if has_full and keys % context and context % keys:
         return f"expected a divisor or a multiple of the model's num_key_value_heads = {keys}"
     num_tokens = training.local_batch_size * training.sequence_length
     if num_tokens % context:
@@ -89,11 +90,14 @@ def _hindrance_of_context(context: int, training: Training, shape: ModelConfig, 
 
 
 def shape_on_a_rank(shape: ModelConfig, context: int) -> ModelConfig:
-    """The model's shape with as many heads as attention of either kind sees on a rank."""
+    """The model's shape with as many heads as attention of either kind sees on a rank. (A kind that the model lacks may
+    have numbers that `context` does not divide: then about as many.)"""
+    keys = max(shape.num_key_value_heads // context, 1)
+    linear_keys = max(shape.linear_num_key_heads // context, 1)
     return replace(
         shape,
-        num_attention_heads=max(shape.num_attention_heads // context, 1),
-        num_key_value_heads=max(shape.num_key_value_heads // context, 1),
-        linear_num_key_heads=max(shape.linear_num_key_heads // context, 1),
-        linear_num_value_heads=max(shape.linear_num_value_heads // context, 1),
+        num_attention_heads=max(shape.num_attention_heads // context // keys, 1) * keys,
+        num_key_value_heads=keys,
+        linear_num_key_heads=linear_keys,
+        linear_num_value_heads=shape.linear_num_value_heads // shape.linear_num_key_heads * linear_keys,
     )

@@ -155,11 +155,12 @@ def apply_fsdp(model: Qwen35Moe, meshes: Meshes, compute_dtype: torch.dtype) -> 
             unit.set_gradient_divide_factor(1.0)
             unit.set_force_sum_reduction_for_comms(True)  # gloo has no pre-multiplied sum
 
+    # Weights are freed after the forward pass and gathered again for the backward pass. Not so those of the last block,
+    # with which the backward pass begins at once, and not where nothing is sharded, as in one process or in replicas
+    # that are whole: that would only repeat the cast.
+    is_sharded = meshes.degrees.shard > 1
     for block in blocks:
-        # Weights are freed after the forward pass and gathered again for the backward pass. Not so those of the last
-        # block, with which the backward pass begins at once, and not where nothing is sharded: that would only repeat
-        # the cast.
-        free = meshes.dense.size() > 1 and block is not blocks[-1]
+        free = is_sharded and block is not blocks[-1]
         if has_expert_units:
             # Experts alone are sharded over another mesh. The axis ep has cut their dim 0, so efsdp cuts another.
             experts = block.mlp.experts
@@ -172,7 +173,7 @@ def apply_fsdp(model: Qwen35Moe, meshes: Meshes, compute_dtype: torch.dtype) -> 
         shard(block, meshes.dense, reshard_after_forward=free)
     if model.visual is not None:
         for part in [*model.visual.blocks, model.visual]:
-            shard(part, meshes.dense, reshard_after_forward=meshes.dense.size() > 1)
+            shard(part, meshes.dense, reshard_after_forward=is_sharded)
     shard(model, meshes.dense)
     if has_expert_units:
         _prefetch_neighbours(model)

@@ -10,7 +10,11 @@ import os
 # for work keep the cores from those that have some.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import hypothesis
 import pytest
+
+hypothesis.settings.register_profile("any machine", deadline=None)  # one in use is no fault
+hypothesis.settings.load_profile("any machine")
 
 SLOW: dict[str, tuple[str, ...]] = {
     "benchmarks/test_throughput.py": (

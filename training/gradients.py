@@ -58,7 +58,7 @@ def _sum_of_squares(tensors: list[torch.Tensor]) -> torch.Tensor:
     wide = torch.promote_types(pieces[0].dtype, torch.float32)
     if not pieces[0].is_cuda:
         pieces = [chunk for piece in pieces for chunk in piece.split(_CHUNK)]
-        if pieces[0].dtype != wide:
+        if any(piece.dtype != wide for piece in pieces):
             wide = torch.float64  # what is converted on the way is added up one by one
     return torch.stack(torch._foreach_norm(pieces, 2, dtype=wide)).double().square().sum()
 

@@ -59,7 +59,7 @@ class Validator:
             batches = [own_share(batch, self._context, self._vision) for batch in of_readers]
             num_real = sum(int(batch.is_real.sum()) for batch in batches if batch.is_real is not None)
             # A rank without rows runs the model on fillers as long as another has some, which needs its weights.
-            if not int(sum_over_ranks(torch.tensor(num_real, device=device))):
+            if not int(sum_over_ranks(torch.tensor(num_real))):
                 break
             for batch in batches:
                 output = model(batch.to(device), counts_accepted=True)

@@ -68,7 +68,8 @@ def select_kernels(
             choice = next(c for c in reversed(choices) if not hinders.get(c) and c not in ON_REQUEST)
         assert choice in choices, choice  # the options name the same: a test compares them
         if hinders.get(choice):
-            raise UserError(f"kernels.{operation} = {choice!r} needs {hinders[choice]}")
+            possible = " or ".join(repr(c) for c in ("auto", *choices) if not hinders.get(c))
+            raise UserError(f"kernels.{operation} = {choice!r} needs {hinders[choice]}: expected {possible}")
         return choice
 
     return Kernels(

@@ -36,21 +36,13 @@ def add_adapters(model: nn.Module, rank: int, alpha: float, targets: Collection[
     model.requires_grad_(False)
     scale = alpha / rank
     for name, module in list(model.named_modules()):
-        adapted: nn.Module
-        if isinstance(module, Experts) and "experts" in targets:
-            adapted = LoraExperts(module, rank, scale)
-        elif isinstance(module, nn.Linear) and is_adaptable(f"{name}.weight") and part_of(f"{name}.weight") in targets:
-            adapted = LoraLinear(module, rank, scale)
-        else:
+        if not isinstance(module, nn.Linear | Experts) or part_of(f"{name}.") not in targets:
             continue
+        if name.endswith("shared_expert_gate"):  # it has a single output: no rank is below its own
+            continue
+        adapted = LoraExperts(module, rank, scale) if isinstance(module, Experts) else LoraLinear(module, rank, scale)
         parent, _, own_name = name.rpartition(".")
         setattr(model.get_submodule(parent), own_name, adapted)
-
-
-def is_adaptable(name: str) -> bool:
-    """Whether the linear layer with this weight can have an adapter. One that has a single output, the shared expert's
-    gate, would gain nothing from a rank below its own."""
-    return not name.endswith("shared_expert_gate.weight")
 
 
 class LoraLinear(nn.Linear):

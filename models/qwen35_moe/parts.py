@@ -60,15 +60,20 @@ def parts_of_model(config: ModelConfig) -> list[str]:
 def check_frozen(frozen: Collection[str], config: ModelConfig) -> None:
     """Raises UserError for parts that the model lacks, and where nothing is left to train."""
     present = parts_of_model(config)
-    for part in frozen:
-        if part not in (TEXT, *present):
-            reasons = {"head": ": its head is its embeddings", "mtp": " (mtp.train = 'off')"}
-            raise UserError(
-                f"model.freeze = {list(frozen)}: the model has no part {part!r}{reasons.get(part, '')}: expected some "
-                f"of {', '.join((TEXT, *present))}"
-            )
+    check_present("model.freeze", frozen, (TEXT, *present))
     if not set(present) - single_parts(frozen):
         raise UserError(f"model.freeze = {list(frozen)}: nothing is left to train: expected fewer parts")
+
+
+def check_present(key: str, named: Collection[str], present: Collection[str]) -> None:
+    """Raises UserError for a part that is `named` as the value of `key` and not `present` in the model."""
+    reasons = {"head": ": its head is its embeddings", "mtp": " (mtp.train = 'off')"}
+    for part in named:
+        if part not in present:
+            raise UserError(
+                f"{key} = {list(named)}: the model has no part {part!r}{reasons.get(part, '')}: expected some of "
+                f"{', '.join(present)}"
+            )
 
 
 def freeze(model: "nn.Module", frozen: Iterable[str]) -> None:

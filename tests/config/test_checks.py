@@ -291,7 +291,7 @@ EXPERTS = "--lora.targets=experts,attention"
         ),
         (
             (*LORA, "--model.config.tie_word_embeddings=true", "--lora.targets=head"),
-            "the model has no part 'head': expected",
+            "the model has no part 'head': its head is its embeddings: expected some of attention, linear_",
         ),
         ((*LORA, "--model.freeze=router"), "model.freeze = ['router']: lora.rank = 8 freezes all weights already"),
         ((*LORA, "--optimizer.merger_lr_ratio=0.5"), "optimizer.merger_lr_ratio = 0.5: "),

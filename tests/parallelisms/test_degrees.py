@@ -74,10 +74,13 @@ def of_model(changes: dict[str, int]) -> list[str]:
         (16, 16, {}, "expected a divisor of the model's num_attention_heads = 8"),
         (8, 8, {"linear_num_key_heads": 4}, "expected a divisor of the model's linear_num_key_heads = 4"),
         (4, 4, {"num_attention_heads": 24, "num_key_value_heads": 6}, "of the model's num_key_value_heads = 6"),
+        # Multi-token prediction alone has full attention.
+        (8, 8, {"num_attention_heads": 4, "full_attention_interval": 5}, "of the model's num_attention_heads = 4"),
+        (4, 4, {"num_attention_heads": 24, "num_key_value_heads": 6, "full_attention_interval": 5}, "value_heads = 6"),
     ],
 )
 def test_contexts_that_do_not_divide(world_size: int, degree: int, changes: dict[str, int], expected: str) -> None:
-    options = [*of_model(changes), f"--parallelism.context_parallel_degree={degree}"]
+    options = [*of_model(changes), f"--parallelism.context_parallel_degree={degree}", "--mtp.train=joint"]
     message = error_of(*options, world_size=world_size)
     assert message.startswith(f"parallelism.context_parallel_degree = {degree}: ")
     assert expected in message
@@ -97,6 +100,7 @@ def test_contexts_that_do_not_divide_a_micro_batch() -> None:
         (2, {"num_key_value_heads": 4}),
         # What the model does not have hinders nobody.
         (8, {"linear_num_key_heads": 3, "linear_num_value_heads": 3, "full_attention_interval": 1}),
+        (8, {"num_attention_heads": 6, "full_attention_interval": 5}),
     ],
 )
 def test_contexts_that_fit(degree: int, changes: dict[str, int]) -> None:
@@ -112,3 +116,11 @@ def test_heads_on_a_rank() -> None:
     heads = (own.num_attention_heads, own.num_key_value_heads, own.linear_num_key_heads, own.linear_num_value_heads)
     assert heads == (2, 1, 2, whole.linear_num_value_heads // 4)
     assert (4 * own.key_dim, 4 * own.value_dim, own.head_dim) == (whole.key_dim, whole.value_dim, whole.head_dim)
+
+
+def test_heads_that_the_model_does_not_have_and_context_does_not_divide() -> None:
+    linear, full = ["--model.config.full_attention_interval=5"], ["--model.config.full_attention_interval=1"]
+    shape = model_config(load(*of_model({"num_attention_heads": 10, "num_key_value_heads": 5}), *linear))
+    assert shape_on_a_rank(shape, 2).linear_num_key_heads == 4
+    shape = model_config(load(*of_model({"linear_num_key_heads": 5, "linear_num_value_heads": 10}), *full))
+    assert shape_on_a_rank(shape, 2).num_attention_heads == 4

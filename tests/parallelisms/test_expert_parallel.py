@@ -4,7 +4,7 @@ import functools
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch._dynamo.utils import counters
 
@@ -15,7 +15,6 @@ from tests.models.ops.compare import assert_close, run
 NUM_LOCAL = 3
 
 
-@settings(deadline=None)  # the first calls may be slow
 @given(st.integers(1, 9), st.integers(1, 4), st.sampled_from([2, 3, 4, 8]), st.integers(0, 2**31))
 def test_a_token_goes_once_to_each_rank_that_holds_any_of_its_experts(
     num_tokens: int, top_k: int, num_ranks: int, seed: int

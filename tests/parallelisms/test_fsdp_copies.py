@@ -10,7 +10,7 @@ from parallelisms import fsdp_copies
 from parallelisms.fsdp_copies import lay_out_gradients_without_tables
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     shapes=st.lists(st.lists(st.integers(1, 6), min_size=1, max_size=3), min_size=1, max_size=4),
     num_ranks=st.integers(1, 4),

@@ -1,14 +1,15 @@
-"""Where a rank's part of a parameter lies, and gradients outside FSDP: one sum over all ranks."""
+"""Where a rank's part of a parameter lies, what stays gathered, and gradients outside FSDP: one sum over all ranks."""
 
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from models.qwen35_moe.parameters import Box
 from parallelisms.parallelize import local_region, reduce_replicated_gradients
 from tests.distributed import run_ranks
 from tests.models.qwen35_moe.shapes import tiny_config
-from tests.parallelisms.layouts import Layout, build
+from tests.parallelisms.layouts import Layout, build, own_batches
 
 CONFIG = tiny_config(vocab_size=47)  # which 4 ranks share unevenly
 
@@ -34,6 +35,20 @@ def test_the_parts_of_all_ranks_cover_a_parameter_once() -> None:
                 count[tuple(slice(start, stop) for start, stop in box)] += 1
             is_replicated = name.endswith(("A_log", "dt_bias", "mlp.gate.weight"))
             assert (count == (4 if is_replicated else 1)).all(), (layout, name)
+
+
+def gathered(layout: Layout) -> list[bool]:
+    """Of each block, whether its weights lie whole in memory between forward and backward."""
+    model, _, _ = build(CONFIG, layout)
+    model(own_batches(CONFIG, layout, [[4]] * layout.world, seed=0)[0])
+    weights = [block.mlp.shared_expert.up_proj.weight for block in model.blocks]
+    return [not isinstance(weight, DTensor) for weight in weights]
+
+
+def test_weights_are_freed_after_the_forward_pass_where_they_are_sharded() -> None:
+    for layout in (Layout(), Layout(world=2, replicate=2)):
+        assert run_ranks(gathered, layout.world, layout) == [[True] * 4] * layout.world
+    assert run_ranks(gathered, 2, Layout(world=2, ep=2)) == [[False, False, False, True]] * 2
 
 
 def sums() -> tuple[list[list[float]], float]:

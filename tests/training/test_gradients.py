@@ -28,6 +28,15 @@ def test_within_1e_6_of_float64(sizes: list[int], dtype: torch.dtype) -> None:
     check("cpu", sizes, dtype, 1e-3)
 
 
+def test_of_two_dtypes() -> None:
+    # As of weights in bfloat16 beside routers and decays, which are float32 always.
+    generator = torch.Generator().manual_seed(0)
+    gradients = [torch.randn(n, generator=generator) for n in (3, 6_300_000)]
+    gradients[1] = gradients[1].bfloat16()
+    exact = sum(float(gradient.double().square().sum()) for gradient in gradients) ** 0.5
+    assert gradient_norm(parameters_with(*gradients)).item() == pytest.approx(exact, rel=1e-6)
+
+
 @pytest.mark.parametrize("scale", [1e-12, 1e12])
 def test_of_numbers_whose_squares_are_small_or_large(scale: float) -> None:
     check("cpu", [5000, 3], torch.float32, scale)

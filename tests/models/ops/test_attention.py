@@ -46,7 +46,7 @@ def run_sdpa(
 
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("heads", [(1, 1), (4, 4), (4, 2), (6, 2), (8, 1)])
-@settings(deadline=None, max_examples=15)
+@settings(max_examples=15)
 @given(lengths=st.lists(st.integers(1, 20), min_size=1, max_size=5))
 def test_equals_masked_softmax(heads: tuple[int, int], causal: bool, lengths: list[int]) -> None:
     # 1e-12: float64 sums of at most 100 terms.

@@ -36,7 +36,7 @@ def run_packed(inputs: list[torch.Tensor], lengths: list[int]) -> tuple[torch.Te
 
 
 @pytest.mark.parametrize("width", [2, 3, 4, 5])
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 @given(lengths=st.lists(st.integers(1, 9), min_size=1, max_size=6))
 def test_equals_each_document_alone(width: int, lengths: list[int]) -> None:
     # 1e-13: float64, sums of at most 5 taps (54 tokens in the weight's gradient).

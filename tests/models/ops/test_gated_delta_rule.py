@@ -70,7 +70,7 @@ def test_equals_recurrence_for_head_counts_and_dims(heads: tuple[int, int], dims
     assert_close(run_chunked(inputs, [66, 4]), run_recurrence(inputs, [66, 4]), TOLERANCE)
 
 
-@settings(deadline=None, max_examples=15)
+@settings(max_examples=15)
 @given(st.lists(st.integers(1, 200), min_size=1, max_size=4), st.sampled_from(list(DECAYS)), st.integers(0, 2**31))
 def test_equals_recurrence_for_any_documents(lengths: list[int], decay: str, seed: int) -> None:
     inputs = make_inputs(sum(lengths), decay, heads=(1, 2), dims=(4, 3), seed=seed)

@@ -56,7 +56,7 @@ def test_equals_loop(counts: list[int], dtype: torch.dtype) -> None:
     check(counts, 16, 8, dtype)
 
 
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 @given(
     st.lists(st.integers(0, 9), min_size=1, max_size=6),
     st.integers(1, 64),

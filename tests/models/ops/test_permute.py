@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -25,7 +25,6 @@ def sort(chosen: torch.Tensor) -> ExpertOrder:
     return order._replace(order=order.order[: int(order.offsets[-1])])
 
 
-@settings(deadline=None)  # the first calls may be slow
 @given(st.integers(0, 9), st.integers(1, 4))
 def test_rows_are_sorted_by_expert_and_then_token(num_tokens: int, top_k: int) -> None:
     chosen = choices(num_tokens, top_k)
@@ -37,7 +36,6 @@ def test_rows_are_sorted_by_expert_and_then_token(num_tokens: int, top_k: int) -
     assert offsets.tolist() == [sum(expert <= of for expert, _ in pairs) for of in range(NUM_EXPERTS)]
 
 
-@settings(deadline=None)
 @given(st.integers(0, 9), st.integers(1, 4))
 def test_equals_plain_indexing(num_tokens: int, top_k: int) -> None:
     # 1e-15: float64; only the sums over a token's choices may be ordered differently.

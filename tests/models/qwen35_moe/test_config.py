@@ -186,7 +186,7 @@ def check(config: dict[str, Any], keys: list[str]) -> None:
     assert repr(config) == before  # not changed in place
 
 
-@settings(max_examples=300, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@settings(max_examples=300, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(configs())
 def test_a_changed_config_means_what_transformers_makes_of_it(case: tuple[dict[str, Any], list[str]]) -> None:
     check(*case)

@@ -12,7 +12,7 @@ from tests.models.qwen35_moe.test_vision_parity import CONFIGS, Item, positions_
 PICTURE = st.tuples(st.integers(1, 3), st.integers(1, 9).map(lambda n: 2 * n), st.integers(1, 9).map(lambda n: 2 * n))
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 @given(items=st.lists(st.one_of(st.integers(1, 12), PICTURE), min_size=1, max_size=8))
 def test_positions_are_those_of_transformers(items: list[Item]) -> None:
     config = CONFIGS["tiny"]

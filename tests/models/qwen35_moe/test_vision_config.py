@@ -155,7 +155,7 @@ def test_the_tokens_stand_outside(key: str) -> None:
     assert_same_features(inside)
 
 
-@settings(max_examples=300, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@settings(max_examples=300, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(st.data())
 def test_changes_together(data: st.DataObject) -> None:
     keys = data.draw(st.lists(st.sampled_from([*VALUES, *HARMLESS]), min_size=2, max_size=3, unique=True))
