@@ -179,7 +179,8 @@ def verify_tokenizer(trained_folder: str, export_folder: str, texts: Iterable[st
     from transformers import AutoTokenizer
 
     trained = read_tokenizer(trained_folder)
-    _settings(trained_folder)  # as they were copied
+    for folder in (trained_folder, export_folder):  # of the first they are a copy, so that is named if both are wrong
+        _settings(folder)
     with reading(export_folder):
         exported = AutoTokenizer.from_pretrained(export_folder, trust_remote_code=False)
     special = [token.content for token in trained.get_added_tokens_decoder().values()]

@@ -19,7 +19,7 @@ def test_every_option_is_in_the_schema_under_the_name_that_users_write():
 
 
 def test_what_may_be_left_out_has_the_type_of_what_is_given():
-    assert in_words(SCHEMA["training"]["steps"]) == "a positive integer"
+    assert in_words(SCHEMA["training"]["steps"]) == "a positive integer below 2**31"
     assert in_words(SCHEMA["model"]["config"]["head_dim"]) == "an integer"
 
 
