@@ -184,7 +184,7 @@ def main() -> None:
     parser = OneLineParser()
     parser.add_argument("--seconds", type=float, default=10)
     parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--documents", type=int, default=10_000_000)
+    parser.add_argument("--documents", type=int, default=10_000_000, help="of the large corpus; 0: none")
     parser.add_argument("--only", default="", help="kinds whose names have this: jsonl, alpaca, tokenised, ...")
     parser.add_argument("--images", type=int, default=0)
     parser.add_argument("--start-of", help=argparse.SUPPRESS)
@@ -216,7 +216,7 @@ def main() -> None:
             for workers in (0, options.workers):
                 rate = tokens_per_second(path, workers, options.seconds, data_format)
                 print(f"{name:<26} {workers} workers: {rate}; first start {first:.1f} s", flush=True)
-        if options.only:
+        if options.only or not options.documents:
             return
         for num_documents in (options.documents // 100, options.documents):
             path = folder / f"{num_documents}.jsonl"
