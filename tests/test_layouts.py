@@ -1,6 +1,6 @@
-"""The tiny run itself, through the command line, on seven layouts: five steps with the losses and norms of one process.
+"""The tiny run itself, from its options on, in seven layouts: five steps with the losses and norms of one process.
 
-tests/parallelisms/test_layouts.py compares every gradient; here are the launcher, the data and the options too.
+tests/parallelisms/test_layouts.py compares every gradient; here are the data, the options and train.py's main too.
 """
 
 from pathlib import Path

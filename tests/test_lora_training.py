@@ -1,4 +1,4 @@
-"""Adapters from the command line: frozen weights of a directory, and a resume on another layout."""
+"""Adapters by their options: frozen weights of a directory, and a resume on another layout."""
 
 import shutil
 from pathlib import Path

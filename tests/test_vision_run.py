@@ -1,4 +1,4 @@
-"""Runs with images, through the command line: what they write, how transformers reads it, and starts from it."""
+"""Runs with images, from their options on: what they write, how transformers reads it, and starts from it."""
 
 import json
 import shutil

@@ -1,4 +1,4 @@
-"""Runs with images from the command line: numbers of processes and what is frozen change what they should alone."""
+"""Runs with images, from their options on: numbers of processes and what is frozen change what they should alone."""
 
 from pathlib import Path
 
