@@ -36,6 +36,7 @@ from parallelisms.context_parallel import own_share
 from parallelisms.degrees import shape_on_a_rank, work_out_degrees
 from parallelisms.mesh import Meshes, build_meshes
 from parallelisms.parallelize import local_region, parallelize_fn, reduce_replicas_after, reduce_replicated_gradients
+from parallelisms.room import room_factor
 from training.compile_cache import keep_compiled_in
 from training.distributed import (
     init_distributed,
@@ -76,26 +77,26 @@ class StepResult(NamedTuple):
     """Where loss or gradients are not finite, so that the step was not applied; empty if all are."""
     norms_of_parts: dict[str, torch.Tensor]
     """As `grad_norm`, of each part of the model, if that was asked for."""
+    is_second: bool = False
+    """Whether it is another one for a step whose buffers had too little room for the tokens that travel to experts."""
 
 
-def train_step(
+def forward_backward(
     model: Qwen35Moe,
-    optimizer: NamedAdamW,
     micro_batches: list[MicroBatch],
     num_trained: int,
     meshes: Meshes,
     device: torch.device,
-    training: Training,
     moe: MoE,
     mtp: Mtp,
     num_drafted: int,
-    by_part: bool = False,
-) -> StepResult:
-    """One optimizer step over this rank's micro-batches; `num_trained` counts the GLOBAL batch's trained tokens,
-    `num_drafted` those of multi-token prediction, which `mtp` is for. `by_part`: tell each part's gradient norm."""
+) -> tuple[dict[str, torch.Tensor], torch.Tensor, torch.Tensor]:
+    """The micro-batches' gradients; as in StepResult the losses and the experts' counts; and [] how many rows of this
+    rank's experts were missed for want of room, without which all of it is wrong."""
     shape = model.config
     losses = {name: torch.zeros((), device=device) for name in ("loss", "mtp", "aux_loss", "z_loss")}
     expert_counts = torch.zeros(len(model.blocks), shape.num_experts, dtype=torch.int64, device=device)
+    num_missed = torch.zeros((), dtype=torch.int64, device=device)
     for index, batch in enumerate(micro_batches, start=1):
         batch = batch.to(device)
         measure = measure_for(moe, batch.is_real)
@@ -118,20 +119,51 @@ def train_step(
         total.backward()
         losses["loss"] += share.detach()
         expert_counts += statistics.expert_counts
-    loss_of_all = reduce_replicated_gradients(model.float32_parameters(), losses["loss"], meshes.data_parallel)
+        if statistics.num_missed is not None:
+            num_missed += statistics.num_missed.sum()
+    return losses, expert_counts, num_missed
+
+
+def train_step(
+    model: Qwen35Moe,
+    optimizer: NamedAdamW,
+    micro_batches: list[MicroBatch],
+    num_trained: int,
+    meshes: Meshes,
+    device: torch.device,
+    training: Training,
+    moe: MoE,
+    mtp: Mtp,
+    num_drafted: int,
+    by_part: bool = False,
+) -> StepResult:
+    """One optimizer step over this rank's micro-batches; `num_trained` counts the GLOBAL batch's trained tokens,
+    `num_drafted` those of multi-token prediction, which `mtp` is for. `by_part`: tell each part's gradient norm."""
+    own_losses, expert_counts, num_missed = forward_backward(
+        model, micro_batches, num_trained, meshes, device, moe, mtp, num_drafted
+    )
+    shares = torch.stack([own_losses["loss"], num_missed.float()])
+    loss_of_all, missed_of_all = reduce_replicated_gradients(model.float32_parameters(), shares, meshes.data_parallel)
     grad_norm = gradient_norm(model.parameters(), meshes.dense.get_group("fsdp"))
     norms_of_parts = gradient_norms(model.named_parameters(), meshes.dense.get_group("fsdp")) if by_part else {}
     # The host has to know before it applies the step, and all ranks know the same. It waits for the device here, once a
     # step: what is left to launch after it are a few fused kernels. (Fused AdamW could skip on the device, by
     # `found_inf`; but the gradients would be gone before anyone can say where they were bad.)
     nonfinite = ""
-    loss_on_host, norm_on_host = torch.stack([loss_of_all, grad_norm]).tolist()
+    loss_on_host, norm_on_host, missed_on_host = torch.stack([loss_of_all, grad_norm, missed_of_all]).tolist()
+    if missed_on_host:
+        optimizer.zero_grad()
+        with meshes.room.asking():
+            result = train_step(
+                model, optimizer, micro_batches, num_trained, meshes, device, training, moe, mtp, num_drafted, by_part
+            )
+        return result._replace(is_second=True)
     if math.isfinite(loss_on_host + norm_on_host):
         step_clipped(optimizer, grad_norm, training.max_grad_norm, clips=norm_on_host > training.max_grad_norm)
     else:
-        nonfinite = describe_nonfinite(model, losses["loss"], grad_norm)
+        nonfinite = describe_nonfinite(model, own_losses["loss"], grad_norm)
     optimizer.zero_grad()
-    return StepResult(losses, expert_counts, grad_norm, nonfinite, norms_of_parts)
+    return StepResult(own_losses, expert_counts, grad_norm, nonfinite, norms_of_parts)
 
 
 def describe_nonfinite(model: Qwen35Moe, loss: torch.Tensor, grad_norm: torch.Tensor) -> str:
@@ -211,7 +243,8 @@ def main(arguments: list[str]) -> None:
     device = init_distributed(config.job.collective_timeout_seconds)
     torch.manual_seed(config.job.seed)
     shape = model_config(config)
-    meshes = build_meshes(device.type, work_out_degrees(config.parallelism, config.training, shape, world_size))
+    degrees = work_out_degrees(config.parallelism, config.training, shape, world_size)
+    meshes = build_meshes(device.type, degrees, room_factor(config.parallelism, device.type))
     set_timeout(meshes.all, config.job.collective_timeout_seconds)
 
     # 3. Data: every data rank reads its own rows; where it is several ranks, the first tells of them.
@@ -276,7 +309,7 @@ def main(arguments: list[str]) -> None:
     if config.compile.enable and device.type == "cuda":
         logger.info("the first step compiles the model, whatever its depth: half a minute to a minute")
     clock, clock_step, data_seconds = time.perf_counter(), step, 0.0
-    num_skipped = 0
+    num_skipped = num_repeated = 0
     stopping = False
     while step < total_steps and not stopping:
         step += 1
@@ -305,6 +338,12 @@ def main(arguments: list[str]) -> None:
                 raise RunError(f"step {step} is not applied: {result.nonfinite}")
             num_skipped += 1
             logger.warning(f"step {step} is skipped: {result.nonfinite}")
+        if result.is_second:
+            num_repeated += 1
+            logger.info(
+                f"step {step} was made anew: more tokens came to a rank's experts than parallelism.expert_room is for; "
+                f"from here on it is {meshes.room.factor:.2f}"
+            )
         if step == progress.step + 1:
             # Half a million objects of imports and compilation live as long as the run. A full collection that walks
             # over them takes 0.2 s, on each rank at another step, while the others wait.
@@ -334,6 +373,8 @@ def main(arguments: list[str]) -> None:
             }
             if training.nonfinite == "skip":
                 metrics["skipped_steps"] = num_skipped
+            if meshes.degrees.expert > 1:
+                metrics["repeated_steps"] = num_repeated
             if mtp:
                 metrics["mtp_loss"] = result.losses["mtp"].item()
             if config.moe.aux_loss_coef > 0:

@@ -43,6 +43,7 @@ from parallelisms.context_parallel import own_share
 from parallelisms.degrees import work_out_degrees
 from parallelisms.mesh import build_meshes
 from parallelisms.parallelize import local_region
+from parallelisms.room import room_factor
 from train import build_model, reduce_result, train_step
 from training.distributed import init_distributed, sum_over_ranks, world_from_environment
 from training.flops import flops_per_token, peak_flops
@@ -129,7 +130,7 @@ def measure(
     device = init_distributed(config.job.collective_timeout_seconds)
     training, shape = config.training, model_config(config)
     degrees = work_out_degrees(config.parallelism, config.training, shape, world_size)
-    meshes = build_meshes(device.type, degrees)
+    meshes = build_meshes(device.type, degrees, room_factor(config.parallelism, device.type))
     torch.manual_seed(config.job.seed)
     started = time.perf_counter()
     model = build_model(config, shape, meshes, device)

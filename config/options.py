@@ -25,6 +25,7 @@ Count = Annotated[int, Accept("an integer of at least 0, below 2**31", lambda n:
 Rows = Annotated[int, Accept("a positive integer of at most 2**20", lambda n: 0 < n <= 2**20)]
 Workers = Annotated[int, Accept("an integer from 0 to 1024", lambda n: 0 <= n <= 1024)]
 Seed = Annotated[int, Accept("an integer from 0 to 2**63 - 1", lambda n: 0 <= n < 2**63)]
+Room = Annotated[float, Accept("0, a number from 1 to 1000, or -1", lambda x: x in (0, -1) or 1 <= x <= 1000)]
 Degree = Annotated[int, Accept("a positive integer, or -1", lambda n: n > 0 or n == -1)]
 Positive = Annotated[float, Accept("a positive number", lambda x: 0 < x < math.inf)]
 PositiveOrInf = Annotated[float, Accept("a positive number, or inf", lambda x: x > 0)]
@@ -258,6 +259,10 @@ class Parallelism:
     expert_parallel_degree: Degree = 1
     """Processes over which the experts are spread; tokens travel to them. 1: experts are sharded like the rest; -1: as
     many as fit the processes and the model."""
+    expert_room: Room = -1.0
+    """How many tokens the experts of a process have room for, as a multiple of an even share. A step that brings more
+    is made anew without such buffers, and from there on they are larger. 0: no buffers of fixed sizes; the host asks
+    for the number of tokens in every block, and a GPU waits for the host. -1: 1.2 on GPUs, 0 elsewhere."""
     context_parallel_degree: PositiveInt = 1
     """Processes that read the same rows and share their tokens, for documents too long for one process. Attention of
     either kind then trades tokens for heads, so it divides their numbers."""

@@ -1,6 +1,11 @@
 """Expert parallelism: each rank of the `ep` axis holds some of the experts; tokens travel to them and back.
 
 A token goes once to each rank that holds any of its experts, which sends back one sum: not once for each expert.
+
+How many rows travel and how many a rank's experts get is known to the device alone. So there are two ways. With `room`
+buffers have fixed sizes, somewhat more than even shares: the host never waits, and graphs hold the exchanges. What a
+buffer has no room for is counted, and then the step is made anew in the other way (train.py). There the host asks for
+the sizes, once a block, and buffers have just these.
 """
 
 from collections.abc import Callable
@@ -18,10 +23,13 @@ from models.ops.permute import combine as add_up_copies
 from models.qwen35_moe.block import Block
 from models.qwen35_moe.moe import COUNTS_OF_ALL, Measure, RouterStatistics, routed_experts
 from models.qwen35_moe.rotary import Rotary
+from parallelisms.overlap import OVERLAPPING
+from parallelisms.room import Room, Sizes
 from torch_private import functional_collectives, mark_dynamic, tree_leaves
 
 # Shapes: T tokens of this rank, k experts a token, C copies of tokens to send, D copies received, E experts, P ranks of
-# the ep axis, m = min(k, P), the most copies of a token, H hidden.
+# the ep axis, m = min(k, P), the most copies of a token, R rows of experts, H hidden. With room each rank sends as many
+# copies to each, some of them blank, so that C = D.
 
 
 class Plan(NamedTuple):
@@ -34,7 +42,7 @@ class Plan(NamedTuple):
     counts: torch.Tensor
     """int32 [P, 2]: how many copies go to each rank, and how many choices they serve there."""
     places: torch.Tensor
-    """int32 [T, m], of the copies; see permute.py."""
+    """int32 [T, m], of the copies, in buffers of fixed sizes or as close as they get; see permute.py."""
 
 
 class Copies(NamedTuple):
@@ -50,22 +58,25 @@ class Travelling(NamedTuple):
     """The copies' results [C, H] on their way back, and what is needed where they arrive."""
 
     rows: torch.Tensor
-    exchange: "Exchange"
+    exchange: "Exchange | None"
+    """None: with room."""
     copies: Copies
+    num_missed: torch.Tensor | None = None
+    """With room: int32 [], how many copies or rows there was none for."""
 
 
 class ExpertParallelBlock:
     """`Block.forward` and `MixtureOfExperts.forward` where the experts lie on several ranks: the same composition, but
     tokens are dispatched to their experts and what comes back is combined.
 
-    In parts, as no graph can hold the exchanges: how many rows travel is known to the host alone. One break inside
-    would leave all of a checkpointed block uncompiled, so what stands before, between, beside and after them is
-    compiled and checkpointed by itself.
+    In parts, as FSDP gathers the experts' weights in between; and, where the host asks for sizes, as no graph can hold
+    the exchanges then. One break inside would leave all of a checkpointed block uncompiled, so what stands before,
+    between, beside and after them is compiled and checkpointed by itself.
     """
 
-    def __init__(self, block: Block, mesh: DeviceMesh) -> None:
+    def __init__(self, block: Block, mesh: DeviceMesh, room: Room) -> None:
         """Spreads the block's stacked experts over `mesh` (one axis), contiguous runs of E / P each, and takes over."""
-        self.block, self.mlp = block, block.mlp
+        self.block, self.mlp, self.room = block, block.mlp, room
         experts = self.mlp.experts
         for name, parameter in list(experts.named_parameters()):
             sharded = distribute_tensor(parameter.data, mesh, [Shard(0)], src_data_rank=None)
@@ -76,6 +87,7 @@ class ExpertParallelBlock:
         self.num_local, rest = divmod(len(experts.gate_up_proj), self.num_ranks)
         assert rest == 0, (self.num_local, self.num_ranks)
         self.make_copies, self.sort_received, self.compute = make_copies, sort_received, compute
+        self.run_shared_expert_alone: Callable[[torch.Tensor], torch.Tensor] = lambda x: self.run_shared_expert(x)
 
     def install(self) -> None:
         """Puts this in the place of the block's forward, once its parts are what they are to be."""
@@ -87,15 +99,17 @@ class ExpertParallelBlock:
         """What is checkpointed, each by itself; the first is the one with attention."""
         # "full" sends the copies again, "selective" keeps those received.
         of_experts = "send_and_compute" if activation_checkpoint == "full" else "compute"
-        return [(self, part) for part in ("attend_and_route", of_experts, "run_shared_expert")]
+        parts = "attend_and_route", of_experts, "exchange_and_compute", "run_shared_expert"
+        return [(self, part) for part in parts]
 
     def compile(self) -> None:
         """Compiles each part."""
-        setattr(self, "attend_and_route", torch.compile(self.attend_and_route))  # noqa: B010
+        for part in ("attend_and_route", "dispatch_with_room", "combine_with_room"):
+            setattr(self, part, torch.compile(getattr(self, part), options=OVERLAPPING))
         self.make_copies = compile_for_any_number_of_rows(self.make_copies)
         self.sort_received = compile_for_any_number_of_rows(self.sort_received)
         self.compute = compile_for_any_number_of_rows(self.compute, num_others=3)
-        setattr(self, "run_shared_expert", torch.compile(self.run_shared_expert))  # noqa: B010
+        self.run_shared_expert_alone = torch.compile(self.run_shared_expert)
         setattr(self, "combine", compile_for_any_number_of_rows(self.combine))  # noqa: B010
 
     def forward(
@@ -103,26 +117,42 @@ class ExpertParallelBlock:
     ) -> tuple[torch.Tensor, RouterStatistics]:
         """As `Block.forward`. Every rank of the axis takes part, also one that receives nothing.
 
-        One small all-to-all tells how many copies come, one brings their experts and weights, one the copies, and one
-        takes the results back; one host synchronisation.
+        One small all-to-all brings the copies' experts and weights, one the copies, and one takes the results back.
+        Where the host asks for sizes another one, smaller still, tells of them, and the host waits once.
         """
-        hidden, x, weights, plan, statistics = self.attend_and_route(hidden, rotary, documents, measure)
-        results: Travelling = self.mlp.experts(x, weights, plan)
-        shared = self.run_shared_expert(x)  # while the results are on their way back
+        sizes = None
+        if self.room.factor and torch.is_grad_enabled():  # without a backward pass there is no step to make anew
+            sizes = self.room.sizes(len(hidden), self.mlp.gate.top_k, self.num_ranks, self.num_local)
+        capacity = None if sizes is None else sizes.copies
+        hidden, x, weights, plan, statistics = self.attend_and_route(hidden, rotary, documents, measure, capacity)
+        results: Travelling = self.mlp.experts(x, weights, plan, sizes)
+        if results.exchange is None:
+            statistics = statistics._replace(num_missed=results.num_missed)
+            return self.combine_with_room(hidden, x, results.rows, results.copies), statistics
+        shared = self.run_shared_expert_alone(x)  # while the results are on their way back
         rows = results.exchange.finish(results.rows)
         return self.combine(hidden, shared, rows, results.copies), statistics
 
     def attend_and_route(
-        self, hidden: torch.Tensor, rotary: Rotary, documents: Documents, measure: Measure
+        self,
+        hidden: torch.Tensor,
+        rotary: Rotary,
+        documents: Documents,
+        measure: Measure,
+        capacity: int | None,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, Plan, RouterStatistics]:
         """hidden [T, H] -> hidden after attention and what the experts read, both [T, H]; weights [T, k], plan."""
         hidden = hidden + self.block.attend(self.block.input_layernorm(hidden), rotary, documents)
         x = self.block.post_attention_layernorm(hidden)
         weights, chosen, statistics = self.mlp.route(x, measure)
-        return hidden, x, weights, plan_copies(chosen, self.num_ranks, self.num_local), statistics
+        return hidden, x, weights, plan_copies(chosen, self.num_ranks, self.num_local, capacity), statistics
 
-    def dispatch(self, x: torch.Tensor, weights: torch.Tensor, plan: Plan) -> Travelling:
+    def dispatch(self, x: torch.Tensor, weights: torch.Tensor, plan: Plan, sizes: Sizes | None) -> Travelling:
         """Sends the copies, applies this rank's experts to those that come, and starts their results' way back."""
+        if sizes is not None:
+            projections = map(_local, self.mlp.experts.projections())
+            rows, sources, num_missed = self.dispatch_with_room(x, weights, plan, *sizes, *projections)
+            return Travelling(rows, None, Copies(sources, plan.places), num_missed)
         results, copies, sent, received = self.send_and_compute(x, weights, plan)
         exchange = Exchange(received, sent, self.group)
         return Travelling(exchange.start(results), exchange, copies)
@@ -133,7 +163,7 @@ class ExpertParallelBlock:
 
     def combine(self, hidden: torch.Tensor, shared: torch.Tensor, rows: torch.Tensor, copies: Copies) -> torch.Tensor:
         """The second residual: hidden and the shared expert's result [T, H], the copies' results [C, H] -> [T, H]."""
-        return hidden + (add_up_copies(rows, copies.sources, copies.places) + shared)
+        return add_results(hidden, shared, rows, copies)
 
     def send_and_compute(
         self, x: torch.Tensor, weights: torch.Tensor, plan: Plan
@@ -159,9 +189,70 @@ class ExpertParallelBlock:
         results = self.compute(of_copies.finish(copies), own_weights, *rows, order.offsets, *projections)
         return results, Copies(sources, plan.places), sent, received
 
+    # With room:
 
-def plan_copies(chosen: torch.Tensor, num_ranks: int, num_local: int) -> Plan:
-    """chosen, integers [T, k]; of `num_ranks` ranks, each with `num_local` experts."""
+    def dispatch_with_room(
+        self,
+        x: torch.Tensor,
+        weights: torch.Tensor,
+        plan: Plan,
+        capacity: int,
+        num_rows: int,
+        gate_up_proj: Projection,
+        down_proj: Projection,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """The results [C, H] on their way back, `sources` [C], and how many copies and rows were missed."""
+        numbers, is_copy = fixed_copies(plan, len(x), capacity)
+        results, sources, num_missed = self.exchange_and_compute(
+            x, weights, plan, numbers, is_copy, num_rows, gate_up_proj, down_proj
+        )
+        num_missed = num_missed + (plan.counts[:, 0] - capacity).clamp(min=0).sum(dtype=torch.int32)
+        return self._send(results), sources, num_missed
+
+    def exchange_and_compute(
+        self,
+        x: torch.Tensor,
+        weights: torch.Tensor,
+        plan: Plan,
+        numbers: torch.Tensor,
+        is_copy: torch.Tensor,
+        num_rows: int,
+        gate_up_proj: Projection,
+        down_proj: Projection,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """The results [D, H], `sources` [C], and how many rows there was no room for."""
+        copies, packed, sources = make_copies(x, weights, plan.chosen, plan.ends, plan.places, numbers)
+        of_weights = torch.arange(packed.shape[1], device=x.device) < weights.shape[1]
+        packed = packed.where(is_copy.unsqueeze(1) | of_weights, -1)  # blank copies choose no expert
+        packed, copies = self._send(packed), self._send(copies)
+        own_weights, order = sort_received(self._receive(packed), self.rank, self.num_local)
+        places = order.places.where(order.places < num_rows, -1)
+        offsets = order.offsets.clamp(max=num_rows)
+        rows = self._receive(copies), own_weights, order.order[:num_rows], places, offsets
+        return compute(*rows, gate_up_proj, down_proj), sources, order.offsets[-1] - offsets[-1]
+
+    def combine_with_room(
+        self, hidden: torch.Tensor, x: torch.Tensor, rows: torch.Tensor, copies: Copies
+    ) -> torch.Tensor:
+        """As `combine`, of rows on their way."""
+        shared = self.run_shared_expert(x)
+        return add_results(hidden, shared, self._receive(rows), copies)
+
+    def _send(self, rows: torch.Tensor) -> torch.Tensor:
+        return _Send.apply(rows, self.group.group_name, self.num_ranks)
+
+    def _receive(self, rows: torch.Tensor) -> torch.Tensor:
+        return _Receive.apply(rows, self.group.group_name, self.num_ranks)
+
+
+def add_results(hidden: torch.Tensor, shared: torch.Tensor, rows: torch.Tensor, copies: Copies) -> torch.Tensor:
+    """See `combine`."""
+    return hidden + (add_up_copies(rows, copies.sources, copies.places) + shared)
+
+
+def plan_copies(chosen: torch.Tensor, num_ranks: int, num_local: int, capacity: int | None = None) -> Plan:
+    """chosen, integers [T, k]; of `num_ranks` ranks, each with `num_local` experts, to which at most `capacity` copies
+    go."""
     num_tokens, top_k = chosen.shape
     targets = chosen // num_local  # [T, k]
     ranks = torch.arange(num_ranks, device=chosen.device)
@@ -169,13 +260,31 @@ def plan_copies(chosen: torch.Tensor, num_ranks: int, num_local: int) -> Plan:
     is_sent = (serves > 0).int()
     ends = is_sent.flatten().cumsum(0, dtype=torch.int32)
     counts = torch.stack([is_sent.sum(dim=1, dtype=torch.int32), serves.sum(dim=1, dtype=torch.int32)], dim=1)
+    numbers = ends.view(num_ranks, num_tokens)
+    if capacity is not None:  # each rank's copies have a buffer of their own
+        within = numbers - _starts(numbers)
+        numbers = (within + capacity * ranks.unsqueeze(1)).where(within <= capacity, 0).int()
     if num_ranks <= top_k:
-        places = (ends.view(num_ranks, num_tokens) - 1).where(is_sent > 0, -1).T
+        places = (numbers - 1).where(is_sent > 0, -1).T
     else:
-        of_choices = ends.view(num_ranks, num_tokens).T.gather(1, targets) - 1
+        of_choices = numbers.T.gather(1, targets) - 1
         is_repeated = (targets.unsqueeze(2) == targets.unsqueeze(1)).tril(-1).any(dim=2)
         places = of_choices.where(~is_repeated, -1)
     return Plan(chosen, ends, counts, places.contiguous())
+
+
+def _starts(ends: torch.Tensor) -> torch.Tensor:
+    """ends [P, T], counted through -> [P, 1]: how many there are before each rank's first."""
+    return torch.cat([ends.new_zeros(1), ends[:-1, -1]]).unsqueeze(1)
+
+
+def fixed_copies(plan: Plan, num_tokens: int, capacity: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of buffers of `capacity` copies for each rank [P * capacity]: their numbers, as `make_copies` wants them, and
+    which are copies; the others are blank, with numbers of whichever."""
+    ends = plan.ends.view(-1, num_tokens)
+    steps = torch.arange(1, capacity + 1, dtype=torch.int32, device=ends.device)
+    numbers = (_starts(ends) + steps).clamp(max=ends[-1, -1])
+    return numbers.flatten(), (steps <= plan.counts[:, :1]).flatten()
 
 
 def make_copies(
@@ -268,6 +377,35 @@ class Exchange:
 
     def launch(self, rows: torch.Tensor, sent: list[int], received: list[int]) -> torch.Tensor:
         return functional_collectives.all_to_all_single(rows.contiguous(), received, sent, self.group.group_name)
+
+
+class _Send(torch.autograd.Function):
+    """Launches an even all-to-all of rows, which `_Receive` awaits; in the backward pass it is the other way round.
+    Both directions have one shape, so that autograd can carry what is on its way."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: torch.Tensor, group: str, num_ranks: int) -> torch.Tensor:
+        return _launch_even(rows, group, num_ranks)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        return _wait(gradient), None, None
+
+
+class _Receive(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows: torch.Tensor, group: str, num_ranks: int) -> torch.Tensor:
+        ctx.group, ctx.num_ranks = group, num_ranks
+        return _wait(rows).view_as(rows)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        return _launch_even(gradient, ctx.group, ctx.num_ranks), None, None
+
+
+def _launch_even(rows: torch.Tensor, group: str, num_ranks: int) -> torch.Tensor:
+    even = [len(rows) // num_ranks] * num_ranks
+    return functional_collectives.all_to_all_single(rows.contiguous(), even, even, group)
 
 
 class _Start(torch.autograd.Function):

@@ -7,6 +7,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from parallelisms.degrees import Degrees
+from parallelisms.room import Room
 
 
 class Meshes(NamedTuple):
@@ -28,6 +29,8 @@ class Meshes(NamedTuple):
     expert_parallel: DeviceMesh
     """Where the experts are spread: ("ep")."""
     degrees: Degrees
+    room: Room
+    """In the buffers of tokens that travel over `ep`."""
     context_parallel: DeviceMesh | None = None
     """Which ranks share a micro-batch's tokens: ("cp"), or the name of an axis that has the same ranks; None: none."""
 
@@ -59,17 +62,18 @@ class Meshes(NamedTuple):
         return values
 
 
-def build_meshes(device_type: str, degrees: Degrees) -> Meshes:
-    """Builds the meshes over the whole world."""
+def build_meshes(device_type: str, degrees: Degrees, room: float = 0.0) -> Meshes:
+    """Builds the meshes over the whole world; `room`: see Room."""
     sizes = (degrees.replicate, degrees.shard // degrees.expert, degrees.expert)
     mesh = init_device_mesh(device_type, sizes, mesh_dim_names=("replicate", "efsdp", "ep"))
     fsdp = mesh["efsdp", "ep"]._flatten("fsdp")
     if degrees.replicate == 1:
-        return Meshes(fsdp, fsdp, mesh["efsdp"], mesh["ep"], degrees, _context(degrees.context, mesh["ep"], fsdp))
+        context = _context(degrees.context, mesh["ep"], fsdp)
+        return Meshes(fsdp, fsdp, mesh["efsdp"], mesh["ep"], degrees, Room(room), context)
     dense = DeviceMesh._concatenate([mesh["replicate"], fsdp])
     all_ranks = mesh._flatten("data_parallel")
     context = _context(degrees.context, mesh["ep"], fsdp, all_ranks)
-    return Meshes(all_ranks, dense, mesh["replicate", "efsdp"], mesh["ep"], degrees, context)
+    return Meshes(all_ranks, dense, mesh["replicate", "efsdp"], mesh["ep"], degrees, Room(room), context)
 
 
 def _context(degree: int, *innermost: DeviceMesh) -> DeviceMesh | None:

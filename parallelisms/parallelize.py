@@ -26,6 +26,7 @@ from parallelisms.context_parallel import (
 from parallelisms.expert_parallel import ExpertParallelBlock
 from parallelisms.fsdp_copies import lay_out_gradients_without_tables
 from parallelisms.mesh import Meshes
+from parallelisms.overlap import OVERLAPPING
 from torch_private import ReduceScatter, compute_local_shape_and_global_offset, mark_dynamic, set_recompile_limit
 
 
@@ -61,7 +62,7 @@ def parallelize_fn(
             exchange_around_mix(block, context)
             travelling = products_that_travel(block)
         if meshes.expert_parallel.size() > 1:
-            in_parts = ExpertParallelBlock(block, meshes.expert_parallel)
+            in_parts = ExpertParallelBlock(block, meshes.expert_parallel, meshes.room)
             attending, *others = in_parts.parts(activation_checkpoint)
             apply_activation_checkpointing([attending], activation_checkpoint, travelling)
             apply_activation_checkpointing(others, activation_checkpoint)
@@ -71,7 +72,7 @@ def parallelize_fn(
         else:
             apply_activation_checkpointing([(block, "forward")], activation_checkpoint, travelling)
             if compile_blocks:
-                block.compile()
+                block.compile(options=None if context is None else OVERLAPPING)
     apply_fsdp(model, meshes, compute_dtype)
 
 
@@ -236,19 +237,20 @@ def reduce_replicas_after(model: nn.Module, *, this_micro_batch: bool) -> None:
 
 
 @torch.no_grad()
-def reduce_replicated_gradients(parameters: list[nn.Parameter], loss: torch.Tensor, mesh: DeviceMesh) -> torch.Tensor:
+def reduce_replicated_gradients(parameters: list[nn.Parameter], shares: torch.Tensor, mesh: DeviceMesh) -> torch.Tensor:
     """Sums the gradients of the parameters outside FSDP over all data-parallel ranks, in one flat all-reduce.
 
-    Those that are not trained are passed over. Call once a step, after the last micro-batch. Each rank's share of the
-    loss, a scalar, travels along: returns the sum, so that every rank knows whether all are finite.
+    Those that are not trained are passed over. Call once a step, after the last micro-batch. Each rank's `shares` [N]
+    travel along: returns their sums [N], as of the loss, so that every rank knows whether all are finite.
     """
     if mesh.size() == 1:
-        return loss
+        return shares
     trained = [parameter for parameter in parameters if parameter.requires_grad]
     gradients = [parameter.grad for parameter in trained if parameter.grad is not None]
     assert len(gradients) == len(trained), "every block's router and decay parameters take part in every step"
-    flat = torch.cat([gradient.flatten() for gradient in gradients] + [loss.view(1)])
+    flat = torch.cat([gradient.flatten() for gradient in gradients] + [shares])
     dist.all_reduce(flat, group=mesh.get_group())
-    for gradient, reduced in zip(gradients, flat[:-1].split([g.numel() for g in gradients])):
+    *parts, sums = flat.split([gradient.numel() for gradient in gradients] + [len(shares)])
+    for gradient, reduced in zip(gradients, parts, strict=True):
         gradient.copy_(reduced.view_as(gradient))
-    return flat[-1]
+    return sums

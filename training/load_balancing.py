@@ -37,7 +37,7 @@ def router_losses(
     called once at most, and never where both losses are off; `sum_over_micro_batch` the same over the ranks that share
     this rank's micro-batch, for the scope "hf" alone. Gradients flow through this rank's statistics alone.
     """
-    counts, probability_sums, squared_logsumexp_sums = statistics
+    counts, probability_sums, squared_logsumexp_sums, _ = statistics
     aux = z = torch.zeros((), device=counts.device)
     of_all_ranks = counts
     if squared_logsumexp_sums is not None or (probability_sums is not None and config.aux_loss_scope == "global"):

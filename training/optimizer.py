@@ -9,6 +9,10 @@ from torch.distributed.tensor import DTensor
 
 from config.options import LRScheduler, Optimizer
 from models.qwen35_moe.parts import part_of
+from torch_private import mark_dynamic
+
+_LARGE = 2**24
+"""Numbers of a tensor; so many take a GPU longer than one launch takes the host."""
 
 
 class NamedAdamW(torch.optim.AdamW):
@@ -17,7 +21,8 @@ class NamedAdamW(torch.optim.AdamW):
     The states remain DTensors for checkpoints. But the update is elementwise, and finding that out anew for each of
     hundreds of DTensors keeps a GPU waiting.
 
-    state_dtype: of the running means; None: each parameter's, and then the kernels are torch's.
+    state_dtype: of the running means; None: each parameter's, and then the kernels are torch's, but for large tensors
+    on a GPU: torch's, which take many tensors at once, reach half of the memory's rate.
     """
 
     def __init__(self, params: list[dict[str, Any]], state_dtype: torch.dtype | None = None, **options: Any) -> None:
@@ -28,33 +33,31 @@ class NamedAdamW(torch.optim.AdamW):
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         """One update of all parameters that have a gradient."""
-        if self.state_dtype is None:
-            super().step(closure)
-            return
         for group in self.param_groups:
-            trained = [parameter for parameter in group["params"] if parameter.grad is not None]
+            trained = [each for each in group["params"] if each.grad is not None and self._is_updated_here(each)]
             if not trained:
                 continue
-            update = _compiled_update if trained[0].is_cuda else adamw_update
             lr = torch.full((), group["lr"], device=trained[0].device)
-            torch._foreach_add_([self._state_of(parameter)["step"] for parameter in trained], 1)
-            for parameter in trained:
+            steps = [self._state_of(parameter)["step"] for parameter in trained]
+            torch._foreach_add_(steps, 1)
+            corrections = zip(*(_corrections(beta, steps) for beta in group["betas"]))
+            for parameter, of_means in zip(trained, corrections, strict=True):
                 own = self._state_of(parameter)
                 tensors = (parameter.detach(), own["exp_avg"], own["exp_avg_sq"], parameter.grad)
-                weight, mean, square, gradient = (x.to_local() if isinstance(x, DTensor) else x for x in tensors)
-                if weight.numel():
-                    update(
-                        weight.view(-1),
-                        mean.view(-1),
-                        square.view(-1),
-                        gradient.reshape(-1),
-                        own["step"],
-                        lr,
-                        self.grad_scale,
-                        betas=group["betas"],
-                        eps=group["eps"],
-                        weight_decay=group["weight_decay"],
-                    )
+                update(
+                    *(x.to_local() if isinstance(x, DTensor) else x for x in tensors),
+                    *of_means,
+                    lr,
+                    self.grad_scale,
+                    betas=group["betas"],
+                    eps=group["eps"],
+                    weight_decay=group["weight_decay"],
+                )
+                parameter.grad = None
+        super().step(closure)
+
+    def _is_updated_here(self, parameter: nn.Parameter) -> bool:
+        return self.state_dtype is not None or (parameter.is_cuda and parameter.numel() >= _LARGE)
 
     def named_state(self) -> dict[str, torch.Tensor]:
         """`<parameter>.<exp_avg | exp_avg_sq | step>`; zeros, to be loaded into, where no step has been made yet."""
@@ -79,12 +82,21 @@ class NamedAdamW(torch.optim.AdamW):
         return has_complex
 
 
+def _corrections(beta: float, steps: list[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+    """1 - beta^step of each."""
+    powers = torch._foreach_pow(beta, steps)
+    torch._foreach_mul_(powers, -1)
+    torch._foreach_add_(powers, 1)
+    return powers
+
+
 def adamw_update(
     parameter: torch.Tensor,
     mean: torch.Tensor,
     square: torch.Tensor,
     gradient: torch.Tensor,
-    step: torch.Tensor,
+    correction: torch.Tensor,
+    correction_of_squares: torch.Tensor,
     lr: torch.Tensor,
     divisor: torch.Tensor | None,
     *,
@@ -92,21 +104,39 @@ def adamw_update(
     eps: float,
     weight_decay: float,
 ) -> None:
-    """AdamW in float32, in place, with running means that may be bfloat16, which are rounded as they are stored: all
-    flat [N]; step, lr and the gradient's divisor float32 scalars. (torch's fused kernels want one dtype for all.)
+    """AdamW in float32, in place, with running means that may be bfloat16, which are rounded as they are stored: all of
+    one shape; the corrections 1 - beta^step, lr and the gradient's divisor float32 scalars. (torch's fused kernels want
+    one dtype for all.)
     """
     wide = gradient.float() if divisor is None else gradient.float() / divisor
     new_mean = betas[0] * mean.float() + (1 - betas[0]) * wide
     new_square = betas[1] * square.float() + (1 - betas[1]) * wide.square()
-    corrected = (new_square / (1 - betas[1] ** step)).sqrt() + eps
-    new = parameter.float() * (1 - lr * weight_decay) - lr * (new_mean / (1 - betas[0] ** step)) / corrected
+    corrected = (new_square / correction_of_squares).sqrt() + eps
+    new = parameter.float() * (1 - lr * weight_decay) - lr * (new_mean / correction) / corrected
     parameter.copy_(new)
     mean.copy_(new_mean)
     square.copy_(new_square)
 
 
-_compiled_update = torch.compile(adamw_update, dynamic=True)
-"""One kernel that reads and writes each number once; compiled at the first call."""
+_compiled_update = torch.compile(adamw_update)
+
+
+def update(*arguments: torch.Tensor | None, **numbers: Any) -> None:
+    """`adamw_update`; on a GPU by one kernel that reads and writes each number once, compiled at the first call.
+
+    The kernel reads several numbers at once where it knows that their number is a multiple of some, so it gets rows.
+    """
+    tensors, scalars = arguments[:4], arguments[4:]
+    first = tensors[0]
+    assert first is not None
+    if not first.is_cuda:
+        adamw_update(*arguments, **numbers)  # type: ignore[arg-type]
+    elif first.numel():
+        width = 1024 if first.numel() % 1024 == 0 else 1
+        rows = [tensor.reshape(-1, width) for tensor in tensors if tensor is not None]
+        for each in rows:
+            mark_dynamic(each, 0)
+        _compiled_update(*rows, *scalars, **numbers)
 
 
 def build_optimizer(model: nn.Module, config: Optimizer) -> NamedAdamW:

@@ -47,8 +47,8 @@ def grouped_experts(
     """weight * down(silu(gate(x)) * up(x)), each row by its own expert and with its own weight.
 
     x [R, H]; gate_up_proj [E, 2I, H] (rows: gate, then up); down_proj [E, H, I]; weights float32 or wider [R]; offsets
-    int32 [E], where each expert's rows end (the last is R; an expert may have none) -> [R, H] in x's dtype. Matrices
-    are read as they are stored, never copied.
+    int32 [E], where each expert's rows end (an expert may have none; what comes after the last is anything, and so are
+    its gradients) -> [R, H] in x's dtype. Matrices are read as they are stored, never copied.
 
     The weight multiplies the inner activation, which is the same as multiplying the result: its gradient then needs
     [R, I] numbers that the backward pass has at hand, not the result [R, H], which nothing has to keep.
@@ -80,8 +80,9 @@ def _grouped_linear(x: torch.Tensor, weight: torch.Tensor, offsets: torch.Tensor
 
 @torch.compiler.disable  # reads the offsets on the host
 def _loop(x: torch.Tensor, weight: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
-    parts = x.tensor_split(offsets[:-1].long().cpu())
-    return torch.cat([part @ matrix.T for part, matrix in zip(parts, weight)])
+    *parts, rest = x.tensor_split(offsets.long().cpu())
+    results = [part @ matrix.T for part, matrix in zip(parts, weight)]
+    return torch.cat([*results, rest.new_zeros(len(rest), weight.shape[1])])
 
 
 def is_aligned(width: int, dtype: torch.dtype) -> bool:

@@ -32,6 +32,7 @@ def _loss_and_gradient(logits: torch.Tensor, labels: torch.Tensor) -> tuple[torc
 
 # Eagerly each line above reads and writes all logits in float32; compiled, they are read twice and written once.
 _compiled_loss_and_gradient = torch.compile(_loss_and_gradient)
+_compiled_loss = torch.compile(_loss)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -50,7 +51,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
             torch.empty_like(factor, dtype=factor.dtype if of_rows else wide) if wanted else None
             for factor, of_rows, wanted in zip(factors, is_rows, wants)
         ]
-        loss_and_gradient = _compiled_loss_and_gradient if backend == "compiled" else _loss_and_gradient
+        loss_and_gradient, loss_alone = _loss_and_gradient, _loss
+        if backend == "compiled":
+            loss_and_gradient, loss_alone = _compiled_loss_and_gradient, _compiled_loss
         for start in range(0, max(hidden.shape[0], 1), chunk_size):
             chunk, targets = slice(start, start + chunk_size), labels[start : start + chunk_size]
             pairs = [(rows[chunk], matrix) for rows, matrix in zip(factors[::2], factors[1::2])]
@@ -58,7 +61,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             for rows, matrix in pairs[1:]:
                 logits += rows @ matrix.T
             if not any(wants):
-                loss += _loss(logits, targets)[0]
+                loss += loss_alone(logits, targets)[0]
                 continue
             chunk_loss, gradient = loss_and_gradient(logits, targets)
             loss += chunk_loss

@@ -36,11 +36,14 @@ class RouterStatistics(NamedTuple):
     """float32 [E]: each expert's probability, differentiable. None if not asked for."""
     squared_logsumexp_sum: torch.Tensor | None
     """float32 []: the square of the logits' logsumexp, differentiable. None if not asked for."""
+    num_missed: torch.Tensor | None = None
+    """int32 []: how many rows had no room, where buffers have fixed sizes: see parallelisms/expert_parallel.py."""
 
     @classmethod
     def stack(cls, of_layers: Sequence["RouterStatistics"]) -> "RouterStatistics":
-        """Those of several layers, with the layers as first dimension."""
-        return cls._make(None if kind[0] is None else torch.stack(kind) for kind in zip(*of_layers))
+        """Those of several layers, of each kind those that have it, with the layers as first dimension."""
+        kinds = ([each for each in kind if each is not None] for kind in zip(*of_layers))
+        return cls._make(torch.stack(kind) if kind else None for kind in kinds)
 
 
 class Router(nn.Module):

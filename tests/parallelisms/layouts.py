@@ -48,6 +48,7 @@ class Layout:
     accumulation: int = 1
     activation_checkpoint: str = "none"
     compile: bool = False
+    room: float = 0.0
     adam_eps: float = 1e-4
     """With Adam's default of 1e-8 weights drift by noise divided by noise: then only the update's norm compares."""
 
@@ -166,7 +167,7 @@ def build(
     assert dist.get_world_size() == layout.world
     torch.compiler.reset()
     degrees = Degrees(layout.replicate, layout.world // layout.replicate, layout.ep, layout.cp)
-    meshes = build_meshes(device_type, degrees)
+    meshes = build_meshes(device_type, degrees, layout.room)
     with torch.device("meta"):
         model = Qwen35Moe(config, Kernels(attention="sdpa"))
     for name, parameter in model.named_parameters():

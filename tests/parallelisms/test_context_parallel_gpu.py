@@ -49,7 +49,7 @@ def train_on_a_document(length: int) -> dict[int, Run]:
             batch = own_share(whole, meshes.context_parallel, None)
         pin_routing(model, [of_layer[part].to(device) for of_layer in experts])
         loss = forward_backward(model, batch, device, whole.num_trained * 2 // context)
-        loss = reduce_replicated_gradients(model.float32_parameters(), loss, meshes.data_parallel)
+        (loss,) = reduce_replicated_gradients(model.float32_parameters(), loss.view(1), meshes.data_parallel)
         gradients = {name: full(parameter.grad).cpu() for name, parameter in model.named_parameters()}
         of_degrees[context] = Run(torch.empty(0), loss.cpu(), gradients)
         del model

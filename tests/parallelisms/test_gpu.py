@@ -193,7 +193,7 @@ def observe_expert_parallel(config: ModelConfig, rows: list[list[int]], modes: l
     def train(model: Qwen35Moe, meshes: Meshes) -> Run:
         pin_routing(model, experts)
         loss = forward_backward(model, batch, device, int(num_trained))
-        loss = reduce_replicated_gradients(model.float32_parameters(), loss, meshes.data_parallel)
+        (loss,) = reduce_replicated_gradients(model.float32_parameters(), loss.view(1), meshes.data_parallel)
         gradients = {name: full(p.grad).cpu() for name, p in model.named_parameters()}
         return Run(torch.empty(0), loss.cpu(), gradients)
 

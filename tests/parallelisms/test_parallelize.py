@@ -57,7 +57,7 @@ def sums() -> tuple[list[list[float]], float]:
     parameters[2].requires_grad_(False)
     parameters[0].grad, parameters[1].grad = torch.tensor([1.0, rank]), torch.tensor([10.0])
     mesh = dist.device_mesh.init_device_mesh("cpu", (dist.get_world_size(),))
-    loss = reduce_replicated_gradients(parameters, torch.tensor(0.5 * rank), mesh)
+    (loss,) = reduce_replicated_gradients(parameters, torch.tensor([0.5 * rank]), mesh)
     return [parameter.grad.tolist() for parameter in parameters[:2] if parameter.grad is not None], loss.item()
 
 

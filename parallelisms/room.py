@@ -1,0 +1,48 @@
+"""How large the buffers are in which tokens travel to their experts and wait for them."""
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from config.options import Parallelism
+
+
+class Sizes(NamedTuple):
+    """Of a block's buffers."""
+
+    copies: int
+    """That one rank sends to another."""
+    rows: int
+    """That a rank's experts get."""
+
+
+@dataclass
+class Room:
+    """One for all blocks of a run; the same on all ranks."""
+
+    factor: float = 0.0
+    """Sizes as multiples of even shares; 0: each block asks for its own, and the host waits for the answer."""
+
+    def sizes(self, num_tokens: int, top_k: int, num_ranks: int, num_local: int) -> Sizes:
+        """Of a rank with so many tokens, each with top_k experts, where each of `num_ranks` ranks has `num_local`
+        experts. No larger than what can come at most."""
+        reached = 1 - (1 - 1 / num_ranks) ** top_k  # of the ranks, by a token whose experts are anywhere
+        copies = min(num_tokens, math.ceil(self.factor * num_tokens * reached))
+        most = num_ranks * copies * min(top_k, num_local)
+        return Sizes(copies, min(most, math.ceil(self.factor * num_tokens * top_k)))
+
+    @contextmanager
+    def asking(self) -> Iterator[None]:
+        """Has blocks ask for sizes; and afterwards there is more room than before."""
+        before, self.factor = self.factor, 0.0
+        yield
+        self.factor = before * 1.25
+
+
+def room_factor(options: Parallelism, device_type: str) -> float:
+    """`expert_room`, or what it is by default: a GPU must not wait for its host."""
+    if options.expert_room >= 0:
+        return options.expert_room
+    return 1.2 if device_type == "cuda" else 0.0
