@@ -39,6 +39,10 @@ TABLES = {
     "text": Table(
         [
             *LAYOUTS,
+            Layout(world=2, ep=2, room=8.0, accumulation=2, activation_checkpoint="selective"),
+            Layout(world=4, ep=4, room=8.0, activation_checkpoint="full"),
+            Layout(world=4, ep=2, room=1.0, accumulation=2),
+            Layout(world=8, ep=8, room=8.0, activation_checkpoint="selective", compile=True),
             Layout(world=8),
             Layout(world=8, ep=8, activation_checkpoint="selective"),
             Layout(world=8, ep=8, accumulation=2, activation_checkpoint="full"),
