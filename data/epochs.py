@@ -98,13 +98,13 @@ def _num_rows(
     starts, numbers = measured
 
     def read(sample: int) -> Sample:
-        document = packer.samples.document(sample)
+        document = int(packer.samples.documents(range(sample, sample + 1))[0])
         num_tokens, *places = numbers[starts[document] : starts[document + 1]].tolist()
         if not num_tokens:
             raise BadSample("failed", f"sample {sample}")
-        tokens = longest[:num_tokens]
+        empty = Sample.of(longest[:num_tokens], False)
         media = [Medium(begin, end, [], _no_pixels, 0) for begin, end in zip(places[::2], places[1::2])]
-        return Sample(tokens, tokens, media=media)
+        return empty._replace(media=media)
 
     slot = packer.slot(cursor, read)
     num_rows = 0
@@ -155,10 +155,10 @@ def _cached(packer: "Packer", what: list[Any], suffix: str, make: Callable[[Path
 
 def _measure(samples: Samples, skip_bad: bool, documents: range) -> tuple[NDArray[np.int64], NDArray[np.int32]]:
     """How many numbers there are of each document, and the numbers."""
-    counts, numbers = [], []
+    counts, numbers, read = [], [], samples.reader()
     for document in documents:
         try:
-            sample = samples.read(document)
+            sample = read(document)
             own = [len(sample.tokens), *(place for medium in sample.media for place in (medium.begin, medium.end))]
         except BadSample:
             if not skip_bad:

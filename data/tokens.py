@@ -85,7 +85,8 @@ class TokenisedCorpus(Whole):
         def make(path: Path) -> None:
             for shard in range(len(self._starts) - 1):
                 tokens, ends, *trained = _arrays(self._folder, shard, self._kinds, self._dtype)
-                if any((each[at : at + _BLOCK] > 1).any() for each in trained for at in range(0, len(each), _BLOCK)):
+                flags = [each.view("u1") for each in trained]
+                if any((each[at : at + _BLOCK] > 1).any() for each in flags for at in range(0, len(each), _BLOCK)):
                     raise self._damaged(f"shard {shard} has other than 0 and 1 for what is trained on")
                 largest = max((int(tokens[at : at + _BLOCK].max()) for at in range(0, len(tokens), _BLOCK)), default=0)
                 if largest >= size:
@@ -125,7 +126,7 @@ def _files(folder: str, shard: int, kinds: tuple[str, ...]) -> list[Path]:
 
 def _arrays(folder: str, shard: int, kinds: tuple[str, ...], dtype: str) -> list[NDArray[Any]]:
     """What is in a shard's files, memory-mapped. Not as memmaps: a slice of one takes ten times as long."""
-    files = zip(_files(folder, shard, kinds), (dtype, "<i8", "u1"))
+    files = zip(_files(folder, shard, kinds), (dtype, "<i8", "?"))
     return [
         np.asarray(np.memmap(path, kind, "r")) if path.stat().st_size else np.empty(0, kind)  # nothing cannot be mapped
         for path, kind in files
