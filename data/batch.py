@@ -54,7 +54,7 @@ class Sample(NamedTuple):
     """One document or conversation, n > 0 tokens."""
 
     tokens: NDArray[np.integer]  # [n]
-    is_trained: NDArray[np.bool_]  # [n], which of them are to be predicted; the first never is
+    is_trained: NDArray[np.bool_]  # [n], which of them are to be predicted; the first is not, whatever this says
     note: tuple[str, str] | None = None  # (reason, message): counted, although the sample is used
     media: Sequence[Medium] = ()  # in order
     last_label: int = IGNORED  # of the last token: where more followed and was cut off, the next one

@@ -55,7 +55,9 @@ def _write_shard(
         while sample is not None:
             sample.tokens.astype(dtype).tofile(file)
             if trained is not None:
-                sample.is_trained.astype("u1").tofile(trained)
+                is_trained = sample.is_trained.astype("u1")
+                is_trained[0] = 0  # nothing predicts it
+                is_trained.tofile(trained)
             ends.append(ends[-1] + len(sample.tokens))
             number, sample = share.first_from(number + 1)
     np.array(ends[1:], "<i8").tofile(folder / f"{shard:05}.ends")
