@@ -80,7 +80,8 @@ def most_rows(packer: "Packer", cursors: Sequence[Cursor], sequence_length: int)
     measured = _measured(packer)
     if packer.data.format == "text" and len(measured[1]) == packer.samples.num_documents:
         return max(_num_full_rows(packer, cursor, sequence_length, measured[1]) for cursor in cursors)
-    longest = np.zeros(sequence_length if packer.data.format == "chat" else int(measured[1].max(initial=1)), np.int32)
+    num_tokens = sequence_length if packer.data.format == "chat" else int(measured[1].max(initial=1))
+    longest = Sample.of(np.zeros(num_tokens, np.int32), False)
     return max(_num_rows(packer, cursor, sequence_length, measured, longest) for cursor in cursors)
 
 
@@ -92,19 +93,18 @@ def _num_full_rows(packer: "Packer", cursor: Cursor, sequence_length: int, lengt
     return -(-(int(lengths[documents].sum(dtype=np.int64)) - offset) // sequence_length)
 
 
-def _num_rows(
-    packer: "Packer", cursor: Cursor, sequence_length: int, measured: Measured, longest: NDArray[np.int32]
-) -> int:
+def _num_rows(packer: "Packer", cursor: Cursor, sequence_length: int, measured: Measured, longest: Sample) -> int:
+    assert packer.end is not None
     starts, numbers = measured
+    documents = np.asarray(packer.samples.documents(range(packer.end)))  # a file's, so it takes no memory
 
     def read(sample: int) -> Sample:
-        document = int(packer.samples.documents(range(sample, sample + 1))[0])
+        document = documents[sample]
         num_tokens, *places = numbers[starts[document] : starts[document + 1]].tolist()
         if not num_tokens:
             raise BadSample("failed", f"sample {sample}")
-        empty = Sample.of(longest[:num_tokens], False)
         media = [Medium(begin, end, [], _no_pixels, 0) for begin, end in zip(places[::2], places[1::2])]
-        return empty._replace(media=media)
+        return Sample(longest.tokens[:num_tokens], longest.is_trained[:num_tokens], media=media)
 
     slot = packer.slot(cursor, read)
     num_rows = 0
