@@ -255,7 +255,7 @@ class EncodeText:
         tokens = np.concatenate([text, self._ending], dtype=np.int32, casting="unsafe")
         if self._reader is not None:
             self._reader.check_placeholders(tokens, 0)
-        return Sample.of(tokens)
+        return Sample(tokens, np.ones(len(tokens), bool))
 
     def _tokenise(self, text: str) -> list[int]:
         with _refusing_surrogates():
