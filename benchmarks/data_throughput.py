@@ -204,8 +204,9 @@ def main() -> None:
         kinds = {f"text {kind}": ("text", kind, texts, 100) for kind in ("jsonl", "json", "csv", "parquet")}
         for layout, records in layouts_of(chats).items():
             kinds |= {f"{layout} {kind}": ("chat", kind, records, 2000) for kind in ("jsonl", "json", "csv", "parquet")}
-        for data_format in ("text", "chat"):
-            kinds[f"{data_format} tokenised"] = (data_format, "tokens", texts if data_format == "text" else chats, 100)
+        short = [{"text": "\n".join(each["content"] for each in chat["messages"])} for chat in chats]
+        for name, records in (("text", texts), ("short text", short), ("chat", chats)):
+            kinds[f"{name} tokenised"] = ("chat" if name == "chat" else "text", "tokens", records, 100)
         for name, (data_format, kind, records, times) in kinds.items():
             if options.only not in name:
                 continue

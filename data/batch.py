@@ -53,25 +53,28 @@ class Medium(NamedTuple):
 class Sample(NamedTuple):
     """One document or conversation, n > 0 tokens."""
 
-    tokens: NDArray[np.int32]  # [n]
-    labels: NDArray[np.int32]  # [n], what is to be predicted at each token: the next one, or IGNORED
+    tokens: NDArray[np.integer]  # [n]
+    is_trained: NDArray[np.bool_]  # [n], which of them are to be predicted; the first is not, whatever this says
     note: tuple[str, str] | None = None  # (reason, message): counted, although the sample is used
     media: Sequence[Medium] = ()  # in order
+    last_label: int = IGNORED  # of the last token: where more followed and was cut off, the next one
 
     @classmethod
-    def of(cls, tokens: NDArray[np.int32], is_trained: NDArray[np.bool_] | bool = True) -> "Sample":
-        """The sample of these tokens, of which those are trained on where `is_trained` [n] is true.
+    def of(cls, tokens: NDArray[np.integer], is_trained: NDArray[np.bool_] | bool = True) -> "Sample":
+        """The sample of these tokens; `is_trained` may be said of all of them."""
+        return cls(tokens, np.full(len(tokens), is_trained))
 
-        Each token's label is the next one, so the last has none. (One that is cut later keeps the token after the cut.)
-        """
-        labels = np.full(len(tokens), IGNORED, np.int32)
-        labels[:-1] = np.where(is_trained, tokens, IGNORED)[1:]
-        return cls(tokens, labels)
+    @property
+    def labels(self) -> NDArray[np.int32]:
+        """[n], what is to be predicted at each token: the next one, or IGNORED."""
+        return end_to_end([self])[1]
 
     def piece(self, begin: int, room: int) -> "Sample":
         """The tokens from `begin` on, at most `room` of them, none of them inside an image or a video that goes on
         behind. Its last label is the token after the cut."""
         end = min(len(self.tokens), begin + room)
+        if end - begin == len(self.tokens):
+            return self
         end = next((medium.begin for medium in self.media if medium.begin < end < medium.end), end)
         media = [
             medium._replace(
@@ -82,7 +85,19 @@ class Sample(NamedTuple):
             for medium in self.media
             if begin <= medium.begin < end
         ]
-        return Sample(self.tokens[begin:end], self.labels[begin:end], self.note, media)
+        is_cut = end < len(self.tokens)
+        last_label = self.last_label if not is_cut else int(self.tokens[end]) if self.is_trained[end] else IGNORED
+        return Sample(self.tokens[begin:end], self.is_trained[begin:end], self.note, media, last_label)
+
+
+def end_to_end(samples: Sequence[Sample]) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
+    """The tokens and the labels of all samples, of which there is one at least."""
+    tokens = np.concatenate([sample.tokens for sample in samples], dtype=np.int32, casting="unsafe")
+    labels = np.where(np.concatenate([sample.is_trained for sample in samples]), tokens, np.int32(IGNORED))
+    labels[:-1] = labels[1:]
+    ends = np.cumsum([len(sample.tokens) for sample in samples])
+    labels[ends - 1] = [sample.last_label for sample in samples]
+    return tokens, labels
 
 
 Cursor = tuple[int, ...]

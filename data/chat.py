@@ -24,7 +24,6 @@ from data.messages import Conversation, Message, from_turn, later_turns, only_sh
 from data.packing import BadSample
 from data.template import Template
 from data.tokenizer import load_tokenizer, template_in
-from models.ops.labels import IGNORED
 
 if TYPE_CHECKING:  # seconds to import, and of no use to workers that read text
     from transformers import PreTrainedTokenizerFast
@@ -82,7 +81,7 @@ class ChatTemplate:
         sample = self._encode(read, tools, sources)
         if max_tokens is not None and len(sample.tokens) > max_tokens:
             sample = self._without_first_turns(sample, read, tools, sources, max_tokens)
-        if (sample.labels == IGNORED).all():
+        if not sample.is_trained[1:].any():
             raise BadSample("nothing_to_train", "has no turn of the assistant that is to be trained on")
         return sample
 
@@ -134,7 +133,7 @@ class ChatTemplate:
                 raise BadSample("unclear_spans", "has a token that lies across the border of a turn")
         if sources and reader:
             return reader.sample(tokens, offsets, is_trained, ranges, shown)
-        return Sample.of(tokens, is_trained)
+        return Sample(tokens, is_trained)
 
     def _spans(self, messages: list[Message], tools: Any) -> tuple[str, dict[int, tuple[int, int]]]:
         """The rendering, and where in it each of the assistant's turns begins and ends. Raises BadSample."""

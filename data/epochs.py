@@ -80,7 +80,8 @@ def most_rows(packer: "Packer", cursors: Sequence[Cursor], sequence_length: int)
     measured = _measured(packer)
     if packer.data.format == "text" and len(measured[1]) == packer.samples.num_documents:
         return max(_num_full_rows(packer, cursor, sequence_length, measured[1]) for cursor in cursors)
-    longest = np.zeros(sequence_length if packer.data.format == "chat" else int(measured[1].max(initial=1)), np.int32)
+    num_tokens = sequence_length if packer.data.format == "chat" else int(measured[1].max(initial=1))
+    longest = Sample.of(np.zeros(num_tokens, np.int32), False)
     return max(_num_rows(packer, cursor, sequence_length, measured, longest) for cursor in cursors)
 
 
@@ -92,19 +93,18 @@ def _num_full_rows(packer: "Packer", cursor: Cursor, sequence_length: int, lengt
     return -(-(int(lengths[documents].sum(dtype=np.int64)) - offset) // sequence_length)
 
 
-def _num_rows(
-    packer: "Packer", cursor: Cursor, sequence_length: int, measured: Measured, longest: NDArray[np.int32]
-) -> int:
+def _num_rows(packer: "Packer", cursor: Cursor, sequence_length: int, measured: Measured, longest: Sample) -> int:
+    assert packer.end is not None
     starts, numbers = measured
+    documents = np.asarray(packer.samples.documents(range(packer.end)))  # a file's, so it takes no memory
 
     def read(sample: int) -> Sample:
-        document = packer.samples.document(sample)
+        document = documents[sample]
         num_tokens, *places = numbers[starts[document] : starts[document + 1]].tolist()
         if not num_tokens:
             raise BadSample("failed", f"sample {sample}")
-        tokens = longest[:num_tokens]
         media = [Medium(begin, end, [], _no_pixels, 0) for begin, end in zip(places[::2], places[1::2])]
-        return Sample(tokens, tokens, media=media)
+        return Sample(longest.tokens[:num_tokens], longest.is_trained[:num_tokens], media=media)
 
     slot = packer.slot(cursor, read)
     num_rows = 0
@@ -155,10 +155,10 @@ def _cached(packer: "Packer", what: list[Any], suffix: str, make: Callable[[Path
 
 def _measure(samples: Samples, skip_bad: bool, documents: range) -> tuple[NDArray[np.int64], NDArray[np.int32]]:
     """How many numbers there are of each document, and the numbers."""
-    counts, numbers = [], []
+    counts, numbers, read = [], [], samples.reader()
     for document in documents:
         try:
-            sample = samples.read(document)
+            sample = read(document)
             own = [len(sample.tokens), *(place for medium in sample.media for place in (medium.begin, medium.end))]
         except BadSample:
             if not skip_bad:

@@ -246,10 +246,10 @@ class Packer(NamedTuple):
         return (number, 0) if self.data.format == "text" else (number, *[NO_SAMPLE] * NUM_PENDING)
 
     def slot(self, cursor: Cursor, read: Callable[[int], Sample] | None = None) -> TextSlot | ChatSlot:
-        """The one that stands at `cursor`. `read`: gives the samples instead of `samples.read`."""
+        """The one that stands at `cursor`. `read`: gives the samples instead of `samples`."""
         num_documents = self.samples.num_documents
         share = Share(
-            read or self.samples.read,
+            read or self.samples.reader(self.num_slots),
             self.num_slots,
             end=self.end,
             skip_bad=self.data.on_bad_sample == "skip",

@@ -320,7 +320,7 @@ class MediaReader:
             frames = [Frame(place, *grid) for place, grid in (next(places) for _ in each.grids)]
             media.append(Medium(int(starts[first]), int(starts[last]), frames, each.decode, self._vision.patch_values))
             is_trained[media[-1].begin : media[-1].end] = False
-        return Sample.of(tokens, is_trained)._replace(media=media)
+        return Sample(tokens, is_trained, media=media)
 
 
 def _decoded(text: str, kind: str) -> bytes:

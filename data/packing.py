@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from data.batch import Cursor, Frame, Row, Sample
+from data.batch import Cursor, Frame, Row, Sample, end_to_end
 from errors import UserError
 from models.ops.labels import IGNORED
 
@@ -99,11 +99,14 @@ class Share:
 def _row(samples: list[Sample], sequence_length: int, filler: int, cursor: Cursor, share: Share) -> Row:
     """Samples end to end, and fillers behind them. Their images and videos are decoded here, so that those of samples
     that wait for a row take no memory."""
-    num_fillers = sequence_length - sum(len(sample.tokens) for sample in samples)
-    fillers = [Sample.of(np.full(num_fillers, filler, np.int32), False)] if num_fillers else []
-    parts, frames, pixels, begin = [], list[Frame](), [], 0
-    for sample in [*samples, *fillers]:
-        tokens, labels, is_good = sample.tokens, sample.labels, True
+    lengths = [len(sample.tokens) for sample in samples]
+    num_fillers = sequence_length - sum(lengths)
+    if num_fillers:
+        samples, lengths = [*samples, Sample.of(np.full(num_fillers, filler), False)], [*lengths, num_fillers]
+    tokens, labels = end_to_end(samples)
+    frames, pixels, begin = list[Frame](), [], 0
+    for sample, length in zip(samples, lengths):
+        is_good = True
         for medium in sample.media:
             try:
                 pixels.append(medium.decode() if is_good else medium.grey())
@@ -114,14 +117,11 @@ def _row(samples: list[Sample], sequence_length: int, filler: int, cursor: Curso
                     raise
                 share.notes.append((error.reason, str(error)))
                 pixels.append(medium.grey())
-                labels, is_good = np.full_like(labels, IGNORED), False
+                labels[begin : begin + length], is_good = IGNORED, False
             frames += [frame._replace(place=begin + frame.place) for frame in medium.frames]
-        parts.append((tokens, labels))
-        begin += len(tokens)
-    row_tokens, row_labels = (np.concatenate(values) for values in zip(*parts))
-    lengths = [len(tokens) for tokens, _ in parts]
+        begin += length
     shown = np.concatenate(pixels) if pixels else None
-    return Row(row_tokens, row_labels, lengths, num_fillers, cursor, share.take_notes(), frames, shown)
+    return Row(tokens, labels, lengths, num_fillers, cursor, share.take_notes(), frames, shown)
 
 
 def filler_row(sequence_length: int, filler: int) -> Row:

@@ -32,7 +32,6 @@ from data.skipped import write_skipped
 from data.sources import open_sources
 from data.tokenizer import load_tokenizer
 from errors import OneLineParser, UserError, exit_on_error
-from models.ops.labels import IGNORED
 from models.qwen35_moe.vision_config import VisionConfig
 
 _MOST_SIZES = 8
@@ -57,10 +56,10 @@ class Measured:
     @classmethod
     def of(cls, samples: Samples, num_samples: int, vision: VisionConfig | None) -> "Measured":
         """Reads them. Raises UserError if none can be used."""
-        found = cls(num_samples)
+        found, read = cls(num_samples), samples.reader()
         for number in range(num_samples):
             try:
-                sample = samples.read(number)
+                sample = read(number)
             except BadSample as error:
                 found.skipped[error.reason] += 1
                 found.notes.append((error.reason, str(error)))
@@ -69,7 +68,7 @@ class Measured:
                 found.noted[sample.note[0]] += 1
                 found.notes.append(sample.note)
             found.lengths.append(len(sample.tokens))
-            found.num_trained += int((sample.labels != IGNORED).sum())
+            found.num_trained += int(sample.is_trained[1:].sum())
             if vision is not None:
                 found._see(sample, vision)
         if not found.lengths:
@@ -129,9 +128,10 @@ def histogram(bins: list[tuple[int, int, int]]) -> str:
 
 def _fill(packer: Packer, num_rows: int, sequence_length: int) -> float:
     """How full rows are, of 1: those of one slot that reads all samples, and decodes none of their pictures."""
+    read = packer.samples.reader()
 
     def unseen(number: int) -> Sample:
-        sample = packer.samples.read(number)
+        sample = read(number)
         empty = [medium._replace(decode=lambda: np.empty((0, 0), np.uint8)) for medium in sample.media]
         return sample._replace(media=empty)
 

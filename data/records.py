@@ -11,10 +11,10 @@ from numpy.typing import NDArray
 
 
 class TokenisedChat(NamedTuple):
-    """A conversation's tokens, each with 1 if it is trained on, else 0."""
+    """A conversation's tokens, and which of them are trained on."""
 
     tokens: NDArray[np.unsignedinteger]
-    is_trained: NDArray[np.uint8]
+    is_trained: NDArray[np.bool_]
 
 
 Record = dict[str, Any] | NDArray[np.unsignedinteger] | TokenisedChat

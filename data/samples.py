@@ -22,7 +22,7 @@ from data.held_out import ALL, Side, ends_of
 from data.layouts import in_words, read_layout
 from data.media import Media, MediaReader, MediaSettings, has_fields, has_media, show_all
 from data.packing import BadSample
-from data.records import Record, Source, TokenisedChat, mapped_numbers, part_of
+from data.records import Record, Source, TokenisedChat, mapped_numbers
 from data.shuffle import permutation, permute
 from data.sources import declared_sources, open_sources
 from data.tokenizer import template_in
@@ -36,6 +36,7 @@ Encode = Callable[[Record], Sample]
 T = TypeVar("T")
 
 _BLOCK = 8191  # a prime: whatever the number of slots, each of them meets all places
+_AHEAD = 1024  # samples
 _NUM_CHECKED = 100
 _MOST_NAMED = 8  # entries
 _NUM_FILES, _NUM_OF_EACH = 16, 10  # looked into for images: a Parquet file's first group of rows may be large
@@ -63,11 +64,11 @@ class Samples:
         self.made_by = made_by
         self._deal: Path | None = None
         self._sources, self._encode, self._seed = sources, encode, seed
-        self._starts = list(itertools.accumulate(map(len, sources), initial=0))
-        self.num_documents = self._starts[-1]
+        self._starts = np.array(list(itertools.accumulate(map(len, sources), initial=0)), np.int64)
+        self.num_documents = int(self._starts[-1])
         """N."""
         bounds = np.rint(np.cumsum(weights) / (sum(weights) or 1) * _BLOCK)
-        order = [permute(place, _BLOCK, (seed or 0) + _OTHER_SEEDS, 0) for place in range(_BLOCK if weights else 0)]
+        order = permutation(_BLOCK if weights else 0, (seed or 0) + _OTHER_SEEDS, 0)
         self._source_of = np.searchsorted(bounds, order, side="right")  # place in a block -> source
         self._counts = np.bincount(self._source_of, minlength=len(sources))
         self._rank = np.zeros(len(order), np.int64)  # place in a block -> how many samples of the same source before
@@ -90,35 +91,51 @@ class Samples:
         samples._deal = deal
         return samples
 
-    def document(self, sample: int) -> int:
-        """Which of the N a sample is; without weights."""
-        if self._deal is not None:
-            return int(mapped_numbers(self._deal)[sample])
-        return self._permuted(sample, self.num_documents)
-
     def documents(self, samples: range) -> NDArray[np.int64]:
-        """`document` of each."""
+        """Which of the N each of these is, as far as they are dealt; without weights."""
         if self._deal is not None:
             return mapped_numbers(self._deal)[samples.start : samples.stop : samples.step]
-        return np.array([self.document(sample) for sample in samples], np.int64)
+        return self._permuted(_array(samples), self.num_documents)
 
-    def find(self, sample: int) -> tuple[Source, int]:
-        """The source of a sample, and the record's number there."""
+    def find(self, samples: range) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Of each of these, as far as they are dealt: which source has it, and the record's number there."""
         if not len(self._rank):
-            number, index = part_of(self.document(sample), self._starts)
-            return self._sources[number], index
-        block, place = divmod(sample, _BLOCK)
-        number = int(self._source_of[place])
-        source = self._sources[number]
-        return source, self._permuted(int(block * self._counts[number] + self._rank[place]), len(source), number)
+            documents = self.documents(samples)
+            owners = np.searchsorted(self._starts, documents, side="right") - 1
+            return owners, documents - self._starts[owners]
+        blocks, places = np.divmod(_array(samples), _BLOCK)
+        owners = self._source_of[places]
+        indices = blocks * self._counts[owners] + self._rank[places]
+        for owner in np.unique(owners).tolist():
+            own = owners == owner
+            indices[own] = self._permuted(indices[own], len(self._sources[owner]), owner)
+        return owners, indices
 
-    def _permuted(self, sample: int, size: int, number: int = 0) -> int:
-        epoch, index = divmod(sample, size)
-        return index if self._seed is None else permute(index, size, self._seed + 2 * number * _OTHER_SEEDS, epoch)
+    def _permuted(self, indices: NDArray[np.int64], size: int, owner: int = 0) -> NDArray[np.int64]:
+        epochs, indices = np.divmod(indices, size)
+        return indices if self._seed is None else permute(indices, size, self._seed + 2 * owner * _OTHER_SEEDS, epochs)
+
+    def reader(self, stride: int = 1) -> Callable[[int], Sample]:
+        """`read` for one who reads each sample `stride` behind the one before: where they are is worked out for many at
+        once. Nothing is read ahead."""
+        begin, (owners, indices) = 0, self.find(range(0))
+
+        def read(sample: int) -> Sample:
+            nonlocal begin, owners, indices
+            place, rest = divmod(sample - begin, stride)
+            if rest or not 0 <= place < len(owners):
+                begin, place = sample, 0
+                owners, indices = self.find(range(begin, begin + _AHEAD * stride, stride))
+            return self._read(self._sources[owners[place]], int(indices[place]))
+
+        return read
 
     def read(self, sample: int) -> Sample:
         """Raises BadSample, which names the place of the record."""
-        source, index = self.find(sample)
+        (owner,), (index,) = self.find(range(sample, sample + 1))
+        return self._read(self._sources[owner], int(index))
+
+    def _read(self, source: Source, index: int) -> Sample:
         where = functools.partial(source.where, index)
         read = read_sample(functools.partial(source.__getitem__, index), self._encode, where)
         if read.media:
@@ -128,6 +145,10 @@ class Samples:
             return read
         reason, message = read.note
         return read._replace(note=(reason, f"{where()}: {message}"))
+
+
+def _array(numbers: range) -> NDArray[np.int64]:
+    return np.arange(numbers.start, numbers.stop, numbers.step, dtype=np.int64)
 
 
 def _decode(decode: Callable[[], T], where: Callable[[], str]) -> T:
@@ -223,18 +244,18 @@ class EncodeText:
         """`end_of_document`: the token to append to each document. `max_tokens`: of an image or a video, which
         `reader` reads."""
         self._data, self._tokenizer, self._max_tokens, self._reader = data, tokenizer, max_tokens, reader
-        self._ending = [] if end_of_document is None else [end_of_document]
+        self._ending = np.array([] if end_of_document is None else [end_of_document], np.int32)
 
     def __call__(self, record: Record) -> Sample:
         if isinstance(record, dict) and (has_fields if self._reader else has_media)(record, self._data):
             return self._with_media(record)
-        tokens = self._tokenise(text_of(record, self._data.text_key)) if isinstance(record, dict) else record
-        if not len(tokens):
+        text = self._tokenise(text_of(record, self._data.text_key)) if isinstance(record, dict) else record
+        if not len(text):
             raise BadSample("empty", "has no text")
-        sample = Sample.of(np.concatenate([tokens, self._ending], dtype=np.int32, casting="unsafe"))
+        tokens = np.concatenate([text, self._ending], dtype=np.int32, casting="unsafe")
         if self._reader is not None:
-            self._reader.check_placeholders(sample.tokens, 0)
-        return sample
+            self._reader.check_placeholders(tokens, 0)
+        return Sample(tokens, np.ones(len(tokens), bool))
 
     def _tokenise(self, text: str) -> list[int]:
         with _refusing_surrogates():
@@ -298,15 +319,18 @@ class EncodeChat:
         self._named = frozenset[str]()  # the ignored fields that a note has named
 
     def __call__(self, record: Record) -> Sample:
-        keep = self._max_tokens if self._data.too_long == "truncate_left" else None
         if isinstance(record, TokenisedChat):
-            sample = Sample.of(record.tokens.astype(np.int32), record.is_trained.astype(bool))
+            if not len(record.tokens):
+                raise BadSample("empty", "has no tokens")
+            sample = Sample(record.tokens, record.is_trained)
         else:
             assert isinstance(record, dict)
+            keep = self._max_tokens if self._data.too_long == "truncate_left" else None
             chat = read_layout(record, self._data)
             sample = self._template.sample(chat.messages, chat.tools, Media(record, self._data), chat.options, keep)
         if len(sample.tokens) <= self._max_tokens:
-            if sample.note is None and (new := sorted(self._template.ignored - self._named)):
+            if sample.note is None and self._template.ignored != self._named:
+                new = sorted(self._template.ignored - self._named)
                 self._named |= self._template.ignored
                 return sample._replace(note=("ignored_field", f"has {', '.join(new)}: ignored in all messages"))
             return sample

@@ -35,7 +35,6 @@ from data.samples import Samples, open_samples, shows_media
 from data.tokenizer import load_tokenizer, num_ids
 from data.tokens import CHAT_OPTIONS, corpus_identity
 from errors import OneLineParser, UserError, exit_on_error
-from models.ops.labels import IGNORED
 
 _SHARD = 100_000  # documents
 
@@ -47,7 +46,7 @@ def _write_shard(
 ) -> tuple[int, int, Notes]:
     """Returns the numbers of documents and of tokens, and what was skipped."""
     end = min((shard + 1) * _SHARD, samples.num_documents)
-    share = Share(samples.read, stride=1, end=end, skip_bad=skip_bad, max_bad=_SHARD)
+    share = Share(samples.reader(), stride=1, end=end, skip_bad=skip_bad, max_bad=_SHARD)
     ends = [0]
     with contextlib.ExitStack() as files:
         file = files.enter_context(open(folder / f"{shard:05}.tokens", "wb"))
@@ -55,9 +54,10 @@ def _write_shard(
         number, sample = share.first_from(shard * _SHARD)
         while sample is not None:
             sample.tokens.astype(dtype).tofile(file)
-            if trained is not None:  # a label stands at the token before
-                is_trained = np.concatenate(([False], sample.labels[:-1] != IGNORED))
-                is_trained.astype("u1").tofile(trained)
+            if trained is not None:
+                is_trained = sample.is_trained.astype("u1")
+                is_trained[0] = 0  # nothing predicts it
+                is_trained.tofile(trained)
             ends.append(ends[-1] + len(sample.tokens))
             number, sample = share.first_from(number + 1)
     np.array(ends[1:], "<i8").tofile(folder / f"{shard:05}.ends")

@@ -76,7 +76,7 @@ class TokenisedCorpus(Whole):
         return UserError(f"data.path: {self._folder!r} is damaged: {why}")
 
     def _files(self, shard: int) -> list[Path]:
-        return [Path(self._folder, f"{shard:05}.{kind}") for kind in self._kinds]
+        return _files(self._folder, shard, self._kinds)
 
     def _check_contents(self, tokenizer: str) -> None:
         """All tokens are the tokenizer's, and the ends are in order: looked at once, and again when a file changes."""
@@ -84,8 +84,9 @@ class TokenisedCorpus(Whole):
 
         def make(path: Path) -> None:
             for shard in range(len(self._starts) - 1):
-                tokens, ends, *trained = map(_map, self._files(shard), (self._dtype, "<i8", "u1"))
-                if any((each[at : at + _BLOCK] > 1).any() for each in trained for at in range(0, len(each), _BLOCK)):
+                tokens, ends, *trained = _arrays(self._folder, shard, self._kinds, self._dtype)
+                flags = [each.view("u1") for each in trained]
+                if any((each[at : at + _BLOCK] > 1).any() for each in flags for at in range(0, len(each), _BLOCK)):
                     raise self._damaged(f"shard {shard} has other than 0 and 1 for what is trained on")
                 largest = max((int(tokens[at : at + _BLOCK].max()) for at in range(0, len(tokens), _BLOCK)), default=0)
                 if largest >= size:
@@ -104,7 +105,7 @@ class TokenisedCorpus(Whole):
 
     def __getitem__(self, index: int) -> Record:
         shard, place = part_of(index, self._starts)
-        tokens, ends, *trained = map(_mapped, self._files(shard), (self._dtype, "<i8", "u1"))
+        tokens, ends, *trained = _opened(self._folder, shard, self._kinds, self._dtype)
         own = slice(ends[place - 1] if place else 0, ends[place])
         return TokenisedChat(tokens[own], trained[0][own]) if trained else tokens[own]
 
@@ -119,9 +120,17 @@ def _sha256(folder: str) -> str:
         return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def _map(path: Path, dtype: str) -> NDArray[Any]:
-    """A file of numbers, memory-mapped."""
-    return np.memmap(path, dtype, "r") if path.stat().st_size else np.empty(0, dtype)  # nothing cannot be mapped
+def _files(folder: str, shard: int, kinds: tuple[str, ...]) -> list[Path]:
+    return [Path(folder, f"{shard:05}.{kind}") for kind in kinds]
 
 
-_mapped = functools.cache(_map)  # once in each process
+def _arrays(folder: str, shard: int, kinds: tuple[str, ...], dtype: str) -> list[NDArray[Any]]:
+    """What is in a shard's files, memory-mapped. Not as memmaps: a slice of one takes ten times as long."""
+    files = zip(_files(folder, shard, kinds), (dtype, "<i8", "?"))
+    return [
+        np.asarray(np.memmap(path, kind, "r")) if path.stat().st_size else np.empty(0, kind)  # nothing cannot be mapped
+        for path, kind in files
+    ]
+
+
+_opened = functools.cache(_arrays)  # once in each process, and not by a corpus, which is pickled

@@ -2,8 +2,10 @@
 
 import numpy as np
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
-from data.batch import Frame, Medium, MicroBatch, Row, Sample
+from data.batch import Frame, Medium, MicroBatch, Row, Sample, end_to_end
 from models.ops.labels import IGNORED
 from tests.models.qwen35_moe.vision_shapes import random_pixels, tiny_vision
 
@@ -27,6 +29,28 @@ def test_each_token_of_a_sample_is_labelled_with_the_next():
 def test_a_label_that_is_not_trained_on_is_ignored():
     sample = Sample.of(ints(5, 6, 7), np.array([True, False, True]))
     assert sample.labels.tolist() == [IGNORED, 7, IGNORED]
+
+
+DOCUMENTS = st.lists(st.lists(st.tuples(st.integers(0, 2**17), st.booleans()), min_size=1, max_size=9), min_size=1)
+
+
+@given(DOCUMENTS, st.data())
+def test_labels_of_documents_end_to_end_are_those_of_each(documents, data):
+    """Of documents that are whole or cut on either side, of tokens in whatever type their shards have."""
+    samples, tokens, labels = [], [], []
+    for document in documents:
+        begin = data.draw(st.integers(0, len(document) - 1))
+        end = data.draw(st.integers(begin + 1, len(document)))
+        ids, flags = map(list, zip(*document))
+        dtype = data.draw(st.sampled_from([np.int32, np.uint32] + [np.uint16] * (max(ids) < 2**16)))
+        samples.append(Sample(np.array(ids, dtype), np.array(flags)).piece(begin, end - begin))
+        tokens += ids[begin:end]
+        following = [token if flag else IGNORED for token, flag in document[1:]] + [IGNORED]
+        labels += following[begin:end]
+        assert samples[-1].labels.tolist() == following[begin:end]
+    found = end_to_end(samples)
+    assert [array.tolist() for array in found] == [tokens, labels]
+    assert {array.dtype for array in found} == {np.dtype(np.int32)}
 
 
 def test_a_micro_batch_lays_its_rows_end_to_end():

@@ -13,7 +13,6 @@ import torch
 from config.options import Data, Training
 from data.epochs import most_rows
 from data.loader import TokenLoader
-from data.shuffle import permutation, permute
 from data.tokenizer import load_tokenizer
 from errors import UserError
 
@@ -137,14 +136,6 @@ def test_slots_end_at_about_the_same_step(paths):
 def test_a_bad_sample_is_told_before_the_run_if_it_is_an_error(paths):
     with pytest.raises(UserError, match=r"text\.jsonl, line 10: is not JSON"):
         make_loader(paths, "text", 1, on_bad_sample="error")
-
-
-@pytest.mark.parametrize("size", [1, 2, 15, 16, 17, 1000])
-def test_a_permutation_at_once_is_that_of_each(size):
-    for seed, epoch in ((0, 0), (5, 3), (2**63, 1)):
-        expected = [permute(index, size, seed, epoch) for index in range(size)]
-        assert permutation(size, seed, epoch).tolist() == expected
-        assert sorted(expected) == list(range(size))
 
 
 def test_with_workers_it_is_the_same(paths):

@@ -22,7 +22,7 @@ from transformers import AutoTokenizer
 from config.options import Data, Training
 from data.loader import TokenLoader
 from data.samples import open_samples
-from data.shuffle import permute
+from data.shuffle import permutation
 from data.tokenize import main
 from data.tokenizer import load_tokenizer
 
@@ -136,15 +136,15 @@ def test_a_mixture_takes_samples_by_their_weights(tmp_path):
         (tmp_path / f"{name}.jsonl").write_text((json.dumps({"text": name}) + "\n") * size)
     data = Data(path=(f"{tmp_path}/a.jsonl", f"{tmp_path}/b.jsonl"), weights=(1, 3), tokenizer=TOKENIZER)
     samples = open_samples(data, load_tokenizer(TOKENIZER), 16, seed=3)
-    found = [samples.find(sample) for sample in range(2 * 8191)]
-    names = [Path(source.where(index).partition(",")[0]).stem for source, index in found]
+    owners, indices = samples.find(range(2 * 8191))
+    names = ["ab"[owner] for owner in owners]
     for start in (0, 8191):  # to a sample in each block, and nearly so in each part of it, for each slot too
         assert names[start : start + 8191].count("a") == round(8191 / 4)
     assert 200 < names[:1000].count("a") < 300
     for slot in range(8):
         assert 200 < names[slot:8000:8].count("a") < 300
     # Each source in its own epochs: in the first 700 samples of b each of its documents once, and so on.
-    of_b = [index for name, (_, index) in zip(names, found) if name == "b"]
+    of_b = [index for name, index in zip(names, indices) if name == "b"]
     for epoch in range(3):
         assert sorted(of_b[700 * epoch : 700 * (epoch + 1)]) == list(range(700))
     assert of_b[:700] != of_b[700:1400]
@@ -266,7 +266,7 @@ def expected_rows(slot, num_rows, seed, shuffle=True, end_of_document=True):
     stream, sample = [], slot  # (token, label, whether it is the first of its document)
     while len(stream) < num_rows * SEQUENCE_LENGTH:
         epoch, index = divmod(sample, len(TEXTS))
-        text = TEXTS[permute(index, len(TEXTS), seed, epoch) if shuffle else index]
+        text = TEXTS[permutation(len(TEXTS), seed, epoch)[index] if shuffle else index]
         tokens = tokenizer(text, add_special_tokens=False).input_ids
         tokens += [END_OF_TEXT] if tokens and end_of_document else []
         stream += zip(tokens, [*tokens[1:], -100], [True] + [False] * len(tokens))

@@ -4,6 +4,8 @@ from collections import Counter
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from data.batch import Sample
 from data.packing import BadSample
@@ -31,6 +33,23 @@ def encode(record: object) -> Sample:
     if record["number"] == 13:  # type: ignore[index]
         raise BadSample("empty", "is unlucky")
     return Sample.of(np.array([record["number"], 0], np.int32))  # type: ignore[index]
+
+
+@given(
+    st.lists(st.integers(1, 30), min_size=1, max_size=4), st.sampled_from([None, 0, 2**63 - 1]), st.booleans(),
+    st.lists(st.tuples(st.integers(0, 40), st.integers(1, 9)), min_size=1, max_size=8), st.integers(1, 7), st.data(),
+)  # fmt: skip
+def test_a_reader_gives_what_reading_one_sample_gives(sizes, seed, is_weighted, jumps, stride, data):
+    """Wherever it is sent, and for longer than it looks ahead."""
+    sources = [Numbers(100 * place, size) for place, size in enumerate(sizes)]
+    weights = [float(place + 1) for place in range(len(sizes))] if is_weighted else ()
+    samples = Samples(sources, weights, lambda record: Sample.of(np.array([record["number"]])), seed)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("data.samples._AHEAD", data.draw(st.integers(1, 10)))
+        read = samples.reader(stride)
+        for first, number in jumps:
+            for sample in range(first, first + number * stride, stride):
+                assert read(sample).tokens.tolist() == samples.read(sample).tokens.tolist()
 
 
 def numbers_of(samples: Samples, of: range) -> list[int]:

@@ -3,14 +3,17 @@
 import hashlib
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from config.options import Data
+from config.options import Data, Training
+from data.loader import TokenLoader
 from data.sources import open_sources
 from data.tokenizer import tokenizer_identity
+from data.tokens import corpus_identity
 from errors import UserError
 
 TOKENIZER = Path(__file__).resolve().parents[2] / "data" / "tiny" / "tokenizer"
@@ -135,3 +138,21 @@ def test_another_tokenizer(tmp_path):
     (other / "tokenizer.json").write_text(json.dumps(contents))
     with pytest.raises(UserError, match=r"a' was made with another tokenizer than data\.tokenizer = '.*other'"):
         open_corpus(tmp_path / "a", other)
+
+
+def test_an_empty_conversation_is_skipped(tmp_path):
+    """Of all documents [5], [4095, 0, 7], [] and [8, 9]."""
+    folder = write(tmp_path / "a")
+    for shard, tokens in enumerate(TOKENS):
+        np.ones(len(tokens), "u1").tofile(folder / f"{shard:05}.trained")
+    data = Data(path=(str(folder),), tokenizer=str(TOKENIZER), format="chat", shuffle=False, num_workers=0)
+    meta = json.loads((folder / "tokens.json").read_text()) | {"format": "chat", "tokenizer": corpus_identity(data)}
+    (folder / "tokens.json").write_text(json.dumps(meta))
+    training = Training(steps=1, sequence_length=7, global_batch_size=1)
+    loader = TokenLoader(data, training, 0, 1, 0, one_epoch=True)
+    batch = next(loader)
+    assert batch.documents.lengths() == [1, 3, 2, 1]
+    assert batch.labels.tolist() == [-100, 0, 7, -100, 9, -100, -100]
+    assert loader.counts["empty"] == 1
+    with pytest.raises(UserError, match="a, document 3: has no tokens"):
+        next(TokenLoader(replace(data, on_bad_sample="error"), training, 0, 1, 0))
