@@ -25,6 +25,7 @@ from training.distributed import init_distributed
 # CUDA state. (Not `datasets`: importing it starts a thread.)
 on_cpus = multiprocessing.get_context("forkserver")
 _PRELOADED = ["torch.distributed.checkpoint", "transformers", "tests.parallelisms.layouts"]
+_PRELOADED += [] if torch.cuda.device_count() else ["tests.preloaded"]  # compiling asks for a GPU
 _REPOSITORY = Path(__file__).resolve().parents[1]
 
 

@@ -22,6 +22,14 @@ def config_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.fixture(scope="module")
+def undisturbed(config_file: Path, tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
+    """The lines of a run of two processes that nobody disturbs."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    run(config_file, folder, *MANY_STEPS)
+    return without_times(metrics(folder))
+
+
 def rank_pids(folder: Path, rank: int) -> list[int]:
     """The processes that are this rank of the run in `folder`, workers of theirs left out."""
     found = []
@@ -58,10 +66,11 @@ def step_of(folder: Path) -> int:
 
 @pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="ranks are found in /proc")
 @pytest.mark.parametrize("num_nodes", [1, 2])
-def test_killed_ranks_are_started_again_and_go_on(config_file: Path, tmp_path: Path, num_nodes: int) -> None:
+def test_killed_ranks_are_started_again_and_go_on(
+    config_file: Path, undisturbed: list[dict], tmp_path: Path, num_nodes: int
+) -> None:
     """Rank 1 is killed, and then rank 0, wherever they stand: all losses are those of a run that nobody disturbed."""
-    whole, killed = tmp_path / "whole", tmp_path / "killed"
-    run(config_file, whole, *MANY_STEPS)
+    killed = tmp_path / "killed"
     of_nodes = {"NGPU": str(2 // num_nodes), "NNODES": str(num_nodes), "MASTER_ADDR": "127.0.0.1"}
     of_nodes["MASTER_PORT"] = str(free_port(3))  # one a start
     launchers = [
@@ -82,7 +91,7 @@ def test_killed_ranks_are_started_again_and_go_on(config_file: Path, tmp_path: P
     assert [launcher.returncode for launcher in launchers] == [0] * num_nodes, said
     assert "was ended by SIGKILL; the others were stopped: restart 1 of 2" in said[-1]
     assert "restart 2 of 2" in said[0]
-    assert without_times(metrics(killed)) == without_times(metrics(whole))
+    assert without_times(metrics(killed)) == undisturbed
 
 
 def test_kubernetes_variables(config_file: Path, tmp_path: Path) -> None:

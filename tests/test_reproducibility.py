@@ -5,15 +5,14 @@ The record, tests/golden/qwen35moe_tiny.jsonl, is `step` and `loss` of the first
 writes. It changes only with a change that is meant to change the mathematics (CONTRIBUTING.md).
 """
 
-import signal
-import subprocess
 import time
 from pathlib import Path
 
 import pytest
 
 from benchmarks.compare_losses import compare, read_run
-from tests.test_train import ROOT, SMALL, environment, metrics, run, without_times
+from tests.checkpoint.runs import Run
+from tests.test_train import ROOT, SMALL, metrics, run, without_times
 
 LAYOUTS = {
     1: ["--parallelism.expert_parallel_degree=1", "--activation_checkpoint.mode=none"],
@@ -36,22 +35,20 @@ def test_two_deterministic_runs_are_equal_bit_for_bit(tmp_path: Path, ranks: int
 @pytest.mark.slow
 def test_the_first_losses_are_those_on_record(tmp_path: Path) -> None:
     golden = read_run(ROOT / "tests/golden/qwen35moe_tiny.jsonl")
-    command = ["bash", str(ROOT / "run_train.sh"), "--config=qwen35moe_tiny.toml", f"--job.output_dir={tmp_path}"]
-    command += ["--training.steps=150", "--metrics.log_interval=1"]
-    command += ["--metrics.tensorboard=false", "--checkpoint.enable=false"]
-    process = subprocess.Popen(command, env=environment(NGPU="2"), stdout=subprocess.DEVNULL)
+    options = ["--config=qwen35moe_tiny.toml", "--training.steps=150", "--metrics.log_interval=1"]
+    options += ["--metrics.tensorboard=false", "--checkpoint.enable=false"]
+    tiny = Run(tmp_path, 2, *options, defaults=())
     try:  # the learning rate's schedule is that of the whole run, so it is started whole and stopped
         deadline = time.monotonic() + 200
-        while not (tmp_path / "metrics.jsonl").exists() or len(metrics(tmp_path)) < len(golden):
+        while len(tiny.metrics()) < len(golden):
             assert time.monotonic() < deadline
-            assert process.poll() is None
+            assert tiny.alive, tiny.log.read_text()
             time.sleep(0.2)
-        process.send_signal(signal.SIGTERM)
-        assert process.wait(timeout=60) == 0
     finally:
-        process.kill()
+        tiny.kill([0, 1])
+        tiny.wait()
     assert sorted(golden) == list(range(1, 21))
     # As measured: ep 1, 2 and 4 agree within 3e-7 for 15 steps; then a token near a tie goes the other way, and they
     # are within 7.1e-5 to the end. Another CPU is another order of sums, too.
-    result = compare(golden, read_run(tmp_path), "loss", tolerance=1e-4)
+    result = compare(golden, {line["step"]: line for line in tiny.metrics()}, "loss", tolerance=1e-4)
     assert result.beyond is None, result

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.checkpoint.runs import OPTIONS, Run
 from tests.distributed import free_port
 
 SCRIPT = Path(__file__).resolve().parents[1] / "run_train.sh"
@@ -186,18 +187,18 @@ def test_a_rank_that_is_killed_is_named(tmp_path: Path) -> None:
 
 def test_what_only_a_rank_finds_is_one_line_and_status_2(tmp_path: Path) -> None:
     """Two runs on one folder: the second is refused by its first rank, not by the check before the run."""
-    options = ["--config", "qwen35moe_tiny.toml", f"--job.output_dir={tmp_path}/run", "--metrics.tensorboard=false"]
-    first = subprocess.Popen([SCRIPT, *options], env=environment(CUDA_VISIBLE_DEVICES=""), stdout=subprocess.DEVNULL)
+    first = Run(tmp_path / "run", 1, "--training.steps=100000")
     try:
         deadline = time.monotonic() + 100
-        while not (tmp_path / "run/run.lock").exists():
+        while not first.metrics():
             assert time.monotonic() < deadline
-            assert first.poll() is None
-            time.sleep(0.1)
-        second = run_script(*options, CUDA_VISIBLE_DEVICES="")
+            assert first.alive, first.log.read_text()
+            time.sleep(0.05)
+        os.kill(first.ranks[0].pid or 0, signal.SIGSTOP)  # it keeps its lock, and leaves the cores to the second
+        second = run_script(*OPTIONS, f"--job.output_dir={first.folder}", CUDA_VISIBLE_DEVICES="")
     finally:
-        first.send_signal(signal.SIGTERM)
-        first.wait(timeout=100)
+        first.kill([0])
+        first.wait()
     assert second.returncode == 2
     assert len(second.stderr.splitlines()) == 1, second.stderr
     assert "a run has it (process" in second.stderr
