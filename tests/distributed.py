@@ -88,11 +88,14 @@ def run_ranks(
     the rank that failed first (others may only have missed it), and after `seconds` (a hang) with the ranks that were
     still running.
     """
-    start_server()
+    # What the server has imported may have asked for a GPU where there is one, and that outlives no fork.
+    context = on_cpus if device_type == "cpu" else multiprocessing.get_context("spawn")
+    if context is on_cpus:
+        start_server()
     with tempfile.TemporaryDirectory() as folder:
         port = free_port()
-        ranks = [
-            on_cpus.Process(target=_rank_main, args=(function, rank, world_size, device_type, port, folder, arguments))
+        ranks: list[multiprocessing.process.BaseProcess] = [
+            context.Process(target=_rank_main, args=(function, rank, world_size, device_type, port, folder, arguments))
             for rank in range(world_size)
         ]
         for process in ranks:
