@@ -1,4 +1,4 @@
-"""The tiny run itself, from its options on, in seven layouts: five steps with the losses and norms of one process.
+"""The tiny run itself, from its options on, in eight layouts: five steps with the losses and norms of one process.
 
 tests/parallelisms/test_layouts.py compares every gradient; here are the data, the options and train.py's main too.
 """
@@ -13,6 +13,7 @@ LAYOUTS = {
     "1 process, 4 micro-batches": (1, "--activation_checkpoint.mode=full"),
     "2, fsdp": (2, "--parallelism.expert_parallel_degree=1"),
     "2, ep 2": (2, "--activation_checkpoint.mode=none"),
+    "2, ep 2, too little room": (2, "--parallelism.expert_room=1"),
     "2, replicas": (2, "--parallelism.data_parallel_replicate_degree=2"),
     "3, which do not divide the batch": (3, "--training.local_batch_size=1"),
     "4, ep 4": (4, "--training.local_batch_size=1"),
@@ -22,7 +23,7 @@ OPTIONS = ("--training.steps=5", "--metrics.log_interval=1", "--checkpoint.enabl
 
 
 @pytest.mark.slow
-def test_five_steps_of_the_tiny_run_on_seven_layouts(tmp_path: Path) -> None:
+def test_five_steps_of_the_tiny_run_on_eight_layouts(tmp_path: Path) -> None:
     tiny = ROOT / "train_configs/qwen35moe_tiny.toml"
     run(tiny, tmp_path / "one", *OPTIONS, "--training.local_batch_size=8", ranks=1)
     expected = metrics(tmp_path / "one")
@@ -35,3 +36,7 @@ def test_five_steps_of_the_tiny_run_on_seven_layouts(tmp_path: Path) -> None:
             worst = max(abs(a / b - 1) for a, b in zip(*values))
             print(f"{name}: {key} within {worst:.1e}")
             assert values[0] == pytest.approx(values[1], rel=bound), (name, key)
+        if "room" in name:
+            assert found[-1]["repeated_steps"] > found[0]["repeated_steps"] == 1
+        else:
+            assert not any(line.get("repeated_steps") for line in found), name
