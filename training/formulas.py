@@ -252,14 +252,15 @@ def backward_of_layer(
     shape: ModelConfig, layer_type: str, mode: str, degrees: Degrees, imbalance: float = 1.0, c: int = 2
 ) -> float:
     """Bytes a token that are alive at the worst moment of a block's backward pass, what it kept included: what is
-    recomputed, and the gradients of the experts' rows. Counted is what the graphs hold; what the delta rule's kernels
-    allocate for themselves is not known. With "full" it is up to 3.4 % less, as the router's input is made again."""
+    recomputed, and the gradients of the experts' rows: where SwiGLU is computed again, that is in one kernel with its
+    gradient."""
     H, I, S = shape.hidden_size, shape.moe_intermediate_size, shape.shared_expert_intermediate_size  # noqa: E741
     rows = shape.num_experts_per_tok * imbalance
     # That is when the gradients of the experts' rows are there, and the shared expert's activations are gone.
     if mode == "selective":
-        return kept_by_layer(shape, layer_type, mode, degrees, imbalance, c) + c * (rows * (H + I) + 3 * H - 2 * S)
-    return kept_by_layer(shape, layer_type, "none", degrees, imbalance, c) + c * (rows * H + H - 3 * S)
+        return kept_by_layer(shape, layer_type, mode, degrees, imbalance, c) + c * (rows * (H + 4 * I) + 3 * H - 2 * S)
+    again = 3 * rows * I - H if mode == "full" else 0  # the router's input is made again too, and is gone
+    return kept_by_layer(shape, layer_type, "none", degrees, imbalance, c) + c * (rows * H + H - 3 * S + again)
 
 
 def kept_by_vision_block(vision: VisionConfig, mode: str, c: int = 2) -> float:

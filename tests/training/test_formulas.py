@@ -108,7 +108,7 @@ def test_what_is_alive_in_a_layers_backward_pass_is_as_counted(name: str, kind: 
     alive = worst_moment(backward, num_tokens) / num_tokens
     formula = backward_of_layer(shape, kind, mode, ONE)
     print(f"{name} {kind} {mode}: {formula:,.0f}, counted {alive:,.0f}")
-    assert formula == pytest.approx(alive, rel=0.035 if mode == "full" else 0.015)
+    assert formula == pytest.approx(alive, rel=0.015)
 
 
 # What the compiler does not fuse into one kernel with its neighbours.
@@ -118,7 +118,8 @@ VIEWS = ("view", "alias", "permute", "t", "transpose", "expand", "slice", "selec
 
 def worst_moment(graph: fx.GraphModule, num_tokens: int) -> int:
     """The most bytes that grow with the tokens and are alive together, if every elementwise operation is done where its
-    result is read by a kernel, and every tensor goes when it was read last."""
+    result is read by a kernel, every tensor goes when it was read last, and what is computed again of the experts' rows
+    is one kernel, as the compiler has it, with a gradient that reads the same: SwiGLU's."""
 
     def name_of(node: fx.Node) -> str:
         return getattr(node.target, "_opname", None) or getattr(node.target, "__name__", str(node.target))
@@ -150,12 +151,33 @@ def worst_moment(graph: fx.GraphModule, num_tokens: int) -> int:
     of_tokens = {node: size(node) for node in made if node.op != "output"}
     last = {read: i for i, node in enumerate(nodes) if node in made or node.op == "output"
             for of in node.all_input_nodes for read in sources(of)}  # fmt: skip
+
+    @functools.cache
+    def needs(node: fx.Node) -> frozenset[fx.Node]:
+        return frozenset([node]).union(*(needs(read) for read in node.all_input_nodes))
+
+    elementwise = [node for node in nodes if node in made and node.op == "call_function" and not is_kernel(node)]
+
+    def read_by(node: fx.Node) -> frozenset[fx.Node]:
+        return frozenset().union(*map(sources, node.all_input_nodes))
+
+    def made_with(node: fx.Node, exist: set[fx.Node]) -> int:
+        """Of the largest operation that is one kernel with this one: what it makes, and what must be there before."""
+        rows, is_gradient = node.meta["val"].shape[0], any("tangents" in read.name for read in needs(node))
+        if rows == num_tokens or is_gradient:
+            return 0
+        others = [each for each in elementwise if each.meta["val"].shape[0] == rows and node not in needs(each)]
+        large = {read for read in read_by(node) if of_tokens[read] >= of_tokens[node]}
+        sharing = [{each, *read_by(each)} - exist for each in others if large & read_by(each)]
+        return max((sum(map(of_tokens.__getitem__, missing)) for missing in sharing), default=0)
+
     alive = sum(of_tokens[node] for node in made if node.op == "placeholder")
-    worst = alive
+    worst, exist = alive, {node for node in made if node.op == "placeholder"}
     for i, node in enumerate(nodes):
         if node in made and node.op == "call_function":
             alive += of_tokens[node]
-            worst = max(worst, alive)
+            exist.add(node)
+            worst = max(worst, alive + (made_with(node, exist) if node in elementwise else 0))
         alive -= sum(of_tokens[read] for read, at in last.items() if at == i)
     return worst
 
