@@ -207,7 +207,9 @@ def peak_memory(case: Case) -> tuple[str, dict[str, float]]:
         alive = case.num_tokens * backward_of_layer(shape, kind, *of_layer)
         if kind == LINEAR:
             number = sum(n for _, n in case.documents)
-            alive = max(alive, backward_of_delta_rule(shape, *of_layer[:2], case.num_tokens, case.num_chunks(), number, c))
+            alive = max(
+                alive, backward_of_delta_rule(shape, *of_layer[:2], case.num_tokens, case.num_chunks(), number, c)
+            )
         moments[f"the backward pass of block {index}, {kind.replace('_', ' ')}"] = {
             "gradients": max(before, later / degrees.shard) + unreduced + of_head,
             "gathered weights": root + tower + (two if is_sharded else sum(units[: index + 1])),

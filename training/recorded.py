@@ -133,7 +133,9 @@ def outside(case: Case, gpu: str, gpus_per_node: int, runs: list[Recorded]) -> l
         "frozen parts of the text",
         "what they spare of activations and time, counted as if they trained",
     )
-    unless(not case.shape.mtp_num_hidden_layers, "multi-token prediction", "its activations and time")
+    has_mtp = [(c.shape.mtp_num_hidden_layers > 0, c.trunk_has_graph) for c in timed]
+    known = (case.shape.mtp_num_hidden_layers > 0, case.trunk_has_graph) in has_mtp
+    unless(known, "multi-token prediction", "its activations and time")
     unless(not case.frames or any(c.frames for c in timed), "images", "the tower's time")
     unless(case.accumulation == 1 or any(c.accumulation > 1 for c in timed), "several micro-batches", "their time")
     unless(any(run.gpu == gpu for run in runs), f"GPU {gpu}", "every rate")

@@ -136,10 +136,10 @@ def test_parts_that_do_not_train_have_no_gradients_and_no_moments() -> None:
 def test_it_says_where_nothing_was_measured() -> None:
     assert uncertain(plan_of(ONE_GPU, Where(1, 8, "h100")), Where(1, 8, "h100")) == []
     where = Where(16, 8, "h100")
-    reasons = uncertain(plan_of([*WHOLE, "--parallelism.context_parallel_degree=2"], where), where)
+    reasons = uncertain(plan_of([*WHOLE, "--parallelism.context_parallel_degree=4"], where), where)
     assert any(reason.startswith("16 GPUs") for reason in reasons)
     assert any(reason.startswith("several nodes") for reason in reasons)
-    assert any(reason.startswith("context degree 2") for reason in reasons)
+    assert any(reason.startswith("context degree 4") for reason in reasons)
     assert not any(
         reason.startswith("several nodes") for reason in uncertain(plan_of(WHOLE, where), Where(16, 16, "h100"))
     )
