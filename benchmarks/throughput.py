@@ -265,7 +265,9 @@ def main(arguments: list[str]) -> None:
     rank, world_size = world_from_environment()
     setup_logging(rank)
     config = load_config(rest)
-    global_batch_size = max(config.training.global_batch_size, world_size * config.training.local_batch_size)
+    degrees = work_out_degrees(config.parallelism, config.training, model_config(config), world_size)
+    rows = degrees.num_data_ranks * config.training.local_batch_size
+    global_batch_size = max(config.training.global_batch_size, rows)
     training = dataclasses.replace(config.training, global_batch_size=global_batch_size)
     config = dataclasses.replace(config, training=training)
     check_config(config, world_size)

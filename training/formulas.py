@@ -252,14 +252,37 @@ def backward_of_layer(
     shape: ModelConfig, layer_type: str, mode: str, degrees: Degrees, imbalance: float = 1.0, c: int = 2
 ) -> float:
     """Bytes a token that are alive at the worst moment of a block's backward pass, what it kept included: what is
-    recomputed, and the gradients of the experts' rows. Counted is what the graphs hold; what the delta rule's kernels
-    allocate for themselves is not known. With "full" it is up to 3.4 % less, as the router's input is made again."""
+    recomputed, and the gradients of the experts' rows: where SwiGLU is computed again, that is in one kernel with its
+    gradient."""
     H, I, S = shape.hidden_size, shape.moe_intermediate_size, shape.shared_expert_intermediate_size  # noqa: E741
     rows = shape.num_experts_per_tok * imbalance
     # That is when the gradients of the experts' rows are there, and the shared expert's activations are gone.
     if mode == "selective":
-        return kept_by_layer(shape, layer_type, mode, degrees, imbalance, c) + c * (rows * (H + I) + 3 * H - 2 * S)
-    return kept_by_layer(shape, layer_type, "none", degrees, imbalance, c) + c * (rows * H + H - 3 * S)
+        return kept_by_layer(shape, layer_type, mode, degrees, imbalance, c) + c * (rows * (H + 4 * I) + 3 * H - 2 * S)
+    again = 3 * rows * I - H if mode == "full" else 0  # the router's input is made again too, and is gone
+    return kept_by_layer(shape, layer_type, "none", degrees, imbalance, c) + c * (rows * H + H - 3 * S + again)
+
+
+def held_at_delta_rule(shape: ModelConfig, mode: str, c: int = 2) -> float:
+    """Bytes a token that a block's graph holds when the delta rule's gradients are there."""
+    heads, value, keys = shape.linear_num_value_heads, shape.value_dim, 2 * shape.key_dim
+    # Their product, behind the convolution, and these gradients; its gradient; q and k normalised; each chunk's system.
+    held = 3 * (keys + value) + value + keys + 64 * heads + 4 * shape.hidden_size
+    held += value if mode == "full" else 0  # the result, made again together with the systems
+    return c * held + (3 * c + 8) * heads + 8 * shape.linear_num_key_heads
+
+
+def backward_of_delta_rule(
+    shape: ModelConfig, mode: str, degrees: Degrees, num_tokens: int, num_chunks: int, num_documents: int, c: int = 2
+) -> float:
+    """Bytes that are alive then at the worst moment, with what flash-qla's kernels allocate for themselves: a state for
+    each chunk, and, read or not, two or three in float32 for each document."""
+    state = shape.linear_num_value_heads // degrees.context * shape.linear_key_head_dim * shape.linear_value_head_dim
+    value, gradients = c * shape.value_dim * num_tokens, c * (2 * shape.key_dim + shape.value_dim) * num_tokens
+    states, of_documents = c * state * num_chunks, 4 * state * num_documents
+    # While states are made; while gradients are, q's and k's for each value head; while these are added up.
+    most = max(3 * of_documents - gradients, 2 * of_documents + 3 * value - gradients, 2 * value)
+    return num_tokens * held_at_delta_rule(shape, mode, c) + value + states + most  # v is copied
 
 
 def kept_by_vision_block(vision: VisionConfig, mode: str, c: int = 2) -> float:

@@ -76,15 +76,26 @@ PASSES, PASSES_IN_PARTS, RECOMPUTED = 6.6, 8.0, 1.3
 # A chunk's softmax reads all logits twice and writes them once, at this share of the memory's rate.
 SOFTMAX_SHARE = 0.58
 
+# What FSDP copies of sharded weights and gradients, at this share of the memory's rate, as in many small pieces; and
+# the rows of products with adapters of rank 8 (two H200s at ep 1, and one, 2026-11-28: profiles of steps).
+LAID_OUT_SHARE, THIN_SHARE = 0.48, 0.35
+# Of attention's kernels: whole tiles; FlashAttention 2's rate over documents of several lengths, forward and backward,
+# as a share of cuDNN's (H100, 2026-11-25: 1.86 and 0.90 ms, 5.9 and 4.0 ms).
+ATTENTION_TILE, RAGGED = 128, (0.48, 0.68)
+
 # Seconds in which the host launches a block, forward and backward, on the machines measured: without units of FSDP
-# (adapters on one GPU, H200, 2026-11-28, where the GPU waits for it); with them (11.2 ms on 40 layers that day, less
-# what laying out gradients took until plain copies did: 126 of 555 ms under a profiler); and at ep > 1 (40 layers on
-# two H200s, before those copies: now probably less).
-HOST = {"no units": 8.3e-3, "units": 8.7e-3, "ep": 18.7e-3}
+# (adapters on one GPU, one row, H200, 2026-11-28: 5.7 ms, and with "full" 7.9, so that the forward pass is the share
+# below); with them (11.2 ms on 40 layers that day, less what laying out gradients took until plain copies did: 126 of
+# 555 ms under a profiler); and at ep > 1 (40 layers on two H200s, before those copies: now probably less).
+HOST = {"no units": 5.7e-3, "units": 8.7e-3, "ep": 18.7e-3}
+HOST_FORWARD = 0.37
+# What lies between the kernels of a block, and at a step's end beside it, where the host is not late: steps of 8, 12
+# and 40 layers less the sums of their kernels (H200, 2026-11-28: 6, 10 and 18 ms).
+GAPS = 0.31e-3
 # At ep > 1 the GPU has nothing to do in each block while the host hears how many copies come: in 12 blocks two H100s
 # were idle for 20 ms under the profiler, beside the step's own (2026-11-26).
 WAIT_AT_EP = 1.7e-3
-STEP = 7e-3  # the host's turn at the end of the backward pass, when the GPU has nothing to do
+STEP = 6e-3  # the host's turn at the end of the backward pass, when the GPU has nothing to do
 
 
 class Links(NamedTuple):

@@ -8,12 +8,13 @@ from functools import cached_property
 from config.checks import check_layout
 from config.options import Config, Lora
 from config.reading import model_config
-from models.qwen35_moe.config import ModelConfig
+from models.qwen35_moe.config import LINEAR, ModelConfig
 from models.qwen35_moe.parts import OF_TEXT, frozen_parts, parts_of_model, single_parts
 from parallelisms.degrees import Degrees
 from training.formulas import (
     NO_LORA,
     Sizes,
+    backward_of_delta_rule,
     backward_of_layer,
     copies_of_a_token,
     kept_by_layer,
@@ -25,6 +26,7 @@ from training.formulas import (
 GIB = 2**30
 _BYTES = {"float32": 4, "bfloat16": 2}
 _CHUNK_BYTES = 2**31  # of logits: models/ops/linear_cross_entropy.py
+CHUNK = 64  # tokens of the delta rule's
 
 
 @dataclass(frozen=True)
@@ -37,9 +39,8 @@ class Case:
     """Of activation checkpointing."""
     num_tokens: int
     """Of a rank in a micro-batch."""
-    mean_document: float
-    """The length of a token's document, on the average over tokens."""
-    longest_document: int
+    documents: tuple[tuple[int, int], ...]
+    """Of a micro-batch: (length, how many there are)."""
     accumulation: int
     """Micro-batches a rank and step."""
     master_bytes: int
@@ -60,6 +61,19 @@ class Case:
     compiled: bool = True
     c: int = 2
     """Bytes of the compute dtype."""
+
+    @property
+    def mean_document(self) -> float:
+        """The length of a token's document, on the average over tokens."""
+        return sum(n * length**2 for length, n in self.documents) / sum(n * length for length, n in self.documents)
+
+    @property
+    def longest_document(self) -> int:
+        return max(length for length, _ in self.documents)
+
+    def num_chunks(self, size: int = CHUNK) -> int:
+        """So many tokens long, the last one of each document maybe not."""
+        return sum(number * -(-length // size) for length, number in self.documents)
 
     @cached_property
     def trained(self) -> frozenset[str]:
@@ -104,8 +118,7 @@ def case_of(
         degrees=degrees,
         mode=config.activation_checkpoint.mode,
         num_tokens=training.local_batch_size * training.sequence_length // degrees.context,
-        mean_document=sum(number * length**2 for length, number in lengths.items()) / training.sequence_length,
-        longest_document=max(lengths),
+        documents=tuple((length, training.local_batch_size * number) for length, number in lengths.items()),
         accumulation=max(1, -(-training.global_batch_size // rows)),
         master_bytes=_BYTES[training.master_dtype],
         state_bytes=_BYTES[training.master_dtype if state == "auto" else state],
@@ -135,11 +148,13 @@ def _loss_buffers(case: Case) -> float:
     shape, tokens, c = case.shape, case.num_tokens, case.c
     num_chunks = -(-tokens // max(1, _CHUNK_BYTES // (c * shape.vocab_size)))
     chunk = c * shape.vocab_size * -(-tokens // num_chunks)
+    # A loss without a gradient is not compiled: beside the logits those in float32, and their exponentials.
+    alone = 0.0 if case.trunk_has_graph else (1 + 8 / c) * chunk
     width = shape.hidden_size if case.trains_head else case.lora.rank if "head" in case.lora.targets else 0
     head = 4 * shape.vocab_size * width
     hidden = tokens * shape.hidden_size * (2 * c + (8 if case.trains_text else 4))  # the norm's, in float32
     angles = tokens * shape.rotary_dim * 4
-    return chunk * (3 if num_chunks > 1 else 2) + head + hidden + angles
+    return max(chunk * (3 if num_chunks > 1 else 2) + head, alone) + hidden + angles
 
 
 def peak_memory(case: Case) -> tuple[str, dict[str, float]]:
@@ -189,12 +204,17 @@ def peak_memory(case: Case) -> tuple[str, dict[str, float]]:
     for kind in dict.fromkeys(types[first:]):
         index = len(types) - 1 - types[::-1].index(kind)
         later = sum(dense + experts for dense, experts in trained.by_block[index + 1 :]) * case.master_bytes
-        alive = backward_of_layer(shape, kind, *of_layer)
+        alive = case.num_tokens * backward_of_layer(shape, kind, *of_layer)
+        if kind == LINEAR:
+            number = sum(n for _, n in case.documents)
+            alive = max(
+                alive, backward_of_delta_rule(shape, *of_layer[:2], case.num_tokens, case.num_chunks(), number, c)
+            )
         moments[f"the backward pass of block {index}, {kind.replace('_', ' ')}"] = {
             "gradients": max(before, later / degrees.shard) + unreduced + of_head,
             "gathered weights": root + tower + (two if is_sharded else sum(units[: index + 1])),
             **activations(index),
-            "recomputed, gradients of activations": case.num_tokens * alive,
+            "recomputed, gradients of activations": alive,
             "exchange buffers": _exchange(case),
         }
     # Of the root once as computed and, where they are reduced or added up, once in float32.

@@ -189,9 +189,6 @@ def describe(plan: Plan, where: Where) -> str:
     spare = (gpu.capacity - plan.peak) / GIB
     how_much = f"{spare:.1f} to spare" if spare >= 0 else f"{-spare:.1f} too many"
     lines += [f"  {'peak':44} {plan.peak / GIB:8.1f} of {gpu.capacity / GIB:.1f}: {fits(plan, where)}, {how_much}"]
-    if "backward" in plan.moment:
-        room = case.num_tokens * 20e3 * case.shape.hidden_size / 2048 / GIB
-        lines += [f"  not counted: what the delta rule's kernels allocate for themselves, at most some {room:.1f}"]
     lines += ["", "Time of a step, seconds"]
     lines += [f"  {kind:44} {part:8.3f} {part / seconds:6.0%}" for kind, part in plan.time.by_kind.items()]
     hidden = sum(link.hidden for link in plan.time.links)

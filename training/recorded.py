@@ -103,9 +103,12 @@ def outside(case: Case, gpu: str, gpus_per_node: int, runs: list[Recorded]) -> l
             f"{name} degree {degree} (measured: up to {most})",
             term.get(name, "activations, all-to-alls"),
         )
-    is_sharded, has_experts = degrees.shard > 1, degrees.expert > 1
-    known = any(c.degrees.shard > 1 and (c.degrees.expert > 1) == has_experts for c in cases)
-    unless(known or not is_sharded, "several GPUs at ep 1", "what of FSDP's traffic is hidden")
+    if degrees.shard > 1:
+        sharded = [c for c in cases if c.degrees.shard > 1]
+        known = any((c.degrees.expert > 1) == (degrees.expert > 1) for c in sharded)
+        unless(known, "several GPUs at ep 1", "what of FSDP's traffic is hidden")
+        known = any(c.trains_text == case.trains_text for c in sharded)
+        unless(known, "frozen weights over several GPUs", "the time in which they are gathered and copied")
     least, most = min(c.num_tokens for c in timed), max(c.num_tokens for c in timed)
     unless(
         least <= case.num_tokens <= most,
@@ -133,7 +136,9 @@ def outside(case: Case, gpu: str, gpus_per_node: int, runs: list[Recorded]) -> l
         "frozen parts of the text",
         "what they spare of activations and time, counted as if they trained",
     )
-    unless(not case.shape.mtp_num_hidden_layers, "multi-token prediction", "its activations and time")
+    has_mtp = [(c.shape.mtp_num_hidden_layers > 0, c.trunk_has_graph) for c in timed]
+    known = (case.shape.mtp_num_hidden_layers > 0, case.trunk_has_graph) in has_mtp
+    unless(known, "multi-token prediction", "its activations and time")
     unless(not case.frames or any(c.frames for c in timed), "images", "the tower's time")
     unless(case.accumulation == 1 or any(c.accumulation > 1 for c in timed), "several micro-batches", "their time")
     unless(any(run.gpu == gpu for run in runs), f"GPU {gpu}", "every rate")

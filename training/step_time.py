@@ -4,6 +4,7 @@ import math
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from math import prod
+from typing import NamedTuple
 
 from models.qwen35_moe.config import FULL, LINEAR, ModelConfig
 from models.qwen35_moe.parameters import adapter_parameters_per_token, parameters
@@ -19,7 +20,7 @@ from training.formulas import (
     traffic,
 )
 from training.hardware import GPUS, HIDDEN, LINKS, Gpu
-from training.memory import Case, gathered_sizes
+from training.memory import CHUNK, Case, gathered_sizes
 
 
 @dataclass(frozen=True)
@@ -47,82 +48,160 @@ class StepTime:
         return sum(self.by_kind.values())
 
 
+class Part(NamedTuple):
+    """Of the model: the trunk's blocks, or those of multi-token prediction."""
+
+    types: list[str]
+    dense: int
+    """Parameters of dense matrix products that a token passes, without the head's."""
+    experts: int
+    """The same of its experts."""
+    stored: int
+    """Of all experts, on a rank."""
+    forwards: int
+    """How often it runs forward."""
+    backward: int
+    """How often backward: 2 with gradients of weights, 1 with those of activations alone, 0 without a graph."""
+
+
+def parts_of(case: Case) -> list[Part]:
+    """What runs: the trunk, and multi-token prediction if there is any."""
+    shape, number = case.shape, len(case.shape.layer_types)
+    dense, experts = products_per_token(replace(shape, mtp_num_hidden_layers=0))
+    stored = [each // case.degrees.expert for _, each in case.sizes().by_block]
+    again = 2 if case.mode == "full" else 1
+    ways = (again, 2 if case.trains_text else 1) if case.trunk_has_graph else (1, 0)
+    parts = [Part(list(shape.layer_types), dense, experts, sum(stored[:number]), *ways)]
+    if shape.mtp_num_hidden_layers:
+        with_mtp, of_both = products_per_token(shape)
+        types = list(layer_types(shape))[number:]
+        parts.append(Part(types, with_mtp - dense, of_both - experts, sum(stored[number:]), again, 2))
+    return parts
+
+
 @lru_cache(maxsize=8)
-def products_per_token(shape: ModelConfig) -> tuple[float, float, float]:
-    """Parameters of matrix products that a token passes: dense ones of blocks, experts, the head."""
+def products_per_token(shape: ModelConfig) -> tuple[int, int]:
+    """Parameters of matrix products that a token passes: dense ones without the head's, experts'."""
     dense, experts = 0, 0
     for name, parameter in parameters(replace(shape, vision=None)).items():
         if parameter.expert_dim is not None:
             experts += prod(parameter.shape) // shape.num_experts * shape.num_experts_per_tok
         elif len(parameter.shape) == 2 and name not in ("embed_tokens.weight", "lm_head.weight"):
             dense += prod(parameter.shape)
-    return dense, experts, shape.vocab_size * shape.hidden_size * (1 + shape.mtp_num_hidden_layers)
+    return dense, experts
+
+
+def _attention(case: Case, part: Part, gpu: Gpu) -> float:
+    """A kernel computes whole tiles; of documents of several lengths FlashAttention 2 does it, not cuDNN."""
+    shape, tile = case.shape, hardware.ATTENTION_TILE
+    pairs = sum(number * (-(-length // tile) * tile) ** 2 for length, number in case.documents) / case.degrees.context
+    operations = 2 * pairs * shape.num_attention_heads * shape.head_dim * part.types.count(FULL) * case.accumulation
+    forward, backward = (1.0, 1.0) if len(case.documents) == 1 else hardware.RAGGED
+    seconds = part.forwards / gpu.attention_forward / forward
+    return operations * (seconds + (2.5 / gpu.attention_backward / backward if part.backward else 0.0))
+
+
+def _ways(part: Part) -> float:
+    """Forward and backward passes over the elements, in thirds of one forward and one backward pass."""
+    return (1 + (2 if part.backward else 0)) / 3
 
 
 def step_time(case: Case, gpu_name: str, gpus_per_node: int) -> StepTime:
     """The step of `case` on GPUs of this kind, so many of which a node has."""
     gpu, shape, c, degrees = GPUS[gpu_name], case.shape, case.c, case.degrees
-    tokens = case.num_tokens * case.accumulation
-    forwards = 2 if case.mode == "full" else 1
-    backward = 2 if case.trains_text else 1  # gradients of activations, and of weights
-    dense, experts, head = products_per_token(shape)
-    types = list(layer_types(shape))
-    full, linear = types.count(FULL), types.count(LINEAR)
-
-    kinds = {
-        "dense products": 2 * tokens * (dense * (forwards + backward) + head * (1 + backward)) / gpu.dense,
-        "experts' products": 2 * tokens * experts * case.imbalance * (forwards + backward) / gpu.experts,
-    }
-    of_experts = case.sizes().experts / degrees.expert
-    kinds["experts' products"] += case.accumulation * c * of_experts * (forwards + backward) / gpu.memory
-    attending = 2 * tokens * case.mean_document * shape.num_attention_heads * shape.head_dim * full
-    kinds["attention"] = attending * (forwards / gpu.attention_forward + 2.5 / gpu.attention_backward)
-    heads = linear * shape.linear_num_value_heads / 32
-    kinds["delta rule"] = tokens * heads * (forwards * hardware.DELTA_RULE[0] + hardware.DELTA_RULE[1])
-    channels = linear * (2 * shape.key_dim + shape.value_dim) / 8192
-    again = 1 if case.mode == "none" else 2
-    kinds["convolution"] = tokens * channels * (again * hardware.CONVOLUTION[0] + hardware.CONVOLUTION[1])
-
-    kept = sum(kept_by_layer(shape, kind, "none", degrees._replace(expert=1, context=1)) for kind in types)
+    tokens, parts = case.num_tokens * case.accumulation, parts_of(case)
+    is_full = case.mode == "full"
+    head = shape.vocab_size * shape.hidden_size
+    # The module's head is the trunk's: with the module alone it has no gradient, and the trunk's loss none at all.
+    of_head = sum(head * (1 + (2 if case.trains_text else 1)) if part.backward else head for part in parts)
+    of_blocks = sum(part.dense * (part.forwards + part.backward) for part in parts)
+    kinds = {"dense products": 2 * tokens * (of_blocks + of_head) / gpu.dense}
+    ways = [part.forwards + part.backward for part in parts]
+    kinds["experts' products"] = (
+        2 * tokens * case.imbalance * sum(part.experts * n for part, n in zip(parts, ways)) / gpu.experts
+        + case.accumulation * c * sum(part.stored * n for part, n in zip(parts, ways)) / gpu.memory
+    )
+    kinds["attention"] = sum(_attention(case, part, gpu) for part in parts)
+    # Chunks of a document, whole ones in time; with shared tokens all of them, of a part of the heads.
+    chunks = case.num_chunks() * CHUNK * case.accumulation * shape.linear_num_value_heads / 32 / degrees.context
+    channels = tokens * (2 * shape.key_dim + shape.value_dim) / 8192
+    forward, backward = hardware.DELTA_RULE
+    for part in parts:
+        linear, has_graph = part.types.count(LINEAR), part.backward > 0
+        of_rule = chunks * linear * (part.forwards * forward + backward * has_graph)
+        again = 2 if case.mode != "none" and has_graph else 1
+        of_convolution = again * hardware.CONVOLUTION[0] + hardware.CONVOLUTION[1] * has_graph
+        kinds["delta rule"] = kinds.get("delta rule", 0.0) + of_rule
+        kinds["convolution"] = kinds.get("convolution", 0.0) + channels * linear * of_convolution
+    alone = degrees._replace(expert=1, context=1)
+    of_passes = [sum(kept_by_layer(shape, kind, "none", alone) for kind in part.types) * _ways(part) for part in parts]
     passes = hardware.PASSES if degrees.expert == 1 else hardware.PASSES_IN_PARTS
-    kinds["norms, routing, copies"] = tokens * kept * passes * (hardware.RECOMPUTED if forwards > 1 else 1) / gpu.memory
-    logits = tokens * shape.vocab_size * c * (1 + shape.mtp_num_hidden_layers)
-    kinds["softmax of the loss"] = 3 * logits / gpu.memory / hardware.SOFTMAX_SHARE
+    again_too = hardware.RECOMPUTED if is_full and case.trunk_has_graph else 1
+    kinds["norms, routing, copies"] = tokens * sum(of_passes) * passes * again_too / gpu.memory
+    # Compiled 3 passes over the logits; a loss without a gradient is not, and makes them anew in float32.
+    logits = [3 * c / hardware.SOFTMAX_SHARE if part.backward else c + 28 for part in parts]
+    kinds["softmax of the loss"] = tokens * shape.vocab_size * sum(logits) / gpu.memory
     trained = case.sizes(trains=True)
     on_rank = trained.sharded / degrees.shard + trained.outside
-    # In the forward pass cast and copied into place, 4 + 2 + 2 + 2 bytes; gradients 2 + 4, and back to bfloat16.
-    of_a_weight = 16 if case.master_bytes == 4 else 20
     dense_of, experts_of = gathered_sizes(case)
-    cast = (trained.dense + trained.root) * bool(dense_of.total) + trained.experts / degrees.expert * bool(
-        experts_of.total
-    )
-    gathered = dense_of.dense + dense_of.root + experts_of.experts / degrees.expert
-    # What is frozen is copied into place for the forward and for the backward pass.
-    moved = of_a_weight * cast + 4 * c * (gathered - cast)
+    moved = _moved(case, trained.dense + trained.root, dense_of.dense + dense_of.root, degrees.shard)
+    of_rank = trained.experts / degrees.expert, experts_of.experts / degrees.expert
+    moved += _moved(case, *of_rank, degrees.shard // degrees.expert)
     kinds["weights cast and gathered"] = case.accumulation * moved / gpu.memory
     # Weights and moments are read and written; gradients read for their norm and again, and written back where clipped.
     kinds["optimizer, clipping"] = (5 * case.master_bytes + 4 * case.state_bytes) * on_rank / gpu.optimizer
     if case.lora.rank:
         of_adapters = adapter_parameters_per_token(shape, case.lora.rank, case.lora.targets)
-        # r * (in + out) parameters each: so thin a product takes as long as its rows are read and written, thrice.
-        kinds["adapters' products"] = 3 * tokens * c * of_adapters / case.lora.rank / gpu.memory
+        # r * (in + out) parameters each: so thin a product takes as long as its rows are read and written, in each
+        # forward pass and for the gradients of rows and of adapters.
+        rows = tokens * c * of_adapters / case.lora.rank
+        kinds["adapters' products"] = (3 + is_full) * rows / gpu.memory / hardware.THIN_SHARE
     if shape.vision is not None and case.frames:
         kinds["vision"] = _tower(case, shape.vision, gpu)
 
     if degrees.expert > 1:
-        kinds["numbers of copies"] = hardware.WAIT_AT_EP * len(types) * case.accumulation
+        kinds["numbers of copies"] = hardware.WAIT_AT_EP * len(list(layer_types(shape))) * case.accumulation
     links = _links(case, gpus_per_node)
     compute = sum(kinds.values()) - kinds["optimizer, clipping"]
-    if degrees.expert == 1 and degrees.shard > 1:  # FSDP's own order: the block before hides it, as far as it lasts
-        over = sum(link.seconds for link in links if link.traffic.axis == "fsdp")
-        share = min(1.0, 0.9 * compute / over)
-        links = [replace(link, hidden=link.seconds * share) if link.traffic.axis == "fsdp" else link for link in links]
+    if degrees.expert == 1 and degrees.shard > 1:
+        links = _hidden_by_blocks(case, links, 0.9 * compute)
     kinds["communication, not hidden"] = sum(link.seconds - link.hidden for link in links)
     name = "ep" if degrees.expert > 1 else "units" if dense_of.total else "no units"
-    host = hardware.HOST[name] * len(types) * case.accumulation
-    kinds["the GPU waits for the host"] = max(host - compute - kinds["communication, not hidden"], 0.0) + hardware.STEP
+    share, blocks = hardware.HOST_FORWARD, [(len(part.types), part) for part in parts]
+    launched = sum(n * (share * part.forwards + (1 - share) * (part.backward > 0)) for n, part in blocks)
+    gaps = sum(n * _ways(part) for n, part in blocks)
+    if shape.vision is not None and case.frames:
+        gaps += shape.vision.depth * (1 if "vision" in case.trained else 1 / 3)
+    late = hardware.HOST[name] * launched * case.accumulation - compute - kinds["communication, not hidden"]
+    between = hardware.GAPS * gaps * case.accumulation
+    kinds["the GPU waits for the host"] = max(late, between) + hardware.STEP
     flops = flops_per_token(shape, round(case.mean_document), case.lora, case.trunk_has_graph)
     return StepTime({kind: seconds for kind, seconds in kinds.items() if seconds}, links, flops)
+
+
+def _moved(case: Case, trained: float, gathered: float, shard: int) -> float:
+    """Bytes, at the memory's rate, for the weights of a micro-batch of which so many are in units of FSDP."""
+    # In the forward pass cast and copied into place, 4 + 2 + 2 + 2 bytes; gradients 2 + 4, and back to bfloat16. What
+    # is sharded is copied into place twice, and its gradients out of it; what is frozen, twice.
+    of_a_weight = 16 if case.master_bytes == 4 and shard == 1 else 20
+    cast = trained if gathered else 0.0
+    moved = of_a_weight * cast + 4 * case.c * (gathered - cast)
+    return moved if shard == 1 else moved / hardware.LAID_OUT_SHARE
+
+
+def _hidden_by_blocks(case: Case, links: list[Link], seconds: float) -> list[Link]:
+    """FSDP at ep 1, in its own order: the block before hides what is gathered, the next one what is reduced, as long as
+    they last. Nothing hides the root's, which is gathered before the first block and reduced after the last one."""
+    root = {"all-gather": case.c * case.sizes().root, "reduce-scatter": 4 * case.sizes(trains=True).root}
+    over = sum(link.seconds for link in links if link.traffic.axis == "fsdp")
+    found = []
+    for link in links:
+        if link.traffic.axis == "fsdp":
+            apart = case.accumulation * root.get(link.traffic.kind, link.traffic.num_bytes) / link.traffic.num_bytes
+            share = min(max(1 - apart, 0.0), seconds / over)
+            link = replace(link, hidden=link.seconds * share)
+        found.append(link)
+    return found
 
 
 def _tower(case: Case, vision: VisionConfig, gpu: Gpu) -> float:

@@ -8,8 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks import throughput
 from benchmarks.images import with_images
 from benchmarks.throughput import random_micro_batch
+from config.options import Config
 from config.reading import load_config, model_config
 from errors import UserError
 from training.plan import parse_images
@@ -76,3 +78,20 @@ def test_the_stack_to_compare_with_tells_what_it_needs() -> None:
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2
     assert "expected a CUDA GPU and the packages fla and liger_kernel; not here: " in done.stderr.splitlines()[-1]
+
+
+@pytest.mark.parametrize(("context", "rows"), [(1, 16), (2, 8)])
+def test_a_batch_that_is_too_small_is_one_micro_batch(context: int, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of each data rank: processes that share tokens read the same rows."""
+
+    def measure(config: Config, *_: object) -> None:
+        assert config.training.global_batch_size == rows
+        raise KeyboardInterrupt  # all that is of interest is known
+
+    for name, value in {"RANK": "0", "WORLD_SIZE": "4", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(throughput, "measure", measure)
+    options = [f"--parallelism.context_parallel_degree={context}", "--parallelism.expert_parallel_degree=1"]
+    options += ["--training.local_batch_size=4", "--training.global_batch_size=4"]
+    with pytest.raises(KeyboardInterrupt):
+        throughput.main(["--config=qwen35moe_tiny.toml", *options])

@@ -60,7 +60,9 @@ def test_half_of_a_links_rate_takes_longer(rate: str, monkeypatch: pytest.Monkey
         assert rate == "network" or (link.traffic.kind == "all-to-all") == (rate == "all_to_all")
 
 
-@pytest.mark.parametrize("constant", ["DELTA_RULE", "CONVOLUTION", "PASSES_IN_PARTS", "WAIT_AT_EP", "HOST", "STEP"])
+@pytest.mark.parametrize(
+    "constant", ["DELTA_RULE", "CONVOLUTION", "PASSES_IN_PARTS", "WAIT_AT_EP", "HOST", "GAPS", "STEP"]
+)
 def test_more_of_a_constant_takes_longer(constant: str, monkeypatch: pytest.MonkeyPatch) -> None:
     small = case("--parallelism.expert_parallel_degree=2", "--training.sequence_length=64", gpus=2)
     long, value = case("--parallelism.expert_parallel_degree=2", gpus=2), getattr(hardware, constant)
@@ -73,4 +75,24 @@ def test_more_of_a_constant_takes_longer(constant: str, monkeypatch: pytest.Monk
 
     before = step_time.step_time(of, "h100", 8).seconds
     monkeypatch.setattr(hardware, constant, doubled(value))
+    assert step_time.step_time(of, "h100", 8).seconds > 1.005 * before
+
+
+@pytest.mark.parametrize(
+    ("share", "options", "gpus", "documents"),
+    [
+        ("LAID_OUT_SHARE", [], 2, ()),
+        ("THIN_SHARE", ["--lora.rank=8", "--checkpoint.enable=false"], 1, ()),
+        ("RAGGED", [], 1, (3000, 1096)),
+    ],
+)
+def test_half_of_a_share_takes_longer(
+    share: str, options: list[str], gpus: int, documents: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    of, value = (
+        case_of(load_config(["--config=benchmarks/one_gpu_35b.toml", *options]), gpus, documents),
+        getattr(hardware, share),
+    )
+    before = step_time.step_time(of, "h100", 8).seconds
+    monkeypatch.setattr(hardware, share, tuple(each / 2 for each in value) if isinstance(value, tuple) else value / 2)
     assert step_time.step_time(of, "h100", 8).seconds > 1.005 * before

@@ -136,13 +136,17 @@ def test_parts_that_do_not_train_have_no_gradients_and_no_moments() -> None:
 def test_it_says_where_nothing_was_measured() -> None:
     assert uncertain(plan_of(ONE_GPU, Where(1, 8, "h100")), Where(1, 8, "h100")) == []
     where = Where(16, 8, "h100")
-    reasons = uncertain(plan_of([*WHOLE, "--parallelism.context_parallel_degree=2"], where), where)
+    reasons = uncertain(plan_of([*WHOLE, "--parallelism.context_parallel_degree=4"], where), where)
     assert any(reason.startswith("16 GPUs") for reason in reasons)
     assert any(reason.startswith("several nodes") for reason in reasons)
-    assert any(reason.startswith("context degree 2") for reason in reasons)
+    assert any(reason.startswith("context degree 4") for reason in reasons)
     assert not any(
         reason.startswith("several nodes") for reason in uncertain(plan_of(WHOLE, where), Where(16, 16, "h100"))
     )
     assert any(reason.startswith("several nodes") for reason in uncertain(plan_of(WHOLE, where), Where(8, 4, "h100")))
+    adapters = plan_of([*ONE_GPU, "--lora.rank=8", "--checkpoint.enable=false"], two := Where(2, 8, "h200"))
+    assert [reason.split(":")[0] for reason in uncertain(adapters, two)] == ["frozen weights over several GPUs"]
+    joint = uncertain(plan_of([*ONE_GPU, "--mtp.train=joint"], two), two)
+    assert [reason.split(":")[0] for reason in joint] == ["multi-token prediction"]
     wide = uncertain(plan_of([*ONE_GPU, "--model.config.hidden_size=3072"], Where(1, 8, "h100")), Where(1, 8, "h100"))
     assert any(reason.startswith("other widths") for reason in wide)

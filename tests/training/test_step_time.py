@@ -1,5 +1,6 @@
 """Times of a step against operations and bytes that are counted another way."""
 
+from dataclasses import replace
 from math import prod
 
 import pytest
@@ -7,9 +8,9 @@ import pytest
 from config.reading import load_config
 from models.qwen35_moe.parameters import parameters
 from training.flops import flops_per_token
-from training.hardware import GPUS, LINKS
+from training.hardware import GPUS, HOST, HOST_FORWARD, LINKS, RAGGED, STEP
 from training.memory import Case, case_of
-from training.step_time import StepTime, step_time
+from training.step_time import StepTime, products_per_token, step_time
 
 GPU = GPUS["h100"]
 
@@ -52,11 +53,43 @@ def test_short_documents_attend_less_and_all_else_is_as_it_was() -> None:
     for time in (whole, cut):
         time.by_kind.pop("the GPU waits for the host")
     assert cut.by_kind == whole.by_kind
-    (case, uneven), mean = planned(documents=(1300,)), (3 * 1300**2 + 196**2) / 4096  # the last is what is left
-    square = case.num_tokens * mean * case.shape.num_attention_heads * case.shape.head_dim
-    square *= case.shape.layer_types.count("full_attention")
-    seconds = 2 * square * (1 / GPU.attention_forward + 2.5 / GPU.attention_backward)
-    assert uneven.by_kind["attention"] == pytest.approx(seconds)
+    (case, uneven), pairs = planned(documents=(1300,)), 4 * (3 * 1408**2 + 256**2)  # the last is what is left: 196
+    operations = 2 * pairs * case.shape.num_attention_heads * case.shape.head_dim
+    operations *= case.shape.layer_types.count("full_attention")
+    forward, backward = GPU.attention_forward * RAGGED[0], GPU.attention_backward * RAGGED[1]
+    assert uneven.by_kind["attention"] == pytest.approx(operations * (1 / forward + 2.5 / backward))
+
+
+def test_a_document_is_whole_chunks_of_the_delta_rule() -> None:
+    (_, whole), (_, cut) = planned(), planned(documents=(4,))
+    assert cut.by_kind["delta rule"] == pytest.approx(16 * whole.by_kind["delta rule"])
+
+
+def test_the_trunk_runs_forward_alone_where_the_module_alone_trains() -> None:
+    (_, alone), (case, joint) = planned("--mtp.train=head"), planned("--mtp.train=joint")
+    kinds = "dense products", "experts' products", "delta rule", "norms, routing, copies", "optimizer, clipping"
+    assert all(alone.by_kind[kind] < 0.6 * joint.by_kind[kind] for kind in kinds)
+    operations = joint.by_kind["dense products"] - alone.by_kind["dense products"]
+    dense, _ = products_per_token(replace(case.shape, mtp_num_hidden_layers=0))
+    head = case.shape.vocab_size * case.shape.hidden_size
+    assert operations * GPU.dense == pytest.approx(2 * case.num_tokens * (2 * dense + 3 * head))
+
+
+def test_the_host_is_late_with_one_row_and_launches_more_where_it_runs_forward_twice() -> None:
+    options = ["--model.config.num_hidden_layers=40", "--lora.rank=8", "--checkpoint.enable=false"]
+    options += ["--training.local_batch_size=1", "--training.global_batch_size=1", "--training.sequence_length=512"]
+    (_, once), (_, twice) = planned(*options), planned(*options, "--activation_checkpoint.mode=full")
+    assert once.seconds - once.by_kind["optimizer, clipping"] == pytest.approx(40 * HOST["no units"] + STEP)
+    assert twice.seconds - once.seconds == pytest.approx(40 * HOST["no units"] * HOST_FORWARD)
+
+
+def test_nothing_hides_the_roots_weights() -> None:
+    case, time = planned("--training.global_batch_size=8", gpus=2)
+    apart = [link.seconds - link.hidden for link in time.links]
+    root, total = case.sizes().root, [link.traffic.num_bytes for link in time.links]
+    gather, reduce, _ = time.links
+    assert apart[0] == pytest.approx(gather.seconds * 2 * root / total[0])
+    assert apart[1] == pytest.approx(reduce.seconds * 4 * root / total[1])
 
 
 def test_two_micro_batches_take_twice_the_work_and_one_update() -> None:
