@@ -129,13 +129,14 @@ def traffic(
     trained: Sizes,
     c: int = 2,
     trunk_has_graph: bool = True,
+    asks: bool = True,
 ) -> list[Traffic]:
     """The collectives of a step: the tables of docs/communication.md, which are of a text model that trains whole; but
     of a tower's features and of the embeddings that multi-token prediction sends.
 
     num_tokens: of a rank in a micro-batch; num_copies: C, that a rank sends in a step; of, trained: sizes of all that
     is in units of FSDP, and of what trains; c: bytes of the compute dtype; trunk_has_graph: false where multi-token
-    prediction alone trains.
+    prediction alone trains; asks: whether the host asks for the number of copies.
     """
     A, L, P, ep = accumulation, len(of.by_block), degrees.context, degrees.expert
     k, H, t = shape.num_experts_per_tok, shape.hidden_size, num_tokens
@@ -153,7 +154,7 @@ def traffic(
     rows = [
         Traffic("all-gather", "fsdp", calls[0], A * c * (of.root + gathered(dense) + 2 * of.visual)),
         Traffic("reduce-scatter", "fsdp", calls[1], A * 4 * (sum(units) + trained.visual)),
-        Traffic("all-reduce", "fsdp" if degrees.replicate == 1 else "data_parallel", 1, 4 * (trained.outside + 1)),
+        Traffic("all-reduce", "fsdp" if degrees.replicate == 1 else "data_parallel", 1, 4 * (trained.outside + 2)),
     ]
     num_reduced = calls[1] // A
     if ep > 1:
@@ -166,8 +167,8 @@ def traffic(
             Traffic(
                 "all-to-all",
                 "ep",
-                A * (7 + 2 * again) * L,
-                A * L * 8 * ep + num_copies * ((4 + again) * c * H + (16 + 8 * again) * k),
+                A * (6 + asks + 2 * again) * L,
+                A * L * 8 * ep * asks + num_copies * ((4 + again) * c * H + (16 + 8 * again) * k),
             ),
         ]
     if P > 1:
@@ -191,20 +192,29 @@ def traffic(
     return [row for row in rows if row.calls and (row.axis != "efsdp" or degrees.shard > ep)]
 
 
-def kept_by_layer(
-    shape: ModelConfig, layer_type: str, mode: str, degrees: Degrees, imbalance: float = 1.0, c: int = 2
-) -> float:
-    """Bytes that a compiled block of this kind keeps for the backward pass, for each of the rank's tokens.
+class Buffers(NamedTuple):
+    """What a rank holds of tokens that travel to its experts."""
 
-    imbalance: how many times the mean of copies and of their choices the rank receives: 1 at ep 1.
-    """
+    copies: float
+    """For each of its own tokens; 0 at ep 1."""
+    rows: float
+    """Of its experts, over an even share of rows."""
+
+
+OF_OWN_TOKENS = Buffers(0.0, 1.0)  # ep 1
+
+
+def kept_by_layer(
+    shape: ModelConfig, layer_type: str, mode: str, degrees: Degrees, buffers: Buffers = OF_OWN_TOKENS, c: int = 2
+) -> float:
+    """Bytes that a compiled block of this kind keeps for the backward pass, for each of the rank's tokens."""
     H, k, I, S = (  # noqa: E741
         shape.hidden_size,
         shape.num_experts_per_tok,
         shape.moe_intermediate_size,
         shape.shared_expert_intermediate_size,
     )
-    rows = k * imbalance  # of experts
+    rows = k * buffers.rows  # of experts
     order = 22 * k  # weights, which experts, and the order of their rows: float32, int64, int16 and int64
     product = 2 * I if 2 * I <= H else 0  # activation_checkpoint.py takes a wider one for down_proj's
     experts: float
@@ -219,10 +229,9 @@ def kept_by_layer(
         experts = c * (rows * (H + 3 * I) + 2 * H + 3 * S) + 4 * H + 4 * shape.num_experts + 32 * k
         mixer = 2 * c * H + _kept_by_mixer(shape, layer_type, mode, degrees, c)
     if degrees.expert > 1:
-        received = copies_of_a_token(shape, degrees.expert) * imbalance
         # What experts read is handed from part to part; the copies received are kept, or with "full" sent again.
         experts += 0 if mode == "none" else c * H
-        experts += 0 if mode == "full" else received * (12 * k + (c * H if mode == "selective" else 0))
+        experts += 0 if mode == "full" else buffers.copies * (12 * k + (c * H if mode == "selective" else 0))
     return experts + mixer
 
 
@@ -249,18 +258,18 @@ def _kept_by_mixer(shape: ModelConfig, layer_type: str, mode: str, degrees: Degr
 
 
 def backward_of_layer(
-    shape: ModelConfig, layer_type: str, mode: str, degrees: Degrees, imbalance: float = 1.0, c: int = 2
+    shape: ModelConfig, layer_type: str, mode: str, degrees: Degrees, buffers: Buffers = OF_OWN_TOKENS, c: int = 2
 ) -> float:
     """Bytes a token that are alive at the worst moment of a block's backward pass, what it kept included: what is
     recomputed, and the gradients of the experts' rows: where SwiGLU is computed again, that is in one kernel with its
     gradient."""
     H, I, S = shape.hidden_size, shape.moe_intermediate_size, shape.shared_expert_intermediate_size  # noqa: E741
-    rows = shape.num_experts_per_tok * imbalance
+    rows = shape.num_experts_per_tok * buffers.rows
     # That is when the gradients of the experts' rows are there, and the shared expert's activations are gone.
     if mode == "selective":
-        return kept_by_layer(shape, layer_type, mode, degrees, imbalance, c) + c * (rows * (H + 4 * I) + 3 * H - 2 * S)
+        return kept_by_layer(shape, layer_type, mode, degrees, buffers, c) + c * (rows * (H + 4 * I) + 3 * H - 2 * S)
     again = 3 * rows * I - H if mode == "full" else 0  # the router's input is made again too, and is gone
-    return kept_by_layer(shape, layer_type, "none", degrees, imbalance, c) + c * (rows * H + H - 3 * S + again)
+    return kept_by_layer(shape, layer_type, "none", degrees, buffers, c) + c * (rows * H + H - 3 * S + again)
 
 
 def held_at_delta_rule(shape: ModelConfig, mode: str, c: int = 2) -> float:

@@ -43,7 +43,7 @@ GPUS = {
         attention_forward=588e12,
         attention_backward=337e12,
         memory=3.35e12,
-        optimizer=2.6e12,
+        optimizer=3.4e12,  # H200's by the memories' rates, not measured
         source="H100 80GB HBM3, 12 layers, 4 x 4096 tokens, 2026-11-26; attention alone, 2026-11-25",
     ),
     "h200": Gpu(
@@ -54,7 +54,7 @@ GPUS = {
         attention_forward=588e12,  # not measured alone; in steps of 4096 and 32,768 tokens 8 % faster
         attention_backward=337e12,
         memory=4.3e12,
-        optimizer=3.2e12,
+        optimizer=4.4e12,
         source="H200, 12 layers of 32,768 tokens and 40 layers of 2 x 4096, 2026-11-28",
     ),
 }
@@ -86,8 +86,9 @@ ATTENTION_TILE, RAGGED = 128, (0.48, 0.68)
 # Seconds in which the host launches a block, forward and backward, on the machines measured: without units of FSDP
 # (adapters on one GPU, one row, H200, 2026-11-28: 5.7 ms, and with "full" 7.9, so that the forward pass is the share
 # below); with them (11.2 ms on 40 layers that day, less what laying out gradients took until plain copies did: 126 of
-# 555 ms under a profiler); and at ep > 1 (40 layers on two H200s, before those copies: now probably less).
-HOST = {"no units": 5.7e-3, "units": 8.7e-3, "ep": 18.7e-3}
+# 555 ms under a profiler); and at ep > 1, where buffers have room and where the host asks for sizes (40 layers on two
+# H200s that day: steps of 543 and 667 ms less `STEP`; on another host of the same cards the first took 624).
+HOST = {"no units": 5.7e-3, "units": 8.7e-3, "ep": 13.4e-3, "ep, asks": 16.5e-3}
 HOST_FORWARD = 0.37
 # What lies between the kernels of a block, and at a step's end beside it, where the host is not late: steps of 8, 12
 # and 40 layers less the sums of their kernels (H200, 2026-11-28: 6, 10 and 18 ms).

@@ -11,8 +11,11 @@ from config.reading import model_config
 from models.qwen35_moe.config import LINEAR, ModelConfig
 from models.qwen35_moe.parts import OF_TEXT, frozen_parts, parts_of_model, single_parts
 from parallelisms.degrees import Degrees
+from parallelisms.room import Room, room_factor
 from training.formulas import (
     NO_LORA,
+    OF_OWN_TOKENS,
+    Buffers,
     Sizes,
     backward_of_delta_rule,
     backward_of_layer,
@@ -54,6 +57,8 @@ class Case:
     lora: Lora = NO_LORA
     imbalance: float = 1.0
     """Copies and rows that the fullest rank of `ep` receives, over the mean: 1 at ep 1."""
+    room: float = 0.0
+    """In its buffers, on a GPU; 0: the host asks for their sizes."""
     patches: int = 0
     """Of the fullest micro-batch."""
     frames: tuple[tuple[int, int], ...] = ()
@@ -74,6 +79,18 @@ class Case:
     def num_chunks(self, size: int = CHUNK) -> int:
         """So many tokens long, the last one of each document maybe not."""
         return sum(number * -(-length // size) for length, number in self.documents)
+
+    @property
+    def buffers(self) -> Buffers:
+        """Of the fullest rank of `ep`."""
+        shape, ep = self.shape, self.degrees.expert
+        if ep == 1:
+            return OF_OWN_TOKENS
+        if not self.room:
+            return Buffers(copies_of_a_token(shape, ep) * self.imbalance, self.imbalance)
+        k = shape.num_experts_per_tok
+        copies, rows = Room(self.room).sizes(self.num_tokens, k, ep, shape.num_experts // ep)
+        return Buffers(ep * copies / self.num_tokens, rows / (k * self.num_tokens))
 
     @cached_property
     def trained(self) -> frozenset[str]:
@@ -126,6 +143,7 @@ def case_of(
         frozen=frozenset(single_parts(frozen_parts(config.model.freeze, config.mtp.train))),
         lora=config.lora,
         imbalance=imbalance if degrees.expert > 1 else 1.0,
+        room=room_factor(config.parallelism, "cuda"),
         compiled=config.compile.enable,
         c=_BYTES["bfloat16" if training.dtype == "auto" else training.dtype],
     )
@@ -148,13 +166,11 @@ def _loss_buffers(case: Case) -> float:
     shape, tokens, c = case.shape, case.num_tokens, case.c
     num_chunks = -(-tokens // max(1, _CHUNK_BYTES // (c * shape.vocab_size)))
     chunk = c * shape.vocab_size * -(-tokens // num_chunks)
-    # A loss without a gradient is not compiled: beside the logits those in float32, and their exponentials.
-    alone = 0.0 if case.trunk_has_graph else (1 + 8 / c) * chunk
     width = shape.hidden_size if case.trains_head else case.lora.rank if "head" in case.lora.targets else 0
     head = 4 * shape.vocab_size * width
     hidden = tokens * shape.hidden_size * (2 * c + (8 if case.trains_text else 4))  # the norm's, in float32
     angles = tokens * shape.rotary_dim * 4
-    return max(chunk * (3 if num_chunks > 1 else 2) + head, alone) + hidden + angles
+    return chunk * (3 if num_chunks > 1 else 2) + head + hidden + angles
 
 
 def peak_memory(case: Case) -> tuple[str, dict[str, float]]:
@@ -184,7 +200,7 @@ def peak_memory(case: Case) -> tuple[str, dict[str, float]]:
         unreduced = computed * (1 + 4 / c * is_sharded)
     # What runs without a graph keeps nothing: the trunk, where multi-token prediction alone trains.
     first = 0 if case.trunk_has_graph else len(shape.layer_types)
-    of_layer = (case.mode, degrees, case.imbalance, c)
+    of_layer = (case.mode, degrees, case.buffers, c)
     of_kind = {kind: case.num_tokens * kept_by_layer(shape, kind, *of_layer) for kind in types}
     kept = [of_kind[kind] if index >= first else 0.0 for index, kind in enumerate(types)]
 
@@ -277,5 +293,4 @@ def _exchange(case: Case) -> float:
     """Copies on their way to their experts and back, of one block."""
     if case.degrees.expert == 1:
         return 0.0
-    copies = case.num_tokens * copies_of_a_token(case.shape, case.degrees.expert) * case.imbalance
-    return 2 * copies * case.shape.hidden_size * case.c
+    return 2 * case.num_tokens * case.buffers.copies * case.shape.hidden_size * case.c

@@ -13,7 +13,6 @@ from training import hardware
 from training.flops import flops_per_token, vision_flops
 from training.formulas import (
     Traffic,
-    copies_of_a_token,
     kept_by_layer,
     kept_by_vision_block,
     layer_types,
@@ -138,8 +137,8 @@ def step_time(case: Case, gpu_name: str, gpus_per_node: int) -> StepTime:
     passes = hardware.PASSES if degrees.expert == 1 else hardware.PASSES_IN_PARTS
     again_too = hardware.RECOMPUTED if is_full and case.trunk_has_graph else 1
     kinds["norms, routing, copies"] = tokens * sum(of_passes) * passes * again_too / gpu.memory
-    # Compiled 3 passes over the logits; a loss without a gradient is not, and makes them anew in float32.
-    logits = [3 * c / hardware.SOFTMAX_SHARE if part.backward else c + 28 for part in parts]
+    # 3 passes over the logits; without a gradient 1.
+    logits = [(3 if part.backward else 1) * c / hardware.SOFTMAX_SHARE for part in parts]
     kinds["softmax of the loss"] = tokens * shape.vocab_size * sum(logits) / gpu.memory
     trained = case.sizes(trains=True)
     on_rank = trained.sharded / degrees.shard + trained.outside
@@ -148,8 +147,8 @@ def step_time(case: Case, gpu_name: str, gpus_per_node: int) -> StepTime:
     of_rank = trained.experts / degrees.expert, experts_of.experts / degrees.expert
     moved += _moved(case, *of_rank, degrees.shard // degrees.expert)
     kinds["weights cast and gathered"] = case.accumulation * moved / gpu.memory
-    # Weights and moments are read and written; gradients read for their norm and again, and written back where clipped.
-    kinds["optimizer, clipping"] = (5 * case.master_bytes + 4 * case.state_bytes) * on_rank / gpu.optimizer
+    # Weights and moments are read and written; gradients read for their norm and again.
+    kinds["optimizer, clipping"] = (4 * case.master_bytes + 4 * case.state_bytes) * on_rank / gpu.optimizer
     if case.lora.rank:
         of_adapters = adapter_parameters_per_token(shape, case.lora.rank, case.lora.targets)
         # r * (in + out) parameters each: so thin a product takes as long as its rows are read and written, in each
@@ -159,14 +158,15 @@ def step_time(case: Case, gpu_name: str, gpus_per_node: int) -> StepTime:
     if shape.vision is not None and case.frames:
         kinds["vision"] = _tower(case, shape.vision, gpu)
 
-    if degrees.expert > 1:
+    asks = degrees.expert > 1 and not case.room
+    if asks:
         kinds["numbers of copies"] = hardware.WAIT_AT_EP * len(list(layer_types(shape))) * case.accumulation
     links = _links(case, gpus_per_node)
     compute = sum(kinds.values()) - kinds["optimizer, clipping"]
     if degrees.expert == 1 and degrees.shard > 1:
         links = _hidden_by_blocks(case, links, 0.9 * compute)
     kinds["communication, not hidden"] = sum(link.seconds - link.hidden for link in links)
-    name = "ep" if degrees.expert > 1 else "units" if dense_of.total else "no units"
+    name = "ep, asks" if asks else "ep" if degrees.expert > 1 else "units" if dense_of.total else "no units"
     share, blocks = hardware.HOST_FORWARD, [(len(part.types), part) for part in parts]
     launched = sum(n * (share * part.forwards + (1 - share) * (part.backward > 0)) for n, part in blocks)
     gaps = sum(n * _ways(part) for n, part in blocks)
@@ -226,8 +226,7 @@ def _links(case: Case, gpus_per_node: int) -> list[Link]:
     GPUs that belong to the group."""
     degrees = case.degrees
     trained, whole = case.sizes(trains=True), case.sizes()
-    copies = case.num_tokens * case.accumulation * len(whole.by_block) * case.imbalance
-    copies *= copies_of_a_token(case.shape, degrees.expert)
+    copies = case.num_tokens * case.accumulation * len(whole.by_block) * case.buffers.copies
     rows = traffic(
         case.shape,
         degrees,
@@ -239,6 +238,7 @@ def _links(case: Case, gpus_per_node: int) -> list[Link]:
         trained,
         case.c,
         case.trunk_has_graph,
+        asks=not case.room,
     )
     # axis -> its ranks, and the distance from one to the next
     strides = {

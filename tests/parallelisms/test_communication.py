@@ -15,6 +15,7 @@ from data.batch import Frame
 from models.qwen35_moe.config import FULL
 from models.qwen35_moe.parts import part_of
 from parallelisms.degrees import Degrees
+from parallelisms.room import Room
 from tests.distributed import run_ranks
 from tests.models.qwen35_moe.shapes import tiny_config
 from tests.models.qwen35_moe.vision_shapes import tiny_vision
@@ -30,6 +31,8 @@ LAYOUTS = [
     Layout(world=4, ep=2),
     Layout(world=4, ep=2, accumulation=2, activation_checkpoint="selective"),
     Layout(world=4, ep=4),
+    Layout(world=4, ep=4, room=8.0, accumulation=2),
+    Layout(world=4, ep=2, room=8.0, activation_checkpoint="full"),
     Layout(world=4, ep=2, activation_checkpoint="full"),
     Layout(world=4, replicate=2, accumulation=2),
     Layout(world=4, cp=2),
@@ -104,6 +107,7 @@ def symbols(layout: Layout, num_copies: Fraction) -> dict[str, int | Fraction]:
         "H": CONFIG.hidden_size,
         "C": num_copies,
         "ep": layout.ep,
+        "asks": int(not layout.room),
         "t": tokens_of(layout),
         "P": layout.cp,
         "Ll": CONFIG.num_hidden_layers - num_full,
@@ -150,7 +154,7 @@ def all_ranks(layout: Layout) -> str:
 def by_formula(layout: Layout, num_copies: Fraction) -> list[Traffic]:
     mode, of = layout.activation_checkpoint, sizes(CONFIG, layout.world // layout.replicate, layout.ep)
     where = degrees_of(layout), tokens_of(layout), layout.accumulation, mode
-    return traffic(CONFIG, *where, num_copies, of, of)
+    return traffic(CONFIG, *where, num_copies, of, of, asks=not layout.room)
 
 
 def expected(layout: Layout, num_copies: Fraction) -> Totals:
@@ -184,6 +188,10 @@ def test_the_documentation_has_the_formulas(layout: Layout) -> None:
 def test_a_step_communicates_as_documented(records: dict[Layout, list[Record]], layout: Layout) -> None:
     of_ranks = records[layout]
     num_copies = Fraction(sum(rank.num_copies for rank in of_ranks), len(of_ranks))
+    if layout.room:
+        num_tokens, top_k = tokens_of(layout), CONFIG.num_experts_per_tok
+        copies, _ = Room(layout.room).sizes(num_tokens, top_k, layout.ep, CONFIG.num_experts // layout.ep)
+        num_copies = Fraction(layout.accumulation * CONFIG.num_hidden_layers * layout.ep * copies)
     assert measured([rank.calls for rank in of_ranks]) == expected(layout, num_copies)
 
 
@@ -227,7 +235,9 @@ def test_the_gradient_norm_is_one_number_over_the_shards(records: dict[Layout, l
     assert [(call.axis, call.num_bytes) for call in small] == [("fsdp", 8)]
 
 
-@pytest.mark.parametrize("layout", [each for each in LAYOUTS if each.ep == 2 and each.cp == 1], ids=str)
+@pytest.mark.parametrize(
+    "layout", [each for each in LAYOUTS if each.ep == 2 and each.cp == 1 and not each.room], ids=str
+)
 def test_experts_and_dense_weights_are_gathered_a_block_ahead(
     records: dict[Layout, list[Record]], layout: Layout
 ) -> None:
