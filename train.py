@@ -373,7 +373,7 @@ def main(arguments: list[str]) -> None:
             }
             if training.nonfinite == "skip":
                 metrics["skipped_steps"] = num_skipped
-            if meshes.degrees.expert > 1:
+            if meshes.degrees.expert > 1 and meshes.room.factor:
                 metrics["repeated_steps"] = num_repeated
             if mtp:
                 metrics["mtp_loss"] = result.losses["mtp"].item()

@@ -43,7 +43,7 @@ GPUS = {
         attention_forward=588e12,
         attention_backward=337e12,
         memory=3.35e12,
-        optimizer=3.4e12,  # H200's by the memories' rates, not measured
+        optimizer=3.1e12,  # H200's by the memories' rates, not measured
         source="H100 80GB HBM3, 12 layers, 4 x 4096 tokens, 2026-11-26; attention alone, 2026-11-25",
     ),
     "h200": Gpu(

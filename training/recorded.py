@@ -107,7 +107,7 @@ def outside(case: Case, gpu: str, gpus_per_node: int, runs: list[Recorded]) -> l
         sharded = [c for c in cases if c.degrees.shard > 1]
         known = any((c.degrees.expert > 1) == (degrees.expert > 1) for c in sharded)
         unless(known, "several GPUs at ep 1", "what of FSDP's traffic is hidden")
-        known = any(c.trains_text == case.trains_text for c in sharded)
+        known = any(c.trains_text == case.trains_text for c in timed if c.degrees.shard > 1)
         unless(known, "frozen weights over several GPUs", "the time in which they are gathered and copied")
     least, most = min(c.num_tokens for c in timed), max(c.num_tokens for c in timed)
     unless(

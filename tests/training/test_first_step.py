@@ -46,7 +46,8 @@ def test_a_run_on_a_known_gpu_says_it_once(monkeypatch: pytest.MonkeyPatch, capl
     for _ in range(2):
         first.compare(METRICS, 0.34, device, compiles=False)
     (said,) = caplog.messages
-    assert said.startswith("plan: peak 54.5 GiB, actual 54.6; step 0.344 s, actual 0.340")
+    seconds = plan_of(ONE_GPU, Where(1, 8, "h100")).time.seconds
+    assert said.startswith(f"plan: peak 54.5 GiB, actual 54.6; step {seconds:.3f} s, actual 0.340")
     for device_type, name in (("cpu", ""), ("cuda", "NVIDIA A100")):
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda _, name=name: name)
         FirstStep(load_config(ONE_GPU), 1, torch.device(device_type)).compare(METRICS, 1.0, device, compiles=False)

@@ -64,8 +64,9 @@ def test_half_of_a_links_rate_takes_longer(rate: str, monkeypatch: pytest.Monkey
     "constant", ["DELTA_RULE", "CONVOLUTION", "PASSES_IN_PARTS", "WAIT_AT_EP", "HOST", "GAPS", "STEP"]
 )
 def test_more_of_a_constant_takes_longer(constant: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    small = case("--parallelism.expert_parallel_degree=2", "--training.sequence_length=64", gpus=2)
-    long, value = case("--parallelism.expert_parallel_degree=2", gpus=2), getattr(hardware, constant)
+    asks = "--parallelism.expert_parallel_degree=2", "--parallelism.expert_room=0"
+    small = case(*asks, "--training.sequence_length=64", gpus=2)
+    long, value = case(*asks, gpus=2), getattr(hardware, constant)
     of = small if constant in ("HOST", "STEP") else long  # where the GPU has little to do
 
     def doubled(value: object) -> object:

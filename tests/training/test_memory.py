@@ -184,6 +184,11 @@ def measured(case: Case, calls: tuple[Collective, ...]) -> Totals:
     degrees = case.degrees
     ranks = {"fsdp": degrees.shard, "efsdp": degrees.shard // degrees.expert, "replicate": degrees.replicate}
     totals: Totals = {}
+    of_norm = 1  # of 8 bytes; and another, of the two numbers that travel alone where nothing outside FSDP trains
+    if degrees.shard * degrees.replicate > 1 and not case.sizes(trains=True).outside:
+        totals["all-reduce"], of_norm = (1, 8), 2
+    small = [size for kind, axis, size in calls if (kind, size) == ("all-reduce", 8) and ranks.get(axis, 2) > 1]
+    assert len(small) in (0, of_norm), small
     for kind, axis, size in calls:
         counts = axis == "cp" and knows_exchanges(case) if kind == "all-to-all" else ranks.get(axis, 2) > 1
         if counts and (kind, size) != ("all-reduce", 8):

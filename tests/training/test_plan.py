@@ -106,8 +106,9 @@ def test_more_of_what_costs_memory_costs_memory() -> None:
         plan = make_plan(changed(base, {("activation_checkpoint", "mode"): mode}), where)
         peaks[mode] = plan.peak
     assert peaks["full"] < peaks["selective"] < peaks["none"]
-    fuller = make_plan(changed(base, {("activation_checkpoint", "mode"): "none"}), where._replace(imbalance=2.0))
-    assert fuller.peak > peaks["none"]
+    fuller = {("activation_checkpoint", "mode"): "none", ("parallelism", "expert_room"): 0.0}
+    assert make_plan(changed(base, fuller), where._replace(imbalance=2.0)).peak > peaks["none"]
+    assert make_plan(changed(base, fuller | {("parallelism", "expert_room"): 2.0}), where).peak > peaks["none"]
     halved = make_plan(changed(base, {("training", "master_dtype"): "bfloat16"}), where)
     of_float32 = 8 * halved.case.sizes().outside  # what is outside FSDP stays float32
     assert (halved.memory["moments"] - of_float32) * 2 == make_plan(base, where).memory["moments"] - of_float32

@@ -11,6 +11,7 @@ from models.qwen35_moe.model import Qwen35Moe
 from models.qwen35_moe.parts import freeze
 from parallelisms.degrees import Degrees
 from parallelisms.mesh import Meshes
+from parallelisms.room import Room
 from tests.models.qwen35_moe.shapes import tiny_config
 from tests.models.qwen35_moe.vision_shapes import tiny_vision
 from tests.parallelisms.layouts import rows_as_micro_batch
@@ -32,7 +33,7 @@ def work_of(rank: int, num_ranks: int, frozen: tuple[str, ...] = (), vision: boo
     with torch.device("meta"):
         model = Qwen35Moe(CONFIG if vision else dataclasses.replace(CONFIG, vision=None), Kernels())
     freeze(model, frozen)
-    return VisionWork(model, Meshes(OfRank(rank, num_ranks), None, None, None, Degrees(1, num_ranks, 1)))
+    return VisionWork(model, Meshes(OfRank(rank, num_ranks), None, None, None, Degrees(1, num_ranks, 1), Room()))
 
 
 @pytest.mark.parametrize("frozen", [(), ("vision",), ("vision", "merger")])
