@@ -157,6 +157,8 @@ def train_step(
             result = train_step(
                 model, optimizer, micro_batches, num_trained, meshes, device, training, moe, mtp, num_drafted, by_part
             )
+        if not result.nonfinite:  # tokens that are not numbers choose the same experts, all of them: no measure of room
+            meshes.room.grow()
         return result._replace(is_second=True)
     if math.isfinite(loss_on_host + norm_on_host):
         step_clipped(optimizer, grad_norm, training.max_grad_norm, clips=norm_on_host > training.max_grad_norm)

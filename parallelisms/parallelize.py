@@ -207,7 +207,7 @@ def _prefetch_neighbours(model: Qwen35Moe) -> None:
     """Has each block gather the next one's dense weights and experts before it computes, in both directions.
 
     Left to itself FSDP gathers a unit when the host comes to it, which is early enough only where the host runs ahead;
-    at ep > 1 the host waits in every block for the number of rows that travel.
+    at ep > 1, without room, the host waits in every block for the number of rows that travel.
     """
 
     def units(*modules: nn.Module) -> list[FSDPModule]:  # what is frozen may be no unit

@@ -35,10 +35,14 @@ class Room:
 
     @contextmanager
     def asking(self) -> Iterator[None]:
-        """Has blocks ask for sizes; and afterwards there is more room than before."""
+        """Has blocks ask for sizes."""
         before, self.factor = self.factor, 0.0
         yield
-        self.factor = before * 1.25
+        self.factor = before
+
+    def grow(self) -> None:
+        """More room from here on."""
+        self.factor *= 1.25
 
 
 def room_factor(options: Parallelism, device_type: str) -> float:

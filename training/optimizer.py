@@ -133,7 +133,9 @@ def update(*arguments: torch.Tensor | None, **numbers: Any) -> None:
         adamw_update(*arguments, **numbers)  # type: ignore[arg-type]
     elif first.numel():
         width = 1024 if first.numel() % 1024 == 0 else 1
-        rows = [tensor.reshape(-1, width) for tensor in tensors if tensor is not None]
+        *written, gradient = (tensor for tensor in tensors if tensor is not None)
+        # `reshape` may copy, and then what is written would be lost; the gradient is only read.
+        rows = [*(tensor.view(-1, width) for tensor in written), gradient.reshape(-1, width)]
         for each in rows:
             mark_dynamic(each, 0)
         _compiled_update(*rows, *scalars, **numbers)

@@ -95,6 +95,19 @@ def test_a_step_without_room_is_made_anew_and_there_is_more_afterwards() -> None
     assert run_ranks(count_steps, 2, Layout(world=2, ep=2)) == [[(False, 0.0)] * 5] * 2
 
 
+def step_that_is_not_finite(layout: Layout) -> tuple[bool, bool, float]:
+    model, meshes, optimizer = build(CONFIG, layout)
+    with torch.no_grad():
+        for parameter in model.float32_parameters():
+            parameter.fill_(torch.nan)
+    result = step(model, meshes, optimizer, own_batches(CONFIG, layout, ROWS, 0))
+    return result.is_second, bool(result.nonfinite), meshes.room.factor
+
+
+def test_tokens_that_are_not_finite_ask_for_no_more_room() -> None:
+    assert run_ranks(step_that_is_not_finite, 2, Layout(world=2, ep=2, room=1.0)) == [(True, True, 1.0)] * 2
+
+
 def breaks_of_graphs() -> list[str]:
     """Of a step in bfloat16, where the compiler knows the experts' products."""
     layout = Layout(world=2, ep=2, room=AMPLE, activation_checkpoint="selective", compile=True)
