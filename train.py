@@ -344,7 +344,7 @@ def main(arguments: list[str]) -> None:
             num_repeated += 1
             logger.info(
                 f"step {step} was made anew: more tokens came to a rank's experts than parallelism.expert_room is for; "
-                f"from here on it is {meshes.room.factor:.2f}"
+                f"from here on it is {meshes.room.factor:.2f}" + ("" if meshes.room.factor else ": the host asks")
             )
         if step == progress.step + 1:
             # Half a million objects of imports and compilation live as long as the run. A full collection that walks
@@ -375,7 +375,7 @@ def main(arguments: list[str]) -> None:
             }
             if training.nonfinite == "skip":
                 metrics["skipped_steps"] = num_skipped
-            if meshes.degrees.expert > 1 and meshes.room.factor:
+            if meshes.degrees.expert > 1 and (meshes.room.factor or num_repeated):
                 metrics["repeated_steps"] = num_repeated
             if mtp:
                 metrics["mtp_loss"] = result.losses["mtp"].item()

@@ -261,8 +261,9 @@ class Parallelism:
     many as fit the processes and the model."""
     expert_room: Room = -1.0
     """How many tokens the experts of a process have room for, as a multiple of an even share. A step that brings more
-    is made anew without such buffers, and from there on they are larger. 0: no buffers of fixed sizes; the host asks
-    for the number of tokens in every block, and a GPU waits for the host. -1: 1.2 on GPUs, 0 elsewhere."""
+    is made anew without such buffers, and from there on they are larger, up to twice an even share; then as with 0: no
+    buffers of fixed sizes; the host asks for the number of tokens in every block, and a GPU waits for it. -1: 1.2 on
+    GPUs, 0 elsewhere."""
     context_parallel_degree: PositiveInt = 1
     """Processes that read the same rows and share their tokens, for documents too long for one process. Attention of
     either kind then trades tokens for heads, so it divides their numbers."""

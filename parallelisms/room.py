@@ -41,8 +41,8 @@ class Room:
         self.factor = before
 
     def grow(self) -> None:
-        """More room from here on."""
-        self.factor *= 1.25
+        """More room from here on; or, where that would be more than twice an even share, none: blocks ask."""
+        self.factor = self.factor * 1.25 if self.factor * 1.25 <= 2 else 0.0
 
 
 def room_factor(options: Parallelism, device_type: str) -> float:

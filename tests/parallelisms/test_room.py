@@ -59,6 +59,7 @@ def test_equals_one_process(expected: dict[float, Run], world: int) -> None:
 def test_unequal_routing_equals_one_process(experts: tuple[int, ...]) -> None:
     config = tiny_config(num_experts_per_tok=len(experts))
     ((one,),) = run_ranks(train_layouts, 1, config, [Layout()], ROWS, NUM_STEPS, experts)
+    # From 1.2 on there is never enough, so that in the fourth step there is no room any more, but sizes are asked for.
     layouts = [Layout(world=4, ep=4, room=room) for room in (1.2, AMPLE)]
     for rank, runs in enumerate(run_ranks(train_layouts, 4, config, layouts, ROWS, NUM_STEPS, experts)):
         for layout, run in zip(layouts, runs):
@@ -102,6 +103,14 @@ def step_that_is_not_finite(layout: Layout) -> tuple[bool, bool, float]:
             parameter.fill_(torch.nan)
     result = step(model, meshes, optimizer, own_batches(CONFIG, layout, ROWS, 0))
     return result.is_second, bool(result.nonfinite), meshes.room.factor
+
+
+def test_room_ends_at_twice_an_even_share() -> None:
+    room, seen = Room(1.2), []
+    while room.factor:
+        room.grow()
+        seen.append(room.factor)
+    assert seen == [1.5, 1.875, 0.0]
 
 
 def test_tokens_that_are_not_finite_ask_for_no_more_room() -> None:
