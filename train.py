@@ -49,7 +49,7 @@ from training.distributed import (
 )
 from training.first_step import FirstStep
 from training.flops import flops_per_token, peak_flops_of_all
-from training.gradients import gradient_norm, gradient_norms, last_nonfinite
+from training.gradients import describe_nonfinite, gradient_norm, gradient_norms, last_nonfinite
 from training.load_balancing import measure_for, router_losses
 from training.lock import RunLock
 from training.metrics import MetricsWriter, data_quality, expert_load, peak_memory_gib, setup_logging
@@ -77,8 +77,6 @@ class StepResult(NamedTuple):
     """Where loss or gradients are not finite, so that the step was not applied; empty if all are."""
     norms_of_parts: dict[str, torch.Tensor]
     """As `grad_norm`, of each part of the model, if that was asked for."""
-    is_second: bool = False
-    """Whether it is another one for a step whose buffers had too little room for the tokens that travel to experts."""
 
 
 def forward_backward(
@@ -91,8 +89,7 @@ def forward_backward(
     mtp: Mtp,
     num_drafted: int,
 ) -> tuple[dict[str, torch.Tensor], torch.Tensor, torch.Tensor]:
-    """The micro-batches' gradients; as in StepResult the losses and the experts' counts; and [] how many rows of this
-    rank's experts were missed for want of room, without which all of it is wrong."""
+    """The micro-batches' gradients. As in StepResult the losses, the experts' counts; [] how many rows were missed."""
     shape = model.config
     losses = {name: torch.zeros((), device=device) for name in ("loss", "mtp", "aux_loss", "z_loss")}
     expert_counts = torch.zeros(len(model.blocks), shape.num_experts, dtype=torch.int64, device=device)
@@ -109,9 +106,8 @@ def forward_backward(
             total = total + mtp.loss_weight * mtp_share
             losses["mtp"] += mtp_share.detach()
         if measure.probabilities or measure.logsumexp:
-            top_k = shape.num_experts_per_tok
             over = (meshes.num_data_ranks, sum_over_ranks, meshes.sum_over_context)
-            aux, z = router_losses(statistics, moe, top_k, *over)
+            aux, z = router_losses(statistics, moe, shape.num_experts_per_tok, *over)
             total = total + (moe.aux_loss_coef * aux + moe.z_loss_coef * z) / len(micro_batches)
             losses["aux_loss"] += aux.detach() / len(micro_batches)
             losses["z_loss"] += z.detach() / len(micro_batches)
@@ -119,8 +115,7 @@ def forward_backward(
         total.backward()
         losses["loss"] += share.detach()
         expert_counts += statistics.expert_counts
-        if statistics.num_missed is not None:
-            num_missed += statistics.num_missed.sum()
+        num_missed += 0 if statistics.num_missed is None else statistics.num_missed.sum()
     return losses, expert_counts, num_missed
 
 
@@ -157,22 +152,14 @@ def train_step(
             result = train_step(
                 model, optimizer, micro_batches, num_trained, meshes, device, training, moe, mtp, num_drafted, by_part
             )
-        if not result.nonfinite:  # tokens that are not numbers choose the same experts, all of them: no measure of room
-            meshes.room.grow()
-        return result._replace(is_second=True)
+        meshes.room.note_repeat(grows=not result.nonfinite)
+        return result
     if math.isfinite(loss_on_host + norm_on_host):
         step_clipped(optimizer, grad_norm, training.max_grad_norm, clips=norm_on_host > training.max_grad_norm)
     else:
         nonfinite = describe_nonfinite(model, own_losses["loss"], grad_norm)
     optimizer.zero_grad()
     return StepResult(own_losses, expert_counts, grad_norm, nonfinite, norms_of_parts)
-
-
-def describe_nonfinite(model: Qwen35Moe, loss: torch.Tensor, grad_norm: torch.Tensor) -> str:
-    """Where a step went wrong, in words; all ranks together. A sharded gradient lies on another rank than its cause."""
-    of_loss = last_nonfinite({"not finite": loss})
-    of_gradients = last_nonfinite({name: parameter.grad for name, parameter in model.named_parameters()})
-    return f"loss {of_loss or 'finite'}, gradient norm {grad_norm.item()}, first in the backward pass: {of_gradients}"
 
 
 def reduce_result(result: StepResult) -> StepResult:
@@ -311,7 +298,7 @@ def main(arguments: list[str]) -> None:
     if config.compile.enable and device.type == "cuda":
         logger.info("the first step compiles the model, whatever its depth: half a minute to a minute")
     clock, clock_step, data_seconds = time.perf_counter(), step, 0.0
-    num_skipped = num_repeated = 0
+    num_skipped = 0
     stopping = False
     while step < total_steps and not stopping:
         step += 1
@@ -340,12 +327,6 @@ def main(arguments: list[str]) -> None:
                 raise RunError(f"step {step} is not applied: {result.nonfinite}")
             num_skipped += 1
             logger.warning(f"step {step} is skipped: {result.nonfinite}")
-        if result.is_second:
-            num_repeated += 1
-            logger.info(
-                f"step {step} was made anew: more tokens came to a rank's experts than parallelism.expert_room is for; "
-                f"from here on it is {meshes.room.factor:.2f}" + ("" if meshes.room.factor else ": the host asks")
-            )
         if step == progress.step + 1:
             # Half a million objects of imports and compilation live as long as the run. A full collection that walks
             # over them takes 0.2 s, on each rank at another step, while the others wait.
@@ -371,12 +352,11 @@ def main(arguments: list[str]) -> None:
                 **expert_load(result.expert_counts),
                 **data_quality(loader.counts if meshes.is_first_reader else {}, device),
                 **of_vision,
+                **meshes.room.metrics,
                 **{f"grad_norm_{part}": norm.item() for part, norm in result.norms_of_parts.items()},
             }
             if training.nonfinite == "skip":
                 metrics["skipped_steps"] = num_skipped
-            if meshes.degrees.expert > 1 and (meshes.room.factor or num_repeated):
-                metrics["repeated_steps"] = num_repeated
             if mtp:
                 metrics["mtp_loss"] = result.losses["mtp"].item()
             if config.moe.aux_loss_coef > 0:

@@ -12,7 +12,6 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
@@ -23,6 +22,7 @@ from models.ops.permute import combine as add_up_copies
 from models.qwen35_moe.block import Block
 from models.qwen35_moe.moe import COUNTS_OF_ALL, Measure, RouterStatistics, routed_experts
 from models.qwen35_moe.rotary import Rotary
+from parallelisms.exchange import Exchange, Receive, Send, splits, wait
 from parallelisms.overlap import OVERLAPPING
 from parallelisms.room import Room, Sizes
 from torch_private import functional_collectives, mark_dynamic, tree_leaves
@@ -171,10 +171,8 @@ class ExpertParallelBlock:
         """Sends the copies, and applies this rank's experts to those received: their results [D, H], what was sent, and
         how many copies went to each rank and came from it."""
         even = [1] * self.num_ranks
-        received_counts = _wait(
-            functional_collectives.all_to_all_single(plan.counts, even, even, self.group.group_name)
-        )
-        of_sent, of_received = _splits(plan.counts, received_counts).tolist()
+        received_counts = wait(functional_collectives.all_to_all_single(plan.counts, even, even, self.group.group_name))
+        of_sent, of_received = splits(plan.counts, received_counts).tolist()
         sent, received = ([copies for copies, _ in counts] for counts in (of_sent, of_received))
         num_rows = sum(rows for _, rows in of_received)
 
@@ -239,10 +237,10 @@ class ExpertParallelBlock:
         return add_results(hidden, shared, self._receive(rows), copies)
 
     def _send(self, rows: torch.Tensor) -> torch.Tensor:
-        return _Send.apply(rows, self.group.group_name, self.num_ranks)
+        return Send.apply(rows, self.group.group_name, self.num_ranks)
 
     def _receive(self, rows: torch.Tensor) -> torch.Tensor:
-        return _Receive.apply(rows, self.group.group_name, self.num_ranks)
+        return Receive.apply(rows, self.group.group_name, self.num_ranks)
 
 
 def add_results(hidden: torch.Tensor, shared: torch.Tensor, rows: torch.Tensor, copies: Copies) -> torch.Tensor:
@@ -339,97 +337,6 @@ def compile_for_any_number_of_rows(function: Callable, num_others: int = 0) -> C
         return compiled(*args)
 
     return run
-
-
-@torch.library.custom_op("qwen35_moe::splits", mutates_args=())
-def _splits(sent: torch.Tensor, received: torch.Tensor) -> torch.Tensor:
-    """Both [P, 2] -> [2, P, 2] on the host, which waits for the device here.
-
-    An operation of its own, so that activation checkpointing keeps the result: recomputation does not wait again.
-    """
-    return torch.stack([sent, received]).cpu()
-
-
-def _wait(tensor: torch.Tensor) -> torch.Tensor:
-    return functional_collectives.wait_tensor(tensor)
-
-
-class Exchange:
-    """One all-to-all of rows and, in the backward pass, of their gradients, each launched and awaited separately.
-
-    Autograd runs what was recorded last first. So what the forward pass computes between `start` and `finish` is
-    differentiated between the launch and the wait of the gradients' all-to-all.
-    """
-
-    def __init__(self, sent: list[int], received: list[int], group: dist.ProcessGroup) -> None:
-        """How many rows go to each rank and come from it."""
-        self.sent, self.received, self.group = sent, received, group
-        self.gradient: torch.Tensor | None = None
-        """Of the rows sent, between launch and wait: it has not their results' shape, so autograd cannot carry it."""
-
-    def start(self, rows: torch.Tensor) -> torch.Tensor:
-        """Launches the rows; the result is for `finish` alone."""
-        return _Start.apply(rows, self)
-
-    def finish(self, rows: torch.Tensor) -> torch.Tensor:
-        """The rows received."""
-        return _Finish.apply(rows, self)
-
-    def launch(self, rows: torch.Tensor, sent: list[int], received: list[int]) -> torch.Tensor:
-        return functional_collectives.all_to_all_single(rows.contiguous(), received, sent, self.group.group_name)
-
-
-class _Send(torch.autograd.Function):
-    """Launches an even all-to-all of rows, which `_Receive` awaits; in the backward pass it is the other way round.
-    Both directions have one shape, so that autograd can carry what is on its way."""
-
-    @staticmethod
-    def forward(ctx: Any, rows: torch.Tensor, group: str, num_ranks: int) -> torch.Tensor:
-        return _launch_even(rows, group, num_ranks)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:
-        return _wait(gradient), None, None
-
-
-class _Receive(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, rows: torch.Tensor, group: str, num_ranks: int) -> torch.Tensor:
-        ctx.group, ctx.num_ranks = group, num_ranks
-        return _wait(rows).view_as(rows)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:
-        return _launch_even(gradient, ctx.group, ctx.num_ranks), None, None
-
-
-def _launch_even(rows: torch.Tensor, group: str, num_ranks: int) -> torch.Tensor:
-    even = [len(rows) // num_ranks] * num_ranks
-    return functional_collectives.all_to_all_single(rows.contiguous(), even, even, group)
-
-
-class _Start(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, rows: torch.Tensor, exchange: Exchange) -> torch.Tensor:
-        ctx.exchange = exchange
-        return exchange.launch(rows, exchange.sent, exchange.received)
-
-    @staticmethod
-    def backward(ctx: Any, _: torch.Tensor) -> tuple[torch.Tensor, None]:
-        gradient, ctx.exchange.gradient = ctx.exchange.gradient, None
-        return _wait(gradient), None
-
-
-class _Finish(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, rows: torch.Tensor, exchange: Exchange) -> torch.Tensor:
-        ctx.exchange = exchange
-        return _wait(rows).view_as(rows)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
-        ctx.exchange.gradient = ctx.exchange.launch(gradient, ctx.exchange.received, ctx.exchange.sent)
-        return gradient, None  # which only says that there is one
 
 
 def _local(projection: Projection) -> Projection:

@@ -67,13 +67,22 @@ def build_meshes(device_type: str, degrees: Degrees, room: float = 0.0) -> Meshe
     sizes = (degrees.replicate, degrees.shard // degrees.expert, degrees.expert)
     mesh = init_device_mesh(device_type, sizes, mesh_dim_names=("replicate", "efsdp", "ep"))
     fsdp = mesh["efsdp", "ep"]._flatten("fsdp")
+    own_room = Room(room if degrees.expert > 1 else 0.0)
     if degrees.replicate == 1:
         context = _context(degrees.context, mesh["ep"], fsdp)
-        return Meshes(fsdp, fsdp, mesh["efsdp"], mesh["ep"], degrees, Room(room), context)
+        return Meshes(fsdp, fsdp, mesh["efsdp"], mesh["ep"], degrees, own_room, context)
     dense = DeviceMesh._concatenate([mesh["replicate"], fsdp])
     all_ranks = mesh._flatten("data_parallel")
     context = _context(degrees.context, mesh["ep"], fsdp, all_ranks)
-    return Meshes(all_ranks, dense, mesh["replicate", "efsdp"], mesh["ep"], degrees, Room(room), context)
+    return Meshes(
+        all_ranks,
+        dense,
+        mesh["replicate", "efsdp"],
+        mesh["ep"],
+        degrees,
+        own_room,
+        context,
+    )
 
 
 def _context(degree: int, *innermost: DeviceMesh) -> DeviceMesh | None:

@@ -1,5 +1,6 @@
 """How large the buffers are in which tokens travel to their experts and wait for them."""
 
+import logging
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -7,6 +8,8 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from config.options import Parallelism
+
+logger = logging.getLogger("train")
 
 
 class Sizes(NamedTuple):
@@ -24,6 +27,8 @@ class Room:
 
     factor: float = 0.0
     """Sizes as multiples of even shares; 0: each block asks for its own, and the host waits for the answer."""
+    num_repeated: int = 0
+    """Steps that were made anew for want of it."""
 
     def sizes(self, num_tokens: int, top_k: int, num_ranks: int, num_local: int) -> Sizes:
         """Of a rank with so many tokens, each with top_k experts, where each of `num_ranks` ranks has `num_local`
@@ -33,6 +38,11 @@ class Room:
         most = num_ranks * copies * min(top_k, num_local)
         return Sizes(copies, min(most, math.ceil(self.factor * num_tokens * top_k)))
 
+    @property
+    def metrics(self) -> dict[str, int]:
+        """How many steps were made anew, of a run that has room."""
+        return {"repeated_steps": self.num_repeated} if self.factor or self.num_repeated else {}
+
     @contextmanager
     def asking(self) -> Iterator[None]:
         """Has blocks ask for sizes."""
@@ -40,9 +50,16 @@ class Room:
         yield
         self.factor = before
 
-    def grow(self) -> None:
-        """More room from here on; or, where that would be more than twice an even share, none: blocks ask."""
-        self.factor = self.factor * 1.25 if self.factor * 1.25 <= 2 else 0.0
+    def note_repeat(self, grows: bool) -> None:
+        """A step was made anew. `grows`: from here on there is more room; or, where that would be more than twice an
+        even share, none, and blocks ask. Not if it was not finite: such tokens choose the same experts, all of them."""
+        self.num_repeated += 1
+        if grows:
+            self.factor = self.factor * 1.25 if self.factor * 1.25 <= 2 else 0.0
+        logger.info(
+            "a step was made anew: more tokens came to a rank's experts than parallelism.expert_room is for; from here "
+            f"on it is {self.factor:.2f}" + ("" if self.factor else ": the host asks")
+        )
 
 
 def room_factor(options: Parallelism, device_type: str) -> float:

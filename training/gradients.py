@@ -75,3 +75,10 @@ def last_nonfinite(tensors: dict[str, torch.Tensor | None]) -> str | None:
     dist.all_gather_object(last_of_ranks, max(bad, default=-1))
     last = max(last_of_ranks)
     return None if last < 0 else f"{list(tensors)[last]} on rank {last_of_ranks.index(last)}"
+
+
+def describe_nonfinite(model: nn.Module, loss: torch.Tensor, grad_norm: torch.Tensor) -> str:
+    """Where a step went wrong, in words; all ranks together. A sharded gradient lies on another rank than its cause."""
+    of_loss = last_nonfinite({"not finite": loss})
+    of_gradients = last_nonfinite({name: parameter.grad for name, parameter in model.named_parameters()})
+    return f"loss {of_loss or 'finite'}, gradient norm {grad_norm.item()}, first in the backward pass: {of_gradients}"
