@@ -212,6 +212,7 @@ def measure(
         **of_vision,
         "patches": max(map(sum, frames_of_step), default=0),
         "frames": list(itertools.chain(*frames_of_step)),
+        **meshes.room.metrics,  # a step that was made anew is timed twice
         "loss": round(result.losses["loss"].item(), 4),
         "expert_load_max_over_mean": round(float(expert_load(result.expert_counts)["expert_load_max_over_mean"]), 2),
     }

@@ -47,8 +47,10 @@ class Room:
     def asking(self) -> Iterator[None]:
         """Has blocks ask for sizes."""
         before, self.factor = self.factor, 0.0
-        yield
-        self.factor = before
+        try:
+            yield
+        finally:
+            self.factor = before
 
     def note_repeat(self, grows: bool) -> None:
         """A step was made anew. `grows`: from here on there is more room; or, where that would be more than twice an
