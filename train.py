@@ -156,8 +156,7 @@ def train_step(
             )
         meshes.room.note_repeat(grows=not result.nonfinite)
         return result
-    is_finite = math.isfinite(loss + norm)
-    nonfinite = "" if is_finite else describe_nonfinite(model, own_losses["loss"], grad_norm)
+    nonfinite = "" if math.isfinite(loss + norm) else describe_nonfinite(model, own_losses["loss"], grad_norm)
     optimizer.zero_grad()
     return StepResult(own_losses, expert_counts, grad_norm, nonfinite, norms_of_parts)
 
@@ -200,7 +199,8 @@ def build_model(config: Config, shape: ModelConfig, meshes: Meshes, device: torc
     for slow in slow_paths(kernels, shape, device.type, dtype):
         logger.warning(f"SLOW, many times slower than it could be on a GPU: {slow}")
     if config.kernels.self_test and device.type == "cuda":
-        wrong = check_kernels(kernels, shape_on_a_rank(shape, meshes.degrees.context), device, dtype)
+        on_a_rank, cache_dir = shape_on_a_rank(shape, meshes.degrees.context), config.compile.cache_dir
+        wrong = check_kernels(kernels, on_a_rank, device, dtype, Path(cache_dir) if cache_dir else None)
         if wrong:
             raise RunError("; ".join(wrong))
     parallelize_fn(

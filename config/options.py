@@ -284,8 +284,8 @@ class Compile:
     enable: bool = False
     """Compile each block."""
     cache_dir: str = ""
-    """Where compiled kernels are kept, these and those of [kernels]: a folder that can be copied to a bare machine of
-    the same kind, which then compiles nothing. "": where each compiler's environment variable or default says."""
+    """Where compiled kernels are kept, these and those of [kernels], with a note of what the self-test found right: a
+    folder to copy to a machine of the same kind, which compiles and tests nothing. "": where compilers' defaults say."""
 
 
 @dataclass(frozen=True, kw_only=True)

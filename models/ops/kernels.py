@@ -126,12 +126,13 @@ def _triton_hindrance(device_type: str, conv_width: int) -> str:
 
 
 def _fla_hindrance() -> str:
-    """What keeps flash-linear-attention's Triton kernels from running here; empty if nothing does."""
+    """What keeps flash-linear-attention's Triton kernels from running here; empty if nothing does. It is not imported
+    to ask it: it imports transformers and more, for seconds."""
     if importlib.util.find_spec("fla") is None:
         return "the package flash-linear-attention (requirements-gpu.txt)"
-    from fla.utils import IS_NVIDIA_HOPPER, TRITON_ABOVE_3_4_0, TRITON_ABOVE_3_7_1
+    import triton
 
-    if IS_NVIDIA_HOPPER and TRITON_ABOVE_3_4_0 and not TRITON_ABOVE_3_7_1:
+    if torch.cuda.get_device_capability()[0] == 9 and "3.4" <= TorchVersion(triton.__version__) < "3.7.1":
         return "on Hopper, Triton below 3.4 or from 3.7.1 on (between them gradients are wrong: its issue 640)"
     return ""
 

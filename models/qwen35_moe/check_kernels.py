@@ -6,14 +6,18 @@ what is compiled here is what training runs.
 """
 
 import functools
+import hashlib
+import importlib.metadata
 import logging
 import math
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
+import models.ops
 from models.ops.attention import attention
 from models.ops.causal_conv1d import causal_conv1d as parts_of_convolution
 from models.ops.documents import Documents
@@ -49,13 +53,22 @@ class _Case(NamedTuple):
     """Its other arguments, after `inputs`."""
 
 
-def check_kernels(kernels: Kernels, shape: ModelConfig, device: torch.device, dtype: torch.dtype) -> list[str]:
+def check_kernels(
+    kernels: Kernels, shape: ModelConfig, device: torch.device, dtype: torch.dtype, folder: Path | None = None
+) -> list[str]:
     """Runs each operation whose kernel is not the reference, and the experts' grouped_mm, in the compute dtype
     (bfloat16 or float32), and the reference in float64 on the same values.
 
     Returns what is wrong, a line an operation: which tensors, by how much, and the way out. Logs the largest error if
     nothing is. Random numbers come from generators of its own, and the memory is given back.
+
+    folder: where a comparison without a fault is noted; one that was noted is not made again, until the kind of GPU, a
+    version, the shape or the source of an operation is another.
     """
+    note = None if folder is None else folder / _what_was_compared(kernels, shape, device, dtype)
+    if note is not None and note.exists():
+        logger.info(f"kernels agreed with plain PyTorch before, all being the same as now: noted in {note}")
+        return []
     start, bound = time.perf_counter(), _BOUNDS[dtype]
     logger.info(
         "comparing kernels with plain PyTorch: seconds where they have been compiled before, two minutes on a bare "
@@ -80,8 +93,26 @@ def check_kernels(kernels: Kernels, shape: ModelConfig, device: torch.device, dt
     if not wrong:
         error, where = max(errors)
         seconds = time.perf_counter() - start
-        logger.info(f"kernels agree with plain PyTorch: off by {error:.1e} at most ({where}); {seconds:.1f} s")
+        found = f"kernels agree with plain PyTorch: off by {error:.1e} at most ({where})"
+        logger.info(f"{found}; {seconds:.1f} s")
+        if note is not None:
+            note.parent.mkdir(parents=True, exist_ok=True)
+            note.write_text(f"{kernels}\n{found}\n", encoding="utf-8")
     return wrong
+
+
+def _what_was_compared(kernels: Kernels, shape: ModelConfig, device: torch.device, dtype: torch.dtype) -> str:
+    """A name that is another one as soon as anything is that the comparison's result may hang on."""
+    versions = [torch.__version__, torch.backends.cudnn.version()]
+    for package in ("triton", "tilelang", "flash-qla", "flash-linear-attention", "flash-attn-4"):
+        found = list(importlib.metadata.distributions(name=package))
+        versions.append(found[0].version if found else None)
+    gpu = torch.cuda.get_device_properties(device) if device.type == "cuda" else None
+    of_gpu = (gpu.name, gpu.major, gpu.minor, torch.version.cuda) if gpu else None
+    digest = hashlib.sha256(repr((versions, of_gpu, kernels, shape, dtype)).encode())
+    for file in (Path(__file__), *sorted(Path(models.ops.__path__[0]).glob("*.py"))):
+        digest.update(file.read_bytes())
+    return f"kernels-agree-{digest.hexdigest()[:16]}"
 
 
 def _cases(kernels: Kernels, shape: ModelConfig, device: torch.device, dtype: torch.dtype) -> Iterator[_Case]:

@@ -1,8 +1,10 @@
 """The choice of kernels."""
 
 import importlib.util
+import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import get_args, get_type_hints
 
 import pytest
@@ -54,6 +56,29 @@ def test_delta_rule(monkeypatch: pytest.MonkeyPatch) -> None:
     assert chosen("cuda", torch.bfloat16, (64, 64)) == "fla"
     with pytest.raises(ValueError, match=r"gated_delta_rule = 'flash_qla' needs dims of 128"):
         select_kernels({"gated_delta_rule": "flash_qla"}, "cuda", torch.bfloat16, (64, 64), 4, 256)
+
+
+@pytest.mark.parametrize(
+    ("capability", "version", "works"),
+    [
+        ((9, 0), "3.3.1", True),
+        ((9, 0), "3.4.0", False),
+        ((9, 0), "3.6.0", False),
+        ((9, 0), "3.7.0", False),
+        ((9, 0), "3.7.1", True),
+        ((9, 0), "3.10.0", True),
+        ((8, 0), "3.6.0", True),
+        ((10, 0), "3.6.0", True),
+    ],
+)
+def test_where_flash_linear_attention_is_right(
+    capability: tuple[int, int], version: str, works: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    monkeypatch.setitem(sys.modules, "triton", SimpleNamespace(__version__=version))
+    monkeypatch.setitem(sys.modules, "fla", None)  # an import of it would fail
+    assert (kernels._fla_hindrance() == "") == works
 
 
 @pytest.fixture

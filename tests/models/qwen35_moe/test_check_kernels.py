@@ -96,6 +96,49 @@ def test_right_kernels_pass(dtype: torch.dtype, caplog: pytest.LogCaptureFixture
     assert torch.equal(torch.get_rng_state(), before)
 
 
+def test_what_agreed_is_compared_again_only_where_something_has_changed(
+    replace: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    compared = []
+    replace("causal_conv1d", lambda reference, *arguments: compared.append(1) or reference(*arguments))
+    kernels, folder = only("causal_conv1d"), tmp_path / "compiled"
+
+    def compares(kernels: Kernels = kernels, dtype: torch.dtype = torch.bfloat16, **changed: int) -> bool:
+        compared.clear()
+        assert check_kernels(kernels, tiny_config(**changed), CPU, dtype, folder) == []
+        return bool(compared)
+
+    assert compares()
+    with caplog.at_level(logging.INFO, logger="train"):
+        assert not compares()
+    (line,) = caplog.messages
+    (note,) = folder.iterdir()
+    assert line == f"kernels agreed with plain PyTorch before, all being the same as now: noted in {note}"
+    assert "off by" in note.read_text()
+    assert compares(dtype=torch.float32)
+    assert compares(linear_num_value_heads=8)
+    assert compares(kernels._replace(attention="varlen"))
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "__version__", "2.99")
+        assert compares()
+    assert not compares()
+
+    source = tmp_path / "ops"
+    source.mkdir()
+    (source / "permute.py").write_text("1")
+    monkeypatch.setattr("models.ops.__path__", [str(source)])
+    assert [compares(), compares()] == [True, False]
+    (source / "permute.py").write_text("2")
+    assert [compares(), compares()] == [True, False]
+
+
+def test_what_does_not_agree_is_not_noted(replace: Callable, tmp_path: Path) -> None:
+    replace("causal_conv1d", lambda reference, *arguments: reference(*arguments) * 1.05)
+    for _ in range(2):
+        assert check_kernels(only("causal_conv1d"), tiny_config(), CPU, torch.bfloat16, tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize(("operation", "name"), [(o, name) for o, names in INPUTS.items() for name in names])
 @pytest.mark.parametrize("factor", [1.05, float("nan")])
 def test_a_wrong_gradient_is_named(replace: Callable, operation: str, name: str, factor: float) -> None:
