@@ -285,7 +285,7 @@ class Compile:
     """Compile each block."""
     cache_dir: str = ""
     """Where compiled kernels are kept, these and those of [kernels], with a note of what the self-test found right: a
-    folder to copy to a machine of the same kind, which compiles and tests nothing. "": where compilers' defaults say."""
+    folder to copy to machines of the same kind, which then compile and test nothing. "": the compilers' defaults."""
 
 
 @dataclass(frozen=True, kw_only=True)
