@@ -144,6 +144,8 @@ class TokenLoader:
         self._next = (self._next + 1) % self.num_micro_batches
         fillers = [filler_row(self._training.sequence_length, self._packer.filler)] * (size - len(rows))
         batch = MicroBatch.of([*rows, *fillers], self._may_fill, self._vision)
+        # As many as of any other rank and micro-batch: buffers of fixed sizes rely on it.
+        assert len(batch.tokens) == size * self._training.sequence_length
         return batch.with_mtp_labels() if self._mtp else batch
 
     def _count(self, rows: list[Row]) -> None:
