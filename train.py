@@ -22,7 +22,7 @@ from data.held_out import Side
 from data.loader import TokenLoader
 from data.media import media_settings
 from data.samples import data_in_words
-from errors import RunError, UserError, exit_on_error
+from errors import RunError, UserError, exit_on_error, regular_file
 from models.ops.kernels import Kernels, select_kernels
 from models.ops.precision import compute_dtype
 from models.qwen35_moe.check_kernels import check_kernels
@@ -274,7 +274,7 @@ def main(arguments: list[str]) -> None:
     writer = None
     if rank == 0:
         try:
-            (output_dir / "config.toml").write_text(resolved_toml(config), encoding="utf-8")
+            regular_file(output_dir / "config.toml").write_text(resolved_toml(config), encoding="utf-8")
         except OSError as error:
             raise UserError(f"job.output_dir = {str(output_dir)!r}: {error.strerror}: expected room to write") from None
         writer = MetricsWriter(output_dir, config.metrics.tensorboard, step, total_steps, trackers)
