@@ -199,7 +199,7 @@ class MetricsWriter:
 
 
 def _append(path: Path) -> BinaryIO:
-    """The file, to go on with. A pipe that has come into its place meanwhile is an OSError and keeps no step waiting."""
+    """The file, to go on with. A pipe that has come into its place is an OSError, and keeps no step waiting."""
     return open(path, "ab", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK, 0o666))
 
 
