@@ -46,6 +46,7 @@ from training.distributed import (
     set_deterministic,
     set_timeout,
     sum_over_ranks,
+    to_host_later,
     world_from_environment,
 )
 from training.first_step import FirstStep
@@ -142,12 +143,13 @@ def train_step(
     loss_of_all, missed_of_all = reduce_replicated_gradients(model.float32_parameters(), shares, meshes.data_parallel)
     grad_norm = gradient_norm(model.parameters(), meshes.dense.get_group("fsdp"))
     norms_of_parts = gradient_norms(model.named_parameters(), meshes.dense.get_group("fsdp")) if by_part else {}
-    # The host has to know before it applies the step, and all ranks know the same. It waits for the device here, once a
-    # step: what is left to launch after it are a few fused kernels. (Fused AdamW could skip on the device, by
-    # `found_inf`; but the gradients would be gone before anyone can say where they were bad.)
-    nonfinite = ""
-    loss_on_host, norm_on_host, missed_on_host = torch.stack([loss_of_all, grad_norm, missed_of_all]).tolist()
-    if missed_on_host:
+    # The host waits for the device here, once a step, and for the backward pass alone: the update is on its way then,
+    # and does nothing where a value is not finite or a row was missed. All ranks know the same.
+    on_host = to_host_later(torch.stack([loss_of_all, grad_norm, missed_of_all]))
+    skips = ~(loss_of_all + grad_norm).isfinite() | (missed_of_all > 0)
+    step_clipped(optimizer, grad_norm, training.max_grad_norm, skips)
+    loss, norm, missed = on_host()
+    if missed:
         optimizer.zero_grad()
         with meshes.room.asking():
             result = train_step(
@@ -155,10 +157,8 @@ def train_step(
             )
         meshes.room.note_repeat(grows=not result.nonfinite)
         return result
-    if math.isfinite(loss_on_host + norm_on_host):
-        step_clipped(optimizer, grad_norm, training.max_grad_norm, clips=norm_on_host > training.max_grad_norm)
-    else:
-        nonfinite = describe_nonfinite(model, own_losses["loss"], grad_norm)
+    is_finite = math.isfinite(loss + norm)
+    nonfinite = "" if is_finite else describe_nonfinite(model, own_losses["loss"], grad_norm)
     optimizer.zero_grad()
     return StepResult(own_losses, expert_counts, grad_norm, nonfinite, norms_of_parts)
 

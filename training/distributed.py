@@ -4,7 +4,7 @@ import dataclasses
 import os
 import re
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 
@@ -133,3 +133,17 @@ def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:
     if dist.get_world_size() > 1:
         dist.all_reduce(values)
     return values
+
+
+def to_host_later(values: torch.Tensor) -> Callable[[], list[float]]:
+    """values [n] -> what gives them, once asked for. The device may have got more to do in between: they are waited
+    for, that is not."""
+    on_host = values.to("cpu", non_blocking=True)
+    arrived = torch.cuda.current_stream(values.device).record_event() if values.is_cuda else None
+
+    def wait() -> list[float]:
+        if arrived is not None:
+            arrived.synchronize()
+        return on_host.tolist()
+
+    return wait

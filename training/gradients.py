@@ -52,13 +52,20 @@ def _norms(groups: dict[str, list[torch.Tensor]], shards: dist.ProcessGroup | No
 
 def _sum_of_squares(tensors: list[torch.Tensor]) -> torch.Tensor:
     """Of this rank's numbers, a float64 scalar."""
-    pieces = [tensor.detach().flatten() for tensor in tensors]
-    if not pieces:
+    of_dtypes: dict[torch.dtype, list[torch.Tensor]] = {}
+    for tensor in tensors:
+        of_dtypes.setdefault(tensor.dtype, []).append(tensor.detach().flatten())
+    if not of_dtypes:
         return torch.zeros((), dtype=torch.float64)
+    return torch.stack([_sum_of_squares_of_one_dtype(pieces) for pieces in of_dtypes.values()]).sum()
+
+
+def _sum_of_squares_of_one_dtype(pieces: list[torch.Tensor]) -> torch.Tensor:
+    """So a GPU has one kernel for all pieces, where a mixture would take one a piece."""
     wide = torch.promote_types(pieces[0].dtype, torch.float32)
     if not pieces[0].is_cuda:
         pieces = [chunk for piece in pieces for chunk in piece.split(_CHUNK)]
-        if any(piece.dtype != wide for piece in pieces):
+        if pieces[0].dtype != wide:
             wide = torch.float64  # what is converted on the way is added up one by one
     return torch.stack(torch._foreach_norm(pieces, 2, dtype=wide)).double().square().sum()
 

@@ -28,18 +28,22 @@ class NamedAdamW(torch.optim.AdamW):
     def __init__(self, params: list[dict[str, Any]], state_dtype: torch.dtype | None = None, **options: Any) -> None:
         super().__init__(params, **options)
         self.state_dtype = state_dtype
+        # The names by which torch's fused optimizers take them from a GradScaler: float32 scalars on the device.
         self.grad_scale: torch.Tensor | None = None
+        self.found_inf: torch.Tensor | None = None
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
-        """One update of all parameters that have a gradient."""
+        """One update of all parameters that have a gradient; gradients stay, divided by `grad_scale` or not. None at
+        all where `found_inf` is 1."""
+        set_aside = []
         for group in self.param_groups:
             trained = [each for each in group["params"] if each.grad is not None and self._is_updated_here(each)]
             if not trained:
                 continue
             lr = torch.full((), group["lr"], device=trained[0].device)
             steps = [self._state_of(parameter)["step"] for parameter in trained]
-            torch._foreach_add_(steps, 1)
+            torch._foreach_add_(steps, 1 if self.found_inf is None else 1 - self.found_inf)
             corrections = zip(*(_corrections(beta, steps) for beta in group["betas"]))
             for parameter, of_means in zip(trained, corrections, strict=True):
                 own = self._state_of(parameter)
@@ -49,12 +53,16 @@ class NamedAdamW(torch.optim.AdamW):
                     *of_means,
                     lr,
                     self.grad_scale,
+                    self.found_inf,
                     betas=group["betas"],
                     eps=group["eps"],
                     weight_decay=group["weight_decay"],
                 )
+                set_aside.append((parameter, parameter.grad))
                 parameter.grad = None
         super().step(closure)
+        for parameter, gradient in set_aside:
+            parameter.grad = gradient
 
     def _is_updated_here(self, parameter: nn.Parameter) -> bool:
         return self.state_dtype is not None or (parameter.is_cuda and parameter.numel() >= _LARGE)
@@ -99,23 +107,23 @@ def adamw_update(
     correction_of_squares: torch.Tensor,
     lr: torch.Tensor,
     divisor: torch.Tensor | None,
+    skips: torch.Tensor | None,
     *,
     betas: tuple[float, float],
     eps: float,
     weight_decay: float,
 ) -> None:
     """AdamW in float32, in place, with running means that may be bfloat16, which are rounded as they are stored: all of
-    one shape; the corrections 1 - beta^step, lr and the gradient's divisor float32 scalars. (torch's fused kernels want
-    one dtype for all.)
+    one shape; the corrections 1 - beta^step, lr, the gradient's divisor and `skips`, 1 for no update or 0, float32
+    scalars. (torch's fused kernels want one dtype for all.)
     """
     wide = gradient.float() if divisor is None else gradient.float() / divisor
     new_mean = betas[0] * mean.float() + (1 - betas[0]) * wide
     new_square = betas[1] * square.float() + (1 - betas[1]) * wide.square()
     corrected = (new_square / correction_of_squares).sqrt() + eps
     new = parameter.float() * (1 - lr * weight_decay) - lr * (new_mean / correction) / corrected
-    parameter.copy_(new)
-    mean.copy_(new_mean)
-    square.copy_(new_square)
+    for old, value in ((parameter, new), (mean, new_mean), (square, new_square)):
+        old.copy_(value if skips is None else torch.where(skips > 0, old.float(), value))
 
 
 _compiled_update = torch.compile(adamw_update)
@@ -171,14 +179,17 @@ def build_optimizer(model: nn.Module, config: Optimizer) -> NamedAdamW:
 
 
 @torch.no_grad()
-def step_clipped(optimizer: NamedAdamW, grad_norm: torch.Tensor, max_norm: float, clips: bool) -> None:
-    """A step with all gradients scaled so that their global 2-norm, `grad_norm` [], becomes `max_norm`.
+def step_clipped(
+    optimizer: NamedAdamW, grad_norm: torch.Tensor, max_norm: float, skips: torch.Tensor | None = None
+) -> None:
+    """A step with all gradients divided, where their global 2-norm, `grad_norm` [], is above `max_norm`, so that it
+    becomes that. The fused optimizer divides them as it reads them: a pass of its own would read and write all of them
+    once more.
 
-    The fused optimizer divides them as it reads them (a pass of its own would read and write all of them once more) and
-    leaves them divided. `clips`: whether the norm is above `max_norm`, which the host knows; else nothing is scaled.
+    skips: bool [], no step if it is true. Nobody waits here for the device to know either of the two.
     """
-    # The name by which torch's fused optimizers take a divisor from a GradScaler: a float32 scalar on the device.
-    optimizer.grad_scale = (grad_norm / max_norm).float() if clips else None
+    optimizer.grad_scale = (grad_norm / max_norm).clamp(min=1).float()
+    optimizer.found_inf = None if skips is None else skips.float()
     optimizer.step()
 
 

@@ -1,5 +1,6 @@
 """Short causal depthwise convolution with SiLU; no tap reaches over a document's start."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -12,54 +13,60 @@ MAX_TRITON_WIDTH = 4  # its kernels carry so many tokens along
 
 
 def causal_conv1d(
-    x: torch.Tensor, weight: torch.Tensor, documents: Documents, *, backend: str = "torch"
-) -> torch.Tensor:
+    x: torch.Tensor, weight: torch.Tensor, widths: Sequence[int], documents: Documents, *, backend: str = "torch"
+) -> list[torch.Tensor]:
     """SiLU(sum_i weight[:, 0, W - 1 - i] * x[t - i]) over the taps i < W that lie in t's document.
 
-    x [T, C], weight [C, 1, W] -> [T, C] in x's dtype; taps are summed in float32 or wider. backend "torch": one masked,
-    shifted product a tap, the reference; "triton": one kernel each way, CUDA, W at most 4, keeps nothing but x.
+    x [T, C], weight [C, 1, W] -> parts of `widths` channels, in x's dtype [T, width] each: q, k and v, which are read
+    apart. Taps are summed in float32 or wider. backend "torch": one masked, shifted product a tap, the reference;
+    "triton": one kernel each way, CUDA, W at most 4, three parts, keeps nothing but x.
     """
     if backend == "triton":
-        return _forward(x, weight, documents.token_offsets)
+        return _forward(x, weight, documents.token_offsets, list(widths))
     offsets = documents.token_offsets.unsqueeze(-1)  # [T, 1]
     taps, rows = at_least_float32(weight[:, 0]).unbind(-1), at_least_float32(x)
     out = rows * taps[-1]
     for shift in range(1, min(len(taps), x.shape[0])):
         shifted = F.pad(rows[:-shift], (0, 0, shift, 0))
         out = out + torch.where(offsets >= shift, shifted, 0) * taps[-1 - shift]
-    return F.silu(out).to(x.dtype)
+    return list(F.silu(out).to(x.dtype).split(widths, dim=-1))
 
 
 @torch.library.custom_op("qwen35_moe::causal_conv1d", mutates_args=())
-def _forward(x: torch.Tensor, weight: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
+def _forward(x: torch.Tensor, weight: torch.Tensor, offsets: torch.Tensor, widths: list[int]) -> list[torch.Tensor]:
     from models.ops import causal_conv1d_triton
 
-    return causal_conv1d_triton.forward(x.contiguous(), weight, offsets)
+    return causal_conv1d_triton.forward(x.contiguous(), weight, offsets, widths)
 
 
 @_forward.register_fake
-def _(x: torch.Tensor, weight: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
-    return torch.empty_like(x, memory_format=torch.contiguous_format)
+def _(x: torch.Tensor, weight: torch.Tensor, offsets: torch.Tensor, widths: list[int]) -> list[torch.Tensor]:
+    return [x.new_empty(len(x), width) for width in widths]
 
 
 @torch.library.custom_op("qwen35_moe::causal_conv1d_backward", mutates_args=())
 def _backward(
-    gradient: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, offsets: torch.Tensor
+    gradients: list[torch.Tensor], x: torch.Tensor, weight: torch.Tensor, offsets: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     from models.ops import causal_conv1d_triton
 
-    return causal_conv1d_triton.backward(gradient.contiguous(), x.contiguous(), weight, offsets)
+    gradients = [gradient.contiguous() for gradient in gradients]
+    return causal_conv1d_triton.backward(gradients, x.contiguous(), weight, offsets)
 
 
 @_backward.register_fake
 def _(
-    gradient: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, offsets: torch.Tensor
+    gradients: list[torch.Tensor], x: torch.Tensor, weight: torch.Tensor, offsets: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.empty_like(x, memory_format=torch.contiguous_format), torch.empty_like(weight)
 
 
-def _autograd(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None]:
-    return *_backward(gradient, *ctx.saved_tensors), None
+def _autograd(ctx: Any, gradients: list[torch.Tensor]) -> tuple[torch.Tensor | None, ...]:
+    return *_backward(gradients, *ctx.saved_tensors), None, None
 
 
-_forward.register_autograd(_autograd, setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs))
+def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: list[torch.Tensor]) -> None:
+    ctx.save_for_backward(*inputs[:3])
+
+
+_forward.register_autograd(_autograd, setup_context=_save_for_backward)

@@ -1,4 +1,4 @@
-"""Moves tokens to their experts' order and back: gathers in both directions, so sums have one order on any device."""
+"""Moves tokens to their experts' order and back: sums are gathered, so they have one order on any device."""
 
 from typing import Any, NamedTuple
 
@@ -8,32 +8,52 @@ from models.ops.precision import at_least_float32
 
 # Shapes: N tokens, k experts a token, R rows (of tokens, each as often as it is needed), E experts, H hidden.
 # sources [R]: row -> its token; places [N, m]: token -> its rows, at most m of them, the rest -1. They describe the
-# same pairs, so each is the way back of the other. Autograd would scatter the gradients with atomic additions.
+# same pairs, so each is the way back of the other; a row of no token has any source. Autograd would scatter the
+# gradients with atomic additions.
 
 
 class _Permute(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, sources: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
         ctx.save_for_backward(places)
-        return x[sources]
+        return _rows_of(x, sources, places)
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:
-        return _sum_of_rows(gradient, *ctx.saved_tensors), None, None
+        (places,) = ctx.saved_tensors
+        sum_of = _sum_by_itself if places.shape[1] > 1 else _sum_of_rows
+        return sum_of(gradient, places), None, None
 
 
 class _Combine(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows: torch.Tensor, sources: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
-        ctx.save_for_backward(sources)
+        ctx.save_for_backward(sources, places)
         return _sum_of_rows(rows, places)
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:
-        return gradient[ctx.saved_tensors[0]], None, None
+        return _rows_of(gradient, *ctx.saved_tensors), None, None
 
 
 _INT32_MAX = 2**31 - 1
+
+
+def _rows_of(x: torch.Tensor, sources: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+    """Each token's row wherever it is wanted, [N, H] -> [R, H]; rows of no token hold anything.
+
+    Where all places may have a row they are written from the tokens' side: a token is read once, not once a row.
+    """
+    if len(sources) != places.numel() or places.shape[1] == 1:
+        return x[sources]
+    rows = x.new_empty(places.numel() + 1, x.shape[1])  # the last one is what -1 writes to
+    rows[_wide_enough(places, rows)] = x.unsqueeze(1)
+    return rows[:-1]
+
+
+def _wide_enough(places: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    """torch 2.11 compiles place * H to as many bits as places have."""
+    return places.long() if rows.numel() > _INT32_MAX else places
 
 
 def _sum_of_rows(rows: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
@@ -42,8 +62,7 @@ def _sum_of_rows(rows: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
     One gather a column: compiled, the sum is then elementwise work along H. As a sum over a dimension of size m the
     compiler makes it a reduction with rows too short to read memory at speed.
     """
-    if rows.numel() > _INT32_MAX:  # torch 2.11 compiles place * H to 32 bits
-        places = places.long()
+    places = _wide_enough(places, rows)
     # Where there is no row, -1 reads the last one: some row that is there to be read, whatever it holds.
     total, *others = (
         at_least_float32(rows[column]).where((column >= 0).unsqueeze(-1), 0.0) for column in places.unbind(-1)
@@ -52,6 +71,21 @@ def _sum_of_rows(rows: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
         total = total + each
     # Not `.to` where it would do nothing: torch 2.11 compiles a Function that ends so to a gradient of zeros.
     return total if total.dtype == rows.dtype else total.to(rows.dtype)
+
+
+_compiled_sum_of_rows = torch.compile(_sum_of_rows)
+
+
+@torch.library.custom_op("qwen35_moe::sum_of_rows", mutates_args=())
+def _sum_by_itself(rows: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+    """As `_sum_of_rows`, in a kernel of its own: as part of the norm's backward pass, which the compiler makes of both,
+    the gathers take as long again."""
+    return _compiled_sum_of_rows(rows, places) if rows.is_cuda else _sum_of_rows(rows, places)
+
+
+@_sum_by_itself.register_fake
+def _(rows: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+    return rows.new_empty(len(places), rows.shape[1])
 
 
 def permute(x: torch.Tensor, sources: torch.Tensor, places: torch.Tensor) -> torch.Tensor:

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 
 from models.ops.attention import attention
-from models.ops.causal_conv1d import causal_conv1d
+from models.ops.causal_conv1d import causal_conv1d as parts_of_convolution
 from models.ops.documents import Documents
 from models.ops.gated_delta_rule import gated_delta_rule
 from models.ops.grouped_experts import Projection
@@ -124,9 +124,10 @@ def _cases(kernels: Kernels, shape: ModelConfig, device: torch.device, dtype: to
         yield delta_rule(_LENGTHS)
 
     if kernels.causal_conv1d != CHOICES["causal_conv1d"][0]:
-        channels = 2 * shape.key_dim + shape.value_dim
+        widths = (shape.key_dim, shape.key_dim, shape.value_dim)
+        channels = sum(widths)
         inputs = {"x": random(num_tokens, channels), "weight": random(channels, 1, shape.linear_conv_kernel_dim)}
-        yield _Case("causal_conv1d", kernels.causal_conv1d, causal_conv1d, inputs, (documents,))
+        yield _Case("causal_conv1d", kernels.causal_conv1d, causal_conv1d, inputs, (widths, documents))
 
     if kernels.cross_entropy != CHOICES["cross_entropy"][0]:
         weight = random(shape.vocab_size, 64, scale=1 / 8)
@@ -146,6 +147,11 @@ def _cases(kernels: Kernels, shape: ModelConfig, device: torch.device, dtype: to
         "weights": random(int(rows.sum())).float().sigmoid(),
     }
     yield _Case("grouped_experts", "", grouped_experts, inputs, (rows.cumsum(0, dtype=torch.int32).to(device),))
+
+
+def causal_conv1d(*inputs: Any, backend: str) -> torch.Tensor:
+    """The convolution's parts side by side."""
+    return torch.cat(parts_of_convolution(*inputs, backend=backend), dim=-1)
 
 
 def grouped_experts(

@@ -65,8 +65,8 @@ class GatedDeltaNet(nn.Module):
         num_tokens, num_value_heads = g.shape
         value_width = num_value_heads * self.value_head_dim
         key_width = (qkv.shape[1] - value_width) // 2
-        qkv = causal_conv1d(qkv, weight, documents, backend=self.conv1d.backend)
-        q, k, v = qkv.split([key_width, key_width, value_width], dim=-1)
+        widths = (key_width, key_width, value_width)
+        q, k, v = causal_conv1d(qkv, weight, widths, documents, backend=self.conv1d.backend)
         q = q.view(num_tokens, -1, self.key_head_dim)  # [T, Nk, K]
         k = k.view(num_tokens, -1, self.key_head_dim)
         v = v.view(num_tokens, -1, self.value_head_dim)  # [T, Nv, Kv]

@@ -241,7 +241,7 @@ def train(
     run = Run({n: full(p) for n, p in model.named_parameters()}, {}, {}, [], [], [], [], torch.empty(0), [], math.inf)
 
     def keep_gradients(*_) -> None:
-        if not run.first_gradients:
+        if not run.first_gradients and not optimizer.found_inf:  # not of a step that is made anew
             trained = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
             run.first_gradients.update({n: full(p.grad) for n, p in trained})
 

@@ -69,7 +69,7 @@ def test_a_clipped_step_is_torchs(max_norm: float) -> None:
     norm = torch.nn.utils.clip_grad_norm_(models[1].parameters(), max_norm)
     assert 0.1 < norm < 100.0
     theirs.step()
-    step_clipped(ours, norm, max_norm, clips=bool(norm > max_norm))
+    step_clipped(ours, norm, max_norm)
     # One divides by norm / max_norm, the other multiplies by max_norm / (norm + 1e-6): that and a few roundings are
     # below 1e-5. Weights, which are as large as 1, are rounded to 1e-7.
     for (name, parameter), expected in zip(models[0].named_parameters(), models[1].parameters()):
@@ -123,10 +123,46 @@ def test_means_in_bfloat16_are_clipped_alike(max_norm: float) -> None:
             parameter.grad = torch.randn(parameter.shape, generator=generator) / parameter.numel()
         optimizer = build_optimizer(model, Optimizer(lr=1e-3, eps=1e-4, weight_decay=0.1, state_dtype=dtype))
         norm = torch.linalg.vector_norm(torch.cat([parameter.grad.flatten() for parameter in model.parameters()]))
-        step_clipped(optimizer, norm, max_norm, clips=bool(norm > max_norm))
+        step_clipped(optimizer, norm, max_norm)
         weights[dtype] = dict(model.named_parameters())
     for name, expected in weights["float32"].items():
         assert torch.allclose(weights["bfloat16"][name], expected, rtol=3e-7, atol=1e-8), name
+
+
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("state_dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("skipped", [0, 1], ids=["the first step", "the second"])
+def test_a_step_that_is_skipped_leaves_no_trace(
+    skipped: int, state_dtype: str, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bit for bit, also in all steps after it; and the gradients are still there to be looked at."""
+    if device == "cuda" and not torch.cuda.is_available():
+        pytest.skip("needs a GPU")
+    monkeypatch.setattr("training.optimizer._LARGE", 1000)  # on a GPU both kinds of kernels
+    states = []
+    for is_skipped in (False, True):
+        model = random_model(tiny_config()).to(device)
+        optimizer = build_optimizer(model, Optimizer(lr=1e-3, weight_decay=0.1, state_dtype=state_dtype))
+        for step in range(3):
+            generator = torch.Generator().manual_seed(step)
+            for parameter in model.parameters():
+                parameter.grad = torch.randn(parameter.shape, generator=generator).to(device)
+            if is_skipped and step == skipped:
+                nan = torch.tensor(torch.nan, device=device)
+                next(model.parameters()).grad[0] = nan
+                before = [parameter.grad.clone() for parameter in model.parameters()]
+                step_clipped(optimizer, nan.double(), 1.0, skips=nan.isnan())
+                after = [parameter.grad for parameter in model.parameters()]
+                assert all(torch.equal(x.nan_to_num(7), y.nan_to_num(7)) for x, y in zip(before, after))
+            elif is_skipped or step != skipped:
+                step_clipped(optimizer, torch.tensor(2.0, device=device), 1.0, skips=torch.tensor(False, device=device))
+        states.append(dict(model.named_parameters()) | optimizer.named_state())
+    plain, skipping = states
+    assert plain.keys() == skipping.keys()
+    assert all(torch.equal(plain[name], skipping[name]) for name in plain)
 
 
 @pytest.mark.gpu
@@ -140,7 +176,7 @@ def test_means_in_bfloat16_on_a_gpu_are_those_of_plain_pytorch() -> None:
         for _ in range(3):
             for parameter in model.parameters():
                 parameter.grad = torch.randn(parameter.shape, generator=generator).to(device)
-            step_clipped(optimizer, torch.tensor(2.0, device=device), 1.0, clips=True)
+            step_clipped(optimizer, torch.tensor(2.0, device=device), 1.0)
         results[device] = {name: parameter.detach().cpu() for name, parameter in model.named_parameters()}
     for name, expected in results["cpu"].items():
         # A mean on the other side of a tie is one step of bfloat16, 2^-7, off, and so is its update of lr.

@@ -12,6 +12,7 @@ from models.ops.documents import Documents
 from tests.models.ops.compare import assert_close, run
 
 CHANNELS = 6
+WIDTHS = (1, 2, 3)
 
 
 def make_inputs(num_tokens: int, width: int, dtype: torch.dtype = torch.float64) -> list[torch.Tensor]:
@@ -30,9 +31,16 @@ def convolve_alone(x: torch.Tensor, weight: torch.Tensor, lengths: list[int]) ->
     return torch.cat(outs)
 
 
+def convolve(x: torch.Tensor, weight: torch.Tensor, documents: Documents) -> torch.Tensor:
+    """All parts side by side."""
+    parts = causal_conv1d(x, weight, WIDTHS, documents)
+    assert [part.shape[1] for part in parts] == list(WIDTHS)
+    return torch.cat(parts, dim=-1)
+
+
 def run_packed(inputs: list[torch.Tensor], lengths: list[int]) -> tuple[torch.Tensor, list[torch.Tensor]]:
     documents = Documents.from_lengths(lengths)
-    return run(lambda x, weight: causal_conv1d(x, weight, documents), inputs)
+    return run(lambda x, weight: convolve(x, weight, documents), inputs)
 
 
 @pytest.mark.parametrize("width", [2, 3, 4, 5])
@@ -58,7 +66,7 @@ def test_bfloat16_taps_are_summed_in_float32() -> None:
     lengths = [500, 1, 499]
     x, weight = make_inputs(1000, 4, torch.bfloat16)
     exact = convolve_alone(x.double(), weight.double(), lengths)
-    ours = causal_conv1d(x, weight, Documents.from_lengths(lengths))
+    ours = convolve(x, weight, Documents.from_lengths(lengths))
     assert ours.dtype == torch.bfloat16
     error, torchs = ((y - exact).square().mean().sqrt() for y in (ours, convolve_alone(x, weight, lengths)))
     assert error <= 1.05 * torchs  # rounding after every tap makes it 1.5 times
@@ -85,7 +93,7 @@ def test_other_documents_change_nothing_bit_for_bit(changed: int) -> None:
 def test_derivative_by_another_document_is_exactly_zero(document: int) -> None:
     x, weight = make_inputs(sum(LENGTHS), 4)
     x.requires_grad_()
-    out = causal_conv1d(x, weight, Documents.from_lengths(LENGTHS))
+    out = convolve(x, weight, Documents.from_lengths(LENGTHS))
     (gradient,) = torch.autograd.grad(out.split(LENGTHS)[document].square().sum(), x)
     assert [bool(part.any()) for part in gradient.split(LENGTHS)] == [d == document for d in range(len(LENGTHS))]
 
@@ -93,9 +101,9 @@ def test_derivative_by_another_document_is_exactly_zero(document: int) -> None:
 def test_one_graph_whatever_the_documents() -> None:
     counter = CompileCounterWithBackend("aot_eager")
     torch._dynamo.reset()
-    compiled = torch.compile(causal_conv1d, fullgraph=True, backend=counter)
+    compiled = torch.compile(convolve, fullgraph=True, backend=counter)
     x, weight = make_inputs(24, 4, torch.float32)
     for lengths in ([12, 12], [8, 8, 8], [24 - 9, 2, 3, 4], [20, 1, 1, 1, 1], [4] * 6):
         documents = Documents.from_lengths(lengths, max_seqlen=24)
-        assert torch.equal(compiled(x, weight, documents), causal_conv1d(x, weight, documents))
+        assert torch.equal(compiled(x, weight, documents), convolve(x, weight, documents))
     assert counter.frame_count <= 2  # the second graph takes any number of documents

@@ -9,9 +9,12 @@ from tests.models.ops.test_gpu import NUM_TOKENS, check, pytestmark, random  # n
 
 
 @pytest.mark.parametrize("compiled", [False, True])
-@pytest.mark.parametrize(("backend", "channels", "width"), [("torch", 64, 4), ("triton", 64, 4), ("triton", 200, 3)])
-def test_causal_conv1d(backend: str, channels: int, width: int, compiled: bool) -> None:
+@pytest.mark.parametrize("widths", [(16, 16, 32), (130, 60, 10), (256, 128, 128)])  # a kernel's block: 128 channels
+@pytest.mark.parametrize(("backend", "width"), [("torch", 4), ("triton", 4), ("triton", 3)])
+def test_causal_conv1d(backend: str, widths: tuple[int, ...], width: int, compiled: bool) -> None:
     def convolution(x: torch.Tensor, weight: torch.Tensor, documents: Documents) -> torch.Tensor:
-        return causal_conv1d(x, weight, documents, backend=backend if x.is_cuda else "torch")
+        parts = causal_conv1d(x, weight, widths, documents, backend=backend if x.is_cuda else "torch")
+        assert [part.shape[1] for part in parts] == list(widths)
+        return torch.cat(parts, dim=-1)
 
-    check(convolution, random((NUM_TOKENS, channels), (channels, 1, width)), compiled=compiled)
+    check(convolution, random((NUM_TOKENS, sum(widths)), (sum(widths), 1, width)), compiled=compiled)

@@ -1,7 +1,5 @@
 """Moving rows to their experts and back, against plain indexing."""
 
-from collections.abc import Callable
-
 import pytest
 import torch
 from hypothesis import given
@@ -36,10 +34,11 @@ def test_rows_are_sorted_by_expert_and_then_token(num_tokens: int, top_k: int) -
     assert offsets.tolist() == [sum(expert <= of for expert, _ in pairs) for of in range(NUM_EXPERTS)]
 
 
-@given(st.integers(0, 9), st.integers(1, 4))
-def test_equals_plain_indexing(num_tokens: int, top_k: int) -> None:
+@given(st.integers(0, 9), st.integers(1, 4), st.booleans())
+def test_equals_plain_indexing(num_tokens: int, top_k: int, all_have_rows: bool) -> None:
     # 1e-15: float64; only the sums over a token's choices may be ordered differently.
-    order = sort(choices(num_tokens, top_k))
+    chosen = choices(num_tokens, top_k)
+    order = sort(chosen % NUM_EXPERTS if all_have_rows else chosen)
     indices, tokens = order.order.long(), order.order.long() // top_k
     x, weights = (torch.randn(num_tokens, size, dtype=torch.float64) for size in (3, top_k))
     rows = torch.randn(len(indices), 3, dtype=torch.float64)
@@ -65,21 +64,40 @@ def test_a_token_without_rows_is_zero_whatever_the_last_row_holds() -> None:
     assert gradient.tolist() == [[0.0], [torch.inf]]
 
 
+def test_as_many_rows_as_choices_though_some_choices_have_none() -> None:
+    """Buffers of fixed sizes: what has no row is written nowhere, also not to the last one; the rest holds anything."""
+    chosen = torch.tensor([[2, 0], [NUM_EXPERTS, 1], [0, NUM_EXPERTS]])
+    order, places, offsets = sort_by_expert(chosen, NUM_EXPERTS)
+    assert len(order) == places.numel()
+    x = torch.tensor([[1.0], [2.0], [3.0]], requires_grad=True)
+    rows = permute(x, order // 2, places)
+    assert rows[: int(offsets[-1])].tolist() == [[1.0], [3.0], [2.0], [1.0]]
+    (gradient,) = torch.autograd.grad(rows, x, torch.tensor([[1.0], [10], [100], [1000], [torch.nan], [torch.nan]]))
+    assert gradient.tolist() == [[1001.0], [100.0], [10.0]]
+
+    full = torch.tensor([[0, 1], [1, 0]])  # the last row is a token's own
+    order, places, _ = sort_by_expert(torch.cat([full, torch.full((1, 2), NUM_EXPERTS)]), NUM_EXPERTS)
+    assert permute(x, order // 2, places)[:4].tolist() == [[1.0], [2.0], [1.0], [2.0]]
+
+
 def test_combine_sums_bfloat16_in_float32() -> None:
     order = sort(torch.tensor([[2, 0, 1]]))
     rows = torch.tensor([[256.0], [1.0], [1.0]], dtype=torch.bfloat16)  # 256 + 1 is 256 in bfloat16
     assert add_up_rows(rows, order.order, order.places).item() == 258
 
 
-@pytest.mark.parametrize("which", [permute, combine])
-def test_backward_only_gathers(which: Callable[..., torch.Tensor]) -> None:
-    """Scatters add atomically on a GPU, in another order every run."""
+@pytest.mark.parametrize("which", ["permute's", "combine's", "the sum in permute's"])
+def test_backward_only_gathers(which: str) -> None:
+    """Scatters that add do so atomically on a GPU, in another order every run."""
     order, places, _ = sort(choices(17, 3))
-    x = torch.randn(17 if which is permute else len(order), 4, requires_grad=True)
-    out = which(x, order // 3, places)
+    x = torch.randn(17 if which == "permute's" else len(order), 4, requires_grad=True)
+    out = (permute if which == "permute's" else combine)(x, order // 3, places)
     with OperationLog() as log:
-        out.backward(torch.randn_like(out))
-    assert "index" in log.names
+        if which == "the sum in permute's":  # an operation of its own, which the log does not look into
+            combine(x, order // 3, places)
+        else:
+            out.backward(torch.randn_like(out))
+    assert ("sum_of_rows" if which == "permute's" else "index") in log.names
     assert not [name for name in log.names if "put" in name or "index_add" in name or "scatter" in name]
 
 
@@ -101,3 +119,12 @@ def test_places_have_64_bits_where_the_rows_have_too_many_elements(num_rows: int
         rows = torch.empty(num_rows, 2047 if dtype == torch.int32 else 2048, dtype=torch.bfloat16)
         combine(rows, torch.zeros(2, dtype=torch.int32), torch.zeros(4, 2, dtype=torch.int32))
     assert ("_to_copy" in log.names[: log.names.index("index")]) == (dtype == torch.int64)
+
+
+@pytest.mark.parametrize(("num_tokens", "dtype"), [(2**18 - 1, torch.int32), (2**18, torch.int64)])
+def test_places_have_64_bits_where_they_are_written_to(num_tokens: int, dtype: torch.dtype) -> None:
+    with FakeTensorMode(), OperationLog() as log:
+        places = torch.zeros(num_tokens, 4, dtype=torch.int32)
+        permute(torch.empty(num_tokens, 2048, dtype=torch.bfloat16), places.flatten(), places)
+    assert "index_put_" in log.names
+    assert ("_to_copy" in log.names) == (dtype == torch.int64)
