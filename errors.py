@@ -14,6 +14,7 @@ import time
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, NoReturn
 
 
@@ -59,6 +60,15 @@ def reading(path: object) -> Iterator[None]:
         raise UserError(f"{path} cannot be read: it is nested too deeply") from error
     except BaseException as error:  # a damaged file can raise nearly anything, Rust's panics included
         raise UserError(f"{path} cannot be read: {_reason(error)}") from error
+
+
+def regular_file(path: Path) -> Path:
+    """`path`, if a file is there or nothing. Raises UserError for anything else: whoever opens a pipe may wait for ever
+    for its other end, and a device may never end."""
+    with reading(path):
+        if path.exists() and not path.is_file():
+            raise UserError(f"{path} is {'a folder' if path.is_dir() else 'a pipe or a device'}: expected a file")
+    return path
 
 
 def _reason(error: BaseException) -> str:

@@ -22,7 +22,7 @@ from data.held_out import Side
 from data.loader import TokenLoader
 from data.media import media_settings
 from data.samples import data_in_words
-from errors import RunError, UserError, exit_on_error
+from errors import RunError, UserError, exit_on_error, regular_file
 from models.ops.kernels import Kernels, select_kernels
 from models.ops.precision import compute_dtype
 from models.qwen35_moe.check_kernels import check_kernels
@@ -39,6 +39,7 @@ from parallelisms.parallelize import local_region, parallelize_fn, reduce_replic
 from parallelisms.room import room_factor
 from training.compile_cache import keep_compiled_in
 from training.distributed import (
+    check_same_options,
     init_distributed,
     most_over_ranks,
     name_missing_ranks,
@@ -230,6 +231,7 @@ def main(arguments: list[str]) -> None:
     if config.job.deterministic:
         set_deterministic()
     device = init_distributed(config.job.collective_timeout_seconds)
+    check_same_options(config)
     torch.manual_seed(config.job.seed)
     shape = model_config(config)
     degrees = work_out_degrees(config.parallelism, config.training, shape, world_size)
@@ -272,14 +274,13 @@ def main(arguments: list[str]) -> None:
     writer = None
     if rank == 0:
         try:
-            (output_dir / "config.toml").write_text(resolved_toml(config), encoding="utf-8")
+            regular_file(output_dir / "config.toml").write_text(resolved_toml(config), encoding="utf-8")
         except OSError as error:
             raise UserError(f"job.output_dir = {str(output_dir)!r}: {error.strerror}: expected room to write") from None
         writer = MetricsWriter(output_dir, config.metrics.tensorboard, step, total_steps, trackers)
         if writer.has_trackers and step == 0:
             writer.write_lengths(loader.first_lengths(), step)
-    trains_trunk = config.mtp.train != "head"
-    flops_of_token = flops_per_token(shape, training.sequence_length, config.lora, trains_trunk)
+    flops_of_token = flops_per_token(shape, training.sequence_length, config.lora, config.mtp.train != "head")
     peak = peak_flops_of_all(world_size, device)
     vision_work = VisionWork(model, meshes)
     first_step = FirstStep(config, world_size, device)
@@ -298,8 +299,7 @@ def main(arguments: list[str]) -> None:
     if config.compile.enable and device.type == "cuda":
         logger.info("the first step compiles the model, whatever its depth: half a minute to a minute")
     clock, clock_step, data_seconds = time.perf_counter(), step, 0.0
-    num_skipped = 0
-    stopping = False
+    num_skipped, stopping = 0, False
     while step < total_steps and not stopping:
         step += 1
         data_clock = step_clock = time.perf_counter()

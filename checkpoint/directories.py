@@ -215,7 +215,8 @@ def _hide(folder: Path) -> Path:
 
 def _flush_all(folder: Path) -> None:
     for path in (*folder.rglob("*"), folder):
-        _flush(path)
+        if path.is_file() or path.is_dir():  # a pipe cannot be opened without its other end
+            _flush(path)
 
 
 def _flush(path: Path) -> None:

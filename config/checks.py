@@ -18,6 +18,8 @@ from models.qwen35_moe.parts import ADAPTABLE, check_frozen, check_present, part
 from parallelisms.degrees import Degrees, work_out_degrees
 
 _LARGEST_BETA_IN_BFLOAT16 = 0.99
+_FOLDERS = ("checkpoints", "hf", "skipped", "tensorboard")
+"""What a run makes in its folder beside files."""
 
 
 def check_config(config: Config, world_size: int) -> None:
@@ -151,6 +153,9 @@ def _check_paths(config: Config) -> None:
     if not parent.is_dir() or not os.access(parent, os.W_OK):
         output_dir = config.job.output_dir
         raise UserError(f"job.output_dir = {output_dir!r}: expected a folder that can be written in {str(parent)!r}")
+    for path in (Path(config.job.output_dir, name) for name in _FOLDERS):
+        if os.path.lexists(path) and not path.is_dir():
+            raise UserError(f"{path} is no folder, or a link to none: expected the run's own, or nothing there")
 
 
 def main(argv: list[str]) -> None:

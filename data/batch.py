@@ -138,6 +138,7 @@ class MicroBatch:
         from models.ops.documents import Documents
 
         length = len(rows[0].tokens)
+        assert may_fill or not any(row.num_fillers for row in rows)
         place = torch.arange(length)
         documents = Documents.from_lengths([length for row in rows for length in row.lengths], max_seqlen=length)
         return cls(

@@ -38,7 +38,7 @@ from data.packing import NO_SAMPLE, NUM_PENDING, BadSample, ChatSlot, Share, Tex
 from data.preview_rows import show_row
 from data.samples import Samples, open_samples
 from data.tokenizer import load_tokenizer
-from errors import UserError
+from errors import UserError, regular_file
 
 logger = logging.getLogger("train")
 
@@ -95,7 +95,7 @@ class TokenLoader:
         self._lifeline: Connection | None = None
         self._round: list[Row] = []  # a row of each own slot: what a step takes
         self._next = 0  # which micro-batch of the round comes next
-        self._skipped_file = skipped_dir and skipped_dir / f"rank-{data_rank:05}.jsonl"
+        self._skipped_file = skipped_dir and regular_file(skipped_dir / f"rank-{data_rank:05}.jsonl")
         self.counts = Counter[str]()
         """Since the beginning: "real_tokens" and "tokens" of the rows returned; of REASONS, samples met on the way."""
         cursors = torch.tensor([self._packer.first_cursor(slot) for slot in range(self._num_slots)])
@@ -144,6 +144,8 @@ class TokenLoader:
         self._next = (self._next + 1) % self.num_micro_batches
         fillers = [filler_row(self._training.sequence_length, self._packer.filler)] * (size - len(rows))
         batch = MicroBatch.of([*rows, *fillers], self._may_fill, self._vision)
+        # As many as of any other rank and micro-batch: buffers of fixed sizes rely on it.
+        assert len(batch.tokens) == size * self._training.sequence_length
         return batch.with_mtp_labels() if self._mtp else batch
 
     def _count(self, rows: list[Row]) -> None:
@@ -154,10 +156,11 @@ class TokenLoader:
         if notes and self._skipped_file is not None:
             try:
                 self._skipped_file.parent.mkdir(parents=True, exist_ok=True)
-                with open(self._skipped_file, "a", encoding="utf-8") as file:
+                with regular_file(self._skipped_file).open("a", encoding="utf-8") as file:
                     file.writelines(json.dumps({"reason": reason, "sample": text}) + "\n" for reason, text in notes)
-            except OSError as error:  # a full disk, say: they are counted nevertheless
-                logger.warning(f"cannot list skipped samples in {self._skipped_file}: {error.strerror}")
+            except (OSError, UserError) as error:  # a full disk, say: they are counted nevertheless
+                reason = getattr(error, "strerror", None) or error
+                logger.warning(f"cannot list skipped samples in {self._skipped_file}: {reason}")
                 self._skipped_file = None
 
     def first_lengths(self) -> list[int]:

@@ -13,7 +13,7 @@ from config.options import Config
 from data.packing import USED, BadSample, in_one_line
 from data.records import Record
 from data.sources import declared_sources
-from errors import UserError, reading
+from errors import UserError, reading, regular_file
 
 
 def write_skipped(config: Config, folder: Path, out: Path) -> str:
@@ -49,7 +49,7 @@ def _read_notes(folder: Path) -> dict[str, str]:
     notes: dict[str, str] = {}
     for path in files:
         with reading(path):
-            lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+            lines = [json.loads(line) for line in regular_file(path).read_text(encoding="utf-8").splitlines()]
             notes |= {line["sample"]: line["reason"] for line in lines if line["reason"] not in USED}
     return notes
 

@@ -145,6 +145,7 @@ class ExpertParallelBlock:
         hidden = hidden + self.block.attend(self.block.input_layernorm(hidden), rotary, documents)
         x = self.block.post_attention_layernorm(hidden)
         weights, chosen, statistics = self.mlp.route(x, measure)
+        chosen = deal_fillers(chosen, measure.is_real, self.mlp.num_experts)
         return hidden, x, weights, plan_copies(chosen, self.num_ranks, self.num_local, capacity), statistics
 
     def dispatch(self, x: torch.Tensor, weights: torch.Tensor, plan: Plan, sizes: Sizes | None) -> Travelling:
@@ -246,6 +247,16 @@ class ExpertParallelBlock:
 def add_results(hidden: torch.Tensor, shared: torch.Tensor, rows: torch.Tensor, copies: Copies) -> torch.Tensor:
     """See `combine`."""
     return hidden + (add_up_copies(rows, copies.sources, copies.places) + shared)
+
+
+def deal_fillers(chosen: torch.Tensor, is_real: torch.Tensor | None, num_experts: int) -> torch.Tensor:
+    """chosen, integers [T, k], where fillers take the experts in turn. By themselves they all choose the same ones,
+    whose ranks would get more than there is room for, of copies that nobody reads. `is_real` as in Measure."""
+    if is_real is None:
+        return chosen
+    numbers = is_real.logical_not().cumsum(0).unsqueeze(-1) * chosen.shape[-1]  # that fillers far apart differ too
+    in_turn = (numbers + torch.arange(chosen.shape[-1], device=chosen.device)) % num_experts
+    return chosen.where(is_real.unsqueeze(-1), in_turn)
 
 
 def plan_copies(chosen: torch.Tensor, num_ranks: int, num_local: int, capacity: int | None = None) -> Plan:

@@ -178,6 +178,7 @@ def apply_fsdp(model: Qwen35Moe, meshes: Meshes, compute_dtype: torch.dtype) -> 
     shard(model, meshes.dense)
     if has_expert_units:
         _prefetch_neighbours(model)
+    _gather_nothing_below_gradients(model)
 
 
 class _NothingToReduce(ReduceScatter):
@@ -210,16 +211,28 @@ def _prefetch_neighbours(model: Qwen35Moe) -> None:
     at ep > 1, without room, the host waits in every block for the number of rows that travel.
     """
 
-    def units(*modules: nn.Module) -> list[FSDPModule]:  # what is frozen may be no unit
-        return [module for module in modules if isinstance(module, FSDPModule)]
-
-    with_experts = [units(block, block.mlp.experts) for block in model.blocks]
+    with_experts = [_units(block, block.mlp.experts) for block in model.blocks]
     for module, following in zip([model, *model.blocks], with_experts):
-        for unit in units(module):
+        for unit in _units(module):
             unit.set_modules_to_forward_prefetch(following)
     for module, preceding in zip(model.blocks[1:], with_experts):
-        for unit in units(module):
+        for unit in _units(module):
             unit.set_modules_to_backward_prefetch(preceding)
+
+
+def _gather_nothing_below_gradients(model: Qwen35Moe) -> None:
+    """With a block's backward pass FSDP gathers what ran before it, also below the first block that trains, where there
+    is no backward pass: as in a trunk that is frozen for multi-token prediction."""
+    if any(map(_trains, filter(None, [model.visual, model.embed_tokens]))):
+        return
+    first = next(filter(_trains, model.blocks), None)
+    for unit in _units(first, first.mlp.experts) if first is not None else []:
+        unit.set_modules_to_backward_prefetch([unit])  # it is there already; for none FSDP chooses itself
+
+
+def _units(*modules: nn.Module) -> list[FSDPModule]:
+    """Those that are units: what is frozen may be none."""
+    return [module for module in modules if isinstance(module, FSDPModule)]
 
 
 def local_region(parameter: torch.Tensor) -> LocalPart:

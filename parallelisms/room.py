@@ -32,7 +32,11 @@ class Room:
 
     def sizes(self, num_tokens: int, top_k: int, num_ranks: int, num_local: int) -> Sizes:
         """Of a rank with so many tokens, each with top_k experts, where each of `num_ranks` ranks has `num_local`
-        experts. No larger than what can come at most."""
+        experts. No larger than what can come at most.
+
+        All ranks of `ep` have as many tokens, or else what they send is not what is awaited: a micro-batch is
+        `local_batch_size` rows of `sequence_length` tokens, fillers included, at the end of the data too (loader.py);
+        these options are the same on all ranks (training/distributed.py), and the ranks of `cp` share evenly."""
         reached = 1 - (1 - 1 / num_ranks) ** top_k  # of the ranks, by a token whose experts are anywhere
         copies = min(num_tokens, math.ceil(self.factor * num_tokens * reached))
         most = num_ranks * copies * min(top_k, num_local)

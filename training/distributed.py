@@ -1,5 +1,6 @@
 """Process start-up: the process group, this rank's device, determinism; and who is missing when a wait is too long."""
 
+import dataclasses
 import os
 import re
 import time
@@ -11,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
+from config.options import Config
 from errors import RunError, UserError
 
 # What gloo says when a peer does not come, and when it has gone.
@@ -60,6 +62,29 @@ def init_distributed(timeout_seconds: int) -> torch.device:
     # Host tensors (a step's agreement, checkpoint metadata) travel over gloo beside NCCL.
     dist.init_process_group("cpu:gloo,cuda:nccl", timeout=timeout, device_id=device)
     return device
+
+
+def check_same_options(config: Config) -> None:
+    """Raises UserError, the same on all ranks, where one was started with another option than the first: with a shorter
+    row, say, it would send the others another number of bytes than they wait for. Paths and workers may differ."""
+    tables = {section.rstrip("_"): options for section, options in dataclasses.asdict(config).items()}
+    own = {f"{section}.{key.rstrip('_')}": options[key] for section, options in tables.items() for key in options}
+    own = {key: _without_paths(value) for key, value in own.items() if key != "data.num_workers"}
+    of_ranks = [own] * dist.get_world_size()
+    dist.all_gather_object(of_ranks, own)
+    for rank, options in enumerate(of_ranks):
+        for key, expected in of_ranks[0].items():
+            if (value := options.get(key)) != expected:
+                raise UserError(f"{key} = {value!r} on rank {rank}: expected {expected!r}, as on rank 0")
+
+
+def _without_paths(value: object) -> object:
+    """An option's value with "PATH" for each path: config/reading.py has made them absolute."""
+    if isinstance(value, str):
+        return "PATH" if os.path.isabs(value) else value
+    if isinstance(value, dict):
+        return {key: _without_paths(each) for key, each in value.items()}
+    return [_without_paths(each) for each in value] if isinstance(value, (tuple, list)) else value
 
 
 def set_timeout(meshes: Iterable[DeviceMesh], timeout_seconds: int) -> None:

@@ -140,8 +140,7 @@ def traffic(
     """
     A, L, P, ep = accumulation, len(of.by_block), degrees.context, degrees.expert
     k, H, t = shape.num_experts_per_tok, shape.hidden_size, num_tokens
-    # Blocks that run forward alone are gathered once, but for the one that FSDP gathers before it is not needed.
-    once = 0 if trunk_has_graph else max(len(shape.layer_types) - 1, 0)
+    once = 0 if trunk_has_graph else len(shape.layer_types)  # blocks that run forward alone
     with_experts = [sum(block) for block in of.by_block], [sum(block) for block in trained.by_block]
     dense, dense_trained = with_experts if ep == 1 else ([d for d, _ in of.by_block], [d for d, _ in trained.by_block])
     experts, experts_trained = [x for _, x in of.by_block], [x for _, x in trained.by_block]

@@ -11,7 +11,7 @@ import time
 from datetime import datetime
 from pathlib import Path
 
-from errors import UserError
+from errors import UserError, regular_file
 
 logger = logging.getLogger("train")
 
@@ -32,7 +32,7 @@ class RunLock:
         self._path = output_dir / "run.lock"
         try:
             output_dir.mkdir(parents=True, exist_ok=True)
-            self._file = self._path.open("a+", encoding="utf-8")
+            self._file = regular_file(self._path).open("a+", encoding="utf-8")
         except OSError as error:
             raise self._refusal(f"{error.strerror or error}: expected a folder to write to") from None
         try:

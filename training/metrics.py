@@ -11,11 +11,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 
 from data.packing import REASONS
+from errors import regular_file
 from training.distributed import sum_over_ranks
 from training.trackers import Careful, TensorBoard, expert_picture
 
@@ -101,13 +102,14 @@ class MetricsWriter:
         others: Sequence[Careful] = (),
     ) -> None:
         """Starts after `start_step`: lines of later steps, left by a run that was cut off, are dropped.
-        `others`: trackers beside TensorBoard."""
+        `others`: trackers beside TensorBoard. Raises UserError where something else is in a file's place."""
         self._path, self._total_steps = folder / "metrics.jsonl", total_steps
         self._load_path = folder / "expert_load.jsonl"
         self._next_view = 0
         self._has_failed = False
         self._trackers = list(others)
         for path in (self._path, self._load_path):
+            regular_file(path), regular_file(_damaged(path))
             with self._going_on():
                 self._keep_lines_up_to(start_step, path)
         if tensorboard:
@@ -130,7 +132,7 @@ class MetricsWriter:
                 except (ValueError, KeyError, TypeError, RecursionError):
                     damaged.append(line)
         if damaged:
-            aside = path.with_name(f"{path.stem}.damaged.jsonl")
+            aside = _damaged(path)
             with aside.open("ab") as file:
                 file.writelines(line + b"\n" for line in damaged)
             logger.warning(f"{path}: {len(damaged)} damaged lines are set aside in {aside.name}")
@@ -149,7 +151,7 @@ class MetricsWriter:
         """Records one step. `metrics` has "step", "loss", "grad_norm", "tokens_per_second" and more numbers."""
         # JSON has no NaN and no infinity.
         finite = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
-        with self._going_on(), self._path.open("ab") as file:
+        with self._going_on(), _append(self._path) as file:
             # A line that a full disk cut off is damaged; the one after it need not be.
             file.write((b"\n" if self._has_failed else b"") + json.dumps(finite, allow_nan=False).encode() + b"\n")
         values = {name: value for name, value in metrics.items() if name != "step"}
@@ -180,7 +182,7 @@ class MetricsWriter:
             return
         self._next_view = step + 1 + step // 10
         counts = expert_counts.cpu().numpy()
-        with self._going_on(), self._load_path.open("ab") as file:
+        with self._going_on(), _append(self._load_path) as file:
             line = json.dumps({"step": step, "tokens": counts.tolist()}, separators=(",", ":")).encode()
             file.write((b"\n" if self._has_failed else b"") + line + b"\n")
         if not self._trackers:
@@ -194,3 +196,13 @@ class MetricsWriter:
         """Ends what the trackers write."""
         for tracker in self._trackers:
             tracker.tell(lambda tracker: tracker.close())
+
+
+def _append(path: Path) -> BinaryIO:
+    """The file, to go on with. A pipe that has come into its place is an OSError, and keeps no step waiting."""
+    return open(path, "ab", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK, 0o666))
+
+
+def _damaged(path: Path) -> Path:
+    """Where its damaged lines are set aside."""
+    return path.with_name(f"{path.stem}.damaged.jsonl")

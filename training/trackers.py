@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from config.options import Config
-from errors import UserError
+from errors import UserError, regular_file
 
 logger = logging.getLogger("train")
 
@@ -115,7 +115,7 @@ class WeightsAndBiases:
 
 def _run_id(path: Path) -> str:
     """The name of the run that is gone on with, or a new one."""
-    known = path.read_text(encoding="utf-8", errors="replace").strip() if path.exists() else ""
+    known = regular_file(path).read_text(encoding="utf-8", errors="replace").strip() if path.exists() else ""
     if not re.fullmatch("[0-9a-f]{8}", known):
         known = uuid.uuid4().hex[:8]
         path.write_text(known + "\n", encoding="utf-8")

@@ -11,6 +11,7 @@ from data.held_out import ALL, Side
 from data.loader import TokenLoader
 from data.media import MediaSettings
 from models.qwen35_moe.model import Qwen35Moe
+from models.qwen35_moe.moe import Measure
 from parallelisms.context_parallel import own_share
 from parallelisms.mesh import Meshes
 from training.distributed import sum_over_ranks
@@ -62,7 +63,8 @@ class Validator:
             if not int(sum_over_ranks(torch.tensor(num_real))):
                 break
             for batch in batches:
-                output = model(batch.to(device), counts_accepted=True)
+                on_device = batch.to(device)
+                output = model(on_device, Measure(on_device.is_real), counts_accepted=True)
                 total[0] += output.result.double()
                 total[1] += batch.num_trained
                 if output.mtp_loss is not None:

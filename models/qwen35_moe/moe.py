@@ -19,7 +19,8 @@ class Measure(NamedTuple):
     """Which statistics routers take beside the counts, and of which tokens."""
 
     is_real: torch.Tensor | None = None
-    """bool [T]: False for fillers, which pass the experts like any token but are counted nowhere. None: all real."""
+    """bool [T]: False for fillers, which pass the experts like any token but are counted nowhere. Nobody reads what
+    comes of them: at ep > 1 they go to whichever expert. None: all real."""
     probabilities: bool = False
     logsumexp: bool = False
 

@@ -1,6 +1,7 @@
 """Samples, rows and micro-batches: their labels, and which tokens are real."""
 
 import numpy as np
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -65,12 +66,14 @@ def test_a_micro_batch_lays_its_rows_end_to_end():
 
 def test_a_micro_batch_that_cannot_have_fillers_has_no_mask():
     assert MicroBatch.of(ROWS[1:], may_fill=False).is_real is None
+    with pytest.raises(AssertionError):  # a filler that nobody would know of
+        MicroBatch.of(ROWS, may_fill=False)
 
 
 def test_a_micro_batch_moves_whole():
     moved = MicroBatch.of(ROWS, may_fill=True).to(torch.device("meta"))
     assert {t.device.type for t in (moved.tokens, moved.labels, moved.positions, moved.is_real)} == {"meta"}
-    assert MicroBatch.of(ROWS, may_fill=False).to(torch.device("meta")).is_real is None
+    assert MicroBatch.of(ROWS[1:], may_fill=False).to(torch.device("meta")).is_real is None
 
 
 VISION = tiny_vision()

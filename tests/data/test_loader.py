@@ -21,6 +21,7 @@ from transformers import AutoTokenizer
 
 from config.options import Data, Training
 from data.loader import TokenLoader
+from data.packing import filler_row
 from data.samples import open_samples
 from data.shuffle import permutation
 from data.tokenize import main
@@ -417,6 +418,7 @@ SCRIPT = """
 import multiprocessing, os, signal, sys
 from config.options import Data, Training
 from data.loader import TokenLoader
+from data.packing import filler_row
 
 if __name__ == "__main__":
     signal.signal(signal.SIGTERM, lambda *_: None)
@@ -515,3 +517,11 @@ def test_rows_of_fillers_are_counted_nowhere(path):
     batches = [next(last) for _ in range(2)]
     assert [batch.is_real.tolist() for batch in batches] == [[True] * 32, [True] * 16 + [False] * 16]
     assert last.counts["tokens"] == 48
+
+
+def test_a_micro_batch_of_another_size_goes_no_further(path, monkeypatch):
+    """At ep > 1 buffers rely on it, and other ranks would wait for the rest."""
+    short = filler_row(SEQUENCE_LENGTH - 1, 0)._replace(cursor=(0, 0))
+    monkeypatch.setattr("data.packing.TextSlot.next_row", lambda *_: short)
+    with pytest.raises(AssertionError):
+        next(make_loader(path, one_epoch=True))

@@ -12,8 +12,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from data.batch import Frame
-from models.qwen35_moe.config import FULL
-from models.qwen35_moe.parts import part_of
+from models.qwen35_moe.config import FULL, ModelConfig
+from models.qwen35_moe.parts import PARTS, frozen_parts, part_of
 from parallelisms.degrees import Degrees
 from parallelisms.room import Room
 from tests.distributed import run_ranks
@@ -21,7 +21,7 @@ from tests.models.qwen35_moe.shapes import tiny_config
 from tests.models.qwen35_moe.vision_shapes import tiny_vision
 from tests.parallelisms.collectives import Collective, recorded
 from tests.parallelisms.layouts import Layout, build, own_batches, step
-from training.formulas import Traffic, sizes, traffic
+from training.formulas import Traffic, layer_types, sizes, traffic
 
 CONFIG = tiny_config(vocab_size=96, linear_num_key_heads=4, linear_num_value_heads=8)
 ROWS = [[64]] * 8
@@ -208,6 +208,38 @@ def exchanges_of_features(layouts: list[Layout], frozen: tuple[str, ...] | None)
             step(model, meshes, optimizer, batches)
         found.append([call for call in calls if call.kind == "all-to-all"])
     return found
+
+
+def gathers(cases: list[tuple[ModelConfig, Layout]], frozen: tuple[str, ...]) -> list[Totals]:
+    """The all-gathers of this rank's step."""
+    found = []
+    for config, layout in cases:
+        model, meshes, optimizer = build(config, layout, torch.bfloat16, is_trained=functools.partial(_trains, frozen))
+        batches = own_batches(config, layout, ROWS, 0)
+        step(model, meshes, optimizer, batches)
+        with recorded(meshes) as calls:
+            step(model, meshes, optimizer, batches)
+        found.append(measured([[call for call in calls if call.kind == "all-gather"]]))
+    return found
+
+
+def test_what_has_no_backward_pass_is_gathered_once() -> None:
+    layouts = [Layout(world=4), Layout(world=4, ep=2, accumulation=2)]
+    with_mtp = replace(CONFIG, mtp_num_hidden_layers=1)
+    for config, frozen in ((with_mtp, frozen_parts((), "head")), (CONFIG, set(PARTS) - {"attention"})):
+        # The one block with something to train comes last, and is kept.
+        for found in run_ranks(gathers, 4, [(config, layout) for layout in layouts], tuple(frozen)):
+            for layout, totals in zip(layouts, found):
+                of, A, L = sizes(config, layout.world, layout.ep), layout.accumulation, len([*layer_types(config)])
+                dense = of.root + of.dense + (of.experts if layout.ep == 1 else 0)
+                expected = {("all-gather", "fsdp"): (A * (L + 1), A * 2 * dense)}
+                if layout.ep > 1:
+                    expected["all-gather", "efsdp"] = (A * L, A * 2 * of.experts // layout.ep)
+                assert totals == expected, (layout, sorted(frozen))
+                where = degrees_of(layout), tokens_of(layout), A, "none", Fraction(0)
+                rows = traffic(config, *where, of, of, trunk_has_graph=False)
+                if config is with_mtp:
+                    assert {row[:2]: row[2:] for row in rows if row.kind == "all-gather"} == expected, layout
 
 
 def _trains(frozen: tuple[str, ...], name: str) -> bool:

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from itertools import pairwise
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -9,15 +10,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch._dynamo.utils import counters
 
-from config.options import Parallelism
-from models.qwen35_moe.config import FULL
-from parallelisms.expert_parallel import fixed_copies, make_copies, plan_copies
+from config.options import MoE, Parallelism
+from data.batch import MicroBatch
+from models.qwen35_moe.config import FULL, ModelConfig
+from models.qwen35_moe.parts import frozen_parts, part_of
+from parallelisms.expert_parallel import deal_fillers, fixed_copies, make_copies, plan_copies
 from parallelisms.room import Room, room_factor
 from tests.distributed import run_ranks
 from tests.models.qwen35_moe.shapes import tiny_config
-from tests.parallelisms import test_lora_layouts, test_vision_layouts
-from tests.parallelisms.layouts import Layout, Run, build, own_batches, step, train_layouts
-from tests.parallelisms.test_layouts import CONFIG, NUM_STEPS, ROWS, check
+from tests.parallelisms import test_context_parallel, test_lora_layouts, test_vision_layouts
+from tests.parallelisms.layouts import OFF, Layout, Run, build, full, own_batches, step, train_layouts
+from tests.parallelisms.test_layouts import CONFIG, NUM_STEPS, ROWS, check, relative_error
+from train import StepResult, reduce_result
 
 AMPLE = 8.0  # of 8 experts all tokens fit on one rank
 NUM_LOCAL = 3
@@ -97,6 +101,111 @@ def test_a_step_without_room_is_made_anew_and_there_is_more_afterwards() -> None
     assert run_ranks(count_steps, 2, Layout(world=2, ep=2)) == [[(False, 0.0)] * 5] * 2
 
 
+class Case(NamedTuple):
+    """What beside experts takes part in a step."""
+
+    layout: Layout
+    config: ModelConfig = CONFIG
+    moe: MoE = OFF
+    mtp_train: str = "joint"  # where there is multi-token prediction
+
+
+class Steps(NamedTuple):
+    """What two steps made; of a rank, but weights are whole."""
+
+    results: list[StepResult]
+    weights: dict[str, torch.Tensor]
+    num_repeated: int
+
+
+WITH_MTP = replace(CONFIG, mtp_num_hidden_layers=1)
+SHARED = replace(test_context_parallel.CONFIG, mtp_num_hidden_layers=1)
+GLOBAL = MoE(aux_loss_coef=0.3, z_loss_coef=0.1)
+HF = MoE(aux_loss_coef=0.3, aux_loss_scope="hf")
+CASES = {
+    2: [
+        Case(Layout(world=2, ep=2, accumulation=2), WITH_MTP, GLOBAL),
+        Case(Layout(world=2, ep=2, accumulation=2, activation_checkpoint="selective"), WITH_MTP, GLOBAL, "head"),
+        Case(Layout(world=2, ep=2, cp=2, activation_checkpoint="full"), SHARED, HF),
+    ],
+    4: [
+        Case(Layout(world=4, ep=2, replicate=2, accumulation=2), WITH_MTP, GLOBAL),
+        Case(Layout(world=4, ep=2, replicate=2, activation_checkpoint="full"), WITH_MTP, HF, "head"),
+        Case(Layout(world=4, ep=4, cp=2, accumulation=2), SHARED, GLOBAL),
+    ],
+}
+
+
+def two_steps(case: Case, room: float, fillers: bool = False) -> Steps:
+    """`room`: in each of them, however much there was too little."""
+    frozen = frozen_parts((), case.mtp_train)
+    model, meshes, optimizer = build(case.config, case.layout, is_trained=lambda name: part_of(name) not in frozen)
+    results = []
+    for number in range(2):
+        meshes.room.factor = room
+        batches = own_batches(case.config, case.layout, ROWS, 1000 * number)
+        results.append(step(model, meshes, optimizer, list(map(filled, batches)) if fillers else batches, case.moe))
+    weights = {name: full(parameter) for name, parameter in model.named_parameters()}
+    return Steps(results, weights, meshes.room.num_repeated)
+
+
+def without_and_with_room(cases: list[Case]) -> list[tuple[Steps, Steps]]:
+    return [(two_steps(case, 0.0), two_steps(case, 1.0)) for case in cases]
+
+
+@pytest.mark.parametrize("world", CASES)
+def test_a_step_made_anew_is_the_one_that_asks(world: int) -> None:
+    for of_rank in run_ranks(without_and_with_room, world, CASES[world], seconds=240):
+        for case, (asking, anew) in zip(CASES[world], of_rank):
+            assert (asking.num_repeated, anew.num_repeated) == (0, 2), case
+            for expected, found in zip(asking.results, anew.results):
+                for name, loss in expected.losses.items():
+                    assert found.losses[name].equal(loss), (name, case)
+                assert found.expert_counts.equal(expected.expert_counts), case
+                assert found.grad_norm.equal(expected.grad_norm), case
+            for name, weight in asking.weights.items():
+                assert anew.weights[name].equal(weight), (name, case)
+
+
+def filled(batch: MicroBatch) -> MicroBatch:
+    """Documents of ten tokens or more, whole rows and the ends of some, are fillers."""
+    is_real = torch.tensor([length < 10 for length in batch.documents.lengths() for _ in range(length)])
+    batch = replace(batch, tokens=batch.tokens.where(is_real, 3), labels=batch.labels.where(is_real, -100))
+    return replace(batch.with_mtp_labels(), is_real=is_real)
+
+
+def steps_with_fillers(case: Case, room: float) -> Steps:
+    steps = two_steps(case, room, fillers=True)
+    return steps._replace(results=[reduce_result(result) for result in steps.results])
+
+
+def test_fillers_take_no_room() -> None:
+    one_process, spread = (Case(layout, WITH_MTP, GLOBAL) for layout in (Layout(), Layout(world=2, ep=2)))
+    (expected,) = run_ranks(steps_with_fillers, 1, one_process, 0.0)
+    for found in run_ranks(steps_with_fillers, 2, spread, 1.3):
+        assert found.num_repeated == 0
+        for wanted, result in zip(expected.results, found.results):
+            assert result.expert_counts.equal(wanted.expert_counts)
+            for name, loss in wanted.losses.items():
+                assert result.losses[name].item() == pytest.approx(loss.item(), rel=1e-6), name
+            assert result.grad_norm.item() == pytest.approx(wanted.grad_norm.item(), rel=1e-5)
+        for name, weight in expected.weights.items():
+            offset = 1.0 if name.endswith("norm.weight") and "linear_attn" not in name else 0.0  # see test_layouts.py
+            assert relative_error(found.weights[name] + offset, weight + offset) < 1e-5, name
+
+
+@given(st.lists(st.booleans(), min_size=1, max_size=40), st.integers(1, 4), st.integers(4, 9))
+def test_fillers_take_the_experts_in_turn(are_real: list[bool], top_k: int, num_experts: int) -> None:
+    chosen, is_real = torch.full((len(are_real), top_k), 99), torch.tensor(are_real)
+    dealt = deal_fillers(chosen, is_real, num_experts)
+    assert dealt[is_real].equal(chosen[is_real])
+    counts = dealt[~is_real].flatten().bincount(minlength=num_experts)
+    assert len(counts) == num_experts
+    assert counts.max() - counts.min() <= 1
+    assert all(len(set(of_token)) == top_k for of_token in dealt[~is_real].tolist())
+    assert deal_fillers(chosen, None, num_experts) is chosen
+
+
 def step_that_is_not_finite(layout: Layout) -> tuple[bool, bool, float]:
     model, meshes, optimizer = build(CONFIG, layout)
     with torch.no_grad():
@@ -125,7 +234,9 @@ def breaks_of_graphs() -> list[str]:
     model, meshes, optimizer = build(config, layout, torch.bfloat16)
     counters.clear()
     for number in range(2):
-        step(model, meshes, optimizer, own_batches(config, layout, ROWS, number))
+        batches = own_batches(config, layout, ROWS, number)
+        step(model, meshes, optimizer, batches)
+        step(model, meshes, optimizer, list(map(filled, batches)))
     return list(counters["graph_break"])
 
 

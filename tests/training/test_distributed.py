@@ -4,14 +4,18 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch.distributed as dist
 
+from config.options import Config, Data, Job, Optimizer, Training
+from errors import UserError
 from tests.commands import status_of
-from tests.distributed import needs_gpus
+from tests.distributed import needs_gpus, run_ranks
 from tests.training.test_load_balancing import ROOT, SMALL
-from training.distributed import world_from_environment
+from training.distributed import check_same_options, world_from_environment
 
 # train.py with one rank that falls asleep in its second step: in the data loader, or between two collectives.
 SCRIPT = """
@@ -111,3 +115,67 @@ def test_an_impossible_environment_is_one_line(
     assert status_of(lambda _: world_from_environment() and None, []) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert said in line
+
+
+OPTIONS = Config(
+    job=Job(output_dir="/here"),
+    data=Data(path=("/here",), tokenizer="/here"),
+    training=Training(steps=1, sequence_length=64, global_batch_size=4),
+    optimizer=Optimizer(lr=1e-3),
+)
+CHANGES = [
+    {"training": replace(OPTIONS.training, sequence_length=32)},
+    {"training": replace(OPTIONS.training, local_batch_size=2)},
+    {"parallelism": replace(OPTIONS.parallelism, expert_room=1.5)},
+    {"checkpoint": replace(OPTIONS.checkpoint, async_=not OPTIONS.checkpoint.async_)},
+    {"validation": replace(OPTIONS.validation, sets={"held_out": ("/a", "owner/name")})},
+    # Another machine may have them elsewhere.
+    {"job": replace(OPTIONS.job, output_dir="/elsewhere")},
+    {"data": replace(OPTIONS.data, path=("/elsewhere",), tokenizer="/elsewhere", num_workers=3)},
+]
+EXPECTED = [
+    "training.sequence_length = 32 on rank 1: expected 64, as on rank 0",
+    "training.local_batch_size = 2 on rank 1: expected 1, as on rank 0",
+    "parallelism.expert_room = 1.5 on rank 1: expected -1.0, as on rank 0",
+    "checkpoint.async = False on rank 1: expected True, as on rank 0",
+    "validation.sets = {'held_out': ['PATH', 'owner/name']} on rank 1: expected {}, as on rank 0",
+    "",
+    "",
+]
+
+
+def told_of(others: list[Config]) -> list[str]:
+    """What is said where rank 1 has these options, each in turn."""
+    told = []
+    for other in others:
+        try:
+            check_same_options(other if dist.get_rank() else OPTIONS)
+            told.append("")
+        except UserError as error:
+            told.append(str(error))
+    return told
+
+
+def test_ranks_with_other_options_are_named() -> None:
+    others = [replace(OPTIONS, **changes) for changes in CHANGES]  # type: ignore[arg-type]
+    assert run_ranks(told_of, 2, others) == [EXPECTED, EXPECTED]
+
+
+@pytest.mark.slow
+def test_a_node_with_other_options_ends_the_run_at_once(tmp_path: Path) -> None:
+    """Buffers of fixed sizes, and one rank with shorter rows: the ranks would wait, or end in a traceback of gloo's."""
+    (tmp_path / "small.toml").write_text(SMALL.format(root=ROOT))
+    (tmp_path / "other.py").write_text(
+        "import os, runpy, sys\n"
+        f"sys.path.insert(0, {str(ROOT)!r})\n"
+        "sys.argv += ['--training.sequence_length=32'] if os.environ['RANK'] == '1' else []\n"
+        f"runpy.run_path({str(ROOT / 'train.py')!r}, run_name='__main__')\n"
+    )
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    command += [str(tmp_path / "other.py"), f"--config={tmp_path / 'small.toml'}", f"--job.output_dir={tmp_path}"]
+    command += ["--parallelism.expert_parallel_degree=2", "--parallelism.expert_room=1.2"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 1  # torchrun's, whatever its ranks' are
+    assert "training.sequence_length = 32 on rank 1: expected 64, as on rank 0" in done.stderr.splitlines()
+    assert "exitcode  : 2" in done.stderr

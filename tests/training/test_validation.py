@@ -7,10 +7,16 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
+from data.batch import MicroBatch
+from data.packing import filler_row
 from models.ops.documents import Documents
+from models.qwen35_moe.model import Output
+from models.qwen35_moe.moe import COUNTS_OF_ALL, Measure
 from tests.models.qwen35_moe.shapes import run_model
 from tests.test_train import SMALL, native_model, run, stored_tensors, without_times
 from tests.test_train import metrics as read_metrics
+from training import validation
+from training.validation import Validator
 
 ROOT = Path(__file__).resolve().parents[2]
 # In rows of 64 tokens over 4 slots: the first document takes its slot far beyond the others, where three of the four
@@ -76,3 +82,33 @@ def test_the_exact_mean_on_any_mesh_and_no_trace_in_the_training(config_file, tm
     states = [stored_tensors(tmp_path / name / "checkpoints/step-00000004") for name in ("two", "without")]
     assert all(torch.equal(tensor, states[1][name]) for name, tensor in states[0].items())
     assert {"train.rng_state", "train.data_cursors"} <= states[0].keys()
+
+
+class OneBatch:
+    """A loader of one micro-batch, whose last row is fillers, and then of fillers."""
+
+    num_micro_batches = 1
+
+    def rewind(self) -> None:
+        row = filler_row(8, 5)
+        self.rows = iter([[row._replace(num_fillers=3), row], [row, row]])
+
+    def __next__(self) -> MicroBatch:
+        return MicroBatch.of(next(self.rows), may_fill=True)
+
+
+class Routers(torch.nn.Module):
+    """Keeps what routers are told."""
+
+    def forward(self, batch: MicroBatch, measure: Measure = COUNTS_OF_ALL, counts_accepted: bool = False) -> Output:
+        self.measure = measure
+        return Output(torch.zeros(()), None)  # type: ignore[arg-type]
+
+
+def test_routers_are_told_of_fillers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(validation, "sum_over_ranks", lambda values: values)
+    validator, model = object.__new__(Validator), Routers()
+    validator._max_steps, validator._context, validator._vision = 9, None, None
+    validator._measure(model, torch.device("cpu"), OneBatch())  # type: ignore[arg-type]
+    assert model.measure.is_real is not None
+    assert model.measure.is_real.tolist() == [True] * 5 + [False] * 11
