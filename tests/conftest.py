@@ -46,6 +46,7 @@ SLOW: dict[str, tuple[str, ...]] = {
         "test_workers_outlive_stop_signals_to_the_group_and_end_with_close",
     ),
     "data/test_media_loader.py": ("test_interrupted_anywhere", "test_interrupted_with_workers"),
+    "data/test_shuffle.py": ("test_all_orders_of_a_few_are_equally_likely",),
     "models/ops/test_gated_delta_rule.py": (
         "test_equals_recurrence_for_any_documents",
         "test_gradcheck",
@@ -88,6 +89,10 @@ SLOW: dict[str, tuple[str, ...]] = {
     "parallelisms/test_lora_layouts.py": ("test_equals_one_process",),
     "parallelisms/test_mtp_layouts.py": ("test_equals_one_process", "test_what_one_process_trains"),
     "parallelisms/test_precision.py": ("test_what_is_float32_under_bfloat16",),
+    "parallelisms/test_room.py": (
+        "test_a_step_without_room_is_made_anew_and_there_is_more_afterwards",
+        "test_equals_one_process",
+    ),
     "parallelisms/test_vision_layouts.py": ("test_equals_one_process",),
     "parallelisms/test_vision_tower.py": (
         "test_a_block_of_the_tower_is_one_graph_however_many_patches_and_frames",
@@ -106,7 +111,6 @@ SLOW: dict[str, tuple[str, ...]] = {
         "test_images",
         "test_text_and_its_validation",
     ),
-    "test_layouts.py": ("test_five_steps_of_the_tiny_run_on_seven_layouts",),
     "test_lora_training.py": ("test_adapters_train_and_resume_on_another_layout",),
     "test_mtp_run.py": (
         "test_a_resume_goes_on_bit_for_bit_and_the_module_belongs_to_the_checkpoint",

@@ -158,6 +158,8 @@ def traffic(
     num_reduced = calls[1] // A
     if ep > 1:
         again = 1 if mode == "full" else 0  # the copies and their weights
+        both_ways, forward = 6 + asks + 2 * again, 3 + asks
+        sent = (4 + again) * c * H + (16 + 8 * again) * k, 2 * c * H + 8 * k  # of a copy; in the forward pass alone
         units += experts_trained
         num_reduced += sum(map(bool, experts_trained))
         rows += [
@@ -166,13 +168,12 @@ def traffic(
             Traffic(
                 "all-to-all",
                 "ep",
-                A * (6 + asks + 2 * again) * L,
-                A * L * 8 * ep * asks + num_copies * ((4 + again) * c * H + (16 + 8 * again) * k),
+                A * (both_ways * (L - once) + forward * once),
+                A * L * 8 * ep * asks + num_copies / L * (sent[0] * (L - once) + sent[1] * once),
             ),
         ]
     if P > 1:
         types = list(layer_types(shape))
-        Ll, Lf = types.count(LINEAR), types.count(FULL)
         Nk, Kk, Nv, Kv = (
             shape.linear_num_key_heads,
             shape.linear_key_head_dim,
@@ -180,12 +181,15 @@ def traffic(
             shape.linear_value_head_dim,
         )
         N, Nkv, K = shape.num_attention_heads, shape.num_key_value_heads, shape.head_dim
-        of_linear = Ll * (c * (2 * Nk * Kk + 2 * Nv * Kv) + 8 * Nv)
-        of_full = Lf * c * K * (2 * N + 2 * max(Nkv, P))
+        of_linear = c * (2 * Nk * Kk + 2 * Nv * Kv) + 8 * Nv
+        of_full = c * K * (2 * N + 2 * max(Nkv, P))
         ways = 3 if mode == "full" else 2  # forward, backward, and forward again
-        rows.append(
-            Traffic("all-to-all", "cp", A * (6 * Ll + 4 * Lf) * ways // 2, A * ways * t * (of_linear + of_full))
-        )
+        calls_of_cp = bytes_of_cp = 0
+        for blocks, times in ((types[:once], 1), (types[once:], ways)):
+            Ll, Lf = blocks.count(LINEAR), blocks.count(FULL)
+            calls_of_cp += times * (3 * Ll + 2 * Lf)
+            bytes_of_cp += times * t * (Ll * of_linear + Lf * of_full)
+        rows.append(Traffic("all-to-all", "cp", A * calls_of_cp, A * bytes_of_cp))
     if degrees.replicate > 1:
         rows.append(Traffic("all-reduce", "replicate", num_reduced, 4 * (sum(units) + trained.visual) / degrees.shard))
     return [row for row in rows if row.calls and (row.axis != "efsdp" or degrees.shard > ep)]

@@ -211,7 +211,7 @@ def exchanges_of_features(layouts: list[Layout], frozen: tuple[str, ...] | None)
 
 
 def gathers(cases: list[tuple[ModelConfig, Layout]], frozen: tuple[str, ...]) -> list[Totals]:
-    """The all-gathers of this rank's step."""
+    """The all-gathers and all-to-alls of this rank's step."""
     found = []
     for config, layout in cases:
         model, meshes, optimizer = build(config, layout, torch.bfloat16, is_trained=functools.partial(_trains, frozen))
@@ -219,12 +219,12 @@ def gathers(cases: list[tuple[ModelConfig, Layout]], frozen: tuple[str, ...]) ->
         step(model, meshes, optimizer, batches)
         with recorded(meshes) as calls:
             step(model, meshes, optimizer, batches)
-        found.append(measured([[call for call in calls if call.kind == "all-gather"]]))
+        found.append(measured([[call for call in calls if call.kind in ("all-gather", "all-to-all")]]))
     return found
 
 
-def test_what_has_no_backward_pass_is_gathered_once() -> None:
-    layouts = [Layout(world=4), Layout(world=4, ep=2, accumulation=2)]
+def test_what_has_no_backward_pass_is_gathered_and_sent_once() -> None:
+    layouts = [Layout(world=4), Layout(world=4, ep=2, accumulation=2), Layout(world=4, ep=2, room=4.0)]
     with_mtp = replace(CONFIG, mtp_num_hidden_layers=1)
     for config, frozen in ((with_mtp, frozen_parts((), "head")), (CONFIG, set(PARTS) - {"attention"})):
         # The one block with something to train comes last, and is kept.
@@ -235,11 +235,23 @@ def test_what_has_no_backward_pass_is_gathered_once() -> None:
                 expected = {("all-gather", "fsdp"): (A * (L + 1), A * 2 * dense)}
                 if layout.ep > 1:
                     expected["all-gather", "efsdp"] = (A * L, A * 2 * of.experts // layout.ep)
+                sent = totals.pop(("all-to-all", "ep"), None)
                 assert totals == expected, (layout, sorted(frozen))
-                where = degrees_of(layout), tokens_of(layout), A, "none", Fraction(0)
-                rows = traffic(config, *where, of, of, trunk_has_graph=False)
+                # With so much room each rank sends a copy of each token to each.
+                num_copies = Fraction(A * L * layout.ep * tokens_of(layout))
+                where = degrees_of(layout), tokens_of(layout), A, "none", num_copies
+                rows = traffic(config, *where, of, of, trunk_has_graph=False, asks=not layout.room)
                 if config is with_mtp:
-                    assert {row[:2]: row[2:] for row in rows if row.kind == "all-gather"} == expected, layout
+                    planned = {row[:2]: row[2:] for row in rows if row.kind.startswith("all-")}
+                    planned_to_send = planned.pop(("all-to-all", "ep"), None)
+                    del planned["all-reduce", "fsdp"]
+                    assert planned == expected, layout
+                    if layout.room:
+                        assert sent == planned_to_send, layout
+                    elif layout.ep > 1:
+                        assert sent is not None
+                        assert planned_to_send is not None
+                        assert sent[0] == planned_to_send[0], layout
 
 
 def _trains(frozen: tuple[str, ...], name: str) -> bool:

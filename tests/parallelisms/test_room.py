@@ -50,7 +50,7 @@ def expected() -> dict[float, Run]:
     return {layout.adam_eps: run for layout, run in zip(layouts, runs)}
 
 
-@pytest.mark.parametrize("world", [2, pytest.param(4, marks=pytest.mark.slow), 8])
+@pytest.mark.parametrize("world", [2, 4, 8])
 def test_equals_one_process(expected: dict[float, Run], world: int) -> None:
     layouts = [layout for layout in LAYOUTS if layout.world == world]
     for rank, runs in enumerate(run_ranks(train_layouts, world, CONFIG, layouts, ROWS, NUM_STEPS, seconds=240)):
