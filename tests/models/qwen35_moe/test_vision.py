@@ -63,7 +63,9 @@ def error(actual: torch.Tensor, expected: torch.Tensor) -> float:
     return ((actual - expected).abs().max() / expected.abs().max()).item()
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] if name == "35B widths" else []) for name in CONFIGS]
+)
 def test_equals_transformers(name: str) -> None:
     config = CONFIGS[name]
     grids = grids_for(config)
