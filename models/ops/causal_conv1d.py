@@ -41,7 +41,7 @@ def _forward(x: torch.Tensor, weight: torch.Tensor, offsets: torch.Tensor, width
 
 @_forward.register_fake
 def _(x: torch.Tensor, weight: torch.Tensor, offsets: torch.Tensor, widths: list[int]) -> list[torch.Tensor]:
-    return [x.new_empty(len(x), width) for width in widths]
+    return [x.new_empty(x.shape[0], width) for width in widths]
 
 
 @torch.library.custom_op("qwen35_moe::causal_conv1d_backward", mutates_args=())

@@ -8,47 +8,51 @@ from models.ops.precision import at_least_float32
 
 # Shapes: N tokens, k experts a token, R rows (of tokens, each as often as it is needed), E experts, H hidden.
 # sources [R]: row -> its token; places [N, m]: token -> its rows, at most m of them, the rest -1. They describe the
-# same pairs, so each is the way back of the other; a row of no token has any source. Autograd would scatter the
-# gradients with atomic additions.
+# same pairs, so each is the way back of the other. Autograd would scatter the gradients with atomic additions.
+# Where `all_have_rows` there is no -1, and R is N * m.
 
 
 class _Permute(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, sources: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+    def forward(
+        ctx: Any, x: torch.Tensor, sources: torch.Tensor, places: torch.Tensor, all_have_rows: bool
+    ) -> torch.Tensor:
         ctx.save_for_backward(places)
-        return _rows_of(x, sources, places)
+        return _rows_of(x, sources, places, all_have_rows)
 
     @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
         (places,) = ctx.saved_tensors
         sum_of = _sum_by_itself if places.shape[1] > 1 else _sum_of_rows
-        return sum_of(gradient, places), None, None
+        return sum_of(gradient, places), None, None, None
 
 
 class _Combine(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, rows: torch.Tensor, sources: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+    def forward(
+        ctx: Any, rows: torch.Tensor, sources: torch.Tensor, places: torch.Tensor, all_have_rows: bool
+    ) -> torch.Tensor:
         ctx.save_for_backward(sources, places)
+        ctx.all_have_rows = all_have_rows
         return _sum_of_rows(rows, places)
 
     @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:
-        return _rows_of(gradient, *ctx.saved_tensors), None, None
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
+        sources, places = ctx.saved_tensors
+        return _rows_of(gradient, sources, places, ctx.all_have_rows), None, None, None
 
 
 _INT32_MAX = 2**31 - 1
 
 
-def _rows_of(x: torch.Tensor, sources: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
-    """Each token's row wherever it is wanted, [N, H] -> [R, H]; rows of no token hold anything.
-
-    Where all places may have a row they are written from the tokens' side: a token is read once, not once a row.
-    """
-    if len(sources) != places.numel() or places.shape[1] == 1:
+def _rows_of(x: torch.Tensor, sources: torch.Tensor, places: torch.Tensor, all_have_rows: bool) -> torch.Tensor:
+    """Each token's row wherever it is wanted, [N, H] -> [R, H]."""
+    if not all_have_rows or places.shape[1] == 1:
         return x[sources]
-    rows = x.new_empty(places.numel() + 1, x.shape[1])  # the last one is what -1 writes to
+    # Written from the tokens' side: a token is read once, not once a row.
+    rows = x.new_empty(places.numel(), x.shape[1])
     rows[_wide_enough(places, rows)] = x.unsqueeze(1)
-    return rows[:-1]
+    return rows
 
 
 def _wide_enough(places: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
@@ -85,17 +89,19 @@ def _sum_by_itself(rows: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
 
 @_sum_by_itself.register_fake
 def _(rows: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
-    return rows.new_empty(len(places), rows.shape[1])
+    return rows.new_empty(places.shape[0], rows.shape[1])  # not len(), which would make the size a constant
 
 
-def permute(x: torch.Tensor, sources: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+def permute(x: torch.Tensor, sources: torch.Tensor, places: torch.Tensor, all_have_rows: bool = False) -> torch.Tensor:
     """Each token as often as it has rows: [N, H] -> [R, H]. sources [R], places [N, m]: integers, see above."""
-    return _Permute.apply(x, sources, places)
+    return _Permute.apply(x, sources, places, all_have_rows)
 
 
-def combine(rows: torch.Tensor, sources: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+def combine(
+    rows: torch.Tensor, sources: torch.Tensor, places: torch.Tensor, all_have_rows: bool = False
+) -> torch.Tensor:
     """The way back: each token gets the sum of its rows, [R, H] -> [N, H]; zeros if it has none."""
-    return _Combine.apply(rows, sources, places)
+    return _Combine.apply(rows, sources, places, all_have_rows)
 
 
 class ExpertOrder(NamedTuple):
@@ -107,6 +113,8 @@ class ExpertOrder(NamedTuple):
     """int32 [N, k]: choice -> row; -1 for a choice that has none."""
     offsets: torch.Tensor
     """int32 [E]: where each expert's rows end."""
+    all_have_rows: bool = False
+    """Whether it is known that each choice has a row."""
 
 
 def sort_by_expert(chosen: torch.Tensor, num_experts: int) -> ExpertOrder:
@@ -126,14 +134,12 @@ def sort_by_expert(chosen: torch.Tensor, num_experts: int) -> ExpertOrder:
     return ExpertOrder(order.int(), places.where(chosen < num_experts, -1), offsets)
 
 
-def gather_rows(
-    x: torch.Tensor, weights: torch.Tensor, order: torch.Tensor, places: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """x [N, H], weights [N, k] -> rows [R, H] and their weights [R], sorted by expert. The rest is an ExpertOrder's."""
-    rows = permute(x, order // weights.shape[-1], places)
-    return rows, permute(weights.reshape(-1, 1), order, places.view(-1, 1)).flatten()
+def gather_rows(x: torch.Tensor, weights: torch.Tensor, order: ExpertOrder) -> tuple[torch.Tensor, torch.Tensor]:
+    """x [N, H], weights [N, k] -> rows [R, H] and their weights [R], sorted by expert."""
+    rows = permute(x, order.order // weights.shape[-1], order.places, order.all_have_rows)
+    return rows, permute(weights.reshape(-1, 1), order.order, order.places.view(-1, 1)).flatten()
 
 
-def add_up_rows(rows: torch.Tensor, order: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+def add_up_rows(rows: torch.Tensor, order: ExpertOrder) -> torch.Tensor:
     """The way back: rows [R, H] -> each token's sum [N, H]."""
-    return combine(rows, order // places.shape[-1], places)
+    return combine(rows, order.order // order.places.shape[-1], order.places, order.all_have_rows)

@@ -76,9 +76,9 @@ def routed_experts(
 
     weights float32 [T, k]; `order`: which of the choices have a row, and which expert's; projections as in `Experts`.
     """
-    rows, row_weights = gather_rows(x, weights, order.order, order.places)
+    rows, row_weights = gather_rows(x, weights, order)
     rows = grouped_experts(rows, gate_up_proj, down_proj, row_weights, order.offsets)
-    return add_up_rows(rows, order.order, order.places)
+    return add_up_rows(rows, order)
 
 
 class Experts(nn.Module):
@@ -96,7 +96,7 @@ class Experts(nn.Module):
 
     def forward(self, x: torch.Tensor, weights: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
         """x [T, H], weights float32 [T, k], experts chosen, integers [T, k] -> each token's weighted sum [T, H]."""
-        order = sort_by_expert(chosen, len(self.gate_up_proj))
+        order = sort_by_expert(chosen, len(self.gate_up_proj))._replace(all_have_rows=True)
         return routed_experts(x, weights, order, *self.projections())
 
 

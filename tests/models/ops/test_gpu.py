@@ -9,7 +9,7 @@ from models.ops.documents import Documents
 from models.ops.gated_delta_rule import gated_delta_rule
 from models.ops.kernels import select_kernels
 from models.ops.linear_cross_entropy import linear_cross_entropy
-from models.ops.permute import add_up_rows, gather_rows, sort_by_expert
+from models.ops.permute import ExpertOrder, add_up_rows, gather_rows, sort_by_expert
 from models.ops.precision import at_least_float32
 from tests.models.ops.compare import assert_close, run
 from tests.models.ops.test_grouped_experts import plain
@@ -101,18 +101,25 @@ def test_grouped_experts_without_rows() -> None:
 
 
 @pytest.mark.parametrize("compiled", [False, True])
-def test_permute(compiled: bool) -> None:
-    chosen = torch.randint(5, (NUM_TOKENS, 2), generator=torch.Generator().manual_seed(0))
+@pytest.mark.parametrize("all_have_rows", [False, True])
+def test_permute(all_have_rows: bool, compiled: bool) -> None:
+    chosen = torch.randint(4 if all_have_rows else 5, (NUM_TOKENS, 2), generator=torch.Generator().manual_seed(0))
     order = sort_by_expert(chosen, 4)
     order = order._replace(order=order.order[: int(order.offsets[-1])])  # choices of 4 have no row
 
     def both(
-        x: torch.Tensor, weights: torch.Tensor, order: torch.Tensor, places: torch.Tensor, _: Documents
+        x: torch.Tensor,
+        weights: torch.Tensor,
+        order: torch.Tensor,
+        places: torch.Tensor,
+        offsets: torch.Tensor,
+        _: Documents,
     ) -> torch.Tensor:
-        rows, row_weights = gather_rows(x, weights, order, places)
-        return add_up_rows(rows * row_weights.unsqueeze(-1), order, places)
+        expert_order = ExpertOrder(order, places, offsets, all_have_rows)
+        rows, row_weights = gather_rows(x, weights, expert_order)
+        return add_up_rows(rows * row_weights.unsqueeze(-1), expert_order)
 
-    check(both, random((NUM_TOKENS, 64), (NUM_TOKENS, 2)), order.order, order.places, compiled=compiled)
+    check(both, random((NUM_TOKENS, 64), (NUM_TOKENS, 2)), *order[:3], compiled=compiled)
 
 
 @pytest.mark.parametrize("compiled", [False, True])
