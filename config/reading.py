@@ -139,6 +139,7 @@ def _with_absolute_paths(config: Config) -> Config:
             sets={name: entries(paths) for name, paths in config.validation.sets.items()},
         ),
         checkpoint=replace(checkpoint, resume=resume, start_from=readable(checkpoint.start_from)),
+        compile=replace(config.compile, cache_dir=config.compile.cache_dir and absolute(config.compile.cache_dir)),
     )
 
 

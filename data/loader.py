@@ -145,7 +145,7 @@ class TokenLoader:
         fillers = [filler_row(self._training.sequence_length, self._packer.filler)] * (size - len(rows))
         batch = MicroBatch.of([*rows, *fillers], self._may_fill, self._vision)
         # As many as of any other rank and micro-batch: buffers of fixed sizes rely on it.
-        assert len(batch.tokens) == size * self._training.sequence_length
+        assert len(batch.tokens) == size * self._training.sequence_length, (len(batch.tokens), size)
         return batch.with_mtp_labels() if self._mtp else batch
 
     def _count(self, rows: list[Row]) -> None:
@@ -305,6 +305,9 @@ def _init_worker(lifeline: Connection, worker: int) -> None:
 
     def watch() -> None:
         lifeline.poll(None)
+        # The parent tells a worker to end as it closes: this one may just be reading that, and hold a lock that the
+        # parent, for which it is a moment's work, would then wait for for ever.
+        time.sleep(1)
         os._exit(0)
 
     threading.Thread(target=watch, daemon=True).start()

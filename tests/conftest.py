@@ -121,6 +121,7 @@ SLOW: dict[str, tuple[str, ...]] = {
         "test_the_first_losses_are_those_on_record",
         "test_two_deterministic_runs_are_equal_bit_for_bit",
     ),
+    "test_run_folder.py": ("test_a_run_says_what_is_in_the_way",),
     "test_run_train.py": (
         "test_two_runs_at_once",
         "test_a_scheduler_that_starts_several_runs_of_one_process",

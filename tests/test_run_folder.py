@@ -49,7 +49,7 @@ def test_a_run_says_what_is_in_the_way(finished: Path, tmp_path: Path, name: str
     shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
     put(path)
     run = Run(folder, 1, "--training.steps=2")
-    assert run.wait(30) == [2], run.log.read_text()
+    assert run.wait(120) == [2], run.log.read_text()
     *before, last = run.log.read_text().splitlines()
     assert str(path) in last or Path(name).name in last
     assert "expected" in last

@@ -64,12 +64,16 @@ def init_distributed(timeout_seconds: int) -> torch.device:
     return device
 
 
+_OF_A_MACHINE = ("data.num_workers", "compile.cache_dir", "kernels.self_test")
+
+
 def check_same_options(config: Config) -> None:
     """Raises UserError, the same on all ranks, where one was started with another option than the first: with a shorter
-    row, say, it would send the others another number of bytes than they wait for. Paths and workers may differ."""
+    row, say, it would send the others another number of bytes than they wait for. What is a machine's own may differ:
+    paths, workers, where compiled kernels are kept, and whether they are tested."""
     tables = {section.rstrip("_"): options for section, options in dataclasses.asdict(config).items()}
     own = {f"{section}.{key.rstrip('_')}": options[key] for section, options in tables.items() for key in options}
-    own = {key: _without_paths(value) for key, value in own.items() if key != "data.num_workers"}
+    own = {key: _without_paths(value) for key, value in own.items() if key not in _OF_A_MACHINE}
     of_ranks = [own] * dist.get_world_size()
     dist.all_gather_object(of_ranks, own)
     for rank, options in enumerate(of_ranks):

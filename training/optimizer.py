@@ -184,11 +184,11 @@ def step_clipped(
 ) -> None:
     """A step with all gradients divided, where their global 2-norm, `grad_norm` [], is above `max_norm`, so that it
     becomes that. The fused optimizer divides them as it reads them: a pass of its own would read and write all of them
-    once more.
+    once more. Some it leaves divided.
 
     skips: bool [], no step if it is true. Nobody waits here for the device to know either of the two.
     """
-    optimizer.grad_scale = (grad_norm / max_norm).clamp(min=1).float()
+    optimizer.grad_scale = None if math.isinf(max_norm) else (grad_norm / max_norm).clamp(min=1).float()
     optimizer.found_inf = None if skips is None else skips.float()
     optimizer.step()
 

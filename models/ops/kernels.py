@@ -132,6 +132,7 @@ def _fla_hindrance() -> str:
         return "the package flash-linear-attention (requirements-gpu.txt)"
     import triton
 
+    # Hopper as its own utils/hardware.py has it.
     if torch.cuda.get_device_capability()[0] == 9 and "3.4" <= TorchVersion(triton.__version__) < "3.7.1":
         return "on Hopper, Triton below 3.4 or from 3.7.1 on (between them gradients are wrong: its issue 640)"
     return ""

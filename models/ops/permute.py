@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 import torch
 
 from models.ops.precision import at_least_float32
+from torch_private import mark_dynamic
 
 # Shapes: N tokens, k experts a token, R rows (of tokens, each as often as it is needed), E experts, H hidden.
 # sources [R]: row -> its token; places [N, m]: token -> its rows, at most m of them, the rest -1. They describe the
@@ -47,7 +48,7 @@ _INT32_MAX = 2**31 - 1
 
 def _rows_of(x: torch.Tensor, sources: torch.Tensor, places: torch.Tensor, all_have_rows: bool) -> torch.Tensor:
     """Each token's row wherever it is wanted, [N, H] -> [R, H]."""
-    if not all_have_rows or places.shape[1] == 1:
+    if not all_have_rows or places.shape[1] == 1 or torch.are_deterministic_algorithms_enabled():  # then it would sort
         return x[sources]
     # Written from the tokens' side: a token is read once, not once a row.
     rows = x.new_empty(places.numel(), x.shape[1])
@@ -84,7 +85,11 @@ _compiled_sum_of_rows = torch.compile(_sum_of_rows)
 def _sum_by_itself(rows: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
     """As `_sum_of_rows`, in a kernel of its own: as part of the norm's backward pass, which the compiler makes of both,
     the gathers take as long again."""
-    return _compiled_sum_of_rows(rows, places) if rows.is_cuda else _sum_of_rows(rows, places)
+    if not rows.is_cuda or min(len(rows), len(places)) < 2:  # sizes of 0 and 1 would have graphs of their own
+        return _sum_of_rows(rows, places)
+    for tensor in (rows, places):
+        mark_dynamic(tensor, 0)
+    return _compiled_sum_of_rows(rows, places)
 
 
 @_sum_by_itself.register_fake

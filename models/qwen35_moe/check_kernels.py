@@ -96,15 +96,25 @@ def check_kernels(
         found = f"kernels agree with plain PyTorch: off by {error:.1e} at most ({where})"
         logger.info(f"{found}; {seconds:.1f} s")
         if note is not None:
-            note.parent.mkdir(parents=True, exist_ok=True)
-            note.write_text(f"{kernels}\n{found}\n", encoding="utf-8")
+            try:
+                note.parent.mkdir(parents=True, exist_ok=True)
+                note.write_text(f"{kernels}\n{found}\n", encoding="utf-8")
+            except OSError as failure:  # a folder to read from alone, a full disk: they are compared again next time
+                logger.warning(f"cannot note in {note} that kernels agree: {failure.strerror}")
     return wrong
+
+
+_COMPILED_WITH = [
+    *("flash-qla", "flash-linear-attention", "fla-core", "flash-attn-4"),
+    *("triton", "tilelang", "apache-tvm-ffi", "nvidia-cutlass-dsl"),
+]
+"""Packages."""
 
 
 def _what_was_compared(kernels: Kernels, shape: ModelConfig, device: torch.device, dtype: torch.dtype) -> str:
     """A name that is another one as soon as anything is that the comparison's result may hang on."""
-    versions = [torch.__version__, torch.backends.cudnn.version()]
-    for package in ("triton", "tilelang", "flash-qla", "flash-linear-attention", "flash-attn-4"):
+    versions = [torch.__version__, torch.backends.cudnn.version(), torch.are_deterministic_algorithms_enabled()]
+    for package in _COMPILED_WITH:
         found = list(importlib.metadata.distributions(name=package))
         versions.append(found[0].version if found else None)
     gpu = torch.cuda.get_device_properties(device) if device.type == "cuda" else None

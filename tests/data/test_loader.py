@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from config.options import Data, Training
-from data.loader import TokenLoader
+from data.loader import TokenLoader, _context, _init_worker
 from data.packing import filler_row
 from data.samples import open_samples
 from data.shuffle import permutation
@@ -379,6 +379,27 @@ def test_close_does_not_wait_for_a_worker_in_the_middle_of_a_long_document(tmp_p
     assert not multiprocessing.active_children()
 
 
+def hold_a_lock_for_a_moment(lifeline, lock, ready):
+    _init_worker(lifeline, 0)
+    with lock:
+        ready.set()
+        time.sleep(0.3)
+    time.sleep(60)
+
+
+def test_a_worker_that_ends_takes_no_lock_with_it():
+    """The parent, which closes it, may need that lock: a run would hang at its end."""
+    lock, ready = _context.Lock(), _context.Event()
+    worker_end, lifeline = _context.Pipe(duplex=False)
+    worker = _context.Process(target=hold_a_lock_for_a_moment, args=(worker_end, lock, ready))
+    worker.start()
+    assert ready.wait(60)
+    lifeline.close()
+    assert lock.acquire(timeout=10)
+    worker.join(30)
+    assert worker.exitcode == 0
+
+
 def test_a_source_of_empty_texts_ends_in_an_error(tmp_path):
     path = tmp_path / "empty.jsonl"
     path.write_text('{"text": ""}\n' * 3)
@@ -417,7 +438,7 @@ def test_a_tokenizer_without_an_ending_is_refused(path, tmp_path):
 SCRIPT = """
 import multiprocessing, os, signal, sys
 from config.options import Data, Training
-from data.loader import TokenLoader
+from data.loader import TokenLoader, _context, _init_worker
 from data.packing import filler_row
 
 if __name__ == "__main__":

@@ -132,6 +132,7 @@ CHANGES = [
     # Another machine may have them elsewhere.
     {"job": replace(OPTIONS.job, output_dir="/elsewhere")},
     {"data": replace(OPTIONS.data, path=("/elsewhere",), tokenizer="/elsewhere", num_workers=3)},
+    {"compile": replace(OPTIONS.compile, cache_dir="/elsewhere"), "kernels": replace(OPTIONS.kernels, self_test=False)},
 ]
 EXPECTED = [
     "training.sequence_length = 32 on rank 1: expected 64, as on rank 0",
@@ -139,6 +140,7 @@ EXPECTED = [
     "parallelism.expert_room = 1.5 on rank 1: expected -1.0, as on rank 0",
     "checkpoint.async = False on rank 1: expected True, as on rank 0",
     "validation.sets = {'held_out': ['PATH', 'owner/name']} on rank 1: expected {}, as on rank 0",
+    "",
     "",
     "",
 ]

@@ -122,6 +122,17 @@ def test_what_agreed_is_compared_again_only_where_something_has_changed(
         patch.setattr(torch, "__version__", "2.99")
         assert compares()
     assert not compares()
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert compares()
+    finally:
+        torch.use_deterministic_algorithms(False)
+    for package in ("fla-core", "flash-qla", "triton"):  # as pip notes what it has installed
+        metadata = tmp_path / f"{package.replace('-', '_')}-9.9.dist-info" / "METADATA"
+        metadata.parent.mkdir()
+        metadata.write_text(f"Metadata-Version: 2.1\nName: {package}\nVersion: 9.9\n")
+        monkeypatch.syspath_prepend(tmp_path)
+        assert [compares(), compares()] == [True, False], package
 
     source = tmp_path / "ops"
     source.mkdir()
@@ -130,6 +141,15 @@ def test_what_agreed_is_compared_again_only_where_something_has_changed(
     assert [compares(), compares()] == [True, False]
     (source / "permute.py").write_text("2")
     assert [compares(), compares()] == [True, False]
+
+
+@pytest.mark.usefixtures("replace")
+def test_what_cannot_be_noted_is_said_and_the_run_goes_on(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "file").touch()
+    for folder in (tmp_path / "file", tmp_path / "file/below", Path("/proc/nope")):
+        caplog.clear()
+        assert check_kernels(only("causal_conv1d"), tiny_config(), CPU, torch.bfloat16, folder) == []
+        assert f"cannot note in {folder}/kernels-agree-" in caplog.messages[-1]
 
 
 def test_what_does_not_agree_is_not_noted(replace: Callable, tmp_path: Path) -> None:
