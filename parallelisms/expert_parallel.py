@@ -9,12 +9,13 @@ the sizes, once a block, and buffers have just these.
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
+from models.ops.any_number_of_rows import compile_for_any_number_of_rows
 from models.ops.documents import Documents
 from models.ops.grouped_experts import Projection
 from models.ops.permute import ExpertOrder, permute, sort_by_expert
@@ -25,7 +26,7 @@ from models.qwen35_moe.rotary import Rotary
 from parallelisms.exchange import Exchange, Receive, Send, splits, wait
 from parallelisms.overlap import OVERLAPPING
 from parallelisms.room import Room, Sizes
-from torch_private import functional_collectives, mark_dynamic, tree_leaves
+from torch_private import functional_collectives
 
 # Shapes: T tokens of this rank, k experts a token, C copies of tokens to send, D copies received, E experts, P ranks of
 # the ep axis, m = min(k, P), the most copies of a token, R rows of experts, H hidden. With room each rank sends as many
@@ -330,24 +331,6 @@ def compute(
 ) -> torch.Tensor:
     """`routed_experts` of copies received, x [D, H] and weights [D, k], in flat arguments."""
     return routed_experts(x, weights, ExpertOrder(order, places, offsets), gate_up_proj, down_proj)
-
-
-def compile_for_any_number_of_rows(function: Callable, num_others: int = 0) -> Callable:
-    """One graph however many rows the arguments have, but for the last `num_others`: their shapes stay.
-
-    Rows are the first dimension. As they are copies or copies' choices, there are others in each block and batch.
-    """
-    compiled = torch.compile(function)
-
-    def run(*args: Any) -> Any:
-        of_rows = [each for each in tree_leaves(args[: len(args) - num_others]) if isinstance(each, torch.Tensor)]
-        if min(map(len, of_rows)) < 2:  # the compiler would make a graph of its own for sizes of 0 and of 1
-            return function(*args)
-        for tensor in of_rows:
-            mark_dynamic(tensor, 0)
-        return compiled(*args)
-
-    return run
 
 
 def _local(projection: Projection) -> Projection:

@@ -1,6 +1,6 @@
 """parallelize_fn: context parallel -> expert parallel -> activation checkpointing -> compile -> FSDP2, in order."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
@@ -10,11 +10,10 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard
 
-from models.ops.documents import Documents
+from models.ops.any_number_of_rows import compile_for_any_number_of_rows
 from models.qwen35_moe.init import LocalPart, whole
 from models.qwen35_moe.lora import is_adapter
 from models.qwen35_moe.model import Qwen35Moe
-from models.qwen35_moe.rotary import Rotary
 from models.qwen35_moe.vision import VisionTower
 from parallelisms.activation_checkpoint import apply_activation_checkpointing
 from parallelisms.context_parallel import (
@@ -27,7 +26,7 @@ from parallelisms.expert_parallel import ExpertParallelBlock
 from parallelisms.fsdp_copies import lay_out_gradients_without_tables
 from parallelisms.mesh import Meshes
 from parallelisms.overlap import OVERLAPPING
-from torch_private import ReduceScatter, compute_local_shape_and_global_offset, mark_dynamic, set_recompile_limit
+from torch_private import ReduceScatter, compute_local_shape_and_global_offset, set_recompile_limit
 
 
 def parallelize_fn(
@@ -98,21 +97,10 @@ def _prepare_tower(tower: VisionTower, activation_checkpoint: str, compile_block
         apply_activation_checkpointing([(block, "forward") for block in tower.blocks], activation_checkpoint)
     if compile_blocks:
         for block in tower.vision_blocks:
-            setattr(block, "forward", _compiled_for_any_length(block.forward))  # noqa: B010 (of a method)
-
-
-def _compiled_for_any_length(forward: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
-    """One graph however many patches there are. What is marked is the tensors that arrive here: FSDP makes new ones of
-    a module's inputs. (With `dynamic=True` a first batch with as many patches as channels would be taken for a rule.)
-    """
-    compiled = torch.compile(forward)
-
-    def run(hidden: torch.Tensor, rotary: Rotary, frames: Documents) -> torch.Tensor:
-        for tensor in (hidden, *rotary):
-            mark_dynamic(tensor, 0)
-        return compiled(hidden, rotary, frames)
-
-    return run
+            # What is marked is the tensors that arrive here: FSDP makes new ones of a module's inputs. (With
+            # `dynamic=True` a first batch with as many patches as channels would be taken for a rule.)
+            compiled = compile_for_any_number_of_rows(block.forward, num_others=1)  # all but the frames
+            setattr(block, "forward", compiled)  # noqa: B010 (of a method)
 
 
 def apply_fsdp(model: Qwen35Moe, meshes: Meshes, compute_dtype: torch.dtype) -> None:

@@ -109,7 +109,8 @@ class MetricsWriter:
         self._has_failed = False
         self._trackers = list(others)
         for path in (self._path, self._load_path):
-            regular_file(path), regular_file(_damaged(path))
+            for its_place in (path, _damaged(path)):
+                regular_file(its_place)
             with self._going_on():
                 self._keep_lines_up_to(start_step, path)
         if tensorboard:

@@ -4,8 +4,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from models.ops.any_number_of_rows import compile_for_any_number_of_rows
 from models.ops.precision import at_least_float32
-from torch_private import mark_dynamic
 
 # Shapes: N tokens, k experts a token, R rows (of tokens, each as often as it is needed), E experts, H hidden.
 # sources [R]: row -> its token; places [N, m]: token -> its rows, at most m of them, the rest -1. They describe the
@@ -78,18 +78,14 @@ def _sum_of_rows(rows: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
     return total if total.dtype == rows.dtype else total.to(rows.dtype)
 
 
-_compiled_sum_of_rows = torch.compile(_sum_of_rows)
+_compiled_sum_of_rows = compile_for_any_number_of_rows(_sum_of_rows)
 
 
 @torch.library.custom_op("qwen35_moe::sum_of_rows", mutates_args=())
 def _sum_by_itself(rows: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
     """As `_sum_of_rows`, in a kernel of its own: as part of the norm's backward pass, which the compiler makes of both,
     the gathers take as long again."""
-    if not rows.is_cuda or min(len(rows), len(places)) < 2:  # sizes of 0 and 1 would have graphs of their own
-        return _sum_of_rows(rows, places)
-    for tensor in (rows, places):
-        mark_dynamic(tensor, 0)
-    return _compiled_sum_of_rows(rows, places)
+    return _compiled_sum_of_rows(rows, places) if rows.is_cuda else _sum_of_rows(rows, places)
 
 
 @_sum_by_itself.register_fake

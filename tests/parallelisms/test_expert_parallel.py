@@ -1,15 +1,12 @@
 """Which tokens travel to which rank: each once to every rank that holds any of its experts."""
 
-import functools
-
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch._dynamo.utils import counters
 
 from models.ops.permute import combine
-from parallelisms.expert_parallel import compile_for_any_number_of_rows, make_copies, plan_copies
+from parallelisms.expert_parallel import make_copies, plan_copies
 from tests.models.ops.compare import assert_close, run
 
 NUM_LOCAL = 3
@@ -55,15 +52,3 @@ def test_the_plan_is_one_graph(num_ranks: int) -> None:
     torch._dynamo.reset()
     compiled = torch.compile(plan_copies, fullgraph=True, backend="aot_eager")(chosen, num_ranks, 3)
     assert all(map(torch.equal, compiled, plan_copies(chosen, num_ranks, 3)))
-
-
-def test_one_graph_for_all_numbers_of_rows(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
-    compiled = compile_for_any_number_of_rows(torch.mul, num_others=1)
-    torch.compiler.reset()
-    counters.clear()
-    factor = torch.randn(1, 3)  # an expert of its own, which is no reason not to compile
-    for num_rows in (5, 0, 1, 7, 2):
-        x = torch.randn(num_rows, 3)
-        assert torch.equal(compiled(x, factor), x * factor)
-    assert counters["stats"]["unique_graphs"] == 1
