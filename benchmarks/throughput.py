@@ -38,19 +38,21 @@ from config.reading import load_config, model_config
 from data.batch import MicroBatch
 from errors import OneLineParser, UserError, exit_on_error
 from models.ops.documents import Documents
+from models.ops.kernels import import_ahead
 from models.qwen35_moe.init import init_weights
 from parallelisms.context_parallel import own_share
 from parallelisms.degrees import work_out_degrees
 from parallelisms.mesh import build_meshes
 from parallelisms.parallelize import local_region
 from parallelisms.room import room_factor
-from train import build_model, reduce_result, train_step
+from train import build_model
 from training.distributed import init_distributed, sum_over_ranks, world_from_environment
 from training.flops import flops_per_token, peak_flops
 from training.metrics import expert_load, setup_logging
 from training.optimizer import build_optimizer
 from training.plan import Images, parse_documents, parse_images
 from training.recorded import RECORDED, known_gpu, record
+from training.step import LaunchedStep, launch_step
 from training.vision_work import VisionWork
 
 NUM_WARMUP_STEPS = 4
@@ -134,8 +136,10 @@ def measure(
     torch.manual_seed(config.job.seed)
     started = time.perf_counter()
     model = build_model(config, shape, meshes, device)
+    imports = import_ahead(model.kernels)
     built = time.perf_counter()
     init_weights(model, config.job.seed, local_region)
+    imports.join()
     drawn = time.perf_counter()
     optimizer = build_optimizer(model, config.optimizer)
     num_micro_batches = training.global_batch_size // (meshes.num_data_ranks * training.local_batch_size)
@@ -144,7 +148,7 @@ def measure(
     frames_of_step: list[list[int]] = []
     """Of each micro-batch, how many patches each frame has."""
 
-    def step(number: int) -> Any:
+    def step(number: int) -> LaunchedStep:
         # What the training loop gets from its loader, and on fresh data as there: routing differs from step to step.
         first = (number * meshes.num_data_ranks + meshes.data_rank) * num_micro_batches
         seeds = range(first, first + num_micro_batches)
@@ -158,7 +162,7 @@ def measure(
         if shape.mtp_num_hidden_layers:
             batches = [batch.with_mtp_labels() for batch in batches]
         of_losses = (training, config.moe, config.mtp, tokens_per_step)
-        return train_step(model, optimizer, batches, tokens_per_step, meshes, device, *of_losses)
+        return launch_step(model, optimizer, batches, tokens_per_step, meshes, device, *of_losses, of_all_ranks=True)
 
     def synchronize() -> None:
         if device.type == "cuda":
@@ -174,14 +178,14 @@ def measure(
     gc.collect()
     gc.freeze()  # as train.py does
     synchronize()
-    # As in training nothing waits for the GPU between steps, but every step does once inside, after its backward pass.
-    returned = [time.perf_counter()]
-    for number in range(NUM_WARMUP_STEPS, NUM_WARMUP_STEPS + num_steps):
-        result = step(number)
-        returned.append(time.perf_counter())
+    # As in training: a step's backward pass is waited for when the next step has been launched.
+    told, launched = [time.perf_counter()], step(NUM_WARMUP_STEPS)
+    for number in range(NUM_WARMUP_STEPS + 1, NUM_WARMUP_STEPS + 1 + num_steps):
+        untold, launched = launched, step(number)
+        result = untold.result()
+        told.append(time.perf_counter())
     synchronize()
-    seconds = [stop - start for start, stop in itertools.pairwise(returned)]
-    result = reduce_result(result)
+    seconds = [stop - start for start, stop in itertools.pairwise(told)]
     median = sorted(seconds)[len(seconds) // 2]
     rate = tokens_per_step / median
     longest = max(lengths, default=training.sequence_length)

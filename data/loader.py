@@ -174,10 +174,14 @@ class TokenLoader:
                 break
         return lengths
 
-    def show_rows(self) -> str:
-        """The first rows of this rank's step, as text: what is trained on stands in guillemets."""
+    def show_rows(self) -> Callable[[], str]:
+        """What gives the first rows of this rank's step, as text: what is trained on stands in guillemets."""
         rows = self._round[:2]
-        return "\n\n".join(show_row(row, self._tokenizer, self._vision, colours=False)[:_SHOWN] for row in rows)
+
+        def show() -> str:
+            return "\n\n".join(show_row(row, self._tokenizer, self._vision, colours=False)[:_SHOWN] for row in rows)
+
+        return show
 
     def num_steps_left(self) -> int:
         """Until the last sample of `training.epochs` has been returned, for the slots of this rank; before the first

@@ -139,15 +139,16 @@ def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:
     return values
 
 
-def to_host_later(values: torch.Tensor) -> Callable[[], list[float]]:
-    """values [n] -> what gives them, once asked for. The device may have got more to do in between: they are waited
-    for, that is not."""
-    on_host = values.to("cpu", non_blocking=True)
-    arrived = torch.cuda.current_stream(values.device).record_event() if values.is_cuda else None
+def to_host_later(*tensors: torch.Tensor) -> Callable[[], list[torch.Tensor]]:
+    """What gives them on the host, once asked for. The device may have got more to do in between: they are waited for,
+    that is not."""
+    on_host = [each.to("cpu", non_blocking=True) for each in tensors]
+    on_device = [each.device for each in tensors if each.is_cuda]
+    arrived = torch.cuda.current_stream(on_device[0]).record_event() if on_device else None
 
-    def wait() -> list[float]:
+    def wait() -> list[torch.Tensor]:
         if arrived is not None:
             arrived.synchronize()
-        return on_host.tolist()
+        return on_host
 
     return wait

@@ -26,6 +26,11 @@ class FirstStep:
             self._where = Where(world_size, per_node, gpu, imbalance=1.0)
             self._plan = make_plan(config, self._where)
 
+    @property
+    def waits(self) -> bool:
+        """Whether it is still to be said; the same on all ranks."""
+        return self._plan is not None
+
     def compare(self, metrics: Mapping[str, float], seconds: float, device: torch.device, compiles: bool) -> None:
         """At a logged step, which took `seconds` by itself. One that compiles has no time to compare: the next has."""
         if self._plan is not None and not compiles:

@@ -1,6 +1,7 @@
 """One gradient norm over all meshes, and where values that are not finite lie."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -14,78 +15,109 @@ from models.qwen35_moe.parts import part_of
 _CHUNK = 1 << 14
 
 
-@torch.no_grad()
-def gradient_norm(parameters: Iterable[nn.Parameter], shards: dist.ProcessGroup | None = None) -> torch.Tensor:
-    """The global 2-norm of all gradients, a float64 scalar, the same on all ranks; off by 1e-6 of it at most.
+class GradientNorm(NamedTuple):
+    """The global 2-norm of all gradients, and of what: it can be told which was not finite when they have gone."""
 
-    `shards`: the ranks over which the sharded gradients, which are DTensors, are spread, whatever their meshes: dense
-    ones over `fsdp`, experts over `efsdp` and `ep`, which are the same ranks. Plain gradients are the same on all.
+    total: torch.Tensor
+    """[] float64, the same on all ranks; off by 1e-6 of it at most."""
+    pieces: list[tuple[list[int], torch.Tensor]]
+    """Of this rank, by dtype: of which parameters, in the order given, and the norm of each piece, float32 or wider."""
+
+
+@torch.no_grad()
+def gradient_norm(parameters: Iterable[nn.Parameter], shards: dist.ProcessGroup | None = None) -> GradientNorm:
+    """`shards`: the ranks over which the sharded gradients, which are DTensors, are spread, whatever their meshes:
+    dense ones over `fsdp`, experts over `efsdp` and `ep`, which are the same ranks. Plain ones are the same on all.
     """
-    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    return _norms({"all": gradients}, shards)["all"]
+    gradients = {index: each.grad for index, each in enumerate(parameters) if each.grad is not None}
+    totals, pieces = _norms({"all": gradients}, shards)
+    return GradientNorm(totals["all"], pieces)
 
 
 @torch.no_grad()
 def gradient_norms(
     named: Iterable[tuple[str, nn.Parameter]], shards: dist.ProcessGroup | None = None
 ) -> dict[str, torch.Tensor]:
-    """The same of each part of the model that has gradients (models/qwen35_moe/parts.py), by its name, in one
+    """The total of each part of the model that has gradients (models/qwen35_moe/parts.py), by its name, in one
     all-reduce. All ranks have the same parts."""
-    of_parts: dict[str, list[torch.Tensor]] = {}
-    for name, parameter in named:
+    of_parts: dict[str, dict[int, torch.Tensor]] = {}
+    for index, (name, parameter) in enumerate(named):
         if parameter.grad is not None:
-            of_parts.setdefault(part_of(name), []).append(parameter.grad)
-    return _norms(of_parts, shards)
+            of_parts.setdefault(part_of(name), {})[index] = parameter.grad
+    return _norms(of_parts, shards)[0]
 
 
-def _norms(groups: dict[str, list[torch.Tensor]], shards: dist.ProcessGroup | None) -> dict[str, torch.Tensor]:
-    sharded = {name: [each.to_local() for each in group if isinstance(each, DTensor)] for name, group in groups.items()}
-    plain = {name: [each for each in group if not isinstance(each, DTensor)] for name, group in groups.items()}
-    squares = {name: _sum_of_squares(group) for name, group in sharded.items()}
+_Pieces = list[tuple[list[int], torch.Tensor]]
+
+
+def _norms(
+    groups: dict[str, dict[int, torch.Tensor]], shards: dist.ProcessGroup | None
+) -> tuple[dict[str, torch.Tensor], _Pieces]:
+    sharded = {
+        name: _norms_of_pieces({i: each.to_local() for i, each in group.items() if isinstance(each, DTensor)})
+        for name, group in groups.items()
+    }
+    plain = {
+        name: _norms_of_pieces({i: each for i, each in group.items() if not isinstance(each, DTensor)})
+        for name, group in groups.items()
+    }
+    squares = {name: _sum_of_squares(pieces) for name, pieces in sharded.items()}
     if squares and shards is not None and shards.size() > 1:
-        device = next((group[0].device for group in sharded.values() if group), None)
+        device = next((pieces[0][1].device for pieces in sharded.values() if pieces), None)
         of_all = torch.stack([square.to(device) for square in squares.values()])
         dist.all_reduce(of_all, group=shards)
         squares = dict(zip(squares, of_all))
-    return {name: (square + _sum_of_squares(plain[name])).sqrt() for name, square in squares.items()}
+    totals = {name: (square + _sum_of_squares(plain[name])).sqrt() for name, square in squares.items()}
+    return totals, [each for pieces in (*sharded.values(), *plain.values()) for each in pieces]
 
 
-def _sum_of_squares(tensors: list[torch.Tensor]) -> torch.Tensor:
+def _sum_of_squares(pieces: _Pieces) -> torch.Tensor:
     """Of this rank's numbers, a float64 scalar."""
-    of_dtypes: dict[torch.dtype, list[torch.Tensor]] = {}
-    for tensor in tensors:
-        of_dtypes.setdefault(tensor.dtype, []).append(tensor.detach().flatten())
-    if not of_dtypes:
+    if not pieces:
         return torch.zeros((), dtype=torch.float64)
-    return torch.stack([_sum_of_squares_of_one_dtype(pieces) for pieces in of_dtypes.values()]).sum()
+    return torch.stack([norms.double().square().sum() for _, norms in pieces]).sum()
 
 
-def _sum_of_squares_of_one_dtype(pieces: list[torch.Tensor]) -> torch.Tensor:
-    """So a GPU has one kernel for all pieces, where a mixture would take one a piece."""
-    wide = torch.promote_types(pieces[0].dtype, torch.float32)
-    if not pieces[0].is_cuda:
-        pieces = [chunk for piece in pieces for chunk in piece.split(_CHUNK)]
-        if pieces[0].dtype != wide:
+def _norms_of_pieces(tensors: dict[int, torch.Tensor]) -> _Pieces:
+    """By dtype: so a GPU has one kernel for all pieces, where a mixture would take one a piece."""
+    of_dtypes: dict[torch.dtype, list[tuple[int, torch.Tensor]]] = {}
+    for index, tensor in tensors.items():
+        flat = tensor.detach().flatten()
+        pieces = (flat,) if flat.is_cuda else flat.split(_CHUNK)
+        of_dtypes.setdefault(tensor.dtype, []).extend((index, piece) for piece in pieces)
+    found = []
+    for dtype, of_one in of_dtypes.items():
+        wide = torch.promote_types(dtype, torch.float32)
+        if dtype != wide and not of_one[0][1].is_cuda:
             wide = torch.float64  # what is converted on the way is added up one by one
-    return torch.stack(torch._foreach_norm(pieces, 2, dtype=wide)).double().square().sum()
+        norms = torch._foreach_norm([piece for _, piece in of_one], 2, dtype=wide)
+        found.append(([index for index, _ in of_one], torch.stack(norms)))
+    return found
 
 
-def last_nonfinite(tensors: dict[str, torch.Tensor | None]) -> str | None:
+def last_nonfinite(tensors: dict[str, torch.Tensor]) -> str | None:
     """ "NAME on rank R" of the last tensor, in the order given, with a value that is not finite on some rank; or None.
 
-    All ranks call it together, with the same names, and get the same answer. Of gradients in the model's order, the
-    last is the one that the backward pass reached first: from there it went to all before.
+    All ranks call it together, with the same names, and get the same answer.
     """
     local = [t.to_local() if isinstance(t, DTensor) else t for t in tensors.values()]
-    bad = [index for index, t in enumerate(local) if t is not None and not t.isfinite().all()]
+    return _last_of_ranks(list(tensors), [index for index, t in enumerate(local) if not t.isfinite().all()])
+
+
+def _last_of_ranks(names: Sequence[str], bad: Iterable[int]) -> str | None:
     last_of_ranks: list[int] = [-1] * dist.get_world_size()
     dist.all_gather_object(last_of_ranks, max(bad, default=-1))
     last = max(last_of_ranks)
-    return None if last < 0 else f"{list(tensors)[last]} on rank {last_of_ranks.index(last)}"
+    return None if last < 0 else f"{names[last]} on rank {last_of_ranks.index(last)}"
 
 
-def describe_nonfinite(model: nn.Module, loss: torch.Tensor, grad_norm: torch.Tensor) -> str:
-    """Where a step went wrong, in words; all ranks together. A sharded gradient lies on another rank than its cause."""
+def describe_nonfinite(model: nn.Module, loss: torch.Tensor, norm: GradientNorm) -> str:
+    """Where a step went wrong, in words; all ranks together. loss: this rank's; norm: of the model's parameters.
+
+    Of gradients in the model's order, the last is the one that the backward pass reached first: from there it went to
+    all before. A sharded gradient lies on another rank than its cause.
+    """
     of_loss = last_nonfinite({"not finite": loss})
-    of_gradients = last_nonfinite({name: parameter.grad for name, parameter in model.named_parameters()})
-    return f"loss {of_loss or 'finite'}, gradient norm {grad_norm.item()}, first in the backward pass: {of_gradients}"
+    bad = [indices[at] for indices, norms in norm.pieces for at in (~norms.isfinite()).nonzero().flatten().tolist()]
+    of_gradients = _last_of_ranks([name for name, _ in model.named_parameters()], bad)
+    return f"loss {of_loss or 'finite'}, gradient norm {norm.total.item()}, first in the backward pass: {of_gradients}"

@@ -77,11 +77,11 @@ def expert_load(expert_counts: torch.Tensor) -> dict[str, float | int]:
     }
 
 
-def data_quality(counts: Mapping[str, int], device: torch.device) -> dict[str, float | int]:
+def data_quality(counts: Mapping[str, int]) -> dict[str, float | int]:
     """The data loaders' counts of all ranks since the start: how full rows are, samples skipped or cut by reason."""
     names = ("tokens", "real_tokens", *REASONS)
     tokens, real_tokens, *of_reasons = sum_over_ranks(
-        torch.tensor([counts.get(name, 0) for name in names], device=device)
+        torch.tensor([counts.get(name, 0) for name in names])  # on the host: no rank waits for its device
     ).tolist()
     fill = {"fill_rate": real_tokens / tokens} if real_tokens < tokens else {}
     return fill | {f"samples_{reason}": number for reason, number in zip(REASONS, of_reasons) if number}

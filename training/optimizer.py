@@ -43,7 +43,8 @@ class NamedAdamW(torch.optim.AdamW):
                 continue
             lr = torch.full((), group["lr"], device=trained[0].device)
             steps = [self._state_of(parameter)["step"] for parameter in trained]
-            torch._foreach_add_(steps, 1 if self.found_inf is None else 1 - self.found_inf)
+            # In a list: a tensor alone would be asked for its number, and the host would wait for the device.
+            torch._foreach_add_(steps, 1 if self.found_inf is None else [1 - self.found_inf] * len(steps))
             corrections = zip(*(_corrections(beta, steps) for beta in group["betas"]))
             for parameter, of_means in zip(trained, corrections, strict=True):
                 own = self._state_of(parameter)

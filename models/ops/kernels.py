@@ -1,7 +1,10 @@
 """Chooses, once at start-up, which implementation computes which operation."""
 
+import contextlib
+import importlib
 import importlib.metadata
 import importlib.util
+import threading
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -78,6 +81,27 @@ def select_kernels(
         causal_conv1d=choose("causal_conv1d", requested.get("causal_conv1d", "auto")),
         cross_entropy=choose("cross_entropy", requested.get("cross_entropy", "auto")),
     )
+
+
+_LIBRARIES = {
+    "fa4": ("flash_attn.cute.interface",),
+    "fla": ("fla.ops.gated_delta_rule.chunk",),
+    "flash_qla": ("flash_qla.ops.gated_delta_rule.chunk",),
+}
+
+
+def import_ahead(kernels: Kernels) -> threading.Thread:
+    """Imports the kernels' libraries, which takes seconds, beside something else; to be joined before they are used.
+    One that cannot be imported says so where it is used."""
+
+    def run() -> None:
+        for library in (library for choice in kernels for library in _LIBRARIES.get(choice, ())):
+            with contextlib.suppress(Exception):
+                importlib.import_module(library)
+
+    thread = threading.Thread(target=run, name="kernels", daemon=True)
+    thread.start()
+    return thread
 
 
 def hindrances(

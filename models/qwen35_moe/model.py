@@ -71,7 +71,7 @@ class Qwen35Moe(nn.Module):
     def __init__(self, config: ModelConfig, kernels: Kernels) -> None:
         super().__init__()
         self.config = config
-        self.cross_entropy = kernels.cross_entropy
+        self.kernels = kernels
         self.visual: VisionTower | None = None
         if config.vision:
             self.visual = VisionTower(config.vision, kernels.vision_attention(config.vision.head_dim))
@@ -116,7 +116,8 @@ class Qwen35Moe(nn.Module):
             logits = F.linear(hidden, head.weight)
             logits = logits if low_rank is None else logits + F.linear(*low_rank)
             return Output(logits, RouterStatistics.stack(of_layers))
-        loss = linear_cross_entropy(hidden, head.weight, batch.labels, low_rank=low_rank, backend=self.cross_entropy)
+        backend = self.kernels.cross_entropy
+        loss = linear_cross_entropy(hidden, head.weight, batch.labels, low_rank=low_rank, backend=backend)
         if self.mtp is None:
             return Output(loss, RouterStatistics.stack(of_layers))
         labels = batch.mtp_labels
@@ -124,7 +125,7 @@ class Qwen35Moe(nn.Module):
         has_label = labels != IGNORED
         drafted, of_layer = self.mtp(hidden, embedded, rotary, batch.documents, measure._replace(is_real=has_label))
         statistics = RouterStatistics.stack([*of_layers, of_layer])
-        mtp_loss = linear_cross_entropy(drafted, head.weight, labels, backend=self.cross_entropy)
+        mtp_loss = linear_cross_entropy(drafted, head.weight, labels, backend=backend)
         if not counts_accepted:
             return Output(loss, statistics, mtp_loss)
         preferred = self.mtp.take_next(linear_argmax(hidden, head.weight))

@@ -28,8 +28,8 @@ from parallelisms.mesh import Meshes, build_meshes
 from parallelisms.parallelize import local_region, parallelize_fn
 from tests.models.qwen35_moe.shapes import Stream, random_stream
 from tests.models.qwen35_moe.vision_shapes import random_pixels
-from train import StepResult, reduce_result, train_step
 from training.optimizer import NamedAdamW, build_optimizer
+from training.step import StepResult, launch_step
 
 TRAINING = Training(steps=5, sequence_length=64, global_batch_size=4)
 OFF = MoE()
@@ -208,13 +208,17 @@ def step(
     optimizer: torch.optim.Optimizer,
     batches: list[MicroBatch],
     moe: MoE = OFF,
+    of_all_ranks: bool = False,
 ) -> StepResult:
-    """One optimizer step, as train.py makes it; the result is this rank's."""
+    """One optimizer step, as train.py makes it; the result is this rank's, or that of all ranks together."""
     numbers = torch.tensor([[batch.num_trained, batch.num_drafted] for batch in batches]).sum(dim=0)
     dist.all_reduce(numbers)
     num_trained, num_drafted = numbers.tolist()
     device = torch.device(meshes.data_parallel.device_type)
-    return train_step(model, optimizer, batches, num_trained, meshes, device, TRAINING, moe, MTP, num_drafted)
+    of_losses = (TRAINING, moe, MTP, num_drafted)
+    return launch_step(
+        model, optimizer, batches, num_trained, meshes, device, *of_losses, of_all_ranks=of_all_ranks
+    ).result()
 
 
 def train(
@@ -258,14 +262,14 @@ def train(
     for number in range(num_steps):
         shown = frames[number % len(frames)] if frames else ()
         batches = own_batches(config, layout, rows, 1000 * number, shown)
-        result = reduce_result(step(model, meshes, optimizer, batches, moe))
+        result = step(model, meshes, optimizer, batches, moe, of_all_ranks=True)
         run.losses.append(result.losses["loss"].item())
         run.mtp_losses.append(result.losses["mtp"].item())
         run.grad_norms.append(result.grad_norm.item())
         run.aux_losses.append(result.losses["aux_loss"].item())
         run.z_losses.append(result.losses["z_loss"].item())
         if number == 0:
-            run.expert_counts = result.expert_counts.cpu()
+            run.expert_counts = result.expert_counts
     run.weights = {n: full(p) for n, p in model.named_parameters()}
     return run
 

@@ -21,7 +21,7 @@ from tests.models.qwen35_moe.shapes import tiny_config
 from tests.parallelisms import test_context_parallel, test_lora_layouts, test_vision_layouts
 from tests.parallelisms.layouts import OFF, Layout, Run, build, full, own_batches, step, train_layouts
 from tests.parallelisms.test_layouts import CONFIG, NUM_STEPS, ROWS, check, relative_error
-from train import StepResult, reduce_result
+from training.step import StepResult
 
 AMPLE = 8.0  # of 8 experts all tokens fit on one rank
 NUM_LOCAL = 3
@@ -144,7 +144,8 @@ def two_steps(case: Case, room: float, fillers: bool = False) -> Steps:
     for number in range(2):
         meshes.room.factor = room
         batches = own_batches(case.config, case.layout, ROWS, 1000 * number)
-        results.append(step(model, meshes, optimizer, list(map(filled, batches)) if fillers else batches, case.moe))
+        batches = list(map(filled, batches)) if fillers else batches
+        results.append(step(model, meshes, optimizer, batches, case.moe, of_all_ranks=fillers))
     weights = {name: full(parameter) for name, parameter in model.named_parameters()}
     return Steps(results, weights, meshes.room.num_repeated)
 
@@ -174,15 +175,10 @@ def filled(batch: MicroBatch) -> MicroBatch:
     return replace(batch.with_mtp_labels(), is_real=is_real)
 
 
-def steps_with_fillers(case: Case, room: float) -> Steps:
-    steps = two_steps(case, room, fillers=True)
-    return steps._replace(results=[reduce_result(result) for result in steps.results])
-
-
 def test_fillers_take_no_room() -> None:
     one_process, spread = (Case(layout, WITH_MTP, GLOBAL) for layout in (Layout(), Layout(world=2, ep=2)))
-    (expected,) = run_ranks(steps_with_fillers, 1, one_process, 0.0)
-    for found in run_ranks(steps_with_fillers, 2, spread, 1.3):
+    (expected,) = run_ranks(two_steps, 1, one_process, 0.0, True)
+    for found in run_ranks(two_steps, 2, spread, 1.3, True):
         assert found.num_repeated == 0
         for wanted, result in zip(expected.results, found.results):
             assert result.expert_counts.equal(wanted.expert_counts)

@@ -26,9 +26,10 @@ from parallelisms.parallelize import local_region
 from tests.distributed import run_ranks
 from tests.parallelisms.collectives import Collective, recorded
 from tests.parallelisms.layouts import Layout, own_batches
-from train import build_model, build_on_meta, train_step
+from train import build_model, build_on_meta
 from training.memory import Case, case_of, gradient_bytes, peak_memory
 from training.optimizer import build_optimizer
+from training.step import launch_step
 from training.step_time import step_time
 
 TINY = [
@@ -128,7 +129,7 @@ def run_steps(configs: list[Config], world: int) -> list[Found]:
 
         optimizer.register_step_pre_hook(count_gradients)
         with recorded(meshes) as calls:
-            train_step(
+            launch_step(
                 model, optimizer, batches, 256, meshes, torch.device("cpu"), config.training, config.moe, config.mtp, 1
             )  # fmt: skip
         found.calls = tuple(calls)

@@ -1,0 +1,74 @@
+"""A step is launched without a word from the device: the host asks for what it came to when the next is on its way."""
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from config.options import Optimizer
+from tests.distributed import needs_gpus, run_ranks
+from tests.models.qwen35_moe.shapes import random_model, tiny_config
+from tests.parallelisms.layouts import MTP, OFF, TRAINING, Layout, build, full, own_batches, step
+from training.optimizer import build_optimizer, step_clipped
+from training.step import launch_step
+
+CONFIG = tiny_config(initializer_range=0.05)
+ROWS = [[40, 24], [10, 54]]
+
+
+class _Asked(TorchDispatchMode):
+    """Counts the tensors whose number the host asks for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += function is torch.ops.aten._local_scalar_dense.default
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("state_dtype", ["float32", "bfloat16"])
+def test_an_update_that_may_be_skipped_asks_for_no_number(state_dtype: str) -> None:
+    model = random_model(tiny_config())
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer = build_optimizer(model, Optimizer(lr=1e-3, state_dtype=state_dtype))
+    with _Asked() as asked:
+        step_clipped(optimizer, torch.tensor(3.0), 1.0, skips=torch.tensor(False))
+    # torch's own kernel for CPUs asks for the two numbers of each group; that for GPUs reads them where they are.
+    assert asked.count <= (2 * len(optimizer.param_groups) if state_dtype == "float32" else 0)
+
+
+def two_steps_at_once(device_type: str) -> tuple[list[float], list[float], bool]:
+    """The losses of steps that are launched one after the other before any is asked for, and of steps that are not;
+    and whether both came to the same weights."""
+    losses, weights = [], []
+    device = torch.device(device_type)
+    for at_once in (True, False):
+        model, meshes, optimizer = build(CONFIG, Layout(), device_type=device_type)
+        batches = [own_batches(CONFIG, Layout(), ROWS, seed) for seed in range(3)]
+        step(model, meshes, optimizer, batches[0])  # what is done once a run is done
+        if at_once:
+            if device_type == "cuda":
+                torch.cuda.set_sync_debug_mode("error")
+            numbers = [sum(batch.num_trained for batch in each) for each in batches]
+            launched = [
+                launch_step(model, optimizer, each, number, meshes, device, TRAINING, OFF, MTP, 0)
+                for each, number in zip(batches[1:], numbers[1:])
+            ]
+            if device_type == "cuda":
+                torch.cuda.set_sync_debug_mode("default")
+            results = [each.result() for each in launched]
+        else:
+            results = [step(model, meshes, optimizer, each) for each in batches[1:]]
+        losses.append([result.losses["loss"].item() for result in results])
+        weights.append([full(parameter).cpu() for parameter in model.parameters()])
+    return losses[0], losses[1], all(map(torch.equal, *weights))
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=needs_gpus(1))])
+def test_steps_may_be_launched_before_any_is_asked_for(device: str) -> None:
+    ((at_once, one_by_one, same),) = run_ranks(two_steps_at_once, 1, device, device_type=device)
+    assert at_once == one_by_one
+    assert len(set(at_once)) == 2
+    assert same
