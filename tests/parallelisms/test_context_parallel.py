@@ -122,7 +122,7 @@ def test_borders_lie_inside_images() -> None:
 
 def run_with_images(layouts: list[Layout], frozen: tuple[str, ...]) -> list[Run]:
     frames = [[of_rows.get(row, []) for row in range(len(IMAGE_ROWS))] for of_rows in STEPS]
-    return train_layouts(VISION_CONFIG, layouts, IMAGE_ROWS, len(STEPS) + 1, frames=frames, frozen=frozen)
+    return train_layouts(VISION_CONFIG, layouts, IMAGE_ROWS, len(STEPS), frames=frames, frozen=frozen)
 
 
 @functools.cache

@@ -16,7 +16,7 @@ CONFIG = tiny_config(vocab_size=47, linear_num_key_heads=1, linear_num_value_hea
 # of 4 ranks has none at all, and so has the last of 4 micro-batches.
 ROWS = [[10, 6], [1, 1, 14], [2, 2, 2, 2] + [1] * 8, [16]]
 ROWS += [[3, 13], [1] * 14 + [2], [16], [5, 11]] * 2 + [[1] * 16] * 4
-NUM_STEPS = 5
+NUM_STEPS = 3  # from the first weights, from moved ones, and with moments of both
 
 # Pairwise: each value of each axis meets each value of the others that it can meet somewhere (a test counts).
 LAYOUTS = [

@@ -16,7 +16,7 @@ from tests.parallelisms.layouts import Layout, Run, build, own_batches, step, tr
 from tests.parallelisms.test_layouts import ROWS, check
 
 CONFIG = tiny_config(vocab_size=47, linear_num_key_heads=1, linear_num_value_heads=5, initializer_range=0.05)
-NUM_STEPS = 4
+NUM_STEPS = 3
 REPLICAS = Layout(world=2, replicate=2)
 TARGETS = {
     "all": ADAPTABLE,

@@ -26,7 +26,7 @@ VISION = tiny_vision(
 CONFIG = tiny_config(
     vocab_size=47, linear_num_key_heads=1, linear_num_value_heads=5, initializer_range=0.05, vision=VISION
 )
-NUM_STEPS = 4
+NUM_STEPS = 3
 IMAGE, TWO, TOKEN = [Frame(2, 4, 6)], [Frame(0, 2, 2), Frame(3, 2, 8)], [Frame(5, 2, 2)]
 VIDEO = [Frame(1, 4, 4), Frame(6, 4, 4), Frame(11, 4, 4)]
 # What rows show, by their numbers. In the first step the first ranks alone see something: of four, two see nothing, nor
