@@ -1,7 +1,8 @@
 """The optimizer, its step with clipped gradients, and its learning-rate schedule."""
 
 import math
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -9,20 +10,25 @@ from torch.distributed.tensor import DTensor
 
 from config.options import LRScheduler, Optimizer
 from models.qwen35_moe.parts import part_of
-from torch_private import mark_dynamic
 
-_LARGE = 2**24
-"""Numbers of a tensor; so many take a GPU longer than one launch takes the host."""
+
+class Tensors(NamedTuple):
+    """Of one parameter what an update reads, and all but the gradient what it writes."""
+
+    parameter: torch.Tensor
+    mean: torch.Tensor
+    square: torch.Tensor
+    gradient: torch.Tensor
 
 
 class NamedAdamW(torch.optim.AdamW):
-    """AdamW that names its state, and whose fused kernels take each rank's shards as plain tensors.
+    """AdamW that names its state, and whose kernels take each rank's shards as plain tensors.
 
     The states remain DTensors for checkpoints. But the update is elementwise, and finding that out anew for each of
     hundreds of DTensors keeps a GPU waiting.
 
-    state_dtype: of the running means; None: each parameter's, and then the kernels are torch's, but for large tensors
-    on a GPU: torch's, which take many tensors at once, reach half of the memory's rate.
+    state_dtype: of the running means; None: each parameter's. A CPU has torch's kernels then. A GPU has one of its own:
+    torch's reach half of the memory's rate.
     """
 
     def __init__(self, params: list[dict[str, Any]], state_dtype: torch.dtype | None = None, **options: Any) -> None:
@@ -36,37 +42,28 @@ class NamedAdamW(torch.optim.AdamW):
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         """One update of all parameters that have a gradient; gradients stay, divided by `grad_scale` or not. None at
         all where `found_inf` is 1."""
-        set_aside = []
+        first = next(parameter for group in self.param_groups for parameter in group["params"])
+        if self.state_dtype is None and not first.is_cuda:
+            super().step(closure)
+            return
         for group in self.param_groups:
-            trained = [each for each in group["params"] if each.grad is not None and self._is_updated_here(each)]
+            trained = [each for each in group["params"] if each.grad is not None]
             if not trained:
                 continue
-            lr = torch.full((), group["lr"], device=trained[0].device)
-            steps = [self._state_of(parameter)["step"] for parameter in trained]
+            states = [self._state_of(parameter) for parameter in trained]
+            steps = [state["step"] for state in states]
             # In a list: a tensor alone would be asked for its number, and the host would wait for the device.
             torch._foreach_add_(steps, 1 if self.found_inf is None else [1 - self.found_inf] * len(steps))
-            corrections = zip(*(_corrections(beta, steps) for beta in group["betas"]))
-            for parameter, of_means in zip(trained, corrections, strict=True):
-                own = self._state_of(parameter)
-                tensors = (parameter.detach(), own["exp_avg"], own["exp_avg_sq"], parameter.grad)
-                update(
-                    *(x.to_local() if isinstance(x, DTensor) else x for x in tensors),
-                    *of_means,
-                    lr,
-                    self.grad_scale,
-                    self.found_inf,
-                    betas=group["betas"],
-                    eps=group["eps"],
-                    weight_decay=group["weight_decay"],
-                )
-                set_aside.append((parameter, parameter.grad))
-                parameter.grad = None
-        super().step(closure)
-        for parameter, gradient in set_aside:
-            parameter.grad = gradient
-
-    def _is_updated_here(self, parameter: nn.Parameter) -> bool:
-        return self.state_dtype is not None or (parameter.is_cuda and parameter.numel() >= _LARGE)
+            made = torch.stack(steps).double()
+            corrections = torch.stack([1 - beta**made for beta in group["betas"]]).float()
+            of_all = (
+                (parameter.detach(), state["exp_avg"], state["exp_avg_sq"], parameter.grad)
+                for parameter, state in zip(trained, states)
+            )
+            tensors = [Tensors(*(x.to_local() if isinstance(x, DTensor) else x for x in each)) for each in of_all]
+            options = {name: group[name] for name in ("lr", "betas", "eps", "weight_decay")}
+            update = adamw_updates if not first.is_cuda else _on_gpu()
+            update(tensors, corrections, self.grad_scale, self.found_inf, **options)
 
     def named_state(self) -> dict[str, torch.Tensor]:
         """`<parameter>.<exp_avg | exp_avg_sq | step>`; zeros, to be loaded into, where no step has been made yet."""
@@ -91,63 +88,35 @@ class NamedAdamW(torch.optim.AdamW):
         return has_complex
 
 
-def _corrections(beta: float, steps: list[torch.Tensor]) -> tuple[torch.Tensor, ...]:
-    """1 - beta^step of each."""
-    powers = torch._foreach_pow(beta, steps)
-    torch._foreach_mul_(powers, -1)
-    torch._foreach_add_(powers, 1)
-    return powers
+def _on_gpu() -> Callable[..., None]:
+    from training import adamw_triton
+
+    return adamw_triton.update
 
 
-def adamw_update(
-    parameter: torch.Tensor,
-    mean: torch.Tensor,
-    square: torch.Tensor,
-    gradient: torch.Tensor,
-    correction: torch.Tensor,
-    correction_of_squares: torch.Tensor,
-    lr: torch.Tensor,
+def adamw_updates(
+    tensors: Sequence[Tensors],
+    corrections: torch.Tensor,
     divisor: torch.Tensor | None,
     skips: torch.Tensor | None,
     *,
+    lr: float,
     betas: tuple[float, float],
     eps: float,
     weight_decay: float,
 ) -> None:
     """AdamW in float32, in place, with running means that may be bfloat16, which are rounded as they are stored: all of
-    one shape; the corrections 1 - beta^step, lr, the gradient's divisor and `skips`, 1 for no update or 0, float32
-    scalars. (torch's fused kernels want one dtype for all.)
+    one parameter are of one shape. corrections: 1 - beta^step, float32 [2, number of parameters]; the gradients'
+    divisor, and `skips`, 1 for no update or 0, float32 scalars. (torch's fused kernels want one dtype for all.)
     """
-    wide = gradient.float() if divisor is None else gradient.float() / divisor
-    new_mean = betas[0] * mean.float() + (1 - betas[0]) * wide
-    new_square = betas[1] * square.float() + (1 - betas[1]) * wide.square()
-    corrected = (new_square / correction_of_squares).sqrt() + eps
-    new = parameter.float() * (1 - lr * weight_decay) - lr * (new_mean / correction) / corrected
-    for old, value in ((parameter, new), (mean, new_mean), (square, new_square)):
-        old.copy_(value if skips is None else torch.where(skips > 0, old.float(), value))
-
-
-_compiled_update = torch.compile(adamw_update)
-
-
-def update(*arguments: torch.Tensor | None, **numbers: Any) -> None:
-    """`adamw_update`; on a GPU by one kernel that reads and writes each number once, compiled at the first call.
-
-    The kernel reads several numbers at once where it knows that their number is a multiple of some, so it gets rows.
-    """
-    tensors, scalars = arguments[:4], arguments[4:]
-    first = tensors[0]
-    assert first is not None
-    if not first.is_cuda:
-        adamw_update(*arguments, **numbers)  # type: ignore[arg-type]
-    elif first.numel():
-        width = 1024 if first.numel() % 1024 == 0 else 1
-        *written, gradient = (tensor for tensor in tensors if tensor is not None)
-        # `reshape` may copy, and then what is written would be lost; the gradient is only read.
-        rows = [*(tensor.view(-1, width) for tensor in written), gradient.reshape(-1, width)]
-        for each in rows:
-            mark_dynamic(each, 0)
-        _compiled_update(*rows, *scalars, **numbers)
+    for (parameter, mean, square, gradient), (correction, correction_of_squares) in zip(tensors, corrections.T):
+        wide = gradient.float() if divisor is None else gradient.float() / divisor
+        new_mean = betas[0] * mean.float() + (1 - betas[0]) * wide
+        new_square = betas[1] * square.float() + (1 - betas[1]) * wide.square()
+        root = (new_square / correction_of_squares).sqrt() + eps
+        new = parameter.float() * (1 - lr * weight_decay) - lr * (new_mean / correction) / root
+        for old, value in ((parameter, new), (mean, new_mean), (square, new_square)):
+            old.copy_(value if skips is None else torch.where(skips > 0, old.float(), value))
 
 
 def build_optimizer(model: nn.Module, config: Optimizer) -> NamedAdamW:

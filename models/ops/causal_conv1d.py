@@ -1,13 +1,16 @@
 """Short causal depthwise convolution with SiLU; no tap reaches over a document's start."""
 
+import importlib.util
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 
 from models.ops.documents import Documents
 from models.ops.precision import at_least_float32
+
+if importlib.util.find_spec("triton"):
+    from models.ops import causal_conv1d_triton
 
 MAX_TRITON_WIDTH = 4  # its kernels carry so many tokens along
 
@@ -22,7 +25,7 @@ def causal_conv1d(
     "triton": one kernel each way, CUDA, W at most 4, three parts, keeps nothing but x.
     """
     if backend == "triton":
-        return _forward(x, weight, documents.token_offsets, list(widths))
+        return causal_conv1d_triton.forward(x, weight, documents.token_offsets, list(widths))
     offsets = documents.token_offsets.unsqueeze(-1)  # [T, 1]
     taps, rows = at_least_float32(weight[:, 0]).unbind(-1), at_least_float32(x)
     out = rows * taps[-1]
@@ -30,43 +33,3 @@ def causal_conv1d(
         shifted = F.pad(rows[:-shift], (0, 0, shift, 0))
         out = out + torch.where(offsets >= shift, shifted, 0) * taps[-1 - shift]
     return list(F.silu(out).to(x.dtype).split(widths, dim=-1))
-
-
-@torch.library.custom_op("qwen35_moe::causal_conv1d", mutates_args=())
-def _forward(x: torch.Tensor, weight: torch.Tensor, offsets: torch.Tensor, widths: list[int]) -> list[torch.Tensor]:
-    from models.ops import causal_conv1d_triton
-
-    return causal_conv1d_triton.forward(x.contiguous(), weight, offsets, widths)
-
-
-@_forward.register_fake
-def _(x: torch.Tensor, weight: torch.Tensor, offsets: torch.Tensor, widths: list[int]) -> list[torch.Tensor]:
-    return [x.new_empty(x.shape[0], width) for width in widths]
-
-
-@torch.library.custom_op("qwen35_moe::causal_conv1d_backward", mutates_args=())
-def _backward(
-    gradients: list[torch.Tensor], x: torch.Tensor, weight: torch.Tensor, offsets: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    from models.ops import causal_conv1d_triton
-
-    gradients = [gradient.contiguous() for gradient in gradients]
-    return causal_conv1d_triton.backward(gradients, x.contiguous(), weight, offsets)
-
-
-@_backward.register_fake
-def _(
-    gradients: list[torch.Tensor], x: torch.Tensor, weight: torch.Tensor, offsets: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    return torch.empty_like(x, memory_format=torch.contiguous_format), torch.empty_like(weight)
-
-
-def _autograd(ctx: Any, gradients: list[torch.Tensor]) -> tuple[torch.Tensor | None, ...]:
-    return *_backward(gradients, *ctx.saved_tensors), None, None
-
-
-def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: list[torch.Tensor]) -> None:
-    ctx.save_for_backward(*inputs[:3])
-
-
-_forward.register_autograd(_autograd, setup_context=_save_for_backward)

@@ -2,6 +2,7 @@
 
 # mypy: disable-error-code="no-untyped-def"
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import triton
@@ -171,30 +172,50 @@ def _backward_kernel(
 
 
 def _num_blocks(widths: Sequence[int]) -> int:
-    return sum(triton.cdiv(width, _CHANNELS) for width in widths)
+    return sum(_num_runs(width, _CHANNELS) for width in widths)
 
 
-def forward(x: torch.Tensor, weight: torch.Tensor, offsets: torch.Tensor, widths: Sequence[int]) -> list[torch.Tensor]:
+@torch.library.triton_op("qwen35_moe::causal_conv1d", mutates_args={})
+def forward(x: torch.Tensor, weight: torch.Tensor, offsets: torch.Tensor, widths: list[int]) -> list[torch.Tensor]:
     """x [T, C], weight [C, 1, W], offsets int32 [T] (how far a token stands from its document's first), three widths
-    that add up to C -> three parts [T, width]."""
-    parts = [x.new_empty(len(x), width) for width in widths]
-    grid = (_num_blocks(widths), triton.cdiv(len(x), _STEPS))
-    sizes = (len(x), *widths, weight.shape[-1], _CHANNELS, _STEPS, _UNROLL)
-    _forward_kernel[grid](x, weight.contiguous(), offsets, *parts, *sizes, num_warps=_NUM_WARPS)
+    that add up to C -> three parts [T, width]. As an operation that compiled blocks launch themselves."""
+    parts = [x.new_empty(x.shape[0], width) for width in widths]
+    grid = (_num_blocks(widths), _num_runs(x.shape[0], _STEPS))
+    sizes = (x.shape[0], *widths, weight.shape[-1], _CHANNELS, _STEPS, _UNROLL)
+    torch.library.wrap_triton(_forward_kernel)[grid](
+        x.contiguous(), weight.contiguous(), offsets, *parts, *sizes, num_warps=_NUM_WARPS
+    )
     return parts
 
 
+@torch.library.triton_op("qwen35_moe::causal_conv1d_backward", mutates_args={})
 def backward(
-    gradients: Sequence[torch.Tensor], x: torch.Tensor, weight: torch.Tensor, offsets: torch.Tensor
+    gradients: list[torch.Tensor], x: torch.Tensor, weight: torch.Tensor, offsets: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The gradients of x and weight from those of the parts. The runs' shares of the latter are added up in a fixed
     order: no atomics."""
     widths = [gradient.shape[1] for gradient in gradients]
-    grid = (_num_blocks(widths), triton.cdiv(len(x), _STEPS - 3))
-    x_gradient = torch.empty_like(x)
+    grid = (_num_blocks(widths), _num_runs(x.shape[0], _STEPS - 3))
+    x_gradient = torch.empty_like(x, memory_format=torch.contiguous_format)
     shares = torch.empty(grid[1], weight.shape[-1], x.shape[1], dtype=torch.float32, device=x.device)
-    sizes = (len(x), *widths, weight.shape[-1], _CHANNELS, _STEPS, _UNROLL)
-    _backward_kernel[grid](
-        *gradients, x, weight.contiguous(), offsets, x_gradient, shares, *sizes, num_warps=_NUM_WARPS
+    sizes = (x.shape[0], *widths, weight.shape[-1], _CHANNELS, _STEPS, _UNROLL)
+    gradients = [gradient.contiguous() for gradient in gradients]
+    torch.library.wrap_triton(_backward_kernel)[grid](
+        *gradients, x.contiguous(), weight.contiguous(), offsets, x_gradient, shares, *sizes, num_warps=_NUM_WARPS
     )
     return x_gradient, shares.sum(dim=0).T.to(weight.dtype).contiguous().view(weight.shape)
+
+
+def _num_runs(num_tokens: int, steps: int) -> int:
+    return (num_tokens + steps - 1) // steps
+
+
+def _autograd(ctx: Any, gradients: list[torch.Tensor]) -> tuple[torch.Tensor | None, ...]:
+    return *backward(gradients, *ctx.saved_tensors), None, None
+
+
+def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: list[torch.Tensor]) -> None:
+    ctx.save_for_backward(*inputs[:3])
+
+
+forward.register_autograd(_autograd, setup_context=_save_for_backward)

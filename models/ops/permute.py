@@ -1,11 +1,14 @@
 """Moves tokens to their experts' order and back: sums are gathered, so they have one order on any device."""
 
+import importlib.util
 from typing import Any, NamedTuple
 
 import torch
 
-from models.ops.any_number_of_rows import compile_for_any_number_of_rows
 from models.ops.precision import at_least_float32
+
+if importlib.util.find_spec("triton"):
+    from models.ops.permute_triton import sum_of_rows as sum_by_itself
 
 # Shapes: N tokens, k experts a token, R rows (of tokens, each as often as it is needed), E experts, H hidden.
 # sources [R]: row -> its token; places [N, m]: token -> its rows, at most m of them, the rest -1. They describe the
@@ -24,8 +27,10 @@ class _Permute(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
         (places,) = ctx.saved_tensors
-        sum_of = _sum_by_itself if places.shape[1] > 1 else _sum_of_rows
-        return sum_of(gradient, places), None, None, None
+        # In a kernel of its own: as part of the norm's backward pass, which the compiler makes of both, the gathers
+        # take as long again.
+        by_itself = sum_by_itself if gradient.is_cuda and places.shape[1] > 1 else _sum_of_rows
+        return by_itself(gradient, places), None, None, None
 
 
 class _Combine(torch.autograd.Function):
@@ -76,21 +81,6 @@ def _sum_of_rows(rows: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
         total = total + each
     # Not `.to` where it would do nothing: torch 2.11 compiles a Function that ends so to a gradient of zeros.
     return total if total.dtype == rows.dtype else total.to(rows.dtype)
-
-
-_compiled_sum_of_rows = compile_for_any_number_of_rows(_sum_of_rows)
-
-
-@torch.library.custom_op("qwen35_moe::sum_of_rows", mutates_args=())
-def _sum_by_itself(rows: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
-    """As `_sum_of_rows`, in a kernel of its own: as part of the norm's backward pass, which the compiler makes of both,
-    the gathers take as long again."""
-    return _compiled_sum_of_rows(rows, places) if rows.is_cuda else _sum_of_rows(rows, places)
-
-
-@_sum_by_itself.register_fake
-def _(rows: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
-    return rows.new_empty(places.shape[0], rows.shape[1])  # not len(), which would make the size a constant
 
 
 def permute(x: torch.Tensor, sources: torch.Tensor, places: torch.Tensor, all_have_rows: bool = False) -> torch.Tensor:

@@ -135,13 +135,10 @@ DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("state_dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("skipped", [0, 1], ids=["the first step", "the second"])
-def test_a_step_that_is_skipped_leaves_no_trace(
-    skipped: int, state_dtype: str, device: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_step_that_is_skipped_leaves_no_trace(skipped: int, state_dtype: str, device: str) -> None:
     """Bit for bit, also in all steps after it; and the gradients are still there to be looked at."""
     if device == "cuda" and not torch.cuda.is_available():
         pytest.skip("needs a GPU")
-    monkeypatch.setattr("training.optimizer._LARGE", 1000)  # on a GPU both kinds of kernels
     states = []
     for is_skipped in (False, True):
         model = random_model(tiny_config()).to(device)
@@ -167,11 +164,12 @@ def test_a_step_that_is_skipped_leaves_no_trace(
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_means_in_bfloat16_on_a_gpu_are_those_of_plain_pytorch() -> None:
+@pytest.mark.parametrize("state_dtype", ["float32", "bfloat16"])
+def test_updates_on_a_gpu_are_those_of_plain_pytorch(state_dtype: str) -> None:
     results = {}
     for device in ("cpu", "cuda"):
         model = random_model(tiny_config()).to(device)
-        optimizer = build_optimizer(model, Optimizer(lr=1e-3, eps=1e-4, weight_decay=0.1, state_dtype="bfloat16"))
+        optimizer = build_optimizer(model, Optimizer(lr=1e-3, eps=1e-4, weight_decay=0.1, state_dtype=state_dtype))
         generator = torch.Generator().manual_seed(0)
         for _ in range(3):
             for parameter in model.parameters():
@@ -179,8 +177,10 @@ def test_means_in_bfloat16_on_a_gpu_are_those_of_plain_pytorch() -> None:
             step_clipped(optimizer, torch.tensor(2.0, device=device), 1.0)
         results[device] = {name: parameter.detach().cpu() for name, parameter in model.named_parameters()}
     for name, expected in results["cpu"].items():
-        # A mean on the other side of a tie is one step of bfloat16, 2^-7, off, and so is its update of lr.
-        assert torch.allclose(results["cuda"][name], expected, rtol=3e-7, atol=1e-3 * 2**-6), name
+        # A mean on the other side of a tie is one step of bfloat16, 2^-7, off, and so is its update of lr. In float32
+        # there are a few roundings of the update.
+        atol = 1e-3 * (2**-6 if state_dtype == "bfloat16" else 1e-5)
+        assert torch.allclose(results["cuda"][name], expected, rtol=3e-7, atol=atol), name
 
 
 def test_tower_and_merger_have_rates_of_their_own_on_one_schedule() -> None:

@@ -11,7 +11,8 @@ from tests.parallelisms.layouts import MTP, OFF, TRAINING, Layout, build, full, 
 from training.optimizer import build_optimizer, step_clipped
 from training.step import launch_step
 
-CONFIG = tiny_config(initializer_range=0.05)
+# Attention alone: the delta rule in plain PyTorch lays out chunks by what the host knows, and waits to send that.
+CONFIG = tiny_config(initializer_range=0.05, layer_types=("full_attention",) * 4)
 ROWS = [[40, 24], [10, 54]]
 
 
