@@ -64,9 +64,9 @@ KINDS = {
     "attention": r"flash_(fwd|bwd)|fmha|flash::|sdpa",
     "delta rule": r"kkt|gdr|gated_delta|chunk_local_cumsum|tilelang|l2norm|group_reduce|recompute_w_u|wy_",
     "convolution": r"^_(forward|backward)_kernel",
-    "optimizer, clipping": r"adam|multi_tensor_apply|lpnorm|foreach",
+    "optimizer, clipping": r"^_update_kernel|adam|multi_tensor_apply|lpnorm|foreach",
     "softmax of the loss": r"triton.*logsumexp",
-    "routing, permutation": r"sort|searchsorted|bucketize|topk|scatter|radix|softmax|triton(?!.*silu).*index",
+    "routing, permutation": r"^_sum_ker|sort|searchsorted|bucketize|topk|scatter|radix|softmax|triton(?!.*silu).*index",
     "norms, gates, rotary, SwiGLU": r"triton",
     "expert matmuls": r"grouped|group_gemm|GroupProblem",
     "dense matmuls": r"gemm|nvjet|cutlass|cublas|splitK|matmul",
@@ -112,10 +112,16 @@ def union(spans: Iterable[tuple[float, float]]) -> list[tuple[float, float]]:
 
 
 def time_by_kind(profile: torch.profiler.profile, num_steps: int) -> dict[str, float]:
-    """Milliseconds a step that the GPU spends on each kind of work, on whatever stream, and idle."""
-    spans, kinds = [], defaultdict[str, float](float)
-    for event in profile.events():
-        if event.device_type != torch.autograd.DeviceType.CUDA or event.is_user_annotation:
+    """Milliseconds a step that the GPU spends on each kind of work, on whatever stream, and idle; of `num_steps` after
+    the first of the profile, to which the GPU comes with nothing else to do."""
+    kinds = defaultdict[str, float](float)
+    on_gpu = [each for each in profile.events() if each.device_type == torch.autograd.DeviceType.CUDA]
+    on_gpu = [each for each in on_gpu if not each.is_user_annotation]
+    updates = sorted(each.time_range.end for each in on_gpu if "update_kernel" in each.name)
+    start = updates[len(updates) // (num_steps + 1) - 1] if updates else 0.0  # the end of the first step
+    spans = [(start, start)] if updates else []
+    for event in on_gpu:
+        if event.time_range.start < start:
             continue
         spans.append((event.time_range.start, event.time_range.end))
         kinds[kind_of(event.name)] += event.time_range.elapsed_us() / 1000 / num_steps
@@ -228,7 +234,7 @@ def measure(
             found["mfu"] = round(flops * rate / world_size / peak, 4)
     if profile_steps:
         with torch.profiler.profile() as profile:
-            for number in range(profile_steps):
+            for number in range(profile_steps + 1):
                 with torch.profiler.record_function(f"ProfilerStep#{number}"):  # as the profiler's own schedule does
                     step(number)
             synchronize()

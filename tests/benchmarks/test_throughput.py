@@ -4,19 +4,38 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from benchmarks import throughput
 from benchmarks.images import with_images
-from benchmarks.throughput import random_micro_batch
+from benchmarks.throughput import random_micro_batch, time_by_kind
 from config.options import Config
 from config.reading import load_config, model_config
 from errors import UserError
 from training.plan import parse_images
 
 ROOT = Path(__file__).resolve().parents[2]
+
+
+def test_what_a_gpu_does_is_told_of_the_steps_after_the_first() -> None:
+    on_gpu = torch.autograd.DeviceType.CUDA
+    # Of a step: a product of 2 ms, 1 ms idle, an update of 1 ms; before the second step's there is 1 ms more idle.
+    named = [("nvjet_a", 0, 2), ("_update_kernel", 3, 4), ("nvjet_a", 5, 7), ("_update_kernel_0", 8, 9)]
+    events = [
+        SimpleNamespace(
+            device_type=on_gpu,
+            is_user_annotation=False,
+            name=name,
+            time_range=SimpleNamespace(start=1000 * start, end=1000 * end, elapsed_us=lambda ms=end - start: 1000 * ms),
+        )
+        for name, start, end in named
+    ]
+    events.append(SimpleNamespace(device_type=torch.autograd.DeviceType.CPU, name="_update_kernel"))
+    found = time_by_kind(SimpleNamespace(events=lambda: events), num_steps=1)  # type: ignore[arg-type]
+    assert found == {"dense matmuls": 2.0, "idle": 2.0, "optimizer, clipping": 1.0}
 
 
 def test_it_measures_a_training_step(tmp_path: Path) -> None:

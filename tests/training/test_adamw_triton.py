@@ -41,7 +41,8 @@ def test_is_plain_pytorchs(
     adamw_updates(expected, corrections, *scalars, **OPTIONS)
     for each, plain, old in zip(ours, expected, before):
         for x, y, z in zip(each, plain, old):
-            # A product that is rounded with the sum or before it: the last bit.
-            assert torch.allclose(x.float(), y.float(), rtol=2**-7 if x.dtype == torch.bfloat16 else 3e-7, atol=1e-9)
+            # Quotients and roots are off by 2 units of the last place, and updates are as large as 1 here; a mean on
+            # the other side of a tie is one step of bfloat16 off. Without the decay, say, it would be 1e-4.
+            assert torch.allclose(x.float(), y.float(), rtol=2**-7 if x.dtype == torch.bfloat16 else 3e-7, atol=3e-6)
             assert skips != 1.0 or torch.equal(x, z)
     assert skips == 1.0 or not torch.equal(ours[-2].parameter, before[-2][0])
