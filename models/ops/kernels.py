@@ -84,6 +84,7 @@ def select_kernels(
 
 
 _LIBRARIES = {
+    "compiled": ("torch._inductor.compile_fx",),
     "fa4": ("flash_attn.cute.interface",),
     "fla": ("fla.ops.gated_delta_rule.chunk",),
     "flash_qla": ("flash_qla.ops.gated_delta_rule.chunk",),

@@ -1,5 +1,6 @@
 """The head's matrix product and the cross-entropy in one, a chunk of tokens at a time: never all logits at once."""
 
+import functools
 from typing import Any
 
 import torch
@@ -30,18 +31,16 @@ def _loss_and_gradient(logits: torch.Tensor, labels: torch.Tensor) -> tuple[torc
     return loss, gradient.to(logits.dtype)
 
 
-# Eagerly each line above reads and writes all logits in float32; compiled, they are read twice and written once.
-_compiled_loss_and_gradient = torch.compile(_loss_and_gradient)
-_compiled_loss = torch.compile(_loss)
-
-
 def _scaled(gradient: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """gradient * scale, rounded once and in one pass: a scale like 1 / 12345 in bfloat16 would be off by itself, and
     with it every gradient alike."""
     return torch.mul(gradient, scale.view(1), out=torch.empty_like(gradient, dtype=dtype))
 
 
-_compiled_scaled = torch.compile(_scaled)  # eagerly a product that is rounded on its way out runs at half the speed
+# Eagerly each line of the loss reads and writes all logits in float32; compiled, they are read twice and written once.
+# A product that is rounded on its way out runs at half the speed. Not before the first call: importing the compiler
+# takes seconds.
+_compiled = functools.cache(torch.compile)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -62,7 +61,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         ]
         loss_and_gradient, loss_alone = _loss_and_gradient, _loss
         if backend == "compiled":
-            loss_and_gradient, loss_alone = _compiled_loss_and_gradient, _compiled_loss
+            loss_and_gradient, loss_alone = _compiled(_loss_and_gradient), _compiled(_loss)
         for start in range(0, max(hidden.shape[0], 1), chunk_size):
             chunk, targets = slice(start, start + chunk_size), labels[start : start + chunk_size]
             pairs = [(rows[chunk], matrix) for rows, matrix in zip(factors[::2], factors[1::2])]
@@ -86,7 +85,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, scale: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         gradients = zip(ctx.saved_tensors, ctx.dtypes)
-        scaled = _compiled_scaled if ctx.backend == "compiled" else _scaled
+        scaled = _compiled(_scaled) if ctx.backend == "compiled" else _scaled
         return None, None, None, *(g if g is None else scaled(g, scale, dtype) for g, dtype in gradients)
 
 
