@@ -121,7 +121,8 @@ def launch_step(
     losses, expert_counts, num_missed = forward_backward(
         model, micro_batches, num_trained, meshes, device, moe, mtp, num_drafted
     )
-    own = [losses["loss"]] if num_missed is None else [losses["loss"], num_missed.float()]
+    loss = losses["loss"]
+    own = [loss, torch.zeros_like(loss) if num_missed is None else num_missed.float()]
     shares = reduce_replicated_gradients(model.float32_parameters(), torch.stack(own), meshes.data_parallel)
     norm = gradient_norm(model.parameters(), meshes.dense.get_group("fsdp"))
     norms_of_parts = gradient_norms(model.named_parameters(), meshes.dense.get_group("fsdp")) if by_part else {}
@@ -131,9 +132,7 @@ def launch_step(
     numbers = torch.stack([norm.total, *norms_of_parts.values(), *shares])
     arrive = to_host_later(numbers, told)
     # The update does nothing where a value is not finite or a row was missed. All ranks know the same.
-    skips = ~(shares[0] + norm.total).isfinite()
-    if num_missed is not None:
-        skips = skips | (shares[1] > 0)
+    skips = ~(shares[0] + norm.total).isfinite() | (shares[1] > 0)
     step_clipped(optimizer, norm.total, training.max_grad_norm, skips)
     optimizer.zero_grad()
     if num_missed is not None and arrive()[0][-1]:
