@@ -46,8 +46,10 @@ def setup_logging(rank: int) -> None:
 def _quieten_libraries() -> None:
     """What others say of things that are as they should be, between the lines of our own log."""
     logging.getLogger("httpx").setLevel(logging.WARNING)
-    # TileLang's compiler, of its own choices. It sets its level when it is imported, so a filter has to do.
-    logging.getLogger("tilelang").addFilter(lambda record: record.levelno >= logging.ERROR)
+    # TileLang's compiler, of its own choices. It sets its level when it is imported: that must not count.
+    compiler = logging.getLogger("tilelang")
+    compiler.setLevel(logging.ERROR)
+    compiler.setLevel = lambda level: None  # type: ignore[method-assign]
     # That checkpointing with a policy is compiled; checkpointed blocks change nothing in place.
     logging.getLogger("torch._higher_order_ops.wrap").setLevel(logging.ERROR)
     # Products in float32 are those of routers, which are to be exact.
