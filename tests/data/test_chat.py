@@ -480,7 +480,10 @@ def test_what_is_trained_on_is_the_assistants_texts(style, turns):
     thinks = any(turn.get("reasoning_content", "").strip() for turn in turns)
     asks = any(turn["role"] == "user" for turn in turns)
     if refused is not None:
-        assert refused in ("unclear_spans", "nothing_to_train", "template_error", "special_token", "unrendered")
+        reasons = ("unclear_spans", "nothing_to_train", "template_error", "special_token", "unrendered", "empty")
+        assert refused in reasons
+        if refused == "empty":
+            assert any(turn["role"] == "assistant" and not turn["content"].strip() for turn in turns)
         if refused == "unrendered":  # reasoning that the template never shows, or not without a question
             assert thinks
             assert not (style == "qwen35_style" and asks)
