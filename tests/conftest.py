@@ -156,6 +156,7 @@ SLOW: dict[str, tuple[str, ...]] = {
         "test_bad_weights_are_not_saved",
         "test_a_run_skips_if_asked_and_counts",
     ),
+    "training/test_step_report.py": ("test_a_run_that_tells_late_tells_the_same",),
     "training/test_validation.py": ("test_the_exact_mean_on_any_mesh_and_no_trace_in_the_training",),
     "training/test_memory.py": ("test_what_lies_on_a_rank_and_what_it_communicates_is_what_the_plan_says",),
     "training/test_formulas.py": (
