@@ -29,10 +29,8 @@ fsdp_collectives = _fsdp_collectives
 functional_collectives = torch.ops._c10d_functional
 """As operations, which activation checkpointing can keep; the functions around them are private too."""
 
-
-def mark_dynamic(tensor: torch.Tensor, dim: int) -> None:
-    """torch._dynamo.mark_dynamic, which is documented, fails where the compiler finds a size to be fixed."""
-    torch._dynamo.maybe_mark_dynamic(tensor, dim)  # named here, as importing it takes half a second
+mark_dynamic = torch._dynamo.maybe_mark_dynamic
+"""torch._dynamo.mark_dynamic, which is documented, fails where the compiler finds a size to be fixed."""
 
 
 def set_recompile_limit(limit: int) -> None:

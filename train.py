@@ -143,7 +143,7 @@ def main(arguments: list[str]) -> None:
 
     # 4. Model: built without memory, parallelised, then given its memory.
     model = build_model(config, shape, meshes, device)
-    imports = import_ahead(model.kernels)  # seconds, beside those of the weights
+    imports = import_ahead(model.kernels, device)  # seconds, beside those of the weights
 
     # 5. Optimizer.
     optimizer = build_optimizer(model, config.optimizer)
@@ -200,17 +200,17 @@ def main(arguments: list[str]) -> None:
         started = time.perf_counter()
         try:
             of_readers = [next(loader) for _ in range(loader.num_micro_batches)]
-        except UserError:
+            micro_batches = [own_share(batch, meshes.context_parallel, shape.vision) for batch in of_readers]
+            data_seconds += time.perf_counter() - started
+            num_trained = sum(batch.num_trained for batch in micro_batches)
+            num_drafted = sum(batch.num_drafted for batch in micro_batches)
+            # The one place where ranks agree: how many tokens the global batch trains, whether anyone was told to stop,
+            # and what the tower does. On the host, so that no rank waits here for its GPU to finish the step before.
+            own = [num_trained, num_drafted, int(stop.requested), *vision_work.of(micro_batches)]
+            num_trained, num_drafted, num_stops, *of_tower = sum_over_ranks(torch.tensor(own)).tolist()
+        except (UserError, RunError, RuntimeError):  # of this rank, or of one that did not come
             report.tell_alone()
             raise
-        micro_batches = [own_share(batch, meshes.context_parallel, shape.vision) for batch in of_readers]
-        data_seconds += time.perf_counter() - started
-        num_trained = sum(batch.num_trained for batch in micro_batches)
-        num_drafted = sum(batch.num_drafted for batch in micro_batches)
-        # The one place where ranks agree: how many tokens the global batch trains, whether anyone was told to stop, and
-        # what the tower does. On the host, so that no rank waits here for its GPU to finish the step before.
-        own = [num_trained, num_drafted, int(stop.requested), *vision_work.of(micro_batches)]
-        num_trained, num_drafted, num_stops, *of_tower = sum_over_ranks(torch.tensor(own)).tolist()
         vision_work.add(of_tower)
         stopping = num_stops > 0
 

@@ -142,11 +142,11 @@ def measure(
     torch.manual_seed(config.job.seed)
     started = time.perf_counter()
     model = build_model(config, shape, meshes, device)
-    imports = import_ahead(model.kernels)
+    imports = import_ahead(model.kernels, device)
     built = time.perf_counter()
     init_weights(model, config.job.seed, local_region)
-    imports.join()
     drawn = time.perf_counter()
+    imports.join()
     optimizer = build_optimizer(model, config.optimizer)
     num_micro_batches = training.global_batch_size // (meshes.num_data_ranks * training.local_batch_size)
     tokens_per_step = training.global_batch_size * training.sequence_length

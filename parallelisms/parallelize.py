@@ -133,13 +133,15 @@ def apply_fsdp(model: Qwen35Moe, meshes: Meshes, compute_dtype: torch.dtype) -> 
         if is_whole and needs_no_cast and (mesh.size() == 1 or not parameter.requires_grad):
             outside.add(parameter)
 
+    nothing_to_reduce = NothingToReduce({each.dtype for each in model.parameters() if each not in outside})
+
     def shard(module: nn.Module, mesh: DeviceMesh, **options: Any) -> None:
         if module is not model and outside.issuperset(module.parameters()):
             return
         fully_shard(module, mesh=mesh, mp_policy=policy, ignored_params=outside, **options)
         unit = cast(FSDPModule, module)
         if mesh.size() == 1:  # nothing to divide, not even by 1, and nothing to add up
-            unit.set_custom_reduce_scatter(_NothingToReduce())
+            unit.set_custom_reduce_scatter(nothing_to_reduce)
         else:
             unit.set_gradient_divide_factor(1.0)
             unit.set_force_sum_reduction_for_comms(True)  # gloo has no pre-multiplied sum
@@ -164,19 +166,32 @@ def apply_fsdp(model: Qwen35Moe, meshes: Meshes, compute_dtype: torch.dtype) -> 
         for part in [*model.visual.blocks, model.visual]:
             shard(part, meshes.dense, reshard_after_forward=is_sharded)
     shard(model, meshes.dense)
+    setattr(model, "nothing_to_reduce", nothing_to_reduce)  # noqa: B010 (of no class; for `begin_micro_batch`)
     if has_expert_units:
         _prefetch_neighbours(model)
     _gather_nothing_below_gradients(model)
 
 
-class _NothingToReduce(ReduceScatter):
+class NothingToReduce(ReduceScatter):
     """For a mesh of one rank: one process, or experts that are whole on their rank, as at ep = fsdp.
 
-    FSDP would copy the gradients that it reduces into those that it keeps; here both are one tensor.
+    FSDP would copy the gradients that it reduces into those that it keeps; here both are one tensor, made on the stream
+    of the computation, and used on FSDP's own. One that becomes a parameter's gradient goes when the computation's
+    stream has waited for that one, at the end of the backward pass. Any other goes at once: then the allocator must
+    know of that use. (Not otherwise: what it knows so is given out again only when FSDP's stream has got there, and
+    until then, as the host launches the next step, there would be two sets of gradients.)
     """
 
-    def __init__(self) -> None:
+    def __init__(self, dtypes: set[torch.dtype]) -> None:
+        """dtypes: the parameters'."""
+        self._dtypes = dtypes
         self._input: torch.Tensor | None = None
+        self.adds_up = True
+        """Whether parameters may have gradients already, to which these are added."""
+
+    def is_kept(self, dtype: torch.dtype) -> bool:
+        """Whether what is made in this dtype becomes a gradient as it is."""
+        return not self.adds_up and self._dtypes == {dtype}
 
     def allocate(self, size: Sequence[int | torch.SymInt], *, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
         """FSDP asks in turn for an input and for the output that belongs to it."""
@@ -184,7 +199,7 @@ class _NothingToReduce(ReduceScatter):
             self._input = torch.empty(size, dtype=dtype, device=device)
             return self._input
         output, self._input = self._input, None
-        if output.is_cuda:  # made on the stream of the computation, but from here on used and freed on this one
+        if output.is_cuda and not self.is_kept(dtype):
             output.record_stream(torch.cuda.current_stream())
         return output
 
@@ -231,10 +246,12 @@ def local_region(parameter: torch.Tensor) -> LocalPart:
     return parameter.to_local(), tuple((first, first + size) for first, size in zip(start, shape))
 
 
-def reduce_replicas_after(model: nn.Module, *, this_micro_batch: bool) -> None:
-    """HSDP: replicas sum their gradients after a step's last micro-batch alone; until then each adds up its own."""
+def begin_micro_batch(model: nn.Module, *, is_first: bool, is_last: bool) -> None:
+    """Of a step. HSDP: replicas sum their gradients after the last alone; until then each adds up its own. The first
+    finds no gradients."""
     if isinstance(model, FSDPModule):
-        model.set_requires_all_reduce(this_micro_batch)
+        model.set_requires_all_reduce(is_last)
+        cast(Any, model).nothing_to_reduce.adds_up = not is_first
 
 
 @torch.no_grad()

@@ -90,6 +90,7 @@ SLOW: dict[str, tuple[str, ...]] = {
     "parallelisms/test_mtp_layouts.py": ("test_equals_one_process", "test_what_one_process_trains"),
     "parallelisms/test_precision.py": ("test_what_is_float32_under_bfloat16",),
     "parallelisms/test_room.py": (
+        "test_a_step_made_anew_is_the_one_that_asks",
         "test_a_step_without_room_is_made_anew_and_there_is_more_afterwards",
         "test_equals_one_process",
     ),

@@ -100,7 +100,7 @@ def update(
     for index, (each, of_each) in enumerate(zip(tensors, places)):
         # Only where addresses and sizes are multiples of 16 does a thread read 16 bytes at once.
         aligned = not any(x % 16 for x in (*of_each, each.parameter.numel()))
-        assert all(x.is_contiguous() for x in each)
+        assert all(x.is_contiguous() for x in each), "as all parameters are: they are updated by address"
         kinds = (each.parameter.dtype, each.mean.dtype, each.gradient.dtype, aligned)
         if each.parameter.numel():
             alike.setdefault(kinds, []).append(index)

@@ -4,7 +4,7 @@ import dataclasses
 import os
 import re
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 
@@ -139,16 +139,19 @@ def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:
     return values
 
 
-def to_host_later(*tensors: torch.Tensor) -> Callable[[], list[torch.Tensor]]:
-    """What gives them on the host, once asked for. The device may have got more to do in between: they are waited for,
-    that is not."""
-    on_host = [each.to("cpu", non_blocking=True) for each in tensors]
-    on_device = [each.device for each in tensors if each.is_cuda]
-    arrived = torch.cuda.current_stream(on_device[0]).record_event() if on_device else None
+class ToHost:
+    """Tensors on their way from the device, which may have got more to do in between: they are waited for, that is
+    not."""
 
-    def wait() -> list[torch.Tensor]:
-        if arrived is not None:
-            arrived.synchronize()
-        return on_host
+    def __init__(self, *tensors: torch.Tensor) -> None:
+        self._on_host = [each.to("cpu", non_blocking=True) for each in tensors]
+        on_device = [each.device for each in tensors if each.is_cuda]
+        self._arrived = torch.cuda.current_stream(on_device[0]).record_event() if on_device else None
 
-    return wait
+    def has_arrived(self) -> bool:
+        return self._arrived is None or self._arrived.query()
+
+    def wait(self) -> list[torch.Tensor]:
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        return self._on_host

@@ -10,22 +10,23 @@ from config.options import MoE, Mtp, Training
 from data.batch import MicroBatch
 from models.qwen35_moe.model import Qwen35Moe
 from parallelisms.mesh import Meshes
-from parallelisms.parallelize import reduce_replicas_after, reduce_replicated_gradients
-from training.distributed import sum_over_ranks, to_host_later
+from parallelisms.parallelize import begin_micro_batch, reduce_replicated_gradients
+from training.distributed import ToHost, sum_over_ranks
 from training.gradients import describe_nonfinite, gradient_norm, gradient_norms
 from training.load_balancing import measure_for, router_losses
 from training.optimizer import NamedAdamW, step_clipped
 
 
 class StepResult(NamedTuple):
-    """What one optimizer step tells. Shapes: L blocks, E experts."""
+    """What one optimizer step tells, on the host; of this rank, or, if that was asked for, of all together. Shapes: L
+    blocks, E experts."""
 
     losses: dict[str, torch.Tensor]
-    """By name, each [] float32, this rank's share; shares add up. "loss": the mean over the global batch's trained
-    tokens; "mtp": of multi-token prediction, the mean over its own; "aux_loss", "z_loss": the routers', means over
-    micro-steps; 0 if they are off."""
+    """By name, each [] float64, a rank's share; shares add up. "loss": the mean over the global batch's trained tokens;
+    "mtp": of multi-token prediction, the mean over its own; "aux_loss", "z_loss": the routers', means over micro-steps;
+    0 if they are off."""
     expert_counts: torch.Tensor
-    """[L, E] int64: how many of this rank's tokens chose each expert."""
+    """[L, E] int64: how many tokens chose each expert."""
     grad_norm: torch.Tensor
     """[] float64, of the global gradient before clipping; the same on all ranks."""
     nonfinite: str
@@ -41,8 +42,10 @@ class LaunchedStep(NamedTuple):
     have nothing to do until the next forward pass comes.
     """
 
+    has_ended: Callable[[], bool]
+    """Whether its backward pass has been done."""
     on_host: Callable[[], StepResult]
-    """As if all were finite; waits for the step's backward pass."""
+    """Waits for that. Where not all is finite, `nonfinite` says no more."""
     describe: Callable[[], str]
     """Where it went wrong; all ranks together."""
 
@@ -73,6 +76,7 @@ def forward_backward(
     expert_counts = torch.zeros(len(model.blocks), shape.num_experts, dtype=torch.int64, device=device)
     num_missed = None
     for index, batch in enumerate(micro_batches, start=1):
+        begin_micro_batch(model, is_first=index == 1, is_last=index == len(micro_batches))
         batch = batch.to(device)
         measure = measure_for(moe, batch.is_real)
         loss_sum, statistics, mtp_loss_sum, _ = model(batch, measure)
@@ -89,7 +93,6 @@ def forward_backward(
             total = total + (moe.aux_loss_coef * aux + moe.z_loss_coef * z) / len(micro_batches)
             losses["aux_loss"] += aux.detach() / len(micro_batches)
             losses["z_loss"] += z.detach() / len(micro_batches)
-        reduce_replicas_after(model, this_micro_batch=index == len(micro_batches))
         total.backward()
         losses["loss"] += share.detach()
         expert_counts += statistics.expert_counts
@@ -130,12 +133,12 @@ def launch_step(
     if of_all_ranks:
         told = sum_over_ranks(told)
     numbers = torch.stack([norm.total, *norms_of_parts.values(), *shares])
-    arrive = to_host_later(numbers, told)
+    on_its_way = ToHost(numbers, told)
     # The update does nothing where a value is not finite or a row was missed. All ranks know the same.
     skips = ~(shares[0] + norm.total).isfinite() | (shares[1] > 0)
     step_clipped(optimizer, norm.total, training.max_grad_norm, skips)
     optimizer.zero_grad()
-    if num_missed is not None and arrive()[0][-1]:
+    if num_missed is not None and on_its_way.wait()[0][-1]:
         with meshes.room.asking():
             launched = launch_step(
                 model,
@@ -155,7 +158,7 @@ def launch_step(
         return launched
 
     def on_host() -> StepResult:
-        (grad_norm, *of_parts), told = arrive()
+        (grad_norm, *of_parts), told = on_its_way.wait()
         loss = of_parts[len(norms_of_parts)]
         return StepResult(
             losses=dict(zip(losses, told)),
@@ -165,4 +168,4 @@ def launch_step(
             norms_of_parts=dict(zip(norms_of_parts, of_parts)),
         )
 
-    return LaunchedStep(on_host, partial(describe_nonfinite, model, losses["loss"], norm))
+    return LaunchedStep(on_its_way.has_arrived, on_host, partial(describe_nonfinite, model, losses["loss"], norm))

@@ -16,6 +16,10 @@ from training.step import LaunchedStep
 logger = logging.getLogger("train")
 
 
+_PATIENCE = 5.0
+"""Seconds that a rank with an error waits for its device: a collective without the others does not end."""
+
+
 class Logged(NamedTuple):
     """What a step's line has that is not the device's to tell."""
 
@@ -65,11 +69,13 @@ class StepReport:
 
     def add(self, step: int, started: float, launched: LaunchedStep, logged: Logged | None, at_once: bool) -> None:
         """A step that was launched, from `started` on: tells the one before, and this one too if it must be `at_once`,
-        compiles, or is still to be compared with the plan, by itself. Raises RunError for a step that is not finite, if
-        that stops the run."""
+        or compiles, or if it, or the next, is the first that is logged, which is compared with the plan by itself.
+        Raises RunError for a step that is not finite, if that stops the run."""
         self.tell()
         self._untold = _Untold(step, started, launched, logged)
-        if at_once or not self._is_late or self._first_step.waits or step == self._start_step + 1:
+        is_compared = logged is not None or (step + 1) % self._config.metrics.log_interval == 0
+        by_itself = step == self._start_step + 1 or (self._first_step.waits and is_compared)
+        if at_once or by_itself or not self._is_late:
             self.tell()
 
     def tell(self) -> None:
@@ -118,6 +124,14 @@ class StepReport:
         self.restart_clock(step)
 
     def tell_alone(self) -> None:
-        """As this rank ends with an error: its last step, unless that is one that ranks talk about."""
-        if self._untold is not None and self._untold.launched.is_finite():
-            self.tell()
+        """As this rank ends with an error: its last step, if the device comes to its end. Others may have gone, so
+        nothing is asked of them."""
+        deadline = time.perf_counter() + _PATIENCE
+        while self._untold is not None and time.perf_counter() < deadline:
+            if not self._untold.launched.has_ended():
+                time.sleep(0.01)
+            elif self._untold.launched.is_finite():
+                self.tell()
+            else:
+                logger.warning(f"step {self._untold.step} is not applied: not finite")
+                self._untold = None

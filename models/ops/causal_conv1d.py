@@ -1,6 +1,6 @@
 """Short causal depthwise convolution with SiLU; no tap reaches over a document's start."""
 
-import importlib.util
+import contextlib
 from collections.abc import Sequence
 
 import torch
@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from models.ops.documents import Documents
 from models.ops.precision import at_least_float32
 
-if importlib.util.find_spec("triton"):
+with contextlib.suppress(ImportError):  # as on most CPUs, there is no Triton
     from models.ops import causal_conv1d_triton
 
 MAX_TRITON_WIDTH = 4  # its kernels carry so many tokens along

@@ -91,11 +91,13 @@ _LIBRARIES = {
 }
 
 
-def import_ahead(kernels: Kernels) -> threading.Thread:
+def import_ahead(kernels: Kernels, device: torch.device) -> threading.Thread:
     """Imports the kernels' libraries, which takes seconds, beside something else; to be joined before they are used.
     One that cannot be imported says so where it is used."""
 
     def run() -> None:
+        if device.type == "cuda":
+            torch.cuda.set_device(device)  # of this thread: libraries may look at it
         for library in (library for choice in kernels for library in _LIBRARIES.get(choice, ())):
             with contextlib.suppress(Exception):
                 importlib.import_module(library)

@@ -1,14 +1,15 @@
 """Moves tokens to their experts' order and back: sums are gathered, so they have one order on any device."""
 
-import importlib.util
 from typing import Any, NamedTuple
 
 import torch
 
 from models.ops.precision import at_least_float32
 
-if importlib.util.find_spec("triton"):
-    from models.ops.permute_triton import sum_of_rows as sum_by_itself
+try:
+    from models.ops.permute_triton import sum_of_rows
+except ImportError:  # as on most CPUs, there is no Triton
+    sum_of_rows = None
 
 # Shapes: N tokens, k experts a token, R rows (of tokens, each as often as it is needed), E experts, H hidden.
 # sources [R]: row -> its token; places [N, m]: token -> its rows, at most m of them, the rest -1. They describe the
@@ -29,8 +30,8 @@ class _Permute(torch.autograd.Function):
         (places,) = ctx.saved_tensors
         # In a kernel of its own: as part of the norm's backward pass, which the compiler makes of both, the gathers
         # take as long again.
-        by_itself = sum_by_itself if gradient.is_cuda and places.shape[1] > 1 else _sum_of_rows
-        return by_itself(gradient, places), None, None, None
+        by_itself = sum_of_rows if gradient.is_cuda and places.shape[1] > 1 else None
+        return (by_itself or _sum_of_rows)(gradient, places), None, None, None
 
 
 class _Combine(torch.autograd.Function):

@@ -72,7 +72,7 @@ def this_device() -> torch.device:
 
 
 def forward_backward(model: Qwen35Moe, batch: MicroBatch, device: torch.device, num_trained: int) -> torch.Tensor:
-    """What `train_step` does with a micro-batch; this rank's share of the mean loss."""
+    """What `forward_backward` of training/step.py does with a micro-batch; this rank's share of the mean loss."""
     loss_sum, *_ = model(batch.to(device))
     loss = loss_sum / num_trained
     loss.backward()

@@ -1,15 +1,18 @@
 """Where a rank's part of a parameter lies, what stays gathered, and gradients outside FSDP: one sum over all ranks."""
 
+import itertools
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.tensor import DTensor
 
 from models.qwen35_moe.parameters import Box
-from parallelisms.parallelize import local_region, reduce_replicated_gradients
+from parallelisms.parallelize import NothingToReduce, local_region, reduce_replicated_gradients
 from tests.distributed import run_ranks
 from tests.models.qwen35_moe.shapes import tiny_config
-from tests.parallelisms.layouts import Layout, build, own_batches
+from tests.parallelisms.layouts import Layout, build, own_batches, step
 
 CONFIG = tiny_config(vocab_size=47)  # which 4 ranks share unevenly
 
@@ -64,3 +67,37 @@ def sums() -> tuple[list[list[float]], float]:
 def test_gradients_outside_fsdp_are_summed_with_the_loss() -> None:
     assert run_ranks(sums, 1) == [([[1.0, 0.0], [10.0]], 0.0)]
     assert run_ranks(sums, 4) == [([[4.0, 6.0], [40.0]], 3.0)] * 4
+
+
+def test_what_becomes_a_gradient_as_it_is() -> None:
+    """Only that may be given out again without FSDP's stream: the others go while it still reads them."""
+    reduce = NothingToReduce({torch.float32})
+    assert not reduce.is_kept(torch.float32)  # unless it is said that no gradients are there
+    reduce.adds_up = False
+    assert reduce.is_kept(torch.float32)
+    assert not NothingToReduce({torch.bfloat16}).is_kept(torch.float32)
+    mixed = NothingToReduce({torch.bfloat16, torch.float32})
+    mixed.adds_up = False
+    assert not mixed.is_kept(torch.float32)
+
+
+def steps_that_add_up() -> list[bool]:
+    """Of two micro-batches, whether FSDP's reduction was told that gradients are there, in each backward pass."""
+    layout = Layout(accumulation=2)
+    model, meshes, optimizer = build(tiny_config(), layout, torch.bfloat16)
+    told: list[bool] = []
+    reduce = model.nothing_to_reduce
+    allocate = reduce.allocate
+
+    def record(*args: Any, **kwargs: Any) -> torch.Tensor:
+        told.append(reduce.adds_up)
+        return allocate(*args, **kwargs)
+
+    reduce.allocate = record
+    for seed in range(2):
+        step(model, meshes, optimizer, own_batches(tiny_config(), layout, [[10, 54], [40, 24]], seed))
+    return [told[0], *(b for a, b in itertools.pairwise(told) if a != b)]
+
+
+def test_the_first_micro_batch_of_each_step_finds_no_gradients() -> None:
+    assert run_ranks(steps_that_add_up, 1) == [[False, True, False, True]]

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -42,11 +43,13 @@ def report(is_late: bool, nonfinite: str = "stop") -> tuple[StepReport, Told]:
     return made, told
 
 
-def add(to: StepReport, step: int, at_once: bool = False, is_finite: bool = True, logs: bool = True) -> None:
+def add(
+    to: StepReport, step: int, at_once: bool = False, is_finite: bool = True, logs: bool = True, has_ended: bool = True
+) -> None:
     counts = torch.ones(1, 2, dtype=torch.int64)
     one = torch.tensor(1.0)
     result = StepResult({"loss": one}, counts, one.double(), "" if is_finite else "yet to be told", {})
-    launched = LaunchedStep(lambda: result, lambda: "here")
+    launched = LaunchedStep(lambda: has_ended, lambda: result, lambda: "here")
     to.add(step, 0.0, launched, Logged({}, 0.0, lambda: "", None) if logs else None, at_once)
 
 
@@ -83,13 +86,30 @@ def test_a_step_that_is_not_finite_stops_the_run_at_the_next_or_is_counted(caplo
     assert told.steps == [1, 3]
 
 
-@pytest.mark.parametrize("is_finite", [True, False])
-def test_a_rank_that_ends_alone_tells_its_last_step_unless_all_would_have_to_talk_of_it(is_finite: bool) -> None:
+@pytest.mark.parametrize(("is_finite", "has_ended"), [(True, True), (False, True), (True, False)])
+def test_a_rank_that_ends_alone_tells_its_last_step_and_asks_no_other(
+    is_finite: bool, has_ended: bool, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("training.step_report._PATIENCE", 0.1)
     late, told = report(is_late=True)
-    add(late, 1)
-    add(late, 2, is_finite=is_finite)
     late.tell_alone()
-    assert told.steps == ([1, 2] if is_finite else [1])
+    add(late, 1)
+    add(late, 2, is_finite=is_finite, has_ended=has_ended)
+    late.tell_alone()
+    assert told.steps == ([1, 2] if is_finite and has_ended else [1])
+    assert caplog.messages == ([] if is_finite else ["step 2 is not applied: not finite"])
+
+
+def test_the_step_that_is_compared_with_the_plan_is_alone() -> None:
+    late, told = report(is_late=True)
+    late._config = replace(late._config, metrics=replace(late._config.metrics, log_interval=4))
+    told.waits = True
+    seen = []
+    for step in range(1, 7):
+        add(late, step, logs=step == 4)
+        seen.append(late._untold is None)
+        told.waits = step < 4
+    assert seen == [True, False, True, True, False, False]
 
 
 LATE = """
