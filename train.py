@@ -89,7 +89,7 @@ def build_model(config: Config, shape: ModelConfig, meshes: Meshes, device: torc
     frozen = f", {num_trained / 1e6:,.1f} M of them trained" if num_trained < num_parameters else ""
     num_devices = meshes.data_parallel.size()
     logger.info(f"{num_parameters / 1e6:,.1f} M parameters{frozen}, {num_devices} x {device.type}, {dtype}, {kernels}")
-    for slow in slow_paths(kernels, shape, device.type, dtype):
+    for slow in slow_paths(kernels, shape, device.type, dtype, config.compile.enable):
         logger.warning(f"SLOW, many times slower than it could be on a GPU: {slow}")
     if config.kernels.self_test and device.type == "cuda":
         on_a_rank, cache_dir = shape_on_a_rank(shape, meshes.degrees.context), config.compile.cache_dir

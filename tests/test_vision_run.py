@@ -197,6 +197,8 @@ local_batch_size = 1
 global_batch_size = 4
 [lr_scheduler]
 warmup_steps = 2
+[compile]
+enable = false
 [checkpoint]
 interval = 100
 [metrics]

@@ -129,7 +129,7 @@ def outside(case: Case, gpu: str, gpus_per_node: int, runs: list[Recorded]) -> l
     unless(_widths(case) in widths, "other widths than 35B-A3B's", "every kind's rate")
     unless(case.state_bytes == case.master_bytes, "moments of another dtype than weights", "the optimizer's rate")
     unless(case.c == 2, 'training.dtype = "float32"', "every kind's rate, and memory that is counted in bfloat16")
-    unless(case.compiled, "compile.enable = false", "activations and elementwise passes: both are higher")
+    unless(case.compiled, "compile.enable = false", "activations, elementwise passes, the host: all are more")
     some = case.trained & set(OF_TEXT)
     unless(
         not some or some >= set(parts_of_model(case.shape)) & set(OF_TEXT),

@@ -7,12 +7,14 @@ from models.ops.kernels import CHOICES, Kernels, hindrances
 from models.qwen35_moe.config import ModelConfig
 
 
-def slow_paths(kernels: Kernels, shape: ModelConfig, device_type: str, dtype: torch.dtype) -> list[str]:
-    """A line each; none on a CPU, where every path is plain PyTorch."""
+def slow_paths(
+    kernels: Kernels, shape: ModelConfig, device_type: str, dtype: torch.dtype, compiles: bool = True
+) -> list[str]:
+    """A line each; none on a CPU, where every path is plain PyTorch. compiles: whether blocks are."""
     if device_type != "cuda":
         return []
     hinders = hindrances(device_type, dtype, *shape.kernel_sizes)
-    found = []
+    found = [] if compiles else ["compile.enable = false: the host launches each operation of a block by itself"]
     for operation, (plain, *faster) in CHOICES.items():
         if getattr(kernels, operation) == plain:
             needs = [f"{choice!r} needs {hinders[choice]}" for choice in faster if hinders[choice]]

@@ -45,6 +45,11 @@ def test_every_operation_in_plain_pytorch_is_named_with_the_way_out(operation: s
         assert "'flash_qla' needs other head dims than (" in found
 
 
+def test_blocks_that_are_not_compiled_are_named_with_the_way_out() -> None:
+    (found,) = slow_paths(FAST, tiny_config(**WIDE), "cuda", torch.bfloat16, compiles=False)
+    assert found.startswith("compile.enable = false: ")
+
+
 def test_float32_says_what_it_costs() -> None:
     found = slow_paths(
         FAST._replace(attention="sdpa", gated_delta_rule="torch"), tiny_config(**WIDE), "cuda", torch.float32
@@ -73,6 +78,7 @@ def test_what_we_recommend_for_gpus_is_fast() -> None:
             str(ROOT / f"train_configs/{name}.toml"),
             f"--data.tokenizer={ROOT / 'data/tiny/tokenizer'}",
         ]
-        shape = model_config(load_config(options))
+        config = load_config(options)
+        shape = model_config(config)
         kernels = kernels_module.select_kernels({}, "cuda", torch.bfloat16, *shape.kernel_sizes)
-        assert slow_paths(kernels, shape, "cuda", torch.bfloat16) == []
+        assert slow_paths(kernels, shape, "cuda", torch.bfloat16, config.compile.enable) == []
