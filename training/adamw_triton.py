@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from models.ops.documents import to_device
-from training.optimizer import Tensors
+from training.optimizer import Hyperparameters, Tensors
 
 # A program updates one chunk of one tensor. Where tensors lie it reads from a table, [number of tensors, 4]: parameter,
 # mean, square, gradient.
@@ -86,14 +86,11 @@ def update(
     corrections: torch.Tensor,
     divisor: torch.Tensor | None,
     skips: torch.Tensor | None,
-    *,
-    lr: float,
-    betas: tuple[float, float],
-    eps: float,
-    weight_decay: float,
+    hyperparameters: Hyperparameters,
 ) -> None:
     """What `adamw_updates` (training/optimizer.py) does, for the parameters of one device; a launch for all whose
     dtypes are the same."""
+    lr, betas, eps, weight_decay = hyperparameters
     alike: dict[tuple[torch.dtype, torch.dtype, torch.dtype, bool], list[int]] = {}
     tensors = [each._replace(gradient=each.gradient.contiguous()) for each in tensors]
     places = [[x.data_ptr() for x in each] for each in tensors]

@@ -1,7 +1,7 @@
 """The optimizer, its step with clipped gradients, and its learning-rate schedule."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -19,6 +19,15 @@ class Tensors(NamedTuple):
     mean: torch.Tensor
     square: torch.Tensor
     gradient: torch.Tensor
+
+
+class Hyperparameters(NamedTuple):
+    """AdamW's, of a group of parameters, in this step."""
+
+    lr: float
+    betas: tuple[float, float]
+    eps: float
+    weight_decay: float
 
 
 class NamedAdamW(torch.optim.AdamW):
@@ -61,9 +70,13 @@ class NamedAdamW(torch.optim.AdamW):
                 for parameter, state in zip(trained, states)
             )
             tensors = [Tensors(*(x.to_local() if isinstance(x, DTensor) else x for x in each)) for each in of_all]
-            options = {name: group[name] for name in ("lr", "betas", "eps", "weight_decay")}
-            update = adamw_updates if not first.is_cuda else _on_gpu()
-            update(tensors, corrections, self.grad_scale, self.found_inf, **options)
+            of_group = Hyperparameters(*(group[name] for name in Hyperparameters._fields))
+            if first.is_cuda:
+                from training import adamw_triton  # a CPU has no Triton
+
+                adamw_triton.update(tensors, corrections, self.grad_scale, self.found_inf, of_group)
+            else:
+                adamw_updates(tensors, corrections, self.grad_scale, self.found_inf, of_group)
 
     def named_state(self) -> dict[str, torch.Tensor]:
         """`<parameter>.<exp_avg | exp_avg_sq | step>`; zeros, to be loaded into, where no step has been made yet."""
@@ -88,27 +101,18 @@ class NamedAdamW(torch.optim.AdamW):
         return has_complex
 
 
-def _on_gpu() -> Callable[..., None]:
-    from training import adamw_triton
-
-    return adamw_triton.update
-
-
 def adamw_updates(
     tensors: Sequence[Tensors],
     corrections: torch.Tensor,
     divisor: torch.Tensor | None,
     skips: torch.Tensor | None,
-    *,
-    lr: float,
-    betas: tuple[float, float],
-    eps: float,
-    weight_decay: float,
+    hyperparameters: Hyperparameters,
 ) -> None:
     """AdamW in float32, in place, with running means that may be bfloat16, which are rounded as they are stored: all of
     one parameter are of one shape. corrections: 1 - beta^step, float32 [2, number of parameters]; the gradients'
     divisor, and `skips`, 1 for no update or 0, float32 scalars. (torch's fused kernels want one dtype for all.)
     """
+    lr, betas, eps, weight_decay = hyperparameters
     for (parameter, mean, square, gradient), (correction, correction_of_squares) in zip(tensors, corrections.T):
         wide = gradient.float() if divisor is None else gradient.float() / divisor
         new_mean = betas[0] * mean.float() + (1 - betas[0]) * wide

@@ -172,7 +172,7 @@ def _backward_kernel(
 
 
 def _num_blocks(widths: Sequence[int]) -> int:
-    return sum(_num_runs(width, _CHANNELS) for width in widths)
+    return sum(_ceil_div(width, _CHANNELS) for width in widths)
 
 
 @torch.library.triton_op("qwen35_moe::causal_conv1d", mutates_args={})
@@ -180,7 +180,7 @@ def forward(x: torch.Tensor, weight: torch.Tensor, offsets: torch.Tensor, widths
     """x [T, C], weight [C, 1, W], offsets int32 [T] (how far a token stands from its document's first), three widths
     that add up to C -> three parts [T, width]. As an operation that compiled blocks launch themselves."""
     parts = [x.new_empty(x.shape[0], width) for width in widths]
-    grid = (_num_blocks(widths), _num_runs(x.shape[0], _STEPS))
+    grid = (_num_blocks(widths), _ceil_div(x.shape[0], _STEPS))
     sizes = (x.shape[0], *widths, weight.shape[-1], _CHANNELS, _STEPS, _UNROLL)
     torch.library.wrap_triton(_forward_kernel)[grid](
         x.contiguous(), weight.contiguous(), offsets, *parts, *sizes, num_warps=_NUM_WARPS
@@ -195,7 +195,7 @@ def backward(
     """The gradients of x and weight from those of the parts. The runs' shares of the latter are added up in a fixed
     order: no atomics."""
     widths = [gradient.shape[1] for gradient in gradients]
-    grid = (_num_blocks(widths), _num_runs(x.shape[0], _STEPS - 3))
+    grid = (_num_blocks(widths), _ceil_div(x.shape[0], _STEPS - 3))
     x_gradient = torch.empty_like(x, memory_format=torch.contiguous_format)
     shares = torch.empty(grid[1], weight.shape[-1], x.shape[1], dtype=torch.float32, device=x.device)
     sizes = (x.shape[0], *widths, weight.shape[-1], _CHANNELS, _STEPS, _UNROLL)
@@ -206,8 +206,8 @@ def backward(
     return x_gradient, shares.sum(dim=0).T.to(weight.dtype).contiguous().view(weight.shape)
 
 
-def _num_runs(num_tokens: int, steps: int) -> int:
-    return (num_tokens + steps - 1) // steps
+def _ceil_div(number: int, by: int) -> int:
+    return (number + by - 1) // by
 
 
 def _autograd(ctx: Any, gradients: list[torch.Tensor]) -> tuple[torch.Tensor | None, ...]:

@@ -4,10 +4,10 @@ import pytest
 import torch
 
 from tests.distributed import needs_gpus
-from training.optimizer import Tensors, adamw_updates
+from training.optimizer import Hyperparameters, Tensors, adamw_updates
 
 SIZES = [1, 15, 16, 4096, 32768, 32769, 100_003, 1 << 20, 0]
-OPTIONS = {"lr": 1e-3, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
+HYPERPARAMETERS = Hyperparameters(lr=1e-3, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
 
 
 def tensors(dtypes: tuple[torch.dtype, ...], shift: int) -> list[Tensors]:
@@ -37,8 +37,8 @@ def test_is_plain_pytorchs(
     before = [[x.clone() for x in each] for each in expected]
     corrections = torch.rand(2, len(SIZES), device="cuda") + 0.1
     scalars = [None if value is None else torch.tensor(value, device="cuda") for value in (divisor, skips)]
-    update(ours, corrections, *scalars, **OPTIONS)
-    adamw_updates(expected, corrections, *scalars, **OPTIONS)
+    update(ours, corrections, *scalars, HYPERPARAMETERS)
+    adamw_updates(expected, corrections, *scalars, HYPERPARAMETERS)
     for each, plain, old in zip(ours, expected, before):
         for x, y, z in zip(each, plain, old):
             # Quotients and roots are off by 2 units of the last place, and updates are as large as 1 here; a mean on
