@@ -53,7 +53,7 @@ from training.lock import RunLock
 from training.metrics import MetricsWriter, data_quality, peak_memory_gib, setup_logging
 from training.optimizer import build_optimizer, lr_factor, set_learning_rate
 from training.signals import StopRequest
-from training.step import launch_step
+from training.step import Stepper
 from training.step_report import Logged, StepReport
 from training.trackers import start_wandb
 from training.validation import Validator
@@ -178,6 +178,7 @@ def main(arguments: list[str]) -> None:
     flops_of_token = flops_per_token(shape, training.sequence_length, config.lora, config.mtp.train != "head")
     speed = (flops_of_token, peak_flops_of_all(world_size, device))
     first_step = FirstStep(config, world_size, device)
+    stepper = Stepper(model, optimizer, meshes, device, training, config.moe, config.mtp)
     # A CPU has done a step when the host has launched it.
     report = StepReport(config, device, writer, first_step, step, *speed, is_late=device.type == "cuda")
     logger.info(f"from step {step} to {total_steps}, {loader.num_micro_batches} micro-batches a rank and step")
@@ -220,8 +221,8 @@ def main(arguments: list[str]) -> None:
         validates = validator is not None and step % config.validation.interval == 0
         saves = config.checkpoint.enable and (last or step % config.checkpoint.interval == 0)
         logs = last or validates or step % config.metrics.log_interval == 0
-        of_losses = (training, config.moe, config.mtp, num_drafted, logs and config.metrics.grad_norm_by_part, logs)
-        launched = launch_step(model, optimizer, micro_batches, num_trained, meshes, device, *of_losses)
+        by_part = logs and config.metrics.grad_norm_by_part
+        launched = stepper.launch(micro_batches, num_trained, num_drafted, by_part=by_part, of_all_ranks=logs)
         tokens_seen += tokens_per_step
         if step == progress.step + 1:
             # Half a million objects of imports and compilation live as long as the run. A full collection that walks
@@ -239,12 +240,11 @@ def main(arguments: list[str]) -> None:
                 "peak_memory_gib": peak_memory_gib(device),
                 **data_quality(loader.counts if meshes.is_first_reader else {}),
                 **of_vision,
-                **meshes.room.metrics,
             }
             if config.checkpoint.enable:  # how long saves kept the training waiting since the last line
                 metrics["checkpoint_seconds"], checkpointer.blocked_seconds = checkpointer.blocked_seconds, 0.0
             validate = partial(validator.measure, model, device) if validator is not None and validates else None
-            logged = Logged(metrics, vision_flops, loader.show_rows(), validate)
+            logged = Logged(metrics, vision_flops, loader.show_rows(), validate, meshes.room)
             data_seconds, data_step = 0.0, step
         report.add(step, started, launched, logged, at_once=last or validates or saves)
 

@@ -52,7 +52,7 @@ from training.metrics import expert_load, setup_logging
 from training.optimizer import build_optimizer
 from training.plan import Images, parse_documents, parse_images
 from training.recorded import RECORDED, known_gpu, record
-from training.step import LaunchedStep, launch_step
+from training.step import LaunchedStep, Stepper
 from training.vision_work import VisionWork
 
 NUM_WARMUP_STEPS = 4
@@ -148,6 +148,7 @@ def measure(
     drawn = time.perf_counter()
     imports.join()
     optimizer = build_optimizer(model, config.optimizer)
+    stepper = Stepper(model, optimizer, meshes, device, training, config.moe, config.mtp)
     num_micro_batches = training.global_batch_size // (meshes.num_data_ranks * training.local_batch_size)
     tokens_per_step = training.global_batch_size * training.sequence_length
     vision_work = VisionWork(model, meshes)
@@ -167,8 +168,7 @@ def measure(
             frames_of_step[:] = [batch.patches.frames.lengths() for batch in batches if batch.patches is not None]
         if shape.mtp_num_hidden_layers:
             batches = [batch.with_mtp_labels() for batch in batches]
-        of_losses = (training, config.moe, config.mtp, tokens_per_step)
-        return launch_step(model, optimizer, batches, tokens_per_step, meshes, device, *of_losses, of_all_ranks=True)
+        return stepper.launch(batches, tokens_per_step, tokens_per_step, of_all_ranks=True)
 
     def synchronize() -> None:
         if device.type == "cuda":

@@ -4,8 +4,8 @@ A token goes once to each rank that holds any of its experts, which sends back o
 
 How many rows travel and how many a rank's experts get is known to the device alone. So there are two ways. With `room`
 buffers have fixed sizes, somewhat more than even shares: the host never waits, and graphs hold the exchanges. What a
-buffer has no room for is counted, and then the step is made anew in the other way (train.py). There the host asks for
-the sizes, once a block, and buffers have just these.
+buffer has no room for is counted, and then the step is made anew in the other way (training/step.py). There the host
+asks for the sizes, once a block, and buffers have just these.
 """
 
 from collections.abc import Callable

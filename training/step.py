@@ -1,4 +1,4 @@
-"""One optimizer step: the micro-batches' losses and gradients, their norm, the update. Nobody waits for the device."""
+"""Optimizer steps: the micro-batches' losses and gradients, their norm, the update. Nobody waits for the device."""
 
 from collections.abc import Callable
 from functools import partial
@@ -35,12 +35,8 @@ class StepResult(NamedTuple):
     """As `grad_norm`, of each part of the model, if that was asked for."""
 
 
-class LaunchedStep(NamedTuple):
-    """A step that the device has yet to do.
-
-    The host launches the next one before it asks how this one ended: a device that it kept waiting for its answer would
-    have nothing to do until the next forward pass comes.
-    """
+class Attempt(NamedTuple):
+    """A step as the device has been told to make it."""
 
     has_ended: Callable[[], bool]
     """Whether its backward pass has been done."""
@@ -48,124 +44,176 @@ class LaunchedStep(NamedTuple):
     """Waits for that. Where not all is finite, `nonfinite` says no more."""
     describe: Callable[[], str]
     """Where it went wrong; all ranks together."""
+    num_missed: Callable[[], int] = lambda: 0
+    """How many rows of experts there was no room for, in it or in one before it that was not made anew yet: then it was
+    not applied. Waits for its backward pass; the same on all ranks."""
 
-    def is_finite(self) -> bool:
-        """Whether the step was applied, the same on all ranks. The host waits for the step's backward pass."""
-        return self.on_host().nonfinite == ""
+
+class LaunchedStep:
+    """A step that the device has yet to do.
+
+    The host launches the next one before it asks how this one ended: a device that it kept waiting for its answer would
+    have nothing to do until the next forward pass comes.
+    """
+
+    def __init__(self, attempt: Attempt, settle: Callable[[], None] = lambda: None) -> None:
+        """settle: sees to it that `attempt` is the last one; all ranks together."""
+        self.attempt, self._settle = attempt, settle
+
+    def has_ended(self) -> bool:
+        """Whether its backward pass has been done."""
+        return self.attempt.has_ended()
+
+    def was_applied(self) -> bool:
+        """By now. The host waits for the backward pass, and asks no other rank."""
+        return self.attempt.num_missed() == 0 and self.attempt.on_host().nonfinite == ""
 
     def result(self) -> StepResult:
         """On the host, which waits; all ranks together."""
-        result = self.on_host()
-        return result._replace(nonfinite=self.describe()) if result.nonfinite else result
+        self._settle()
+        result = self.attempt.on_host()
+        return result._replace(nonfinite=self.attempt.describe()) if result.nonfinite else result
 
 
-def forward_backward(
-    model: Qwen35Moe,
-    micro_batches: list[MicroBatch],
-    num_trained: int,
-    meshes: Meshes,
-    device: torch.device,
-    moe: MoE,
-    mtp: Mtp,
-    num_drafted: int,
-) -> tuple[dict[str, torch.Tensor], torch.Tensor, torch.Tensor | None]:
-    """The micro-batches' gradients. As in StepResult the losses, the experts' counts; [] how many rows were missed, or
-    None where none can be."""
-    shape = model.config
-    losses = {name: torch.zeros((), device=device) for name in ("loss", "mtp", "aux_loss", "z_loss")}
-    expert_counts = torch.zeros(len(model.blocks), shape.num_experts, dtype=torch.int64, device=device)
-    num_missed = None
-    for index, batch in enumerate(micro_batches, start=1):
-        begin_micro_batch(model, is_first=index == 1, is_last=index == len(micro_batches))
-        batch = batch.to(device)
-        measure = measure_for(moe, batch.is_real)
-        loss_sum, statistics, mtp_loss_sum, _ = model(batch, measure)
-        # Divided by what all ranks and micro-batches train together, so that losses and gradients simply add up.
-        share = loss_sum / max(num_trained, 1)
-        total = share
-        if mtp_loss_sum is not None:
-            mtp_share = mtp_loss_sum / max(num_drafted, 1)
-            total = total + mtp.loss_weight * mtp_share
-            losses["mtp"] += mtp_share.detach()
-        if measure.probabilities or measure.logsumexp:
-            over = (meshes.num_data_ranks, sum_over_ranks, meshes.sum_over_context)
-            aux, z = router_losses(statistics, moe, shape.num_experts_per_tok, *over)
-            total = total + (moe.aux_loss_coef * aux + moe.z_loss_coef * z) / len(micro_batches)
-            losses["aux_loss"] += aux.detach() / len(micro_batches)
-            losses["z_loss"] += z.detach() / len(micro_batches)
-        total.backward()
-        losses["loss"] += share.detach()
-        expert_counts += statistics.expert_counts
-        if statistics.num_missed is not None:
-            num_missed = statistics.num_missed.sum() + (0 if num_missed is None else num_missed)
-    return losses, expert_counts, num_missed
+class _Work(NamedTuple):
+    """What a step is made of, as often as it is made."""
+
+    micro_batches: list[MicroBatch]
+    num_trained: int
+    num_drafted: int
+    by_part: bool
+    of_all_ranks: bool
+    learning_rates: list[float]
+    """Of the optimizer's groups."""
 
 
-def launch_step(
-    model: Qwen35Moe,
-    optimizer: NamedAdamW,
-    micro_batches: list[MicroBatch],
-    num_trained: int,
-    meshes: Meshes,
-    device: torch.device,
-    training: Training,
-    moe: MoE,
-    mtp: Mtp,
-    num_drafted: int,
-    by_part: bool = False,
-    of_all_ranks: bool = False,
-) -> LaunchedStep:
-    """One optimizer step over this rank's micro-batches; `num_trained` counts the GLOBAL batch's trained tokens,
-    `num_drafted` those of multi-token prediction, which `mtp` is for. `by_part`: tell each part's gradient norm;
-    `of_all_ranks`: tell the losses and expert counts of all ranks together, in one all-reduce.
+class Stepper:
+    """Makes a run's optimizer steps, one after the other; all ranks together.
 
-    The host waits for the device only where experts' rows may have been missed: it makes such a step anew.
+    Where experts have missed rows (parallelisms/expert_parallel.py) a step is made anew. That too the host finds out
+    when it has launched the next one: the device applies neither, and both are made anew in their order.
     """
-    losses, expert_counts, num_missed = forward_backward(
-        model, micro_batches, num_trained, meshes, device, moe, mtp, num_drafted
-    )
-    loss = losses["loss"]
-    own = [loss, torch.zeros_like(loss) if num_missed is None else num_missed.float()]
-    shares = reduce_replicated_gradients(model.float32_parameters(), torch.stack(own), meshes.data_parallel)
-    norm = gradient_norm(model.parameters(), meshes.dense.get_group("fsdp"))
-    norms_of_parts = gradient_norms(model.named_parameters(), meshes.dense.get_group("fsdp")) if by_part else {}
-    told = torch.cat([torch.stack(list(losses.values())).double(), expert_counts.flatten()])
-    if of_all_ranks:
-        told = sum_over_ranks(told)
-    numbers = torch.stack([norm.total, *norms_of_parts.values(), *shares])
-    on_its_way = ToHost(numbers, told)
-    # The update does nothing where a value is not finite or a row was missed. All ranks know the same.
-    skips = ~(shares[0] + norm.total).isfinite() | (shares[1] > 0)
-    step_clipped(optimizer, norm.total, training.max_grad_norm, skips)
-    optimizer.zero_grad()
-    if num_missed is not None and on_its_way.wait()[0][-1]:
-        with meshes.room.asking():
-            launched = launch_step(
-                model,
-                optimizer,
-                micro_batches,
-                num_trained,
-                meshes,
-                device,
-                training,
-                moe,
-                mtp,
-                num_drafted,
-                by_part,
-                of_all_ranks,
-            )
-        meshes.room.note_repeat(grows=launched.is_finite())
+
+    def __init__(
+        self,
+        model: Qwen35Moe,
+        optimizer: NamedAdamW,
+        meshes: Meshes,
+        device: torch.device,
+        training: Training,
+        moe: MoE,
+        mtp: Mtp,
+    ) -> None:
+        self._model, self._optimizer, self._meshes, self._device = model, optimizer, meshes, device
+        self._training, self._moe, self._mtp = training, moe, mtp
+        self._unsettled: list[tuple[LaunchedStep, _Work]] = []
+        """In their order; between two launches there is one at most."""
+        self._num_missed: torch.Tensor | None = None
+        """Float32 [], in the steps since the last one that was made anew."""
+
+    def launch(
+        self,
+        micro_batches: list[MicroBatch],
+        num_trained: int,
+        num_drafted: int,
+        *,
+        by_part: bool = False,
+        of_all_ranks: bool = False,
+    ) -> LaunchedStep:
+        """One optimizer step over this rank's micro-batches, with the learning rates that the optimizer has.
+
+        `num_trained` counts the GLOBAL batch's trained tokens, `num_drafted` those of multi-token prediction.
+        `by_part`: tell each part's gradient norm; `of_all_ranks`: tell the losses and expert counts of all ranks
+        together, in one all-reduce.
+
+        The host waits for no more than the backward pass of the step before.
+        """
+        rates = [group["lr"] for group in self._optimizer.param_groups]
+        work = _Work(micro_batches, num_trained, num_drafted, by_part, of_all_ranks, rates)
+        launched = LaunchedStep(self._attempt(work), self._settle)
+        if self._meshes.room.factor:
+            self._unsettled.append((launched, work))
+            self._settle(all_but=1)
         return launched
 
-    def on_host() -> StepResult:
-        (grad_norm, *of_parts), told = on_its_way.wait()
-        loss = of_parts[len(norms_of_parts)]
-        return StepResult(
-            losses=dict(zip(losses, told)),
-            expert_counts=told[len(losses) :].long().view_as(expert_counts),
-            grad_norm=grad_norm,
-            nonfinite="" if (grad_norm + loss).isfinite() else "somewhere",
-            norms_of_parts=dict(zip(norms_of_parts, of_parts)),
-        )
+    def _settle(self, all_but: int = 0) -> None:
+        """Makes anew what has to be, of the steps launched so far but for so many of the last."""
+        while len(self._unsettled) > all_but:
+            (first, work), *later = self._unsettled
+            if first.attempt.num_missed():
+                self._num_missed = None
+                with self._meshes.room.asking():
+                    first.attempt = self._attempt(work)
+                self._meshes.room.note_repeat(grows=first.was_applied())
+                for launched, of_later in later:
+                    launched.attempt = self._attempt(of_later)
+            self._unsettled = later
 
-    return LaunchedStep(on_its_way.has_arrived, on_host, partial(describe_nonfinite, model, losses["loss"], norm))
+    def _attempt(self, work: _Work) -> Attempt:
+        losses, expert_counts, num_missed = self._forward_backward(work)
+        loss = losses["loss"]
+        model, shards = self._model, self._meshes.dense.get_group("fsdp")
+        own = [loss, torch.zeros_like(loss) if num_missed is None else num_missed.float()]
+        shares = reduce_replicated_gradients(model.float32_parameters(), torch.stack(own), self._meshes.data_parallel)
+        missed = shares[1]
+        if num_missed is not None:
+            missed = self._num_missed = missed if self._num_missed is None else missed + self._num_missed
+        norm = gradient_norm(model.parameters(), shards)
+        norms_of_parts = gradient_norms(model.named_parameters(), shards) if work.by_part else {}
+        told = torch.cat([torch.stack(list(losses.values())).double(), expert_counts.flatten()])
+        if work.of_all_ranks:
+            told = sum_over_ranks(told)
+        on_its_way = ToHost(torch.stack([norm.total, *norms_of_parts.values(), shares[0], missed]), told)
+        # The update does nothing where a value is not finite or a row was missed. All ranks know the same.
+        skips = ~(shares[0] + norm.total).isfinite() | (missed > 0)
+        for group, rate in zip(self._optimizer.param_groups, work.learning_rates):
+            group["lr"] = rate
+        step_clipped(self._optimizer, norm.total, self._training.max_grad_norm, skips)
+        self._optimizer.zero_grad()
+
+        def on_host() -> StepResult:
+            (grad_norm, *of_parts, loss, _), told = on_its_way.wait()
+            return StepResult(
+                losses=dict(zip(losses, told)),
+                expert_counts=told[len(losses) :].long().view_as(expert_counts),
+                grad_norm=grad_norm,
+                nonfinite="" if (grad_norm + loss).isfinite() else "somewhere",
+                norms_of_parts=dict(zip(norms_of_parts, of_parts)),
+            )
+
+        describe = partial(describe_nonfinite, model, loss, norm)
+        return Attempt(on_its_way.has_arrived, on_host, describe, lambda: int(on_its_way.wait()[0][-1]))
+
+    def _forward_backward(self, work: _Work) -> tuple[dict[str, torch.Tensor], torch.Tensor, torch.Tensor | None]:
+        """The micro-batches' gradients. As in StepResult the losses, the experts' counts; [] how many rows were missed,
+        or None where none can be."""
+        model, meshes, moe, mtp = self._model, self._meshes, self._moe, self._mtp
+        shape = model.config
+        losses = {name: torch.zeros((), device=self._device) for name in ("loss", "mtp", "aux_loss", "z_loss")}
+        expert_counts = torch.zeros(len(model.blocks), shape.num_experts, dtype=torch.int64, device=self._device)
+        num_missed = None
+        num_micro_batches = len(work.micro_batches)
+        for index, batch in enumerate(work.micro_batches, start=1):
+            begin_micro_batch(model, is_first=index == 1, is_last=index == num_micro_batches)
+            batch = batch.to(self._device)
+            measure = measure_for(moe, batch.is_real)
+            loss_sum, statistics, mtp_loss_sum, _ = model(batch, measure)
+            # Divided by what all ranks and micro-batches train together, so that losses and gradients simply add up.
+            share = loss_sum / max(work.num_trained, 1)
+            total = share
+            if mtp_loss_sum is not None:
+                mtp_share = mtp_loss_sum / max(work.num_drafted, 1)
+                total = total + mtp.loss_weight * mtp_share
+                losses["mtp"] += mtp_share.detach()
+            if measure.probabilities or measure.logsumexp:
+                over = (meshes.num_data_ranks, sum_over_ranks, meshes.sum_over_context)
+                aux, z = router_losses(statistics, moe, shape.num_experts_per_tok, *over)
+                total = total + (moe.aux_loss_coef * aux + moe.z_loss_coef * z) / num_micro_batches
+                losses["aux_loss"] += aux.detach() / num_micro_batches
+                losses["z_loss"] += z.detach() / num_micro_batches
+            total.backward()
+            losses["loss"] += share.detach()
+            expert_counts += statistics.expert_counts
+            if statistics.num_missed is not None:
+                num_missed = statistics.num_missed.sum() + (0 if num_missed is None else num_missed)
+        return losses, expert_counts, num_missed

@@ -9,6 +9,7 @@ import torch
 
 from config.options import Config
 from errors import RunError
+from parallelisms.room import Room
 from training.first_step import FirstStep
 from training.metrics import MetricsWriter, expert_load
 from training.step import LaunchedStep
@@ -31,6 +32,8 @@ class Logged(NamedTuple):
     """Text of what is trained."""
     validate: Callable[[], dict[str, float]] | None
     """Gives more metrics; all ranks together. Such a step is told at once."""
+    room: Room
+    """Of experts: whether a step was made anew shows as it is told."""
 
 
 class _Untold(NamedTuple):
@@ -102,6 +105,7 @@ class StepReport:
             "tokens_per_second": tokens / step_seconds,
             "step_seconds": step_seconds,
             **logged.metrics,
+            **logged.room.metrics,
             **expert_load(result.expert_counts),
             **{f"grad_norm_{part}": norm.item() for part, norm in result.norms_of_parts.items()},
         }
@@ -130,8 +134,8 @@ class StepReport:
         while self._untold is not None and time.perf_counter() < deadline:
             if not self._untold.launched.has_ended():
                 time.sleep(0.01)
-            elif self._untold.launched.is_finite():
+            elif self._untold.launched.was_applied():
                 self.tell()
             else:
-                logger.warning(f"step {self._untold.step} is not applied: not finite")
+                logger.warning(f"step {self._untold.step} is not applied")
                 self._untold = None

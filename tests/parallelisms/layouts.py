@@ -29,7 +29,7 @@ from parallelisms.parallelize import local_region, parallelize_fn
 from tests.models.qwen35_moe.shapes import Stream, random_stream
 from tests.models.qwen35_moe.vision_shapes import random_pixels
 from training.optimizer import NamedAdamW, build_optimizer
-from training.step import StepResult, launch_step
+from training.step import Stepper, StepResult
 
 TRAINING = Training(steps=5, sequence_length=64, global_batch_size=4)
 OFF = MoE()
@@ -215,10 +215,8 @@ def step(
     dist.all_reduce(numbers)
     num_trained, num_drafted = numbers.tolist()
     device = torch.device(meshes.data_parallel.device_type)
-    of_losses = (TRAINING, moe, MTP, num_drafted)
-    return launch_step(
-        model, optimizer, batches, num_trained, meshes, device, *of_losses, of_all_ranks=of_all_ranks
-    ).result()
+    stepper = Stepper(model, optimizer, meshes, device, TRAINING, moe, MTP)
+    return stepper.launch(batches, num_trained, num_drafted, of_all_ranks=of_all_ranks).result()
 
 
 def train(

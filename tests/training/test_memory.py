@@ -29,7 +29,7 @@ from tests.parallelisms.layouts import Layout, own_batches
 from train import build_model, build_on_meta
 from training.memory import Case, case_of, gradient_bytes, peak_memory
 from training.optimizer import build_optimizer
-from training.step import launch_step
+from training.step import Stepper
 from training.step_time import step_time
 
 TINY = [
@@ -129,9 +129,8 @@ def run_steps(configs: list[Config], world: int) -> list[Found]:
 
         optimizer.register_step_pre_hook(count_gradients)
         with recorded(meshes) as calls:
-            launch_step(
-                model, optimizer, batches, 256, meshes, torch.device("cpu"), config.training, config.moe, config.mtp, 1
-            )  # fmt: skip
+            of_losses = (config.training, config.moe, config.mtp)
+            Stepper(model, optimizer, meshes, torch.device("cpu"), *of_losses).launch(batches, 256, 1)
         found.calls = tuple(calls)
         for parameter in model.parameters():
             if parameter.requires_grad:

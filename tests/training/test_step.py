@@ -2,14 +2,17 @@
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from config.options import Optimizer
 from tests.distributed import needs_gpus, run_ranks
 from tests.models.qwen35_moe.shapes import random_model, tiny_config
 from tests.parallelisms.layouts import MTP, OFF, TRAINING, Layout, build, full, own_batches, step
-from training.optimizer import build_optimizer, step_clipped
-from training.step import launch_step
+from tests.parallelisms.test_layouts import CONFIG as LAYOUTS_CONFIG
+from tests.parallelisms.test_layouts import ROWS as LAYOUTS_ROWS
+from training.optimizer import build_optimizer, set_learning_rate, step_clipped
+from training.step import Stepper, StepResult
 
 # Attention alone: the delta rule in plain PyTorch lays out chunks by what the host knows, and waits to send that.
 CONFIG = tiny_config(initializer_range=0.05, layer_types=("full_attention",) * 4)
@@ -53,10 +56,8 @@ def two_steps_at_once(device_type: str) -> tuple[list[float], list[float], bool]
             if device_type == "cuda":
                 torch.cuda.set_sync_debug_mode("error")
             numbers = [sum(batch.num_trained for batch in each) for each in batches]
-            launched = [
-                launch_step(model, optimizer, each, number, meshes, device, TRAINING, OFF, MTP, 0)
-                for each, number in zip(batches[1:], numbers[1:])
-            ]
+            stepper = Stepper(model, optimizer, meshes, device, TRAINING, OFF, MTP)
+            launched = [stepper.launch(each, number, 0) for each, number in zip(batches[1:], numbers[1:])]
             if device_type == "cuda":
                 torch.cuda.set_sync_debug_mode("default")
             results = [each.result() for each in launched]
@@ -73,3 +74,37 @@ def test_steps_may_be_launched_before_any_is_asked_for(device: str) -> None:
     assert at_once == one_by_one
     assert len(set(at_once)) == 2
     assert same
+
+
+def four_steps_without_room(at_once: bool) -> tuple[list[StepResult], list[torch.Tensor], list[int]]:
+    """What steps told, all launched before any is asked for or not, each with another learning rate; the weights; and
+    behind each step how many were made anew, which is by then known of the ones before."""
+    layout = Layout(world=2, ep=2, room=1.0, accumulation=2)
+    model, meshes, optimizer = build(LAYOUTS_CONFIG, layout)
+    stepper = Stepper(model, optimizer, meshes, torch.device("cpu"), TRAINING, OFF, MTP)
+    launched, results, repeated = [], [], []
+    for number in range(4):
+        batches = own_batches(LAYOUTS_CONFIG, layout, LAYOUTS_ROWS, 1000 * number)
+        num_trained = torch.tensor(sum(batch.num_trained for batch in batches))
+        dist.all_reduce(num_trained)
+        set_learning_rate(optimizer, 1e-3 * (number + 1))
+        launched.append(stepper.launch(batches, int(num_trained), 0))
+        if not at_once:
+            results.append(launched[-1].result())
+        repeated.append(meshes.room.num_repeated)
+    results = results or [each.result() for each in launched]
+    assert [group["lr"] for group in optimizer.param_groups] == [4e-3] * len(optimizer.param_groups)
+    return results, [full(parameter) for parameter in model.parameters()], [*repeated, meshes.room.num_repeated]
+
+
+def test_a_step_that_misses_rows_and_the_one_launched_behind_it_are_made_anew_in_their_order() -> None:
+    at_once = run_ranks(four_steps_without_room, 2, True)
+    one_by_one = run_ranks(four_steps_without_room, 2, False)
+    for (results, weights, repeated), (expected, expected_weights, expected_repeated) in zip(at_once, one_by_one):
+        assert expected_repeated[0] == 1  # the first misses some
+        assert repeated == [0, *expected_repeated[:-1]]
+        for result, of_one in zip(results, expected, strict=True):
+            assert result.losses == of_one.losses
+            assert result.grad_norm == of_one.grad_norm
+            assert torch.equal(result.expert_counts, of_one.expert_counts)
+        assert all(map(torch.equal, weights, expected_weights))

@@ -12,8 +12,9 @@ import torch
 
 from config.options import Config, Optimizer, Training
 from errors import RunError
+from parallelisms.room import Room
 from tests.test_train import SMALL, metrics, run, without_times
-from training.step import LaunchedStep, StepResult
+from training.step import Attempt, LaunchedStep, StepResult
 from training.step_report import Logged, StepReport
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -44,13 +45,19 @@ def report(is_late: bool, nonfinite: str = "stop") -> tuple[StepReport, Told]:
 
 
 def add(
-    to: StepReport, step: int, at_once: bool = False, is_finite: bool = True, logs: bool = True, has_ended: bool = True
+    to: StepReport,
+    step: int,
+    at_once: bool = False,
+    is_finite: bool = True,
+    logs: bool = True,
+    has_ended: bool = True,
+    num_missed: int = 0,
 ) -> None:
     counts = torch.ones(1, 2, dtype=torch.int64)
     one = torch.tensor(1.0)
     result = StepResult({"loss": one}, counts, one.double(), "" if is_finite else "yet to be told", {})
-    launched = LaunchedStep(lambda: has_ended, lambda: result, lambda: "here")
-    to.add(step, 0.0, launched, Logged({}, 0.0, lambda: "", None) if logs else None, at_once)
+    launched = LaunchedStep(Attempt(lambda: has_ended, lambda: result, lambda: "here", lambda: num_missed))
+    to.add(step, 0.0, launched, Logged({}, 0.0, lambda: "", None, Room()) if logs else None, at_once)
 
 
 def test_a_step_is_told_when_the_next_has_been_launched() -> None:
@@ -86,18 +93,21 @@ def test_a_step_that_is_not_finite_stops_the_run_at_the_next_or_is_counted(caplo
     assert told.steps == [1, 3]
 
 
-@pytest.mark.parametrize(("is_finite", "has_ended"), [(True, True), (False, True), (True, False)])
+@pytest.mark.parametrize(
+    ("is_finite", "has_ended", "num_missed"), [(True, True, 0), (False, True, 0), (True, False, 0), (True, True, 3)]
+)
 def test_a_rank_that_ends_alone_tells_its_last_step_and_asks_no_other(
-    is_finite: bool, has_ended: bool, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    is_finite: bool, has_ended: bool, num_missed: int, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("training.step_report._PATIENCE", 0.1)
     late, told = report(is_late=True)
     late.tell_alone()
     add(late, 1)
-    add(late, 2, is_finite=is_finite, has_ended=has_ended)
+    add(late, 2, is_finite=is_finite, has_ended=has_ended, num_missed=num_missed)
     late.tell_alone()
-    assert told.steps == ([1, 2] if is_finite and has_ended else [1])
-    assert caplog.messages == ([] if is_finite else ["step 2 is not applied: not finite"])
+    is_applied = is_finite and num_missed == 0
+    assert told.steps == ([1, 2] if is_applied and has_ended else [1])
+    assert caplog.messages == ([] if is_applied else ["step 2 is not applied"])
 
 
 def test_the_step_that_is_compared_with_the_plan_is_alone() -> None:
