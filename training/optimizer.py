@@ -66,7 +66,7 @@ class NamedAdamW(torch.optim.AdamW):
             made = torch.stack(steps).double()
             corrections = torch.stack([1 - beta**made for beta in group["betas"]]).float()
             of_all = (
-                (parameter.detach(), state["exp_avg"], state["exp_avg_sq"], parameter.grad)
+                (parameter, state["exp_avg"], state["exp_avg_sq"], parameter.grad)
                 for parameter, state in zip(trained, states)
             )
             tensors = [Tensors(*(x.to_local() if isinstance(x, DTensor) else x for x in each)) for each in of_all]
