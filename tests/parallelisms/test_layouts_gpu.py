@@ -136,17 +136,23 @@ def train_cases(layouts_of: dict[tuple[str, str], list[Layout]], device_type: st
 
 @pytest.fixture(scope="module")
 def one_process() -> Results:
-    """One process on the whole batch, in each case of each table."""
+    """One process on the whole batch, in each case of each table; in bfloat16 in several micro-steps too."""
     own = {
         (name, case): [Layout(), Layout(adam_eps=1e-8)] if name == "text" else [Layout()]
         for name in TABLES
         for case in CASES
         if name == "text" or case not in UNEVEN
     }
+    own |= {(name, BFLOAT16): in_micro_steps(table) for name, table in TABLES.items()}
     (results,) = run_ranks(train_cases, 1, own, DEVICE, seconds=300, device_type=DEVICE)
     for name in TABLES:
         assert results[name, "float32"][Layout()].smallest_gap > 1e-6, name  # see test_layouts.py
     return results
+
+
+def in_micro_steps(table: Table) -> list[Layout]:
+    """One process, in as many micro-steps as any layout of the table makes."""
+    return [Layout(accumulation=number) for number in sorted({1, *(each.accumulation for each in table.layouts)})]
 
 
 def layouts_of(world: int) -> dict[tuple[str, str], list[Layout]]:
@@ -192,11 +198,14 @@ def test_float32_equals_one_process(one_process: Results, results: list[Results]
 @pytest.mark.parametrize("name", TABLES)
 def test_bfloat16_is_as_near_to_float32_as_one_process(one_process: Results, results: list[Results], name: str) -> None:
     # Each layout rounds in its own way, and so does one process: neither is the other's truth, float32 is. From there
-    # no layout may be further than twice one process (in practice it is as far).
+    # no layout may be further than twice one process (in practice it is as far). One process too rounds differently in
+    # more micro-steps, and a loss is one number, which may be near by luck: of the text table's, on a CPU, 1.4e-4 in
+    # one, 2.8e-4 in two, 5.9e-5 in four. So of what is one number the furthest of these counts.
     if (name, BFLOAT16) not in results[0]:
         pytest.skip("nothing of it for so many ranks")
     exact = one_process[name, "float32, routing given"][Layout()]
-    own = errors(one_process[name, BFLOAT16][Layout()], exact)
+    alone = [errors(one_process[name, BFLOAT16][layout], exact) for layout in in_micro_steps(TABLES[name])]
+    own = alone[0] | {what: max(each[what] for each in alone) for what in ("loss", "gradient norm")}
     bounds = {what: 2 * error for what, error in own.items()}
     print(f"\n{name}, one process:", *(f"{what} {error:.1e}" for what, error in own.items()), end="")
     assert max(bounds.values()) < 0.5  # what is lost, or twice too large, is an error of 1; a tower's updates: 0.21
