@@ -82,6 +82,7 @@ def test_noise_of_libraries_is_left_out_and_their_errors_are_not(monkeypatch: py
             logger.warning("a layout")
             logger.error("no compiler")
         warnings.warn("TensorFloat32 tensor cores for float32 matrix multiplication available", stacklevel=1)
+        warnings.warn("Attempting to run cuBLAS, but there was no current CUDA context! Attempting", stacklevel=1)
         warnings.warn("something else", stacklevel=1)
     assert shown == ["tilelang no compiler", "tilelang.jit.kernel no compiler"]
     assert [str(warning.message) for warning in warned] == ["something else"]
