@@ -64,9 +64,11 @@ class LaunchedStep:
         """Whether its backward pass has been done."""
         return self.attempt.has_ended()
 
-    def was_applied(self) -> bool:
-        """By now. The host waits for the backward pass, and asks no other rank."""
-        return self.attempt.num_missed() == 0 and self.attempt.on_host().nonfinite == ""
+    def why_not_applied(self) -> str:
+        """By now; empty if it was. The host waits for the backward pass, and asks no other rank."""
+        if self.attempt.on_host().nonfinite:
+            return "not finite"
+        return "experts had no room for all rows" if self.attempt.num_missed() else ""
 
     def result(self) -> StepResult:
         """On the host, which waits; all ranks together."""
@@ -144,7 +146,7 @@ class Stepper:
                 self._num_missed = None
                 with self._meshes.room.asking():
                     first.attempt = self._attempt(work)
-                self._meshes.room.note_repeat(grows=first.was_applied())
+                self._meshes.room.note_repeat(grows=not first.why_not_applied())
                 for launched, of_later in later:
                     launched.attempt = self._attempt(of_later)
             self._unsettled = later

@@ -134,8 +134,8 @@ class StepReport:
         while self._untold is not None and time.perf_counter() < deadline:
             if not self._untold.launched.has_ended():
                 time.sleep(0.01)
-            elif self._untold.launched.was_applied():
-                self.tell()
-            else:
-                logger.warning(f"step {self._untold.step} is not applied")
+            elif why := self._untold.launched.why_not_applied():
+                logger.warning(f"step {self._untold.step} is not applied: {why}")
                 self._untold = None
+            else:
+                self.tell()

@@ -202,6 +202,13 @@ def own_batches(
     return [share_of(batch, rank_of_group, layout.cp, config.vision) if layout.cp > 1 else batch for batch in batches]
 
 
+def count_tokens(batches: list[MicroBatch]) -> list[int]:
+    """How many tokens the global batch trains, and how many multi-token prediction does; `batches` are this rank's."""
+    numbers = torch.tensor([[batch.num_trained, batch.num_drafted] for batch in batches]).sum(dim=0)
+    dist.all_reduce(numbers)
+    return numbers.tolist()
+
+
 def step(
     model: Qwen35Moe,
     meshes: Meshes,
@@ -211,12 +218,9 @@ def step(
     of_all_ranks: bool = False,
 ) -> StepResult:
     """One optimizer step, as train.py makes it; the result is this rank's, or that of all ranks together."""
-    numbers = torch.tensor([[batch.num_trained, batch.num_drafted] for batch in batches]).sum(dim=0)
-    dist.all_reduce(numbers)
-    num_trained, num_drafted = numbers.tolist()
     device = torch.device(meshes.data_parallel.device_type)
     stepper = Stepper(model, optimizer, meshes, device, TRAINING, moe, MTP)
-    return stepper.launch(batches, num_trained, num_drafted, of_all_ranks=of_all_ranks).result()
+    return stepper.launch(batches, *count_tokens(batches), of_all_ranks=of_all_ranks).result()
 
 
 def train(

@@ -2,13 +2,12 @@
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from config.options import Optimizer
 from tests.distributed import needs_gpus, run_ranks
 from tests.models.qwen35_moe.shapes import random_model, tiny_config
-from tests.parallelisms.layouts import MTP, OFF, TRAINING, Layout, build, full, own_batches, step
+from tests.parallelisms.layouts import MTP, OFF, TRAINING, Layout, build, count_tokens, full, own_batches, step
 from tests.parallelisms.test_layouts import CONFIG as LAYOUTS_CONFIG
 from tests.parallelisms.test_layouts import ROWS as LAYOUTS_ROWS
 from training.optimizer import build_optimizer, set_learning_rate, step_clipped
@@ -53,11 +52,11 @@ def two_steps_at_once(device_type: str) -> tuple[list[float], list[float], bool]
         batches = [own_batches(CONFIG, Layout(), ROWS, seed) for seed in range(3)]
         step(model, meshes, optimizer, batches[0])  # what is done once a run is done
         if at_once:
+            numbers = [count_tokens(each) for each in batches]
             if device_type == "cuda":
                 torch.cuda.set_sync_debug_mode("error")
-            numbers = [sum(batch.num_trained for batch in each) for each in batches]
             stepper = Stepper(model, optimizer, meshes, device, TRAINING, OFF, MTP)
-            launched = [stepper.launch(each, number, 0) for each, number in zip(batches[1:], numbers[1:])]
+            launched = [stepper.launch(each, *number) for each, number in zip(batches[1:], numbers[1:])]
             if device_type == "cuda":
                 torch.cuda.set_sync_debug_mode("default")
             results = [each.result() for each in launched]
@@ -76,33 +75,44 @@ def test_steps_may_be_launched_before_any_is_asked_for(device: str) -> None:
     assert same
 
 
-def four_steps_without_room(at_once: bool) -> tuple[list[StepResult], list[torch.Tensor], list[int]]:
-    """What steps told, all launched before any is asked for or not, each with another learning rate; the weights; and
-    behind each step how many were made anew, which is by then known of the ones before."""
+def steps_with_room(rooms: list[float | None], at_once: bool) -> tuple[list[StepResult], list[torch.Tensor], list[int]]:
+    """What steps told, each launched with another learning rate, and with so much room or with what there is by then;
+    all launched before any is asked for, or not; the weights; and how many were made anew behind each launch and at
+    the end."""
     layout = Layout(world=2, ep=2, room=1.0, accumulation=2)
     model, meshes, optimizer = build(LAYOUTS_CONFIG, layout)
     stepper = Stepper(model, optimizer, meshes, torch.device("cpu"), TRAINING, OFF, MTP)
     launched, results, repeated = [], [], []
-    for number in range(4):
+    for number, room in enumerate(rooms):
         batches = own_batches(LAYOUTS_CONFIG, layout, LAYOUTS_ROWS, 1000 * number)
-        num_trained = torch.tensor(sum(batch.num_trained for batch in batches))
-        dist.all_reduce(num_trained)
         set_learning_rate(optimizer, 1e-3 * (number + 1))
-        launched.append(stepper.launch(batches, int(num_trained), 0))
+        meshes.room.factor = room or meshes.room.factor
+        launched.append(stepper.launch(batches, *count_tokens(batches)))
         if not at_once:
             results.append(launched[-1].result())
         repeated.append(meshes.room.num_repeated)
     results = results or [each.result() for each in launched]
-    assert [group["lr"] for group in optimizer.param_groups] == [4e-3] * len(optimizer.param_groups)
+    assert {group["lr"] for group in optimizer.param_groups} == {1e-3 * len(rooms)}
     return results, [full(parameter) for parameter in model.parameters()], [*repeated, meshes.room.num_repeated]
 
 
-def test_a_step_that_misses_rows_and_the_one_launched_behind_it_are_made_anew_in_their_order() -> None:
-    at_once = run_ranks(four_steps_without_room, 2, True)
-    one_by_one = run_ranks(four_steps_without_room, 2, False)
-    for (results, weights, repeated), (expected, expected_weights, expected_repeated) in zip(at_once, one_by_one):
-        assert expected_repeated[0] == 1  # the first misses some
-        assert repeated == [0, *expected_repeated[:-1]]
+@pytest.mark.parametrize(
+    ("at_once", "one_by_one"),
+    [
+        # The second misses rows too, before the first has been made anew. Then there is room for 1.25, which they fit.
+        ([1.0, None, None], [1.0, None, None]),
+        # The second misses none, but came from weights that were not updated. Behind the first there is a quarter more.
+        ([1.0, 1.25], [1.0, 1.25**2]),
+    ],
+)
+def test_a_step_that_misses_rows_and_the_one_launched_behind_it_are_made_anew_in_their_order(
+    at_once: list[float | None], one_by_one: list[float | None]
+) -> None:
+    of_all = run_ranks(steps_with_room, 2, at_once, True)
+    alone = run_ranks(steps_with_room, 2, one_by_one, False)
+    for (results, weights, repeated), (expected, expected_weights, expected_repeated) in zip(of_all, alone):
+        assert expected_repeated == [1] * (len(at_once) + 1)
+        assert repeated == [0] + [1] * len(at_once)
         for result, of_one in zip(results, expected, strict=True):
             assert result.losses == of_one.losses
             assert result.grad_norm == of_one.grad_norm

@@ -94,10 +94,22 @@ def test_a_step_that_is_not_finite_stops_the_run_at_the_next_or_is_counted(caplo
 
 
 @pytest.mark.parametrize(
-    ("is_finite", "has_ended", "num_missed"), [(True, True, 0), (False, True, 0), (True, False, 0), (True, True, 3)]
+    ("is_finite", "has_ended", "num_missed", "why_not"),
+    [
+        (True, True, 0, ""),
+        (False, True, 0, "not finite"),
+        (True, False, 0, ""),
+        (True, True, 3, "experts had no room for all rows"),
+        (False, True, 3, "not finite"),
+    ],
 )
 def test_a_rank_that_ends_alone_tells_its_last_step_and_asks_no_other(
-    is_finite: bool, has_ended: bool, num_missed: int, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    is_finite: bool,
+    has_ended: bool,
+    num_missed: int,
+    why_not: str,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("training.step_report._PATIENCE", 0.1)
     late, told = report(is_late=True)
@@ -105,9 +117,8 @@ def test_a_rank_that_ends_alone_tells_its_last_step_and_asks_no_other(
     add(late, 1)
     add(late, 2, is_finite=is_finite, has_ended=has_ended, num_missed=num_missed)
     late.tell_alone()
-    is_applied = is_finite and num_missed == 0
-    assert told.steps == ([1, 2] if is_applied and has_ended else [1])
-    assert caplog.messages == ([] if is_applied else ["step 2 is not applied"])
+    assert told.steps == ([1, 2] if not why_not and has_ended else [1])
+    assert caplog.messages == ([f"step 2 is not applied: {why_not}"] if why_not else [])
 
 
 def test_the_step_that_is_compared_with_the_plan_is_alone() -> None:
