@@ -46,6 +46,19 @@ class Plan(NamedTuple):
     """int32 [T, m], of the copies, in buffers of fixed sizes or as close as they get; see permute.py."""
 
 
+class Attended(NamedTuple):
+    """A block up to its experts."""
+
+    hidden: torch.Tensor
+    """[T, H], the first residual added."""
+    x: torch.Tensor
+    """[T, H], what the experts read."""
+    weights: torch.Tensor
+    """float32 [T, k]"""
+    plan: Plan
+    statistics: RouterStatistics
+
+
 class Copies(NamedTuple):
     """Which token each copy is of, sorted by rank and then token; see permute.py."""
 
@@ -59,20 +72,17 @@ class Travelling(NamedTuple):
     """The copies' results [C, H] on their way back, and what is needed where they arrive."""
 
     rows: torch.Tensor
-    exchange: "Exchange | None"
-    """None: with room."""
+    exchange: Exchange
     copies: Copies
-    num_missed: torch.Tensor | None = None
-    """With room: int32 [], how many copies or rows there was none for."""
 
 
 class ExpertParallelBlock:
     """`Block.forward` and `MixtureOfExperts.forward` where the experts lie on several ranks: the same composition, but
     tokens are dispatched to their experts and what comes back is combined.
 
-    In parts, as FSDP gathers the experts' weights in between; and, where the host asks for sizes, as no graph can hold
-    the exchanges then. One break inside would leave all of a checkpointed block uncompiled, so what stands before,
-    between, beside and after them is compiled and checkpointed by itself.
+    With room all of it is one graph. Where the host asks for sizes no graph can hold the exchanges, and one break
+    inside would leave all of a checkpointed block uncompiled: what stands before, between, beside and after them is
+    compiled by itself, and checkpointed by itself in both ways.
     """
 
     def __init__(self, block: Block, mesh: DeviceMesh, room: Room) -> None:
@@ -88,12 +98,14 @@ class ExpertParallelBlock:
         self.num_local, rest = divmod(len(experts.gate_up_proj), self.num_ranks)
         assert rest == 0, (self.num_local, self.num_ranks)
         self.make_copies, self.sort_received, self.compute = make_copies, sort_received, compute
+        # Where they are no part of one graph:
+        self.attend_and_route_alone: Callable[..., Attended] = lambda *inputs: self.attend_and_route(*inputs)
         self.run_shared_expert_alone: Callable[[torch.Tensor], torch.Tensor] = lambda x: self.run_shared_expert(x)
 
     def install(self) -> None:
         """Puts this in the place of the block's forward, once its parts are what they are to be."""
-        # `dispatch` stands inside the module Experts, since FSDP gathers the experts' weights around its forward.
-        setattr(self.mlp.experts, "forward", self.dispatch)  # noqa: B010  (another signature than its own)
+        # FSDP gathers the experts' weights around this forward, so what reads them runs inside of it.
+        setattr(self.mlp.experts, "forward", lambda run, *args: run(*args))  # noqa: B010  (not its own signature)
         setattr(self.block, "forward", self.forward)  # noqa: B010
 
     def parts(self, activation_checkpoint: str) -> list[tuple[object, str]]:
@@ -105,8 +117,8 @@ class ExpertParallelBlock:
 
     def compile(self) -> None:
         """Compiles each part."""
-        for part in ("attend_and_route", "dispatch_with_room", "combine_with_room"):
-            setattr(self, part, torch.compile(getattr(self, part), options=OVERLAPPING))
+        setattr(self, "compute_with_room", torch.compile(self.compute_with_room, options=OVERLAPPING))  # noqa: B010
+        self.attend_and_route_alone = torch.compile(self.attend_and_route, options=OVERLAPPING)
         self.make_copies = compile_for_any_number_of_rows(self.make_copies)
         self.sort_received = compile_for_any_number_of_rows(self.sort_received)
         self.compute = compile_for_any_number_of_rows(self.compute, num_others=3)
@@ -121,15 +133,10 @@ class ExpertParallelBlock:
         One small all-to-all brings the copies' experts and weights, one the copies, and one takes the results back.
         Where the host asks for sizes another one, smaller still, tells of them, and the host waits once.
         """
-        sizes = None
         if self.room.factor and torch.is_grad_enabled():  # without a backward pass there is no step to make anew
-            sizes = self.room.sizes(len(hidden), self.mlp.gate.top_k, self.num_ranks, self.num_local)
-        capacity = None if sizes is None else sizes.copies
-        hidden, x, weights, plan, statistics = self.attend_and_route(hidden, rotary, documents, measure, capacity)
-        results: Travelling = self.mlp.experts(x, weights, plan, sizes)
-        if results.exchange is None:
-            statistics = statistics._replace(num_missed=results.num_missed)
-            return self.combine_with_room(hidden, x, results.rows, results.copies), statistics
+            return self.mlp.experts(self.forward_with_room, hidden, rotary, documents, measure)
+        hidden, x, weights, plan, statistics = self.attend_and_route_alone(hidden, rotary, documents, measure)
+        results: Travelling = self.mlp.experts(self.dispatch, x, weights, plan)
         shared = self.run_shared_expert_alone(x)  # while the results are on their way back
         rows = results.exchange.finish(results.rows)
         return self.combine(hidden, shared, rows, results.copies), statistics
@@ -140,21 +147,18 @@ class ExpertParallelBlock:
         rotary: Rotary,
         documents: Documents,
         measure: Measure,
-        capacity: int | None,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, Plan, RouterStatistics]:
-        """hidden [T, H] -> hidden after attention and what the experts read, both [T, H]; weights [T, k], plan."""
+        capacity: int | None = None,
+    ) -> Attended:
+        """hidden [T, H]; at most `capacity` copies go to a rank."""
         hidden = hidden + self.block.attend(self.block.input_layernorm(hidden), rotary, documents)
         x = self.block.post_attention_layernorm(hidden)
         weights, chosen, statistics = self.mlp.route(x, measure)
         chosen = deal_fillers(chosen, measure.is_real, self.mlp.num_experts)
-        return hidden, x, weights, plan_copies(chosen, self.num_ranks, self.num_local, capacity), statistics
+        plan = plan_copies(chosen, self.num_ranks, self.num_local, capacity)
+        return Attended(hidden, x, weights, plan, statistics)
 
-    def dispatch(self, x: torch.Tensor, weights: torch.Tensor, plan: Plan, sizes: Sizes | None) -> Travelling:
+    def dispatch(self, x: torch.Tensor, weights: torch.Tensor, plan: Plan) -> Travelling:
         """Sends the copies, applies this rank's experts to those that come, and starts their results' way back."""
-        if sizes is not None:
-            projections = map(_local, self.mlp.experts.projections())
-            rows, sources, num_missed = self.dispatch_with_room(x, weights, plan, *sizes, *projections)
-            return Travelling(rows, None, Copies(sources, plan.places), num_missed)
         results, copies, sent, received = self.send_and_compute(x, weights, plan)
         exchange = Exchange(received, sent, self.group)
         return Travelling(exchange.start(results), exchange, copies)
@@ -191,23 +195,35 @@ class ExpertParallelBlock:
 
     # With room:
 
-    def dispatch_with_room(
+    def forward_with_room(
+        self, hidden: torch.Tensor, rotary: Rotary, documents: Documents, measure: Measure
+    ) -> tuple[torch.Tensor, RouterStatistics]:
+        """See `forward`."""
+        sizes = self.room.sizes(len(hidden), self.mlp.gate.top_k, self.num_ranks, self.num_local)
+        projections = map(_local, self.mlp.experts.projections())
+        return self.compute_with_room(hidden, rotary, documents, measure, sizes, *projections)
+
+    def compute_with_room(
         self,
-        x: torch.Tensor,
-        weights: torch.Tensor,
-        plan: Plan,
-        capacity: int,
-        num_rows: int,
+        hidden: torch.Tensor,
+        rotary: Rotary,
+        documents: Documents,
+        measure: Measure,
+        sizes: Sizes,
         gate_up_proj: Projection,
         down_proj: Projection,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """The results [C, H] on their way back, `sources` [C], and how many copies and rows were missed."""
-        numbers, is_copy = fixed_copies(plan, len(x), capacity)
+    ) -> tuple[torch.Tensor, RouterStatistics]:
+        """`forward_with_room`, with the experts' weights as arguments."""
+        hidden, x, weights, plan, statistics = self.attend_and_route(hidden, rotary, documents, measure, sizes.copies)
+        numbers, is_copy = fixed_copies(plan, len(x), sizes.copies)
         results, sources, num_missed = self.exchange_and_compute(
-            x, weights, plan, numbers, is_copy, num_rows, gate_up_proj, down_proj
+            x, weights, plan, numbers, is_copy, sizes.rows, gate_up_proj, down_proj
         )
-        num_missed = num_missed + (plan.counts[:, 0] - capacity).clamp(min=0).sum(dtype=torch.int32)
-        return self._send(results), sources, num_missed
+        num_missed = num_missed + (plan.counts[:, 0] - sizes.copies).clamp(min=0).sum(dtype=torch.int32)
+        results = self._send(results)
+        shared = self.run_shared_expert(x)  # while they are on their way back
+        hidden = add_results(hidden, shared, self._receive(results), Copies(sources, plan.places))
+        return hidden, statistics._replace(num_missed=num_missed)
 
     def exchange_and_compute(
         self,
@@ -230,13 +246,6 @@ class ExpertParallelBlock:
         offsets = order.offsets.clamp(max=num_rows)
         rows = self._receive(copies), own_weights, order.order[:num_rows], places, offsets
         return compute(*rows, gate_up_proj, down_proj), sources, order.offsets[-1] - offsets[-1]
-
-    def combine_with_room(
-        self, hidden: torch.Tensor, x: torch.Tensor, rows: torch.Tensor, copies: Copies
-    ) -> torch.Tensor:
-        """As `combine`, of rows on their way."""
-        shared = self.run_shared_expert(x)
-        return add_results(hidden, shared, self._receive(rows), copies)
 
     def _send(self, rows: torch.Tensor) -> torch.Tensor:
         return Send.apply(rows, self.group.group_name, self.num_ranks)

@@ -1,5 +1,6 @@
 """parallelize_fn: context parallel -> expert parallel -> activation checkpointing -> compile -> FSDP2, in order."""
 
+import itertools
 from collections.abc import Sequence
 from typing import Any, cast
 
@@ -26,6 +27,7 @@ from parallelisms.expert_parallel import ExpertParallelBlock
 from parallelisms.fsdp_copies import lay_out_gradients_without_tables
 from parallelisms.mesh import Meshes
 from parallelisms.overlap import OVERLAPPING
+from parallelisms.units import dense_units
 from torch_private import ReduceScatter, compute_local_shape_and_global_offset, set_recompile_limit
 
 
@@ -104,8 +106,8 @@ def _prepare_tower(tower: VisionTower, activation_checkpoint: str, compile_block
 
 
 def apply_fsdp(model: Qwen35Moe, meshes: Meshes, compute_dtype: torch.dtype) -> None:
-    """Shards the model: one unit a block, one for the rest, and at ep > 1 one for each block's experts; of a vision
-    tower likewise one a block and one for the rest, of what is trained.
+    """Shards the model: one unit a block, or at ep > 1 one for a few (units.py) and one for each block's experts, and
+    one for the rest; of a vision tower likewise one a block and one for the rest, of what is trained.
 
     Gradients are summed, never averaged: the loss is already divided by the global batch's number of trained tokens.
     The float32 parameters stay outside FSDP, which would round them to `compute_dtype` before the forward sees them;
@@ -135,41 +137,45 @@ def apply_fsdp(model: Qwen35Moe, meshes: Meshes, compute_dtype: torch.dtype) -> 
 
     nothing_to_reduce = NothingToReduce({each.dtype for each in model.parameters() if each not in outside})
 
-    def shard(module: nn.Module, mesh: DeviceMesh, **options: Any) -> None:
-        if module is not model and outside.issuperset(module.parameters()):
+    def shard(modules: Sequence[nn.Module], mesh: DeviceMesh, **options: Any) -> None:
+        modules = [each for each in modules if each is model or not outside.issuperset(each.parameters())]
+        if not modules:
             return
-        fully_shard(module, mesh=mesh, mp_policy=policy, ignored_params=outside, **options)
-        unit = cast(FSDPModule, module)
+        fully_shard(modules, mesh=mesh, mp_policy=policy, ignored_params=outside, **options)
+        unit = cast(FSDPModule, modules[0])
         if mesh.size() == 1:  # nothing to divide, not even by 1, and nothing to add up
             unit.set_custom_reduce_scatter(nothing_to_reduce)
         else:
             unit.set_gradient_divide_factor(1.0)
             unit.set_force_sum_reduction_for_comms(True)  # gloo has no pre-multiplied sum
 
-    # Weights are freed after the forward pass and gathered again for the backward pass. Not so those of the last block,
+    # Weights are freed after the forward pass and gathered again for the backward pass. Not so those of the last unit,
     # with which the backward pass begins at once, and not where nothing is sharded, as in one process or in replicas
     # that are whole: that would only repeat the cast.
     is_sharded = meshes.degrees.shard > 1
-    for block in blocks:
-        free = is_sharded and block is not blocks[-1]
+    units = dense_units(model.config, meshes.degrees.expert)
+    for indices in units:
+        of_unit = [blocks[index] for index in indices]
         if has_expert_units:
             # Experts alone are sharded over another mesh. The axis ep has cut their dim 0, so efsdp cuts another.
-            experts = block.mlp.experts
-            rows = {parameter for name, parameter in experts.named_parameters() if not name.endswith("lora_A")}
+            for block in of_unit:
+                experts = block.mlp.experts
+                rows = {parameter for name, parameter in experts.named_parameters() if not name.endswith("lora_A")}
 
-            def dim_to_cut(parameter: nn.Parameter, rows: set[nn.Parameter] = rows) -> Shard:
-                return Shard(1 if parameter in rows else 2)  # not an adapter's rank, which may be small
+                def dim_to_cut(parameter: nn.Parameter, rows: set[nn.Parameter] = rows) -> Shard:
+                    return Shard(1 if parameter in rows else 2)  # not an adapter's rank, which may be small
 
-            shard(experts, meshes.expert, shard_placement_fn=dim_to_cut, reshard_after_forward=free)
-        shard(block, meshes.dense, reshard_after_forward=free)
+                free = is_sharded and block is not blocks[-1]
+                shard([experts], meshes.expert, shard_placement_fn=dim_to_cut, reshard_after_forward=free)
+        shard(of_unit, meshes.dense, reshard_after_forward=is_sharded and indices != units[-1])
     if model.visual is not None:
         for part in [*model.visual.blocks, model.visual]:
-            shard(part, meshes.dense, reshard_after_forward=is_sharded)
-    shard(model, meshes.dense)
+            shard([part], meshes.dense, reshard_after_forward=is_sharded)
+    shard([model], meshes.dense)
     setattr(model, "nothing_to_reduce", nothing_to_reduce)  # noqa: B010 (of no class; for `begin_micro_batch`)
     if has_expert_units:
-        _prefetch_neighbours(model)
-    _gather_nothing_below_gradients(model)
+        _prefetch_neighbours(model, units)
+    _gather_nothing_below_gradients(model, units)
 
 
 class NothingToReduce(ReduceScatter):
@@ -207,30 +213,39 @@ class NothingToReduce(ReduceScatter):
         raise AssertionError("FSDP has nothing to scatter over a mesh of one")
 
 
-def _prefetch_neighbours(model: Qwen35Moe) -> None:
-    """Has each block gather the next one's dense weights and experts before it computes, in both directions.
+def _prefetch_neighbours(model: Qwen35Moe, units: list[range]) -> None:
+    """Has each unit gather the next one before it computes, and each block the next one's experts, in both directions.
 
     Left to itself FSDP gathers a unit when the host comes to it, which is early enough only where the host runs ahead;
     at ep > 1, without room, the host waits in every block for the number of rows that travel.
     """
+    dense, experts = _dense(model, units), [_units(block.mlp.experts) for block in model.blocks]
+    for unit in _units(model):
+        unit.set_modules_to_forward_prefetch([*dense[0], *experts[0]])
+    for of_kind in (dense, experts):
+        for before, after in itertools.pairwise(of_kind):
+            for unit in before:
+                unit.set_modules_to_forward_prefetch(after)
+            for unit in after:
+                unit.set_modules_to_backward_prefetch(before)
 
-    with_experts = [_units(block, block.mlp.experts) for block in model.blocks]
-    for module, following in zip([model, *model.blocks], with_experts):
-        for unit in _units(module):
-            unit.set_modules_to_forward_prefetch(following)
-    for module, preceding in zip(model.blocks[1:], with_experts):
-        for unit in _units(module):
-            unit.set_modules_to_backward_prefetch(preceding)
 
-
-def _gather_nothing_below_gradients(model: Qwen35Moe) -> None:
+def _gather_nothing_below_gradients(model: Qwen35Moe, units: list[range]) -> None:
     """With a block's backward pass FSDP gathers what ran before it, also below the first block that trains, where there
     is no backward pass: as in a trunk that is frozen for multi-token prediction."""
     if any(map(_trains, filter(None, [model.visual, model.embed_tokens]))):
         return
-    first = next(filter(_trains, model.blocks), None)
-    for unit in _units(first, first.mlp.experts) if first is not None else []:
+    first = next((index for index, block in enumerate(model.blocks) if _trains(block)), None)
+    if first is None:
+        return
+    (of_dense,) = (dense for dense, indices in zip(_dense(model, units), units) if first in indices)
+    for unit in [*of_dense, *_units(model.blocks[first].mlp.experts)]:
         unit.set_modules_to_backward_prefetch([unit])  # it is there already; for none FSDP chooses itself
+
+
+def _dense(model: Qwen35Moe, units: list[range]) -> list[list[FSDPModule]]:
+    """Of each unit of blocks the first module, which stands for it; none where it is no unit."""
+    return [_units(*(model.blocks[index] for index in indices))[:1] for indices in units]
 
 
 def _units(*modules: nn.Module) -> list[FSDPModule]:

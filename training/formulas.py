@@ -17,6 +17,7 @@ from models.qwen35_moe.parameters import adapter_shapes, parameters
 from models.qwen35_moe.parts import part_of
 from models.qwen35_moe.vision_config import VisionConfig
 from parallelisms.degrees import Degrees
+from parallelisms.units import dense_units
 
 NO_LORA = Lora()
 _LAYER = re.compile(r"(?:mtp\.)?layers\.\d+\.")
@@ -50,10 +51,10 @@ class Sizes:
         """X."""
         return sum(experts for _, experts in self.by_block)
 
-    @property
-    def last(self) -> tuple[int, int]:
-        """D_last and X_last."""
-        return self.by_block[-1]
+    def units(self, shape: ModelConfig, expert_degree: int) -> list[int]:
+        """Of each unit of dense weights; at ep 1 its experts are in it."""
+        sizes = [dense + (experts if expert_degree == 1 else 0) for dense, experts in self.by_block]
+        return [sum(sizes[index] for index in indices) for indices in dense_units(shape, expert_degree)]
 
     @property
     def sharded(self) -> int:
@@ -141,17 +142,18 @@ def traffic(
     A, L, P, ep = accumulation, len(of.by_block), degrees.context, degrees.expert
     k, H, t = shape.num_experts_per_tok, shape.hidden_size, num_tokens
     once = 0 if trunk_has_graph else len(shape.layer_types)  # blocks that run forward alone
-    with_experts = [sum(block) for block in of.by_block], [sum(block) for block in trained.by_block]
-    dense, dense_trained = with_experts if ep == 1 else ([d for d, _ in of.by_block], [d for d, _ in trained.by_block])
+    dense, dense_trained = of.units(shape, ep), trained.units(shape, ep)
     experts, experts_trained = [x for _, x in of.by_block], [x for _, x in trained.by_block]
     units = [*dense_trained, trained.root]  # with gradients to be reduced
+    units_once = len(dense) - (L - once) if once else 0
 
-    def gathered(blocks: list[int]) -> int:
-        return 2 * sum(blocks) - blocks[-1] - sum(blocks[:once])
+    def gathered(sizes: list[int], once: int) -> int:
+        return 2 * sum(sizes) - sizes[-1] - sum(sizes[:once])
 
-    calls = A * (2 * L - once + 2 * of.units_of_tower), A * (sum(map(bool, units)) + trained.units_of_tower)
+    num_gathered = 2 * len(dense) - units_once + 2 * of.units_of_tower
+    calls = A * num_gathered, A * (sum(map(bool, units)) + trained.units_of_tower)
     rows = [
-        Traffic("all-gather", "fsdp", calls[0], A * c * (of.root + gathered(dense) + 2 * of.visual)),
+        Traffic("all-gather", "fsdp", calls[0], A * c * (of.root + gathered(dense, units_once) + 2 * of.visual)),
         Traffic("reduce-scatter", "fsdp", calls[1], A * 4 * (sum(units) + trained.visual)),
         Traffic("all-reduce", "fsdp" if degrees.replicate == 1 else "data_parallel", 1, 4 * (trained.outside + 2)),
     ]
@@ -163,7 +165,7 @@ def traffic(
         units += experts_trained
         num_reduced += sum(map(bool, experts_trained))
         rows += [
-            Traffic("all-gather", "efsdp", A * (2 * L - 1 - once), A * c * gathered(experts) // ep),
+            Traffic("all-gather", "efsdp", A * (2 * L - 1 - once), A * c * gathered(experts, once) // ep),
             Traffic("reduce-scatter", "efsdp", A * sum(map(bool, experts_trained)), A * 4 * trained.experts // ep),
             Traffic(
                 "all-to-all",

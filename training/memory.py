@@ -185,18 +185,19 @@ def peak_memory(case: Case) -> tuple[str, dict[str, float]]:
     of_head = c * shape.vocab_size * shape.hidden_size if case.trains_head else 0.0
     root = c * dense_of.root
     tower = 0.0 if is_sharded else c * dense_of.visual
-    blocks = list(zip(dense_of.by_block, experts_of.by_block))
-    units = [c * (dense + experts / degrees.expert) for (dense, _), (_, experts) in blocks]
-    # The last block stays gathered, and while one computes so is the next; one process keeps all.
-    two = max(map(sum, itertools.pairwise([*units, 0.0]))) + units[-1]
+    units = [c * size for size in dense_of.units(shape, degrees.expert)]
+    experts = [c / degrees.expert * size for _, size in experts_of.by_block] if degrees.expert > 1 else [0.0]
+    last = units[-1] + experts[-1]
+    # The last unit stays gathered, and while one computes so is the next; one process keeps all.
+    two = last + sum(max(map(sum, itertools.pairwise([*sizes, 0.0]))) for sizes in (units, experts))
 
     gradients = gradient_bytes(case)
     before = gradients if case.accumulation > 1 else 0.0  # of the micro-batches before
-    # Of one block, before they are reduced: as computed, and in float32, which for one process are those that it keeps.
+    # Of one unit, before they are reduced: as computed, and in float32, which for one process are those that it keeps.
     unreduced = 0.0
     if dense_of.total or experts_of.total:
-        dense, experts = trained.by_block[0]
-        computed = c * (dense * bool(dense_of.total) + experts / degrees.expert * bool(experts_of.total))
+        of_experts = trained.by_block[0][1] / degrees.expert * bool(experts_of.total) if degrees.expert > 1 else 0.0
+        computed = c * (trained.units(shape, degrees.expert)[0] * bool(dense_of.total) + of_experts)
         unreduced = computed * (1 + 4 / c * is_sharded)
     # What runs without a graph keeps nothing: the trunk, where multi-token prediction alone trains.
     first = 0 if case.trunk_has_graph else len(shape.layer_types)
@@ -212,7 +213,7 @@ def peak_memory(case: Case) -> tuple[str, dict[str, float]]:
     moments = {
         "the loss": {
             "gradients": before,
-            "gathered weights": root + tower + (units[-1] if is_sharded else sum(units)),
+            "gathered weights": root + tower + (last if is_sharded else sum(units)),
             **activations(len(types)),
             "loss: logits, the head's gradient": _loss_buffers(case),
         }

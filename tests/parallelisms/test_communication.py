@@ -93,13 +93,15 @@ def tokens_of(layout: Layout) -> int:
 def symbols(layout: Layout, num_copies: Fraction) -> dict[str, int | Fraction]:
     """What the documentation's letters stand for; see there."""
     of, num_full = sizes(CONFIG, layout.world // layout.replicate, layout.ep), CONFIG.layer_types.count(FULL)
+    of_units = of.units(CONFIG, layout.ep)
     return {
         "A": layout.accumulation,
         "L": CONFIG.num_hidden_layers,
         "D": of.dense,
-        "D_last": of.last[0],
+        "U": len(of_units),
+        "D_last": of_units[-1] - (of.by_block[-1][1] if layout.ep == 1 else 0),
         "X": of.experts,
-        "X_last": of.last[1],
+        "X_last": of.by_block[-1][1],
         "R": of.root,
         "F": of.outside,
         "c": 2,
@@ -231,8 +233,9 @@ def test_what_has_no_backward_pass_is_gathered_and_sent_once() -> None:
         for found in run_ranks(gathers, 4, [(config, layout) for layout in layouts], tuple(frozen)):
             for layout, totals in zip(layouts, found):
                 of, A, L = sizes(config, layout.world, layout.ep), layout.accumulation, len([*layer_types(config)])
+                U = len(of.units(config, layout.ep))
                 dense = of.root + of.dense + (of.experts if layout.ep == 1 else 0)
-                expected = {("all-gather", "fsdp"): (A * (L + 1), A * 2 * dense)}
+                expected = {("all-gather", "fsdp"): (A * (U + 1), A * 2 * dense)}
                 if layout.ep > 1:
                     expected["all-gather", "efsdp"] = (A * L, A * 2 * of.experts // layout.ep)
                 sent = totals.pop(("all-to-all", "ep"), None)
@@ -294,10 +297,15 @@ def test_experts_and_dense_weights_are_gathered_a_block_ahead(
             at_exchanges.append(gathers)
             if call.num_bytes == 8 * layout.ep:  # the numbers of copies: here the host waits, in each block
                 at_counts.append(gathers)
-    # When the host waits in a block, its own two units and the next one's are under way, after the one of the root.
-    assert at_counts[:num_layers] == [1 + 2 * min(block + 2, num_layers) for block in range(num_layers)]
-    # The same on the way back, where the last block was kept: before a block's first exchange, the preceding one's two.
-    assert at_exchanges[4 * num_layers] == at_exchanges[4 * num_layers - 1] + 2
+    # When the host waits in a block, its dense unit (of two blocks) and the next one are under way, after the root's,
+    # and so are its experts and the next block's.
+    assert at_counts[:num_layers] == [
+        1 + min(block // 2 + 2, num_layers // 2) + min(block + 2, num_layers) for block in range(num_layers)
+    ]
+    # The same on the way back, where the last ones were kept: the preceding unit before the last block's first
+    # exchange, the preceding block's experts before its second.
+    before, *backward = at_exchanges[4 * num_layers - 1 :]
+    assert backward[:2] == [before + 1, before + 2]
 
 
 class Operations(TorchDispatchMode):
