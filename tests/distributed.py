@@ -18,6 +18,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from tests.patience import PATIENCE
 from training.distributed import init_distributed
 
 # A server that has imported torch and all that trains, has never run an OpenMP region and never asked for a GPU forks
@@ -69,7 +70,7 @@ def _rank_main(
         if device_type == "cuda":
             init_distributed(timeout_seconds=300)  # one rank may compile while the others wait
         else:
-            dist.init_process_group("gloo", timeout=timedelta(seconds=60))
+            dist.init_process_group("gloo", timeout=timedelta(seconds=PATIENCE))
         torch.save(function(*arguments), f"{folder}/result-{rank}")
         dist.barrier()
         dist.destroy_process_group()
@@ -79,7 +80,7 @@ def _rank_main(
 
 
 def run_ranks(
-    function: Callable, world_size: int, *arguments: Any, seconds: float = 120, device_type: str = "cpu"
+    function: Callable, world_size: int, *arguments: Any, seconds: float = PATIENCE, device_type: str = "cpu"
 ) -> list[Any]:
     """Calls `function(*arguments)` on each of `world_size` ranks; returns what they returned, in rank order.
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.distributed import free_port
+from tests.patience import PATIENCE
 from tests.test_train import ROOT, SMALL, environment, metrics, run, without_times
 
 MANY_STEPS = ("--training.steps=40", "--checkpoint.interval=4", "--job.deterministic")
@@ -84,7 +85,7 @@ def test_killed_ranks_are_started_again_and_go_on(
             (pid,) = rank_pids(killed, rank)
             os.kill(pid, signal.SIGKILL)
             wait_until(lambda: rank_pids(killed, rank) not in ([], [pid]), launchers[0])  # noqa: B023
-        said = [launcher.communicate(timeout=150)[1] for launcher in launchers]
+        said = [launcher.communicate(timeout=PATIENCE)[1] for launcher in launchers]
     finally:
         for launcher in launchers:
             launcher.kill()
@@ -110,7 +111,7 @@ def test_kubernetes_variables(config_file: Path, tmp_path: Path) -> None:
                 text=True,
             )
         )
-    said = [pod.communicate(timeout=150)[0] for pod in pods]
+    said = [pod.communicate(timeout=PATIENCE)[0] for pod in pods]
     assert [pod.returncode for pod in pods] == [0, 0], said
     assert "2 x cpu" in said[0]
     assert [line["step"] for line in metrics(tmp_path / "run")] == [1, 2]
@@ -147,19 +148,19 @@ def test_the_slurm_script_stops_in_time_queues_again_and_finishes(config_file: P
     )
     wait_until(lambda: step_of(folder) >= 2, first)
     first.send_signal(signal.SIGTERM)  # SLURM's, to the batch script alone, some time before the end
-    output, _ = first.communicate(timeout=100)
+    output, _ = first.communicate(timeout=PATIENCE)
     assert first.returncode == 0, output
     stopped = step_of(folder)
     assert 2 <= stopped < 40
     assert (folder / f"checkpoints/step-{stopped:08}").exists()
     assert log.read_text() == f"requeue {job['SLURM_JOB_ID']}\n"
 
-    second = subprocess.run(command, env=job, cwd=tmp_path, capture_output=True, text=True, timeout=150)
+    second = subprocess.run(command, env=job, cwd=tmp_path, capture_output=True, text=True, timeout=PATIENCE)
     assert second.returncode == 0, second.stdout + second.stderr
     assert [line["step"] for line in metrics(folder)] == list(range(1, 41))
     assert log.read_text().count("requeue") == 1
 
-    wrong = subprocess.run([*command, "--training.stpes=3"], env=job, capture_output=True, text=True, timeout=100)
+    wrong = subprocess.run([*command, "--training.stpes=3"], env=job, capture_output=True, text=True, timeout=PATIENCE)
     assert wrong.returncode == 2
     assert "training.steps?" in wrong.stderr
     assert log.read_text().count("requeue") == 1

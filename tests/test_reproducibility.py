@@ -12,6 +12,7 @@ import pytest
 
 from benchmarks.compare_losses import compare, read_run
 from tests.checkpoint.runs import Run
+from tests.patience import PATIENCE
 from tests.test_train import ROOT, SMALL, metrics, run, without_times
 
 LAYOUTS = {
@@ -39,7 +40,7 @@ def test_the_first_losses_are_those_on_record(tmp_path: Path) -> None:
     options += ["--metrics.tensorboard=false", "--checkpoint.enable=false"]
     tiny = Run(tmp_path, 2, *options, defaults=())
     try:  # the learning rate's schedule is that of the whole run, so it is started whole and stopped
-        deadline = time.monotonic() + 200
+        deadline = time.monotonic() + PATIENCE
         while len(tiny.metrics()) < len(golden):
             assert time.monotonic() < deadline
             assert tiny.alive, tiny.log.read_text()

@@ -15,6 +15,7 @@ import pytest
 
 from tests.checkpoint.runs import OPTIONS, Run
 from tests.distributed import free_port
+from tests.patience import PATIENCE
 
 SCRIPT = Path(__file__).resolve().parents[1] / "run_train.sh"
 OWN_VARIABLES = ("NGPU", "NNODES", "NODE_RANK", "MASTER_ADDR", "MASTER_PORT", "LOG_RANK", "OMP_NUM_THREADS")
@@ -51,7 +52,7 @@ def environment(**variables: object) -> dict[str, str]:
 
 def run_script(*arguments: str, cwd: Path | None = None, **variables: object) -> subprocess.CompletedProcess:
     return subprocess.run(
-        [SCRIPT, *arguments], env=environment(**variables), cwd=cwd, capture_output=True, text=True, timeout=120
+        [SCRIPT, *arguments], env=environment(**variables), cwd=cwd, capture_output=True, text=True, timeout=PATIENCE
     )
 
 
@@ -81,14 +82,14 @@ class Launch:
         return path.read_text().splitlines() if path.exists() else []
 
     def wait_for_ranks(self, num_ranks: int = 2) -> None:
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + PATIENCE
         while not all(map(self.log, range(num_ranks))):
             assert time.monotonic() < deadline, "the ranks did not start"
             assert self.process.poll() is None, self.process.stdout.read()
             time.sleep(0.05)
 
     def end(self) -> int:
-        output, _ = self.process.communicate(timeout=60)
+        output, _ = self.process.communicate(timeout=PATIENCE)
         print(output)
         return self.process.returncode
 
@@ -166,7 +167,7 @@ def test_two_runs_at_once(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("of_rank", "status", "said"), [(3, 1, "ended with status 3"), (2, 2, None)])
 def test_a_failure_is_passed_on_in_one_line(tmp_path: Path, of_rank: int, status: int, said: str | None) -> None:
     launch = Launch(tmp_path, EXIT_CODE=of_rank)
-    output, _ = launch.process.communicate(timeout=60)
+    output, _ = launch.process.communicate(timeout=PATIENCE)
     assert launch.process.returncode == status
     lines = output.splitlines()
     # A rank that found a mistake has told it itself.
@@ -180,7 +181,7 @@ def test_a_rank_that_is_killed_is_named(tmp_path: Path) -> None:
         line.split()[0] for line in launch.descendants_alive().splitlines() if line.endswith(f"train.py {tmp_path}")
     ]
     os.kill(int(ranks[-1]), signal.SIGKILL)
-    output, _ = launch.process.communicate(timeout=60)
+    output, _ = launch.process.communicate(timeout=PATIENCE)
     assert launch.process.returncode == 1
     assert output.splitlines()[-1].endswith("was ended by SIGKILL; the others were stopped")
 
@@ -189,7 +190,7 @@ def test_what_only_a_rank_finds_is_one_line_and_status_2(tmp_path: Path) -> None
     """Two runs on one folder: the second is refused by its first rank, not by the check before the run."""
     first = Run(tmp_path / "run", 1, "--training.steps=100000")
     try:
-        deadline = time.monotonic() + 100
+        deadline = time.monotonic() + PATIENCE
         while not first.metrics():
             assert time.monotonic() < deadline
             assert first.alive, first.log.read_text()
@@ -211,7 +212,7 @@ def test_a_scheduler_that_starts_several_runs_of_one_process(tmp_path: Path) -> 
         env=environment(CUDA_VISIBLE_DEVICES="", SLURM_NTASKS=2),
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=PATIENCE,
     )
     assert result.returncode == 2
     assert len(result.stderr.splitlines()) == 1, result.stderr
@@ -245,12 +246,12 @@ def test_a_second_signal_ends_everything_at_once(tmp_path: Path) -> None:
     launch = Launch(tmp_path, RUN_SECONDS=60, STOP_SECONDS=60)
     launch.wait_for_ranks()
     launch.process.send_signal(signal.SIGTERM)
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + PATIENCE
     while not all(len(launch.log(rank)) == 2 for rank in (0, 1)) and time.monotonic() < deadline:
         time.sleep(0.05)
     launch.process.send_signal(signal.SIGINT)
-    assert launch.process.wait(timeout=5) == 128 + signal.SIGINT
-    deadline = time.monotonic() + 10  # torchrun needs a moment to see its ranks dead
+    assert launch.process.wait(timeout=30) == 128 + signal.SIGINT
+    deadline = time.monotonic() + 30  # torchrun needs a moment to see its ranks dead
     while (alive := launch.descendants_alive()) and time.monotonic() < deadline:
         time.sleep(0.1)
     assert not alive

@@ -21,6 +21,7 @@ from models.qwen35_moe.model import Qwen35Moe
 from tests.checkpoint.runs import Run
 from tests.distributed import free_port
 from tests.models.qwen35_moe.shapes import run_model
+from tests.patience import PATIENCE
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -64,14 +65,14 @@ def environment(**changes: str) -> dict[str, str]:
 
 def run(config_file: Path, output_dir: Path, *options: str, ranks: int = 2) -> None:
     """train.py's main to its end, which must be a good one, in a tenth of the time that run_train.sh takes to start."""
-    Run(output_dir, ranks, f"--config={config_file}", *options, defaults=()).finish(seconds=150)
+    Run(output_dir, ranks, f"--config={config_file}", *options, defaults=()).finish()
 
 
 def run_script(config_file: Path, output_dir: Path, *options: str, ranks: int = 2) -> None:
     """run_train.sh to its end, which must be a good one."""
     command = ["bash", str(ROOT / "run_train.sh"), "--config", str(config_file), "--job.output_dir", str(output_dir)]
     done = subprocess.run(
-        [*command, *options], env=environment(NGPU=str(ranks)), capture_output=True, text=True, timeout=150
+        [*command, *options], env=environment(NGPU=str(ranks)), capture_output=True, text=True, timeout=PATIENCE
     )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
 
@@ -156,13 +157,13 @@ def test_sigterm_saves_and_a_second_start_goes_on(config_file: Path, tmp_path: P
     endless = ["--training.steps=100000", "--checkpoint.interval=100000", "--data.num_workers=1"]
     process = subprocess.Popen([*command, *endless], env=environment(NGPU="2"))
     try:
-        deadline = time.monotonic() + 100
+        deadline = time.monotonic() + PATIENCE
         while not (tmp_path / "metrics.jsonl").exists() or len(metrics(tmp_path)) < 2:
             assert time.monotonic() < deadline
             assert process.poll() is None
             time.sleep(0.1)
         process.send_signal(signal.SIGTERM)
-        assert process.wait(timeout=60) == 0
+        assert process.wait(timeout=PATIENCE) == 0
     finally:
         process.kill()
     last = metrics(tmp_path)[-1]["step"]
@@ -188,7 +189,7 @@ def test_two_nodes(config_file: Path, tmp_path: Path) -> None:
         )
         for node in range(2)
     ]
-    assert [agent.wait(timeout=120) for agent in agents] == [0, 0]
+    assert [agent.wait(timeout=PATIENCE) for agent in agents] == [0, 0]
     run(config_file, tmp_path / "one")
     assert without_times(metrics(tmp_path / "two")) == without_times(metrics(tmp_path / "one"))
 
@@ -196,11 +197,11 @@ def test_two_nodes(config_file: Path, tmp_path: Path) -> None:
 def test_plain_python_is_one_process_and_mistakes_are_one_line(config_file: Path, tmp_path: Path) -> None:
     command = [sys.executable, str(ROOT / "train.py"), "--config", str(config_file), f"--job.output_dir={tmp_path}"]
     options = ["--parallelism.expert_parallel_degree=1", "--training.steps=2", "--checkpoint.interval=2"]
-    subprocess.run([*command, *options], env=environment(), check=True, timeout=100)
+    subprocess.run([*command, *options], env=environment(), check=True, timeout=PATIENCE)
     assert len(metrics(tmp_path)) == 2
 
     def mistake(*options: str) -> str:
-        done = subprocess.run([*command, *options], env=environment(), capture_output=True, text=True, timeout=100)
+        done = subprocess.run([*command, *options], env=environment(), capture_output=True, text=True, timeout=PATIENCE)
         assert done.returncode == 2
         assert len(done.stderr.strip().splitlines()) == 1, done.stderr
         return done.stderr

@@ -12,6 +12,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 from tests.distributed import free_port, on_cpus, start_server
+from tests.patience import PATIENCE
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -90,7 +91,7 @@ class Run:
         for rank in ranks:
             self.ranks[rank].kill()
 
-    def wait(self, seconds: float = 120) -> list[int | None]:
+    def wait(self, seconds: float = PATIENCE) -> list[int | None]:
         """The exit codes; whoever is still there after `seconds` is killed, and has None."""
         deadline = time.monotonic() + seconds
         for process in self.ranks:
@@ -104,7 +105,7 @@ class Run:
             process.join()
         return codes
 
-    def finish(self, seconds: float = 120) -> list[dict]:
+    def finish(self, seconds: float = PATIENCE) -> list[dict]:
         """Waits for a good end; the lines of metrics.jsonl."""
         codes = self.wait(seconds)
         assert set(codes) == {0}, (codes, self.log.read_text())

@@ -18,12 +18,13 @@ from models.qwen35_moe.hf_weights import hf_name, is_published_in_float32, mtp_s
 from models.qwen35_moe.parameters import parameters
 from tests.checkpoint.runs import OPTIONS, ROOT, Run
 from tests.distributed import needs_gpus
+from tests.patience import PATIENCE
 
 
 @pytest.mark.slow
 def test_killed_at_random_moments() -> None:
     command = [sys.executable, str(ROOT / "tests/checkpoint/kill_harness.py"), "--kills=5", "--seed=1"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     assert "5 kills" in done.stdout
 

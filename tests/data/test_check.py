@@ -19,6 +19,7 @@ from data.loader import TokenLoader
 from data.packing import REASONS
 from data.tokenizer import read_tokenizer
 from errors import UserError
+from tests.patience import PATIENCE
 
 ROOT = Path(__file__).resolve().parents[2]
 TOKENIZER = str(ROOT / "data" / "tiny" / "tokenizer")
@@ -60,7 +61,7 @@ def test_it_needs_neither_torch_nor_datasets_and_does_not_read_on(tmp_path):
         "print(sorted({'torch', 'datasets', 'pandas', 'pyarrow'} & set(sys.modules)))"
     )
     command = [sys.executable, "-c", program, path]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True, timeout=100)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True, timeout=PATIENCE)
     assert done.stdout == "[]\n"
 
 

@@ -63,7 +63,7 @@ def expected() -> Run:
 @pytest.mark.parametrize("world", [2, 4])
 def test_equals_one_process(world: int) -> None:
     layouts = [layout for layout in LAYOUTS if layout.world == world]
-    for rank, runs in enumerate(run_ranks(train_layouts, world, CONFIG, layouts, ROWS, NUM_STEPS, seconds=240)):
+    for rank, runs in enumerate(run_ranks(train_layouts, world, CONFIG, layouts, ROWS, NUM_STEPS)):
         for layout, run in zip(layouts, runs):
             check(run, expected(), layout, f"{layout}, rank {rank}")
 
@@ -138,7 +138,7 @@ def test_with_images_equals_one_process(name: str, world: int) -> None:
     frozen, layouts = FROZEN[name]
     layouts = [layout for layout in layouts if layout.world == world]
     if layouts:
-        for rank, runs in enumerate(run_ranks(run_with_images, world, layouts, frozen, seconds=240)):
+        for rank, runs in enumerate(run_ranks(run_with_images, world, layouts, frozen)):
             for layout, run in zip(layouts, runs):
                 check(run, expected_with_images(frozen), layout, f"{name}, {layout}, rank {rank}")
 

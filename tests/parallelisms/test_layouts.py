@@ -108,7 +108,7 @@ def check_layouts(
 ) -> None:
     """Runs layouts of one world size in one spawn (which fails when it hangs) and compares every rank of each."""
     world = layouts[0].world
-    results = run_ranks(train_layouts, world, config, layouts, rows, NUM_STEPS, experts, seconds=240)
+    results = run_ranks(train_layouts, world, config, layouts, rows, NUM_STEPS, experts)
     for index, layout in enumerate(layouts):
         for rank in range(world):
             check(results[rank][index], expected[layout.adam_eps], layout, f"{layout}, rank {rank}")

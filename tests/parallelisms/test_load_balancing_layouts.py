@@ -106,7 +106,7 @@ def test_losses_are_in_the_gradient_and_not_in_the_loss(one_process: dict[tuple[
 
 @pytest.mark.parametrize("world", [1, 2, 4])
 def test_equals_one_process(one_process: dict[tuple[MoE, Layout], Run], world: int) -> None:
-    results = run_ranks(train_cases, world, [(moe, layout) for moe, _, layout in SAME[world]], seconds=240)
+    results = run_ranks(train_cases, world, [(moe, layout) for moe, _, layout in SAME[world]])
     for rank in range(world):
         for (moe, expected_layout, layout), (run, num_reductions) in zip(SAME[world], results[rank]):
             where = f"{moe}, {layout}, rank {rank}"

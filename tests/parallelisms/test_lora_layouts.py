@@ -82,7 +82,7 @@ def test_equals_one_process(name: str, world: int) -> None:
         one = expected(name)
         moved = {n for n, weight in one[1e-4].weights.items() if not torch.equal(weight, one[1e-4].initial_weights[n])}
         assert moved == {n for n in one[1e-4].weights if is_adapter(n)} == one[1e-4].first_gradients.keys()
-        for rank, runs in enumerate(run_ranks(run, world, layouts, name, seconds=240)):
+        for rank, runs in enumerate(run_ranks(run, world, layouts, name)):
             for layout, each in zip(layouts, runs):
                 check(each, one[layout.adam_eps], layout, f"{name}, {layout}, rank {rank}")
 

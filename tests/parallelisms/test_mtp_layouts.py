@@ -95,7 +95,7 @@ def test_equals_one_process(name: str, world: int) -> None:
     if not layouts:
         return
     one = expected(name)
-    for rank, runs in enumerate(run_ranks(run, world, layouts, name, seconds=400)):
+    for rank, runs in enumerate(run_ranks(run, world, layouts, name)):
         for layout, each in zip(layouts, runs):
             where = f"{name}, {layout}, rank {rank}"
             check(each, one[layout.adam_eps], layout, where)

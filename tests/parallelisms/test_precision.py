@@ -83,7 +83,7 @@ LAYOUTS = [Layout(world=2), Layout(world=2, ep=2), Layout(world=2, compile=True)
 
 @pytest.fixture(scope="module")
 def observed() -> dict[Layout, dict[str, object]]:
-    return dict(zip(LAYOUTS, run_ranks(observe_all, 2, LAYOUTS, seconds=240)[0]))
+    return dict(zip(LAYOUTS, run_ranks(observe_all, 2, LAYOUTS)[0]))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)

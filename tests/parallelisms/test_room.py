@@ -54,7 +54,7 @@ def expected() -> dict[float, Run]:
 @pytest.mark.parametrize("world", [2, 4, 8])
 def test_equals_one_process(expected: dict[float, Run], world: int) -> None:
     layouts = [layout for layout in LAYOUTS if layout.world == world]
-    for rank, runs in enumerate(run_ranks(train_layouts, world, CONFIG, layouts, ROWS, NUM_STEPS, seconds=240)):
+    for rank, runs in enumerate(run_ranks(train_layouts, world, CONFIG, layouts, ROWS, NUM_STEPS)):
         for layout, run in zip(layouts, runs):
             check(run, expected[layout.adam_eps], layout, f"{layout}, rank {rank}")
 
@@ -157,7 +157,7 @@ def without_and_with_room(cases: list[Case]) -> list[tuple[Steps, Steps]]:
 
 @pytest.mark.parametrize("world", CASES)
 def test_a_step_made_anew_is_the_one_that_asks(world: int) -> None:
-    for of_rank in run_ranks(without_and_with_room, world, CASES[world], seconds=240):
+    for of_rank in run_ranks(without_and_with_room, world, CASES[world]):
         for case, (asking, anew) in zip(CASES[world], of_rank):
             assert (asking.num_repeated, anew.num_repeated) == (0, 2), case
             for expected, found in zip(asking.results, anew.results):

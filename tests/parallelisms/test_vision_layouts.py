@@ -84,6 +84,6 @@ def test_equals_one_process(name: str, world: int) -> None:
     layouts = [layout for layout in FROZEN[name][1] if layout.world == world]
     if layouts:
         one = expected(name)
-        for rank, runs in enumerate(run_ranks(run, world, layouts, name, seconds=240)):
+        for rank, runs in enumerate(run_ranks(run, world, layouts, name)):
             for layout, each in zip(layouts, runs):
                 check(each, one[layout.adam_eps], layout, f"{name}, {layout}, rank {rank}")

@@ -14,6 +14,7 @@ from config.options import Config, Data, Job, Optimizer, Training
 from errors import UserError
 from tests.commands import status_of
 from tests.distributed import needs_gpus, run_ranks
+from tests.patience import PATIENCE
 from tests.training.test_load_balancing import ROOT, SMALL
 from training.distributed import check_same_options, world_from_environment
 
@@ -87,7 +88,7 @@ def run_with_a_sleeper(
         command.append("--kernels.cross_entropy=torch")  # nothing that is compiled for longer than they wait
     else:
         environment["CUDA_VISIBLE_DEVICES"] = ""
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=PATIENCE)
 
 
 @pytest.mark.parametrize(
@@ -177,7 +178,7 @@ def test_a_node_with_other_options_ends_the_run_at_once(tmp_path: Path) -> None:
     command += [str(tmp_path / "other.py"), f"--config={tmp_path / 'small.toml'}", f"--job.output_dir={tmp_path}"]
     command += ["--parallelism.expert_parallel_degree=2", "--parallelism.expert_room=1.2"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=PATIENCE)
     assert done.returncode == 1  # torchrun's, whatever its ranks' are
     assert "training.sequence_length = 32 on rank 1: expected 64, as on rank 0" in done.stderr.splitlines()
     assert "exitcode  : 2" in done.stderr

@@ -17,6 +17,7 @@ from models.qwen35_moe.model import Qwen35Moe
 from models.qwen35_moe.moe import Measure, MixtureOfExperts, RouterStatistics
 from tests.models.qwen35_moe.shapes import random_model, random_stream, run_model, tiny_config
 from tests.models.qwen35_moe.test_parity import reference_model
+from tests.patience import PATIENCE
 from training.load_balancing import RouterLosses, measure_for, router_losses
 from training.metrics import expert_load
 
@@ -239,7 +240,7 @@ def test_metrics_of_a_run(tmp_path: Path) -> None:
         command = [sys.executable, str(ROOT / "train.py"), "--config", str(tmp_path / "small.toml"), *options]
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
         command.append(f"--job.output_dir={tmp_path / name}")
-        subprocess.run(command, env=environment, check=True, timeout=100, capture_output=True)
+        subprocess.run(command, env=environment, check=True, timeout=PATIENCE, capture_output=True)
         return [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
 
     off = run("off")

@@ -147,7 +147,7 @@ def run_steps(configs: list[Config], world: int) -> list[Found]:
 def test_what_lies_on_a_rank_and_what_it_communicates_is_what_the_plan_says(world: int) -> None:
     drawings = [drawn(kind, world, 100 * world + number) for number, kind in enumerate(KINDS)]
     configs = [load_config(words) for words in drawings]
-    for words, config, found in zip(drawings, configs, run_ranks(run_steps, world, configs, world, seconds=600)[0]):
+    for words, config, found in zip(drawings, configs, run_ranks(run_steps, world, configs, world)[0]):
         case = case_of(config, world)
         terms = peak_memory(case)[1]
         assert terms.get("weights", 0) + terms.get("adapters", 0) == found.weights, words

@@ -16,6 +16,7 @@ from models.qwen35_moe.model import Qwen35Moe
 from tests.distributed import run_ranks
 from tests.models.qwen35_moe.shapes import tiny_config
 from tests.parallelisms.layouts import Layout, build, full, own_batches, step
+from tests.patience import PATIENCE
 from tests.training.test_load_balancing import ROOT, SMALL
 
 CONFIG = tiny_config(initializer_range=0.05)
@@ -83,7 +84,7 @@ def run(small: Path, output_dir: Path, *options: str, ranks: int = 1) -> subproc
     if ranks > 1:
         command[1:1] = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    return subprocess.run([*command, *options], env=environment, capture_output=True, text=True, timeout=120)
+    return subprocess.run([*command, *options], env=environment, capture_output=True, text=True, timeout=PATIENCE)
 
 
 def metrics(output_dir: Path) -> list[dict]:

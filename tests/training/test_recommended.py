@@ -50,7 +50,7 @@ def test_recommended_layouts_train_as_one_process_and_resume(tmp_path: Path, gpu
         options = [f"--{section}.{key}={value}" for (section, key), value in change.items()]
         print(gpus, *options)
         folder = tmp_path / str(number)
-        lines = Run(folder, gpus, *STEPS, *SHAPE, *options).finish(seconds=300)
+        lines = Run(folder, gpus, *STEPS, *SHAPE, *options).finish()
         for key, bound in (("loss", 1e-6), ("grad_norm", 1e-5)):
             assert [line[key] for line in lines] == pytest.approx([line[key] for line in one], rel=bound), (
                 options,
@@ -59,6 +59,6 @@ def test_recommended_layouts_train_as_one_process_and_resume(tmp_path: Path, gpu
         if gpus > 8 and number:  # more than two cores do in a minute
             continue
         resume = f"--checkpoint.resume={folder}/checkpoints/step-00000002"
-        again = Run(tmp_path / f"{number}-again", gpus, *STEPS, *SHAPE, *options, resume).finish(seconds=300)
+        again = Run(tmp_path / f"{number}-again", gpus, *STEPS, *SHAPE, *options, resume).finish()
         assert [line["step"] for line in again] == [3, 4]
         assert [line["loss"] for line in again] == [line["loss"] for line in lines[2:]], options

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.patience import PATIENCE
 from training.signals import StopRequest
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -29,4 +30,4 @@ def test_first_signal_is_a_request() -> None:
 def test_second_signal_ends_at_once(number: signal.Signals) -> None:
     program = "import os; from training.signals import StopRequest; StopRequest()\n"
     program += f"while True: os.kill(os.getpid(), {int(number)})"
-    assert subprocess.run([sys.executable, "-c", program], cwd=ROOT, timeout=60).returncode == 128 + number
+    assert subprocess.run([sys.executable, "-c", program], cwd=ROOT, timeout=PATIENCE).returncode == 128 + number

@@ -13,6 +13,7 @@ import torch
 from config.options import Config, Optimizer, Training
 from errors import RunError
 from parallelisms.room import Room
+from tests.patience import PATIENCE
 from tests.test_train import SMALL, metrics, run, without_times
 from training.step import Attempt, LaunchedStep, StepResult
 from training.step_report import Logged, StepReport
@@ -152,7 +153,7 @@ def test_a_run_that_tells_late_tells_the_same(tmp_path: Path) -> None:
     run(config, tmp_path / "at_once", *options, ranks=1)
     command = [sys.executable, "-c", LATE, "--config", str(config), f"--job.output_dir={tmp_path}/late", *options]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    subprocess.run(command, check=True, cwd=ROOT, env=environment, timeout=120)
+    subprocess.run(command, check=True, cwd=ROOT, env=environment, timeout=PATIENCE)
     at_once, late = metrics(tmp_path / "at_once"), metrics(tmp_path / "late")
     assert [line["step"] for line in late] == [2, 4, 6, 8, 9]
     assert without_times(late) == without_times(at_once)
