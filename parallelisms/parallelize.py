@@ -153,21 +153,20 @@ def apply_fsdp(model: Qwen35Moe, meshes: Meshes, compute_dtype: torch.dtype) -> 
     # with which the backward pass begins at once, and not where nothing is sharded, as in one process or in replicas
     # that are whole: that would only repeat the cast.
     is_sharded = meshes.degrees.shard > 1
+    for block in blocks if has_expert_units else []:
+        # Experts alone are sharded over another mesh. The axis ep has cut their dim 0, so efsdp cuts another.
+        experts = block.mlp.experts
+        rows = {parameter for name, parameter in experts.named_parameters() if not name.endswith("lora_A")}
+
+        def dim_to_cut(parameter: nn.Parameter, rows: set[nn.Parameter] = rows) -> Shard:
+            return Shard(1 if parameter in rows else 2)  # not an adapter's rank, which may be small
+
+        free = is_sharded and block is not blocks[-1]
+        shard([experts], meshes.expert, shard_placement_fn=dim_to_cut, reshard_after_forward=free)
     units = dense_units(model.config, meshes.degrees.expert)
     for indices in units:
-        of_unit = [blocks[index] for index in indices]
-        if has_expert_units:
-            # Experts alone are sharded over another mesh. The axis ep has cut their dim 0, so efsdp cuts another.
-            for block in of_unit:
-                experts = block.mlp.experts
-                rows = {parameter for name, parameter in experts.named_parameters() if not name.endswith("lora_A")}
-
-                def dim_to_cut(parameter: nn.Parameter, rows: set[nn.Parameter] = rows) -> Shard:
-                    return Shard(1 if parameter in rows else 2)  # not an adapter's rank, which may be small
-
-                free = is_sharded and block is not blocks[-1]
-                shard([experts], meshes.expert, shard_placement_fn=dim_to_cut, reshard_after_forward=free)
-        shard(of_unit, meshes.dense, reshard_after_forward=is_sharded and indices != units[-1])
+        free = is_sharded and indices != units[-1]
+        shard([blocks[index] for index in indices], meshes.dense, reshard_after_forward=free)
     if model.visual is not None:
         for part in [*model.visual.blocks, model.visual]:
             shard([part], meshes.dense, reshard_after_forward=is_sharded)
@@ -213,7 +212,7 @@ class NothingToReduce(ReduceScatter):
         raise AssertionError("FSDP has nothing to scatter over a mesh of one")
 
 
-def _prefetch_neighbours(model: Qwen35Moe, units: list[range]) -> None:
+def _prefetch_neighbours(model: Qwen35Moe, units: Sequence[range]) -> None:
     """Has each unit gather the next one before it computes, and each block the next one's experts, in both directions.
 
     Left to itself FSDP gathers a unit when the host comes to it, which is early enough only where the host runs ahead;
@@ -230,7 +229,7 @@ def _prefetch_neighbours(model: Qwen35Moe, units: list[range]) -> None:
                 unit.set_modules_to_backward_prefetch(before)
 
 
-def _gather_nothing_below_gradients(model: Qwen35Moe, units: list[range]) -> None:
+def _gather_nothing_below_gradients(model: Qwen35Moe, units: Sequence[range]) -> None:
     """With a block's backward pass FSDP gathers what ran before it, also below the first block that trains, where there
     is no backward pass: as in a trunk that is frozen for multi-token prediction."""
     if any(map(_trains, filter(None, [model.visual, model.embed_tokens]))):
@@ -243,7 +242,7 @@ def _gather_nothing_below_gradients(model: Qwen35Moe, units: list[range]) -> Non
         unit.set_modules_to_backward_prefetch([unit])  # it is there already; for none FSDP chooses itself
 
 
-def _dense(model: Qwen35Moe, units: list[range]) -> list[list[FSDPModule]]:
+def _dense(model: Qwen35Moe, units: Sequence[range]) -> list[list[FSDPModule]]:
     """Of each unit of blocks the first module, which stands for it; none where it is no unit."""
     return [_units(*(model.blocks[index] for index in indices))[:1] for indices in units]
 

@@ -18,6 +18,7 @@ from tests.distributed import free_port
 from tests.patience import PATIENCE
 
 SCRIPT = Path(__file__).resolve().parents[1] / "run_train.sh"
+LONG = 2 * PATIENCE  # what goes on so long has not been ended
 OWN_VARIABLES = ("NGPU", "NNODES", "NODE_RANK", "MASTER_ADDR", "MASTER_PORT", "LOG_RANK", "OMP_NUM_THREADS")
 
 # Like the real one: the first signal asks for a stop, a second ends the process. Each rank logs to a file of its own,
@@ -175,7 +176,7 @@ def test_a_failure_is_passed_on_in_one_line(tmp_path: Path, of_rank: int, status
 
 
 def test_a_rank_that_is_killed_is_named(tmp_path: Path) -> None:
-    launch = Launch(tmp_path, RUN_SECONDS=60)
+    launch = Launch(tmp_path, RUN_SECONDS=LONG)
     launch.wait_for_ranks()
     ranks = [
         line.split()[0] for line in launch.descendants_alive().splitlines() if line.endswith(f"train.py {tmp_path}")
@@ -223,7 +224,7 @@ def test_a_scheduler_that_starts_several_runs_of_one_process(tmp_path: Path) -> 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_reaches_the_ranks_but_not_torchrun(tmp_path: Path, number: signal.Signals) -> None:
     """Ctrl-C in a terminal goes to the script's whole process group; `kill` to the script alone."""
-    launch = Launch(tmp_path, RUN_SECONDS=60, STOP_SECONDS=0.5)
+    launch = Launch(tmp_path, RUN_SECONDS=LONG, STOP_SECONDS=0.5)
     launch.wait_for_ranks()
     (os.killpg if number == signal.SIGINT else os.kill)(launch.process.pid, number)
     assert launch.end() == 0
@@ -233,7 +234,7 @@ def test_a_signal_reaches_the_ranks_but_not_torchrun(tmp_path: Path, number: sig
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="readiness is read from /proc")
 def test_a_signal_before_the_ranks_are_ready_is_kept_for_them(tmp_path: Path) -> None:
-    launch = Launch(tmp_path, START_SECONDS=1, RUN_SECONDS=60)
+    launch = Launch(tmp_path, START_SECONDS=1, RUN_SECONDS=LONG)
     time.sleep(0.3)  # bash has set its traps; torchrun still imports torch
     launch.process.send_signal(signal.SIGTERM)
     assert launch.end() == 0
@@ -243,15 +244,15 @@ def test_a_signal_before_the_ranks_are_ready_is_kept_for_them(tmp_path: Path) ->
 
 
 def test_a_second_signal_ends_everything_at_once(tmp_path: Path) -> None:
-    launch = Launch(tmp_path, RUN_SECONDS=60, STOP_SECONDS=60)
+    launch = Launch(tmp_path, RUN_SECONDS=LONG, STOP_SECONDS=LONG)
     launch.wait_for_ranks()
     launch.process.send_signal(signal.SIGTERM)
     deadline = time.monotonic() + PATIENCE
     while not all(len(launch.log(rank)) == 2 for rank in (0, 1)) and time.monotonic() < deadline:
         time.sleep(0.05)
     launch.process.send_signal(signal.SIGINT)
-    assert launch.process.wait(timeout=30) == 128 + signal.SIGINT
-    deadline = time.monotonic() + 30  # torchrun needs a moment to see its ranks dead
+    assert launch.process.wait(timeout=5) == 128 + signal.SIGINT
+    deadline = time.monotonic() + 10  # torchrun needs a moment to see its ranks dead
     while (alive := launch.descendants_alive()) and time.monotonic() < deadline:
         time.sleep(0.1)
     assert not alive

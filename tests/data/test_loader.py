@@ -26,7 +26,6 @@ from data.samples import open_samples
 from data.shuffle import permutation
 from data.tokenize import main
 from data.tokenizer import load_tokenizer
-from tests.patience import PATIENCE
 
 ROOT = Path(__file__).resolve().parents[2]
 TOKENIZER = str(ROOT / "data" / "tiny" / "tokenizer")
@@ -396,7 +395,7 @@ def test_a_worker_that_ends_takes_no_lock_with_it():
     worker.start()
     assert ready.wait(60)
     lifeline.close()
-    assert lock.acquire(timeout=PATIENCE)
+    assert lock.acquire(timeout=10)
     worker.join(30)
     assert worker.exitcode == 0
 
@@ -513,7 +512,7 @@ def test_workers_outlive_stop_signals_to_the_group_and_end_with_close(script):
     assert all(map(is_alive, pids))
     assert tell(process, "close") == "done\n"
     wait_until_ended(pids, 1)
-    output, error = process.communicate(timeout=PATIENCE)
+    output, error = process.communicate(timeout=10)
     assert (process.returncode, output, error) == (0, "", "")
 
 
@@ -527,7 +526,7 @@ def test_a_run_that_fails_does_not_wait_for_its_workers(script):
     process, pids = script
     process.stdin.write("fail\n")
     process.stdin.flush()
-    assert process.wait(timeout=PATIENCE) == 1
+    assert process.wait(timeout=10) == 1
     assert process.stderr.read().splitlines()[-1] == "RuntimeError: on purpose"
     wait_until_ended(pids, 5)
 

@@ -164,13 +164,13 @@ class AtCp2(NamedTuple):
     num_breaks: int
 
 
-def train_at_cp_2(ep: int, modes: list[str]) -> list[AtCp2]:
+def train_at_cp_2(ep: int, room: float, modes: list[str]) -> list[AtCp2]:
     config, found = tiny_config(), []
     with stand_ins(), pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
         monkeypatch.setattr(torch._dynamo.config, "fail_on_recompile_limit_hit", True)
         for mode in modes:
-            layout = Layout(world=2, cp=2, ep=ep, activation_checkpoint=mode, compile=True)
+            layout = Layout(world=2, cp=2, ep=ep, room=room, activation_checkpoint=mode, compile=True)
             model, _, _ = build(config, layout, torch.bfloat16)
             counters.clear()
             graphs = []
@@ -187,12 +187,15 @@ def train_at_cp_2(ep: int, modes: list[str]) -> list[AtCp2]:
     return found
 
 
-@pytest.mark.parametrize(("ep", "modes"), [(1, ["none", "selective", "full"]), (2, ["selective"])])
-def test_the_exchange_of_tokens_for_heads_breaks_no_graph(ep: int, modes: list[str]) -> None:
-    # Two kinds of block; at ep 2 in parts, as above.
-    num_graphs = 2 if ep == 1 else 7
-    for rank in run_ranks(train_at_cp_2, 2, ep, modes):
+@pytest.mark.parametrize(
+    ("ep", "room", "modes"),
+    [(1, 0.0, ["none", "selective", "full"]), (2, 0.0, ["selective"]), (2, 1.2, ["selective"])],
+)
+def test_the_exchange_of_tokens_for_heads_breaks_no_graph(ep: int, room: float, modes: list[str]) -> None:
+    # Two kinds of block; at ep 2 without room, and so without gradients, in parts, as above.
+    num_graphs, num_others = 7 if ep > 1 and not room else 2, 7 if ep > 1 else 2
+    for rank in run_ranks(train_at_cp_2, 2, ep, room, modes):
         for graphs, num_breaks in rank:
             assert graphs[:4] == [num_graphs] * 4
-            assert 2 * num_graphs <= graphs[4] == graphs[5] <= 2 * num_graphs + 2 * (ep - 1)
+            assert num_graphs + num_others <= graphs[4] == graphs[5] <= num_graphs + num_others + 2 * (ep - 1)
             assert num_breaks == 0
