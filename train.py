@@ -39,6 +39,7 @@ from training.compile_cache import keep_compiled_in
 from training.distributed import (
     check_same_options,
     init_distributed,
+    keep_exit_status,
     most_over_ranks,
     name_missing_ranks,
     set_deterministic,
@@ -270,5 +271,5 @@ def main(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    with exit_on_error(), name_missing_ranks():
+    with keep_exit_status(), exit_on_error(), name_missing_ranks():
         main(sys.argv[1:])

@@ -1,8 +1,12 @@
-"""Process start-up: the process group, this rank's device, determinism; and who is missing when a wait is too long."""
+"""Process start-up: the process group, this rank's device, determinism; who is missing when a wait is too long; and the
+end beside a process group."""
 
+import atexit
 import dataclasses
 import os
 import re
+import sys
+import threading
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -114,6 +118,26 @@ def name_missing_ranks() -> Iterator[None]:
         time.sleep(5)
         missing = [rank for rank in range(dist.get_world_size()) if not store.check([f"gave_up/{rank}"])]
         raise RunError(f"a collective waited in vain: missing ranks {missing} (stuck or ended); {error}") from error
+
+
+@contextmanager
+def keep_exit_status() -> Iterator[None]:
+    """Has a process that exits beside its process group do so with its own status.
+
+    Around all else. Python's last act takes the interpreter from threads that still run; one of gloo's that lets go of
+    a Python object at that moment ends in `terminate called without an active exception`, and the process in SIGABRT
+    instead of its status. So all that Python does at an end is done here, but for that act.
+    """
+    try:
+        yield
+    except SystemExit as exit:
+        if dist.is_initialized():
+            threading._shutdown()  # type: ignore[attr-defined]  # waits for threads, as that of a save
+            atexit._run_exitfuncs()
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(exit.code if isinstance(exit.code, int) else int(exit.code is not None))
+        raise
 
 
 def set_deterministic() -> None:

@@ -118,6 +118,40 @@ def test_an_impossible_environment_is_one_line(
     assert said in line
 
 
+ENDING = """
+import atexit, sys, threading, time
+import torch.distributed as dist
+from errors import UserError, exit_on_error
+from training.distributed import keep_exit_status
+
+class Last:
+    def __del__(self):
+        print("torn down", flush=True)
+
+last = Last()
+atexit.register(print, "hooks")
+has_group = sys.argv[1] == "True"
+if has_group:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+with keep_exit_status(), exit_on_error():
+    threading.Thread(target=lambda: (time.sleep(0.5), print("saved"))).start()
+    if sys.argv[2] == "error":
+        raise UserError("wrong")
+    sys.exit(None if sys.argv[2] == "None" else int(sys.argv[2]))
+"""
+
+
+@pytest.mark.parametrize("has_group", [True, False])
+@pytest.mark.parametrize(("how", "status"), [("error", 2), ("3", 3), ("None", 0)])
+def test_beside_a_group_a_process_ends_but_for_pythons_last_act(has_group: bool, how: str, status: int) -> None:
+    command = [sys.executable, "-c", ENDING, str(has_group), how]
+    environment = {**os.environ, "RANK": "0", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=PATIENCE)
+    assert done.returncode == status
+    assert done.stderr == ("wrong\n" if how == "error" else "")
+    assert done.stdout.splitlines() == ["saved", "hooks"] + ([] if has_group else ["torn down"])
+
+
 OPTIONS = Config(
     job=Job(output_dir="/here"),
     data=Data(path=("/here",), tokenizer="/here"),
