@@ -201,7 +201,9 @@ class ExpertParallelBlock:
         """See `forward`."""
         sizes = self.room.sizes(len(hidden), self.mlp.gate.top_k, self.num_ranks, self.num_local)
         projections = map(_local, self.mlp.experts.projections())
-        return self.compute_with_room(hidden, rotary, documents, measure, sizes, *projections)
+        results = self.compute_with_room(hidden, rotary, documents, measure, sizes, *projections)
+        hidden, statistics, num_missed = results
+        return hidden, statistics._replace(num_missed=num_missed)  # torch 2.11 does not compile `_replace`
 
     def compute_with_room(
         self,
@@ -212,8 +214,8 @@ class ExpertParallelBlock:
         sizes: Sizes,
         gate_up_proj: Projection,
         down_proj: Projection,
-    ) -> tuple[torch.Tensor, RouterStatistics]:
-        """`forward_with_room`, with the experts' weights as arguments."""
+    ) -> tuple[torch.Tensor, RouterStatistics, torch.Tensor]:
+        """`forward_with_room`, with the experts' weights as arguments, and how many rows were missed by itself."""
         hidden, x, weights, plan, statistics = self.attend_and_route(hidden, rotary, documents, measure, sizes.copies)
         numbers, is_copy = fixed_copies(plan, len(x), sizes.copies)
         results, sources, num_missed = self.exchange_and_compute(
@@ -223,7 +225,7 @@ class ExpertParallelBlock:
         results = self._send(results)
         shared = self.run_shared_expert(x)  # while they are on their way back
         hidden = add_results(hidden, shared, self._receive(results), Copies(sources, plan.places))
-        return hidden, statistics._replace(num_missed=num_missed)
+        return hidden, statistics, num_missed
 
     def exchange_and_compute(
         self,
