@@ -9,9 +9,12 @@ A global batch that is too small for the processes is one micro-batch of each. M
 Options of its own: `--documents 4096,1024` cuts every row into documents of these lengths, again and again (default: a
 row is one document); `--images HEIGHTxWIDTH:SHARE` has so large a share of the tokens stand for images of random pixels
 of this size, for a model with a vision tower; `--steps N` timed steps (default 8); `--profile N` profiles N more and
-prints the time by kind of work; `--trace FILE` also writes rank 0's trace of these, of which timeline.py makes a
-picture; `--json FILE` adds a JSON line to FILE; `--record WHAT` adds the run, by this name, to recorded.jsonl, which
-the planner's predictions are held to. The other options are train.py's.
+prints the time by kind of work; `--trace FILE` also writes a trace of these, of which timeline.py makes a picture, that
+of rank 1 as `rank1-FILE` beside it, and so on; `--json FILE` adds a JSON line to FILE; `--record WHAT` adds the run, by
+this name, to recorded.jsonl, which the planner's predictions are held to. The other options are train.py's.
+
+`host_ahead_ms`, of each rank: how far its GPU is behind the host that launches its work, when all of a step has been
+launched; the median. Near 0 the GPU waits for that host. A GPU's queue holds 1,024 launches, some 100 ms.
 """
 
 import argparse
@@ -22,6 +25,7 @@ import gc
 import itertools
 import json
 import re
+import statistics
 import sys
 import time
 from collections import defaultdict
@@ -130,6 +134,32 @@ def time_by_kind(profile: torch.profiler.profile, num_steps: int) -> dict[str, f
     return dict(sorted(kinds.items(), key=lambda item: -item[1]))
 
 
+class Launches:
+    """How far a GPU is behind its host; nothing elsewhere. To be made when the GPU has nothing to do."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._moments: list[tuple[float, torch.cuda.Event]] = []
+        self._is_gpu = device.type == "cuda"
+        self.note()
+
+    def note(self) -> None:
+        """All of a step has been launched."""
+        if self._is_gpu:
+            event = torch.cuda.Event(enable_timing=True)
+            event.record()
+            self._moments.append((time.perf_counter(), event))
+
+    def ahead(self) -> list[float]:
+        """The median of each rank, ms. Asks all ranks, of GPUs that have finished."""
+        (start, first), *others = self._moments
+        ahead = statistics.median(first.elapsed_time(event) - (at - start) * 1e3 for at, event in others)
+        of_ranks: list[float] = [ahead]
+        if torch.distributed.is_initialized():
+            of_ranks *= torch.distributed.get_world_size()
+            torch.distributed.all_gather_object(of_ranks, ahead)
+        return [round(each, 1) for each in of_ranks]
+
+
 def measure(
     config: Config, lengths: list[int], num_steps: int, profile_steps: int, trace: str, images: Images | None = None
 ) -> dict[str, Any]:
@@ -185,9 +215,11 @@ def measure(
     gc.freeze()  # as train.py does
     synchronize()
     # As in training: a step's backward pass is waited for when the next step has been launched.
+    launches = Launches(device)
     told, launched = [time.perf_counter()], step(NUM_WARMUP_STEPS)
     for number in range(NUM_WARMUP_STEPS + 1, NUM_WARMUP_STEPS + 1 + num_steps):
         untold, launched = launched, step(number)
+        launches.note()
         result = untold.result()
         told.append(time.perf_counter())
     synchronize()
@@ -227,6 +259,7 @@ def measure(
         "expert_load_max_over_mean": round(float(expert_load(result.expert_counts)["expert_load_max_over_mean"]), 2),
     }
     if device.type == "cuda":
+        found["host_ahead_ms"] = launches.ahead()
         peak_bytes = torch.tensor(torch.cuda.max_memory_allocated(), device=device)
         torch.distributed.all_reduce(peak_bytes, torch.distributed.ReduceOp.MAX)
         found["peak_gib"] = round(peak_bytes.item() / 2**30, 1)
@@ -239,8 +272,10 @@ def measure(
                     step(number)
             synchronize()
         found["milliseconds_by_kind"] = {k: round(v, 2) for k, v in time_by_kind(profile, profile_steps).items()}
+        if trace:
+            own = Path(trace).with_name(f"rank{rank}-{Path(trace).name}") if rank else trace
+            profile.export_chrome_trace(str(own))
         if trace and rank == 0:
-            profile.export_chrome_trace(trace)
             averages = profile.key_averages().table(sort_by="cuda_time_total", row_limit=200, max_name_column_width=110)
             Path(trace).with_suffix(".txt").write_text(averages)
     return found

@@ -59,7 +59,7 @@ GPUS = {
     ),
 }
 
-# Of the tower, heads of 72 and no causality, forward and backward (benchmarks/vision_attention.py, H100, 2026-11-28):
+# Of the tower, heads of 72 and no causality, forward and backward (benchmarks/attention.py --vision, H100, 2026-11-28):
 # operations a second, the backward pass with 2.5 times as many.
 VISION_ATTENTION = (302e12, 288e12)
 

@@ -165,7 +165,7 @@ class _Run(NamedTuple):
 
 
 # On an H100, three frames of 8,160 patches and 16 heads of 72 took FlashAttention 2 3.9 ms forward and 12.0 backward,
-# and cuDNN 3.0 and 8.0 (benchmarks/vision_attention.py). Short documents would be more launches than work.
+# and cuDNN 3.0 and 8.0 (benchmarks/attention.py --vision). Short documents would be more launches than work.
 _TOKENS_OF_A_RUN = 1024
 
 
