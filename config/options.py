@@ -294,8 +294,8 @@ class Kernels:
 
     attention: Literal["auto", "sdpa", "varlen", "cudnn", "fa4"] = "auto"
     """'sdpa': one call a document, runs everywhere; 'varlen': PyTorch's FlashAttention 2 over the stream, CUDA and
-    bfloat16; 'cudnn': cuDNN where all documents of a micro-batch have one length, else as 'varlen'; 'fa4':
-    FlashAttention 4 over the stream, package flash-attn-4 (Hopper, Blackwell), which 'auto' leaves out."""
+    bfloat16; 'cudnn': cuDNN where all documents of a micro-batch have one length, else as 'varlen'; 'fa4': as 'cudnn',
+    else FlashAttention 4, package flash-attn-4 (Hopper, Blackwell), which 'auto' takes on Hopper where it is there."""
     gated_delta_rule: Literal["auto", "torch", "fla", "flash_qla"] = "auto"
     """'torch': runs everywhere; 'fla': flash-linear-attention, 'flash_qla': flash-qla, both CUDA and bfloat16."""
     causal_conv1d: Literal["auto", "torch", "triton"] = "auto"

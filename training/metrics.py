@@ -54,6 +54,7 @@ def _quieten_libraries() -> None:
     logging.getLogger("torch._higher_order_ops.wrap").setLevel(logging.ERROR)
     # Products in float32 are those of routers, which are to be exact.
     warnings.filterwarnings("ignore", message="TensorFloat32 tensor cores")
+    warnings.filterwarnings("ignore", message="Argument aux_data")  # flash-attn-4's own, where it compiles
     # The thread of the first backward pass finds no context of the GPU yet, and takes the process's.
     warnings.filterwarnings("ignore", message="Attempting to run cuBLAS, but there was no current CUDA context")
 

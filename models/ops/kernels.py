@@ -42,8 +42,8 @@ CHOICES = {
 }
 """The reference first; then, as far as measured, each faster than the one before."""
 
-ON_REQUEST = ("fa4",)
-"""What "auto" leaves out: not measured against the others yet."""
+MEASURED_ON = {"fa4": ((9, 0),)}
+"""What "auto" takes on GPUs of these compute capabilities alone: elsewhere it was not measured against the others."""
 
 # Of the earlier ones, 4.0.0b11 gives wrong gradients with these very heads on Blackwell: for real activations, not for
 # random ones, so that no self-test would see it (TransformerEngine's issue 3216).
@@ -68,7 +68,7 @@ def select_kernels(
     def choose(operation: str, choice: str) -> str:
         choices = CHOICES[operation]
         if choice == "auto":
-            choice = next(c for c in reversed(choices) if not hinders.get(c) and c not in ON_REQUEST)
+            choice = next(c for c in reversed(choices) if not hinders.get(c) and _is_measured(c))
         assert choice in choices, choice  # the options name the same: a test compares them
         if hinders.get(choice):
             possible = " or ".join(repr(c) for c in ("auto", *choices) if not hinders.get(c))
@@ -81,6 +81,10 @@ def select_kernels(
         causal_conv1d=choose("causal_conv1d", requested.get("causal_conv1d", "auto")),
         cross_entropy=choose("cross_entropy", requested.get("cross_entropy", "auto")),
     )
+
+
+def _is_measured(choice: str) -> bool:
+    return choice not in MEASURED_ON or torch.cuda.get_device_capability() in MEASURED_ON[choice]
 
 
 _LIBRARIES = {

@@ -24,7 +24,7 @@ from models.ops.documents import Documents
 from models.ops.gated_delta_rule import gated_delta_rule
 from models.ops.grouped_experts import Projection
 from models.ops.grouped_experts import grouped_experts as experts_of_projections
-from models.ops.kernels import CHOICES, ON_REQUEST, Kernels
+from models.ops.kernels import CHOICES, Kernels
 from models.ops.labels import IGNORED
 from models.ops.linear_cross_entropy import linear_cross_entropy
 from models.qwen35_moe.config import ModelConfig
@@ -119,7 +119,9 @@ def _what_was_compared(kernels: Kernels, shape: ModelConfig, device: torch.devic
         versions.append(found[0].version if found else None)
     gpu = torch.cuda.get_device_properties(device) if device.type == "cuda" else None
     of_gpu = (gpu.name, gpu.major, gpu.minor, torch.version.cuda) if gpu else None
-    digest = hashlib.sha256(repr((versions, of_gpu, kernels, shape, dtype)).encode())
+    # Of the blocks' number and order only which kinds there are: the same kernels run in every block of a kind.
+    widths = vars(shape) | {"num_hidden_layers": 0, "layer_types": sorted(set(shape.layer_types))}
+    digest = hashlib.sha256(repr((versions, of_gpu, kernels, widths, dtype)).encode())
     for file in (Path(__file__), *sorted(Path(models.ops.__path__[0]).glob("*.py"))):
         digest.update(file.read_bytes())
     return f"kernels-agree-{digest.hexdigest()[:16]}"
@@ -135,7 +137,7 @@ def _cases(kernels: Kernels, shape: ModelConfig, device: torch.device, dtype: to
     documents, num_tokens = Documents.from_lengths(_LENGTHS, device), sum(_LENGTHS)
 
     if kernels.attention != CHOICES["attention"][0]:
-        for lengths in (_LENGTHS, _ONE_LENGTH) if kernels.attention == "cudnn" else (_LENGTHS,):
+        for lengths in (_LENGTHS, _ONE_LENGTH) if kernels.attention != "varlen" else (_LENGTHS,):
             heads = {"q": shape.num_attention_heads, "k": shape.num_key_value_heads, "v": shape.num_key_value_heads}
             inputs = {name: random(sum(lengths), number, shape.head_dim) for name, number in heads.items()}
             yield _Case("attention", kernels.attention, attention, inputs, (Documents.from_lengths(lengths, device),))
@@ -227,6 +229,6 @@ def _message(case: _Case, found: str) -> str:
     if not case.backend:
         return f"{case.operation} (grouped_mm) computes wrong numbers here: {found}; another PyTorch, or {anyway}"
     choices = CHOICES[case.operation]
-    slower = " or ".join(repr(c) for c in reversed(choices[: choices.index(case.backend)]) if c not in ON_REQUEST)
+    slower = " or ".join(repr(c) for c in reversed(choices[: choices.index(case.backend)]))
     key = f"kernels.{case.operation} = {case.backend!r}"
     return f"{key} computes wrong numbers here: {found}; use [kernels] {case.operation} = {slower}, or {anyway}"

@@ -189,6 +189,7 @@ def skip_unless_it_runs(backend: str, dtype: torch.dtype, dim: int) -> None:
         ("cudnn", [256, 256]),
         ("cudnn", [1500, 1500, 1100]),
         ("cudnn", [1] * 512),
+        ("fa4", [256, 256]),
         ("fa4", [1, 200, 63, 64, 184]),
         ("fa4", [1] * 300 + [212]),  # from 257 documents on it finds a tile's document in another way
     ],

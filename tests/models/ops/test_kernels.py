@@ -100,9 +100,12 @@ def choose_attention(choice: str, head_dim: int = 256) -> str:
     return select_kernels({"attention": choice}, "cuda", torch.bfloat16, HEAD_DIMS, 4, head_dim).attention
 
 
-def test_flash_attention_4_is_chosen_on_request_alone(install: Callable[..., None]) -> None:
-    install()
-    assert [choose_attention(choice) for choice in ("fa4", "auto")] == ["fa4", "cudnn"]
+@pytest.mark.parametrize(("capability", "chosen"), [((9, 0), "fa4"), ((10, 0), "cudnn"), ((8, 0), "cudnn")])
+def test_flash_attention_4_is_chosen_where_it_was_measured(
+    capability: tuple[int, int], chosen: str, install: Callable[..., None]
+) -> None:
+    install(capability=capability)
+    assert choose_attention("auto") == chosen
 
 
 @pytest.mark.parametrize("version", ["4.0.0b36", "4.0.0b100", "4.0.0", "4.1.0b1"])

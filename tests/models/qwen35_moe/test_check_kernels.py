@@ -18,7 +18,7 @@ from errors import RunError
 from models.ops import linear_cross_entropy as loss_module
 from models.ops.documents import Documents
 from models.ops.gated_delta_rule import CHUNK
-from models.ops.kernels import CHOICES, ON_REQUEST, Kernels, select_kernels
+from models.ops.kernels import CHOICES, MEASURED_ON, Kernels, select_kernels
 from models.qwen35_moe import check_kernels as module
 from models.qwen35_moe.check_kernels import check_kernels
 from models.qwen35_moe.config import ModelConfig
@@ -27,7 +27,7 @@ from tests.models.qwen35_moe.shapes import tiny_config
 
 ROOT = Path(__file__).resolve().parents[3]
 CPU = torch.device("cpu")
-FASTEST = Kernels(**{name: [c for c in choices if c not in ON_REQUEST][-1] for name, choices in CHOICES.items()})
+FASTEST = Kernels(**{name: [c for c in choices if c not in MEASURED_ON][-1] for name, choices in CHOICES.items()})
 INPUTS = {
     "attention": ("q", "k", "v"),
     "gated_delta_rule": ("q", "k", "v", "g", "beta"),
@@ -103,7 +103,7 @@ def test_what_agreed_is_compared_again_only_where_something_has_changed(
     replace("causal_conv1d", lambda reference, *arguments: compared.append(1) or reference(*arguments))
     kernels, folder = only("causal_conv1d"), tmp_path / "compiled"
 
-    def compares(kernels: Kernels = kernels, dtype: torch.dtype = torch.bfloat16, **changed: int) -> bool:
+    def compares(kernels: Kernels = kernels, dtype: torch.dtype = torch.bfloat16, **changed: Any) -> bool:
         compared.clear()
         assert check_kernels(kernels, tiny_config(**changed), CPU, dtype, folder) == []
         return bool(compared)
@@ -115,6 +115,9 @@ def test_what_agreed_is_compared_again_only_where_something_has_changed(
     (note,) = folder.iterdir()
     assert line == f"kernels agreed with plain PyTorch before, all being the same as now: noted in {note}"
     assert "off by" in note.read_text()
+    layer_types = 2 * tiny_config().layer_types  # more blocks of the same kinds
+    assert not compares(num_hidden_layers=len(layer_types), layer_types=layer_types)
+    assert compares(num_hidden_layers=1, layer_types=layer_types[:1])
     assert compares(dtype=torch.float32)
     assert compares(linear_num_value_heads=8)
     assert compares(kernels._replace(attention="varlen"))
@@ -236,15 +239,17 @@ def test_cudnn_is_tried_where_it_takes_its_own_kernel(replace: Callable) -> None
     assert check_kernels(Kernels(attention="varlen"), tiny_config(), CPU, torch.bfloat16) == []
 
 
-@pytest.mark.parametrize("backend", ON_REQUEST)
-def test_what_is_chosen_on_request_is_tried_too(replace: Callable, backend: str) -> None:
+@pytest.mark.parametrize("backend", MEASURED_ON)
+def test_what_is_not_chosen_everywhere_is_tried_too(replace: Callable, backend: str) -> None:
     """And the way out is one that can be taken without another package."""
     kernels = Kernels(attention=backend)
     assert check_kernels(kernels, tiny_config(), CPU, torch.bfloat16) == []
     replace("attention", lambda reference, *arguments: reference(*arguments) * 1.05)
-    (line,) = check_kernels(kernels, tiny_config(), CPU, torch.bfloat16)
-    assert line.startswith(f"kernels.attention = '{backend}' computes wrong numbers here: output off by 0.05")
-    assert "use [kernels] attention = 'cudnn' or 'varlen' or 'sdpa', or [kernels] self_test = false" in line
+    lines = check_kernels(kernels, tiny_config(), CPU, torch.bfloat16)
+    assert len(lines) == 2  # documents of different lengths, and of one, which go to cuDNN
+    for line in lines:
+        assert line.startswith(f"kernels.attention = '{backend}' computes wrong numbers here: output off by 0.05")
+        assert "use [kernels] attention = 'cudnn' or 'varlen' or 'sdpa', or [kernels] self_test = false" in line
 
 
 def test_all_wrong_operations_are_told(replace: Callable) -> None:
