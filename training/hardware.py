@@ -87,8 +87,8 @@ ATTENTION_TILE, RAGGED = 128, (0.48, 0.68)
 # (adapters on one GPU, one row, H200, 2026-11-28: 5.7 ms, and with "full" 7.9, so that the forward pass is the share
 # below); with them (11.2 ms on 40 layers that day, less what laying out gradients took until plain copies did: 126 of
 # 555 ms under a profiler); and at ep > 1, where buffers have room and where the host asks for sizes (40 layers on two
-# H200s that day: steps of 543 and 667 ms less `STEP`; on another host of the same cards the first took 624; before a
-# block with room was one graph, and two blocks' dense weights one unit).
+# H200s that day: steps of 543 and 667 ms less `STEP`; on other hosts of the same cards the first took 553 to 664, also
+# since a block with room is one graph).
 HOST = {"no units": 5.7e-3, "units": 8.7e-3, "ep": 13.4e-3, "ep, asks": 16.5e-3}
 HOST_FORWARD = 0.37
 # What lies between the kernels of a block, and at a step's end beside it, where the host is not late: steps of 8, 12
