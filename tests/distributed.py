@@ -26,7 +26,9 @@ from training.distributed import init_distributed
 # CUDA state. (Not `datasets`: importing it starts a thread.)
 on_cpus = multiprocessing.get_context("forkserver")
 _PRELOADED = ["torch.distributed.checkpoint", "transformers", "tests.parallelisms.layouts"]
-_PRELOADED += [] if torch.cuda.device_count() else ["tests.preloaded"]  # compiling asks for a GPU
+# Compiling asks for a GPU; and, in a PyTorch that is built for them, starts threads for its backward passes, with which
+# no forked process has any, GPU or not.
+_PRELOADED += [] if torch.backends.cuda.is_built() else ["tests.preloaded"]
 _REPOSITORY = Path(__file__).resolve().parents[1]
 
 
