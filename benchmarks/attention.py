@@ -9,12 +9,13 @@ of documents' lengths: `4096x2` are two of 4,096, `+` joins. Documents of one le
 
 import argparse
 import json
+import re
 import sys
 
 import torch
 from torch.utils.benchmark import Timer
 
-from errors import OneLineParser, exit_on_error
+from errors import OneLineParser, UserError, exit_on_error
 from models.ops.attention import attention
 from models.ops.documents import Documents
 from models.ops.kernels import hindrances
@@ -23,6 +24,7 @@ from training.flops import peak_flops
 TEXT, VISION = (16, 2, 256), (16, 16, 72)
 """Heads of queries, heads of keys and values, and their size."""
 
+_DOCUMENTS = r"[1-9]\d{0,7}(x[1-9]\d{0,5})?"
 _STREAMS = {
     TEXT: "4096x2,512x16,64x128,4000+96+2048+2000+48,32768,20000+8000+4768",
     VISION: "8160x3,8160+4000+2040",
@@ -30,13 +32,13 @@ _STREAMS = {
 
 
 def lengths_of(stream: str) -> list[int]:
-    """`4096x2+100` -> [4096, 4096, 100]. Raises ValueError."""
+    """`4096x2+100` -> [4096, 4096, 100]. Raises UserError."""
+    if not re.fullmatch(rf"{_DOCUMENTS}(\+{_DOCUMENTS})*", stream, re.ASCII):
+        raise UserError(f"--streams: expected lengths like 4096x2+100, got {stream!r}")
     lengths: list[int] = []
     for part in stream.split("+"):
         length, _, times = part.partition("x")
         lengths += [int(length)] * int(times or 1)
-    if not lengths or min(lengths) < 1:
-        raise ValueError(stream)
     return lengths
 
 
@@ -91,11 +93,7 @@ def main(arguments: list[str]) -> None:
     heads = VISION if options.vision else TEXT
     hinders = hindrances("cuda", torch.bfloat16, (128, 128), 4, heads[-1])
     backends = [b for b in ("varlen", "cudnn", "fa4") if not hinders[b]]
-    try:
-        streams = [lengths_of(stream) for stream in (options.streams or _STREAMS[heads]).split(",")]
-    except ValueError as error:
-        parser.error(f"--streams: expected lengths like 4096x2+100, not {error}")
-    for lengths in streams:
+    for lengths in [lengths_of(stream) for stream in (options.streams or _STREAMS[heads]).split(",")]:
         for backend in options.backends.split(",") if options.backends else backends:
             line = measure(lengths, backend, heads, causal=not options.vision)
             print(line, flush=True)

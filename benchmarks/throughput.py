@@ -160,6 +160,12 @@ class Launches:
         return [round(each, 1) for each in of_ranks]
 
 
+def trace_of_rank(trace: str, rank: int) -> str:
+    """The path of a rank's trace; that of rank 0 is `trace` itself."""
+    path = Path(trace)
+    return str(path.with_name(f"rank{rank}-{path.name}")) if rank else trace
+
+
 def measure(
     config: Config, lengths: list[int], num_steps: int, profile_steps: int, trace: str, images: Images | None = None
 ) -> dict[str, Any]:
@@ -273,8 +279,7 @@ def measure(
             synchronize()
         found["milliseconds_by_kind"] = {k: round(v, 2) for k, v in time_by_kind(profile, profile_steps).items()}
         if trace:
-            own = Path(trace).with_name(f"rank{rank}-{Path(trace).name}") if rank else trace
-            profile.export_chrome_trace(str(own))
+            profile.export_chrome_trace(trace_of_rank(trace, rank))
         if trace and rank == 0:
             averages = profile.key_averages().table(sort_by="cuda_time_total", row_limit=200, max_name_column_width=110)
             Path(trace).with_suffix(".txt").write_text(averages)

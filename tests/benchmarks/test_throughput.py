@@ -11,7 +11,7 @@ import torch
 
 from benchmarks import throughput
 from benchmarks.images import with_images
-from benchmarks.throughput import random_micro_batch, time_by_kind
+from benchmarks.throughput import Launches, random_micro_batch, time_by_kind, trace_of_rank
 from config.options import Config
 from config.reading import load_config, model_config
 from errors import UserError
@@ -36,6 +36,33 @@ def test_what_a_gpu_does_is_told_of_the_steps_after_the_first() -> None:
     events.append(SimpleNamespace(device_type=torch.autograd.DeviceType.CPU, name="_update_kernel"))
     found = time_by_kind(SimpleNamespace(events=lambda: events), num_steps=1)  # type: ignore[arg-type]
     assert found == {"dense matmuls": 2.0, "idle": 2.0, "optimizer, clipping": 1.0}
+
+
+def test_how_far_a_gpu_is_behind_its_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Seconds at which the host has launched, and the GPU is there: 0.5 ms after it at the start, then 100, 40 and 3.
+    launched, reached = iter([7.0, 8.0, 9.0, 10.0]), iter([7.0005, 8.1, 9.04, 10.003])
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            assert enable_timing
+
+        def record(self) -> None:
+            self.at = next(reached)
+
+        def elapsed_time(self, other: "Event") -> float:
+            return (other.at - self.at) * 1e3
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(throughput.time, "perf_counter", lambda: next(launched))
+    launches = Launches(torch.device("cuda"))
+    for _ in range(3):
+        launches.note()
+    assert launches.ahead() == [39.5]  # the median, from where the host found the GPU idle
+
+
+def test_each_rank_has_a_trace_of_its_own() -> None:
+    assert trace_of_rank("runs/trace.json.gz", 0) == "runs/trace.json.gz"
+    assert trace_of_rank("runs/trace.json.gz", 3) == "runs/rank3-trace.json.gz"  # a name that is compressed stays one
 
 
 def test_it_measures_a_training_step(tmp_path: Path) -> None:
