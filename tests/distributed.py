@@ -109,11 +109,14 @@ def run_ranks(
                 deadline = min(deadline, time.monotonic() + 2)  # let the peers write their errors too
             time.sleep(0.02)
         running = [rank for rank, process in enumerate(ranks) if process.is_alive()]
+        # Of those that a signal ended, say a crash: they leave no traceback, and are why the others failed.
+        crashed = {rank: process.exitcode for rank, process in enumerate(ranks) if (process.exitcode or 0) < 0}
         for process in ranks:
             process.kill()
             process.join()
         failed = sorted(Path(folder).glob("error-*"), key=lambda path: path.stat().st_mtime_ns)
-        assert not failed, f"{len(failed)} of {world_size} ranks failed; the first:\n{failed[0].read_text()}"
+        by_signal = f" (by signals: {crashed})" if crashed else ""
+        assert not failed, f"{len(failed)} of {world_size} ranks failed{by_signal}; the first:\n{failed[0].read_text()}"
         assert not running, f"ranks {running} of {world_size} were still running after {seconds} s"
         assert all(process.exitcode == 0 for process in ranks), [process.exitcode for process in ranks]
         return [torch.load(f"{folder}/result-{rank}", weights_only=False) for rank in range(world_size)]

@@ -1,11 +1,14 @@
 """The ranks of tests: what they begin with."""
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
+import torch.distributed as dist
 
 from config.reading import ROOT
 from tests.distributed import run_ranks
@@ -31,5 +34,16 @@ def test_ranks_begin_with_everything_imported_and_no_threads(tmp_path: Path) -> 
     command = [sys.executable, "-c", PROGRAM]
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True)
     # Forking a process that has threads can hang.
-    prepared = "" if torch.cuda.device_count() else "tests.preloaded "
+    prepared = "" if torch.backends.cuda.is_built() else "tests.preloaded "
     assert done.stdout.splitlines() == [f"tests.parallelisms.layouts {prepared}transformers 1"] * 2
+
+
+def crash_on_rank_1() -> None:
+    if dist.get_rank() == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    dist.all_reduce(torch.ones(1))
+
+
+def test_a_rank_that_crashed_is_named_beside_what_the_others_say() -> None:
+    with pytest.raises(AssertionError, match=r"^1 of 2 ranks failed \(by signals: \{1: -9\}\); the first:\nTraceback"):
+        run_ranks(crash_on_rank_1, 2)
