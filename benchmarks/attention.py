@@ -1,7 +1,7 @@
 """Attention at the model's heads on a GPU: each backend against what the GPU could do, and against float32.
 
     python -m benchmarks.attention [--streams 4096x2,512x16,1000+3000+192] [--backends varlen,cudnn] [--json FILE]
-    python -m benchmarks.attention --vision [--streams 8160x3]
+    python -m benchmarks.attention --vision [--streams 8160x3] [--head-dim 128]
 
 35B-A3B's heads: 16 of 256 with 2 of keys and values, causal; of the vision tower 16 of 72, to all patches. A stream is
 of documents' lengths: `4096x2` are two of 4,096, `+` joins. Documents of one length let "cudnn" take cuDNN's kernel.
@@ -18,7 +18,7 @@ from torch.utils.benchmark import Timer
 from errors import OneLineParser, UserError, exit_on_error
 from models.ops.attention import attention
 from models.ops.documents import Documents
-from models.ops.kernels import hindrances
+from models.ops.kernels import CHOICES, hindrances
 from training.flops import peak_flops
 
 TEXT, VISION = (16, 2, 256), (16, 16, 72)
@@ -40,6 +40,19 @@ def lengths_of(stream: str) -> list[int]:
         length, _, times = part.partition("x")
         lengths += [int(length)] * int(times or 1)
     return lengths
+
+
+def backends_of(asked: str, hinders: dict[str, str]) -> list[str]:
+    """`varlen,cudnn` -> both; "": all kernels that nothing hinders. Raises UserError."""
+    reference, *kernels = CHOICES["attention"]
+    if not asked:
+        return [backend for backend in kernels if not hinders[backend]]
+    for backend in asked.split(","):
+        if backend not in (reference, *kernels):
+            raise UserError(f"--backends: expected some of {', '.join((reference, *kernels))}, got {backend!r}")
+        if hinders.get(backend):
+            raise UserError(f"--backends: {backend!r} needs {hinders[backend]}")
+    return asked.split(",")
 
 
 def measure(lengths: list[int], backend: str, heads: tuple[int, int, int], causal: bool) -> dict[str, object]:
@@ -84,17 +97,20 @@ def measure(lengths: list[int], backend: str, heads: tuple[int, int, int], causa
 def main(arguments: list[str]) -> None:
     parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--vision", action="store_true", help="the vision tower's heads")
+    parser.add_argument("--head-dim", type=int, default=0, help="another size of heads, for comparison")
     parser.add_argument("--streams", default="", help="separated by commas")
     parser.add_argument("--backends", default="", help="separated by commas; default: all that run here")
     parser.add_argument("--json", default="", metavar="FILE", help="also add JSON lines to FILE")
     options = parser.parse_args(arguments)
     if not torch.cuda.is_available():
         parser.error("expected a CUDA GPU")
-    heads = VISION if options.vision else TEXT
-    hinders = hindrances("cuda", torch.bfloat16, (128, 128), 4, heads[-1])
-    backends = [b for b in ("varlen", "cudnn", "fa4") if not hinders[b]]
-    for lengths in [lengths_of(stream) for stream in (options.streams or _STREAMS[heads]).split(",")]:
-        for backend in options.backends.split(",") if options.backends else backends:
+    if options.head_dim < 0:
+        parser.error(f"--head-dim = {options.head_dim}: expected a positive integer")
+    own = VISION if options.vision else TEXT
+    heads = (*own[:2], options.head_dim or own[2])
+    backends = backends_of(options.backends, hindrances("cuda", torch.bfloat16, (128, 128), 4, heads[2]))
+    for lengths in [lengths_of(stream) for stream in (options.streams or _STREAMS[own]).split(",")]:
+        for backend in backends:
             line = measure(lengths, backend, heads, causal=not options.vision)
             print(line, flush=True)
             if options.json:

@@ -149,15 +149,10 @@ class Launches:
             event.record()
             self._moments.append((time.perf_counter(), event))
 
-    def ahead(self) -> list[float]:
-        """The median of each rank, ms. Asks all ranks, of GPUs that have finished."""
+    def ahead(self) -> float:
+        """The median, ms, of a GPU that has finished."""
         (start, first), *others = self._moments
-        ahead = statistics.median(first.elapsed_time(event) - (at - start) * 1e3 for at, event in others)
-        of_ranks: list[float] = [ahead]
-        if torch.distributed.is_initialized():
-            of_ranks *= torch.distributed.get_world_size()
-            torch.distributed.all_gather_object(of_ranks, ahead)
-        return [round(each, 1) for each in of_ranks]
+        return statistics.median(first.elapsed_time(event) - (at - start) * 1e3 for at, event in others)
 
 
 def trace_of_rank(trace: str, rank: int) -> str:
@@ -220,8 +215,8 @@ def measure(
     gc.collect()
     gc.freeze()  # as train.py does
     synchronize()
-    # As in training: a step's backward pass is waited for when the next step has been launched.
     launches = Launches(device)
+    # As in training: a step's backward pass is waited for when the next step has been launched.
     told, launched = [time.perf_counter()], step(NUM_WARMUP_STEPS)
     for number in range(NUM_WARMUP_STEPS + 1, NUM_WARMUP_STEPS + 1 + num_steps):
         untold, launched = launched, step(number)
@@ -265,7 +260,8 @@ def measure(
         "expert_load_max_over_mean": round(float(expert_load(result.expert_counts)["expert_load_max_over_mean"]), 2),
     }
     if device.type == "cuda":
-        found["host_ahead_ms"] = launches.ahead()
+        found["host_ahead_ms"] = [0.0] * world_size
+        torch.distributed.all_gather_object(found["host_ahead_ms"], round(launches.ahead(), 1))
         peak_bytes = torch.tensor(torch.cuda.max_memory_allocated(), device=device)
         torch.distributed.all_reduce(peak_bytes, torch.distributed.ReduceOp.MAX)
         found["peak_gib"] = round(peak_bytes.item() / 2**30, 1)

@@ -203,7 +203,7 @@ class ExpertParallelBlock:
         projections = map(_local, self.mlp.experts.projections())
         results = self.compute_with_room(hidden, rotary, documents, measure, sizes, *projections)
         hidden, statistics, num_missed = results
-        return hidden, statistics._replace(num_missed=num_missed)  # torch 2.11 does not compile `_replace`
+        return hidden, statistics._replace(num_missed=num_missed)  # torch 2.11 compiles no return of it
 
     def compute_with_room(
         self,

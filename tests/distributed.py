@@ -26,8 +26,8 @@ from training.distributed import init_distributed
 # CUDA state. (Not `datasets`: importing it starts a thread.)
 on_cpus = multiprocessing.get_context("forkserver")
 _PRELOADED = ["torch.distributed.checkpoint", "transformers", "tests.parallelisms.layouts"]
-# Compiling asks for a GPU; and, in a PyTorch that is built for them, starts threads for its backward passes, with which
-# no forked process has any, GPU or not.
+# Compiling asks for a GPU; and a PyTorch that is built for GPUs, be there any or not, starts the threads of backward
+# passes for it: what is forked from a process with such threads can make no backward pass.
 _PRELOADED += [] if torch.backends.cuda.is_built() else ["tests.preloaded"]
 _REPOSITORY = Path(__file__).resolve().parents[1]
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from benchmarks.attention import TEXT, VISION, lengths_of, main
+from benchmarks.attention import TEXT, VISION, backends_of, lengths_of, main
 from errors import UserError
 from tests.commands import status_of
 
@@ -20,6 +20,20 @@ def test_streams_are_read(stream: str, lengths: list[int]) -> None:
 def test_what_is_no_stream_is_refused(stream: str) -> None:
     with pytest.raises(UserError, match=r"^--streams: expected lengths like 4096x2"):
         lengths_of(stream)
+
+
+def test_backends_are_read() -> None:
+    hinders = {"varlen": "", "cudnn": "", "fa4": "the package flash-attn-4"}
+    assert backends_of("", hinders) == ["varlen", "cudnn"]
+    assert backends_of("sdpa,cudnn", hinders) == ["sdpa", "cudnn"]
+    for asked, told in (
+        ("cudnn,flash", "--backends: expected some of sdpa, varlen, cudnn, fa4, got 'flash'"),
+        ("cudnn,", "--backends: expected some of sdpa, varlen, cudnn, fa4, got ''"),
+        ("fa4", "--backends: 'fa4' needs the package flash-attn-4"),
+    ):
+        with pytest.raises(UserError) as error:
+            backends_of(asked, hinders)
+        assert str(error.value) == told
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

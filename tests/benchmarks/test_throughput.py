@@ -57,7 +57,7 @@ def test_how_far_a_gpu_is_behind_its_host(monkeypatch: pytest.MonkeyPatch) -> No
     launches = Launches(torch.device("cuda"))
     for _ in range(3):
         launches.note()
-    assert launches.ahead() == [39.5]  # the median, from where the host found the GPU idle
+    assert launches.ahead() == pytest.approx(39.5)  # the median, from where the host found the GPU idle
 
 
 def test_each_rank_has_a_trace_of_its_own() -> None:

@@ -1,7 +1,7 @@
 """Attention inside documents against a plain masked softmax."""
 
 import sys
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -165,6 +165,47 @@ def test_flash_attention_4_is_called_rightly(heads: tuple[int, int], determinist
         torch.use_deterministic_algorithms(False)
     assert calls == [deterministic]
     assert_close(actual, run_sdpa(inputs, LENGTHS), 1e-12)  # float64 sums of at most 33 terms
+
+
+@pytest.mark.parametrize("backend", ["cudnn", "fa4"])
+def test_documents_of_one_length_are_cudnns_both_ways(
+    backend: str, calls: list[bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """cuDNN for the CPU: its parameters' order, shapes [D, N, length, K], and gradients from what it is given."""
+    asked = []
+
+    def shared(x: torch.Tensor, group: int) -> torch.Tensor:
+        return x.repeat_interleave(group, dim=1)
+
+    def scores_of(q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+        scores = q @ shared(k, q.shape[1] // k.shape[1]).mT * q.shape[-1] ** -0.5
+        return scores.masked_fill(torch.ones(scores.shape[-2:]).triu(1).bool(), float("-inf"))
+
+    def forward(q: Any, k: Any, v: Any, bias: None, lse: bool, dropout: float, causal: bool) -> Any:
+        asked.append("forward")
+        assert (bias, lse, dropout, causal) == (None, True, 0.0, True)
+        scores = scores_of(q, k)
+        out = scores.softmax(dim=-1) @ shared(v, q.shape[1] // v.shape[1])
+        return out, scores.logsumexp(dim=-1, keepdim=True)
+
+    def backward(dout: Any, q: Any, k: Any, v: Any, out: Any, normaliser: Any, *rest: Any) -> Any:
+        asked.append("backward")
+        assert rest[-4:] == (33, 33, 0.0, True)
+        group, scale = q.shape[1] // k.shape[1], q.shape[-1] ** -0.5
+        weights = (scores_of(q, k) - normaliser).exp()
+        of_scores = weights * (dout @ shared(v, group).mT - (dout * out).sum(-1, keepdim=True)) * scale
+        of_keys, of_values = (x.unflatten(1, (-1, group)).sum(dim=2) for x in (of_scores.mT @ q, weights.mT @ dout))
+        return of_scores @ shared(k, group), of_keys, of_values
+
+    library = SimpleNamespace(
+        _scaled_dot_product_cudnn_attention=forward, _scaled_dot_product_cudnn_attention_backward=backward
+    )
+    monkeypatch.setattr("models.ops.attention._aten", library)
+    lengths = [33, 33, 33]
+    inputs, documents = make_inputs(sum(lengths), (6, 2)), Documents.from_lengths(lengths, max_seqlen=64)
+    actual = run(lambda q, k, v: attention(q, k, v, documents, backend=backend), inputs)
+    assert (asked, calls) == (["forward", "backward"], [])
+    assert_close(actual, run_sdpa(inputs, lengths), 1e-12)  # float64 sums of at most 33 terms
 
 
 def skip_unless_it_runs(backend: str, dtype: torch.dtype, dim: int) -> None:
