@@ -103,6 +103,7 @@ def build_model(config: Config, shape: ModelConfig, meshes: Meshes, device: torc
         compute_dtype=dtype,
         activation_checkpoint=config.activation_checkpoint.mode,
         compile_blocks=config.compile.enable,
+        reshard_after_forward=config.parallelism.reshard_after_forward,
     )
     model.to_empty(device=device)
     return model

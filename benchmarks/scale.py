@@ -98,6 +98,7 @@ def row(model: str, gpus: int, length: int, images: bool, *options: str) -> str:
     degrees = plan.case.degrees
     rows = change["training", "local_batch_size"]
     layout = f"{plan.case.mode}, ep {degrees.expert}, cp {degrees.context}, replicate {degrees.replicate}, rows {rows}"
+    layout += ", reshard always" if plan.case.reshard == "always" else ""
     mfu = plan.time.flops * plan.tokens_per_second / GPUS[gpu].peak
     return (
         f"{head}{gpu.upper()} | {layout} | {plan.peak / GIB:.0f} | {plan.tokens_per_second:,.0f} | "

@@ -27,7 +27,7 @@ from parallelisms.expert_parallel import ExpertParallelBlock
 from parallelisms.fsdp_copies import lay_out_gradients_without_tables
 from parallelisms.mesh import Meshes
 from parallelisms.overlap import OVERLAPPING
-from parallelisms.units import dense_units
+from parallelisms.units import Kept, dense_units, kept_gathered
 from torch_private import ReduceScatter, compute_local_shape_and_global_offset, set_recompile_limit
 
 
@@ -38,6 +38,7 @@ def parallelize_fn(
     compute_dtype: torch.dtype,
     activation_checkpoint: str = "none",
     compile_blocks: bool = False,
+    reshard_after_forward: str = "auto",
 ) -> None:
     """Applies every parallelism to a model on the meta device, in place; give it memory (`to_empty`) afterwards.
 
@@ -73,8 +74,10 @@ def parallelize_fn(
         else:
             apply_activation_checkpointing([(block, "forward")], activation_checkpoint, travelling)
             if compile_blocks:
-                block.compile(options=None if context is None else OVERLAPPING)
-    apply_fsdp(model, meshes, compute_dtype)
+                # Not with "full", which is for memory: what is sent early and awaited late is there meanwhile.
+                is_early = context is not None and activation_checkpoint != "full"
+                block.compile(options=OVERLAPPING if is_early else None)
+    apply_fsdp(model, meshes, compute_dtype, kept_gathered(model.config, meshes.degrees, reshard_after_forward))
 
 
 def _store_frozen_as(model: Qwen35Moe, compute_dtype: torch.dtype) -> None:
@@ -105,7 +108,7 @@ def _prepare_tower(tower: VisionTower, activation_checkpoint: str, compile_block
             setattr(block, "forward", compiled)  # noqa: B010 (of a method)
 
 
-def apply_fsdp(model: Qwen35Moe, meshes: Meshes, compute_dtype: torch.dtype) -> None:
+def apply_fsdp(model: Qwen35Moe, meshes: Meshes, compute_dtype: torch.dtype, kept: Kept) -> None:
     """Shards the model: one unit a block, or at ep > 1 one for a few (units.py) and one for each block's experts, and
     one for the rest; of a vision tower likewise one a block and one for the rest, of what is trained.
 
@@ -149,11 +152,10 @@ def apply_fsdp(model: Qwen35Moe, meshes: Meshes, compute_dtype: torch.dtype) -> 
             unit.set_gradient_divide_factor(1.0)
             unit.set_force_sum_reduction_for_comms(True)  # gloo has no pre-multiplied sum
 
-    # Weights are freed after the forward pass and gathered again for the backward pass. Not so those of the last unit,
-    # with which the backward pass begins at once, and not where nothing is sharded, as in one process or in replicas
-    # that are whole: that would only repeat the cast.
-    is_sharded = meshes.degrees.shard > 1
-    for block in blocks if has_expert_units else []:
+    # Weights are freed after the forward pass and gathered again for the backward pass, but for what is kept. The last
+    # unit is, with which the backward pass begins at once. What has no backward pass would be kept for good.
+    first = _first_with_gradients(model)
+    for index, block in enumerate(blocks if has_expert_units else []):
         # Experts alone are sharded over another mesh. The axis ep has cut their dim 0, so efsdp cuts another.
         experts = block.mlp.experts
         rows = {parameter for name, parameter in experts.named_parameters() if not name.endswith("lora_A")}
@@ -161,15 +163,15 @@ def apply_fsdp(model: Qwen35Moe, meshes: Meshes, compute_dtype: torch.dtype) -> 
         def dim_to_cut(parameter: nn.Parameter, rows: set[nn.Parameter] = rows) -> Shard:
             return Shard(1 if parameter in rows else 2)  # not an adapter's rank, which may be small
 
-        free = is_sharded and block is not blocks[-1]
+        free = index < first or (not kept.experts and block is not blocks[-1])
         shard([experts], meshes.expert, shard_placement_fn=dim_to_cut, reshard_after_forward=free)
     units = dense_units(model.config, meshes.degrees.expert)
     for indices in units:
-        free = is_sharded and indices != units[-1]
+        free = indices[-1] < first or (not kept.dense and indices != units[-1])
         shard([blocks[index] for index in indices], meshes.dense, reshard_after_forward=free)
     if model.visual is not None:
         for part in [*model.visual.blocks, model.visual]:
-            shard([part], meshes.dense, reshard_after_forward=is_sharded)
+            shard([part], meshes.dense, reshard_after_forward=meshes.degrees.shard > 1)
     shard([model], meshes.dense)
     setattr(model, "nothing_to_reduce", nothing_to_reduce)  # noqa: B010 (of no class; for `begin_micro_batch`)
     if has_expert_units:
@@ -229,13 +231,18 @@ def _prefetch_neighbours(model: Qwen35Moe, units: Sequence[range]) -> None:
                 unit.set_modules_to_backward_prefetch(before)
 
 
+def _first_with_gradients(model: Qwen35Moe) -> int:
+    """The first block that has a backward pass; the number of blocks if none has."""
+    if any(map(_trains, filter(None, [model.visual, model.embed_tokens]))):
+        return 0
+    return next((index for index, block in enumerate(model.blocks) if _trains(block)), len(model.blocks))
+
+
 def _gather_nothing_below_gradients(model: Qwen35Moe, units: Sequence[range]) -> None:
     """With a block's backward pass FSDP gathers what ran before it, also below the first block that trains, where there
     is no backward pass: as in a trunk that is frozen for multi-token prediction."""
-    if any(map(_trains, filter(None, [model.visual, model.embed_tokens]))):
-        return
-    first = next((index for index, block in enumerate(model.blocks) if _trains(block)), None)
-    if first is None:
+    first = _first_with_gradients(model)
+    if not 0 < first < len(model.blocks):
         return
     (of_dense,) = (dense for dense, indices in zip(_dense(model, units), units) if first in indices)
     for unit in [*of_dense, *_units(model.blocks[first].mlp.experts)]:

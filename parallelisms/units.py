@@ -1,15 +1,41 @@
-"""Which blocks FSDP gathers, frees and reduces together."""
+"""Which blocks FSDP gathers, frees and reduces together, and what it keeps from forward to backward."""
 
 from functools import lru_cache
 from math import prod
+from typing import NamedTuple
 
 from models.qwen35_moe.config import ModelConfig
 from models.qwen35_moe.parameters import parameters
+from parallelisms.degrees import Degrees
 
 _SMALL = 50_000_000
 """Parameters of a block without experts. The host pays by the unit, and memory has two units and the last one, and a
 unit's gradients in float32: two blocks of the 35B are 150 MB in bfloat16. Those of the 122B would be two and a half
 times that, of the 397B three and a half times, and the host is not what they wait for."""
+_FEW = 2_000_000_000
+"""Parameters of all blocks without experts. The 35B's 1.4 billion are 2.6 GiB in bfloat16, for which 20 gathers and the
+host's work for them are spared; the 122B's are twice as many."""
+
+
+class Kept(NamedTuple):
+    """What stays gathered from the forward pass to the backward pass."""
+
+    dense: bool
+    """At ep 1 with the experts."""
+    experts: bool
+    """As units of their own, at ep > 1."""
+
+
+FREED = Kept(False, False)
+
+
+def kept_gathered(shape: ModelConfig, degrees: Degrees, reshard_after_forward: str) -> Kept:
+    """What `parallelism.reshard_after_forward` comes to. Where nothing is sharded everything is kept: there would be
+    nothing to free but a cast."""
+    if degrees.shard == 1 or reshard_after_forward == "never":
+        return Kept(True, True)
+    is_small = degrees.expert > 1 and sum(_dense_of_blocks(shape)) <= _FEW
+    return Kept(is_small and reshard_after_forward == "auto", False)
 
 
 @lru_cache(maxsize=8)
@@ -18,15 +44,17 @@ def dense_units(shape: ModelConfig, expert_degree: int) -> tuple[range, ...]:
     are units of their own, two small ones are one. Those of multi-token prediction are units by themselves, as the
     trunk may run without them, and without a graph."""
     num_trunk, num_mtp = len(shape.layer_types), shape.mtp_num_hidden_layers
-    size = 2 if expert_degree > 1 and _largest_block(shape) <= _SMALL else 1
+    size = 2 if expert_degree > 1 and max(_dense_of_blocks(shape)) <= _SMALL else 1
     trunk = (range(first, min(first + size, num_trunk)) for first in range(0, num_trunk, size))
     return *trunk, *(range(index, index + 1) for index in range(num_trunk, num_trunk + num_mtp))
 
 
-def _largest_block(shape: ModelConfig) -> int:
+@lru_cache(maxsize=8)
+def _dense_of_blocks(shape: ModelConfig) -> list[int]:
+    """Of each block of the trunk, how many parameters it has without experts."""
     sizes = [0] * len(shape.layer_types)
     for name, parameter in parameters(shape).items():
         part, *rest = name.split(".")
         if part == "layers" and parameter.expert_dim is None:
             sizes[int(rest[0])] += prod(parameter.shape)
-    return max(sizes)
+    return sizes

@@ -17,7 +17,7 @@ from models.qwen35_moe.parameters import adapter_shapes, parameters
 from models.qwen35_moe.parts import part_of
 from models.qwen35_moe.vision_config import VisionConfig
 from parallelisms.degrees import Degrees
-from parallelisms.units import dense_units
+from parallelisms.units import FREED, Kept, dense_units
 
 NO_LORA = Lora()
 _LAYER = re.compile(r"(?:mtp\.)?layers\.\d+\.")
@@ -131,13 +131,15 @@ def traffic(
     c: int = 2,
     trunk_has_graph: bool = True,
     asks: bool = True,
+    kept: Kept = FREED,
 ) -> list[Traffic]:
     """The collectives of a step: the tables of docs/communication.md, which are of a text model that trains whole; but
     of a tower's features and of the embeddings that multi-token prediction sends.
 
     num_tokens: of a rank in a micro-batch; num_copies: C, that a rank sends in a step; of, trained: sizes of all that
     is in units of FSDP, and of what trains; c: bytes of the compute dtype; trunk_has_graph: false where multi-token
-    prediction alone trains; asks: whether the host asks for the number of copies.
+    prediction alone trains; asks: whether the host asks for the number of copies; kept: what is not gathered again for
+    the backward pass.
     """
     A, L, P, ep = accumulation, len(of.by_block), degrees.context, degrees.expert
     k, H, t = shape.num_experts_per_tok, shape.hidden_size, num_tokens
@@ -147,13 +149,16 @@ def traffic(
     units = [*dense_trained, trained.root]  # with gradients to be reduced
     units_once = len(dense) - (L - once) if once else 0
 
-    def gathered(sizes: list[int], once: int) -> int:
-        return 2 * sum(sizes) - sizes[-1] - sum(sizes[:once])
+    def gathered(sizes: list[int], once: int, is_kept: bool) -> list[int]:
+        """The first `once` units, the last one and what is kept once, the others twice."""
+        return sizes if is_kept else [*sizes, *sizes[once:-1]]
 
-    num_gathered = 2 * len(dense) - units_once + 2 * of.units_of_tower
+    of_dense = gathered(dense, units_once, kept.dense)
+    of_experts = gathered(experts, once, kept.experts)
+    num_gathered = 1 + len(of_dense) + 2 * of.units_of_tower
     calls = A * num_gathered, A * (sum(map(bool, units)) + trained.units_of_tower)
     rows = [
-        Traffic("all-gather", "fsdp", calls[0], A * c * (of.root + gathered(dense, units_once) + 2 * of.visual)),
+        Traffic("all-gather", "fsdp", calls[0], A * c * (of.root + sum(of_dense) + 2 * of.visual)),
         Traffic("reduce-scatter", "fsdp", calls[1], A * 4 * (sum(units) + trained.visual)),
         Traffic("all-reduce", "fsdp" if degrees.replicate == 1 else "data_parallel", 1, 4 * (trained.outside + 2)),
     ]
@@ -165,7 +170,7 @@ def traffic(
         units += experts_trained
         num_reduced += sum(map(bool, experts_trained))
         rows += [
-            Traffic("all-gather", "efsdp", A * (2 * L - 1 - once), A * c * gathered(experts, once) // ep),
+            Traffic("all-gather", "efsdp", A * len(of_experts), A * c * sum(of_experts) // ep),
             Traffic("reduce-scatter", "efsdp", A * sum(map(bool, experts_trained)), A * 4 * trained.experts // ep),
             Traffic(
                 "all-to-all",

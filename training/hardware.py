@@ -86,10 +86,10 @@ ATTENTION_TILE, RAGGED = 128, (0.48, 0.68)
 # Seconds in which the host launches a block, forward and backward, on the machines measured: without units of FSDP
 # (adapters on one GPU, one row, H200, 2026-11-28: 5.7 ms, and with "full" 7.9, so that the forward pass is the share
 # below); with them (11.2 ms on 40 layers that day, less what laying out gradients took until plain copies did: 126 of
-# 555 ms under a profiler); and at ep > 1, where buffers have room and where the host asks for sizes (40 layers on two
-# H200s that day: steps of 543 and 667 ms less `STEP`; on other hosts of the same cards the first took 553 to 664, also
-# since a block with room is one graph).
-HOST = {"no units": 5.7e-3, "units": 8.7e-3, "ep": 13.4e-3, "ep, asks": 16.5e-3}
+# 555 ms under a profiler); and at ep > 1, where buffers have room (40 layers on two H200s, 2026-11-29: the host was
+# ahead, so at most the step of 477 ms less `STEP`) and where the host asks for sizes (the same of the day before: 667
+# ms, while NCCL's recorders still ran; see training/distributed.py).
+HOST = {"no units": 5.7e-3, "units": 8.7e-3, "ep": 11.0e-3, "ep, asks": 16.5e-3}
 HOST_FORWARD = 0.37
 # What lies between the kernels of a block, and at a step's end beside it, where the host is not late: steps of 8, 12
 # and 40 layers less the sums of their kernels (H200, 2026-11-28: 6, 10 and 18 ms).

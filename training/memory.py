@@ -12,6 +12,7 @@ from models.qwen35_moe.config import LINEAR, ModelConfig
 from models.qwen35_moe.parts import OF_TEXT, frozen_parts, parts_of_model, single_parts
 from parallelisms.degrees import Degrees
 from parallelisms.room import Room, room_factor
+from parallelisms.units import Kept, dense_units, kept_gathered
 from training.formulas import (
     NO_LORA,
     OF_OWN_TOKENS,
@@ -59,6 +60,8 @@ class Case:
     """Copies and rows that the fullest rank of `ep` receives, over the mean: 1 at ep 1."""
     room: float = 0.0
     """In its buffers, on a GPU; 0: the host asks for their sizes."""
+    reshard: str = "auto"
+    """`parallelism.reshard_after_forward`."""
     patches: int = 0
     """Of the fullest micro-batch."""
     frames: tuple[tuple[int, int], ...] = ()
@@ -91,6 +94,11 @@ class Case:
         k = shape.num_experts_per_tok
         copies, rows = Room(self.room).sizes(self.num_tokens, k, ep, shape.num_experts // ep)
         return Buffers(ep * copies / self.num_tokens, rows / (k * self.num_tokens))
+
+    @property
+    def kept(self) -> Kept:
+        """What stays gathered from the forward pass to the backward pass."""
+        return kept_gathered(self.shape, self.degrees, self.reshard)
 
     @cached_property
     def trained(self) -> frozenset[str]:
@@ -144,6 +152,7 @@ def case_of(
         lora=config.lora,
         imbalance=imbalance if degrees.expert > 1 else 1.0,
         room=room_factor(config.parallelism, "cuda"),
+        reshard=config.parallelism.reshard_after_forward,
         compiled=config.compile.enable,
         c=_BYTES["bfloat16" if training.dtype == "auto" else training.dtype],
     )
@@ -187,20 +196,32 @@ def peak_memory(case: Case) -> tuple[str, dict[str, float]]:
     tower = 0.0 if is_sharded else c * dense_of.visual
     units = [c * size for size in dense_of.units(shape, degrees.expert)]
     experts = [c / degrees.expert * size for _, size in experts_of.by_block] if degrees.expert > 1 else [0.0]
-    last = units[-1] + experts[-1]
-    # The last unit stays gathered, and while one computes so is the next; one process keeps all.
-    two = last + sum(max(map(sum, itertools.pairwise([*sizes, 0.0]))) for sizes in (units, experts))
+    # What runs without a graph is freed, and keeps nothing: the trunk, where multi-token prediction alone trains.
+    first = 0 if case.trunk_has_graph else len(shape.layer_types)
+    starts = [indices.start for indices in dense_units(shape, degrees.expert)]
+    of_units = units, sum(start < first for start in starts), case.kept.dense
+    of_experts = experts, first, case.kept.experts
+
+    def gathered(blocks: int) -> float:
+        """While the last of so many blocks computes: what is kept of them, or it and the next one; and the last of all,
+        which stays gathered."""
+        num_units, total = sum(start < blocks for start in starts), 0.0
+        for (of_all, begin, is_kept), end in ((of_units, num_units), (of_experts, blocks)):
+            total += (
+                sum(of_all[begin:end]) if is_kept else of_all[-1] + max(map(sum, itertools.pairwise([*of_all, 0.0])))
+            )
+        return total
+
+    at_loss = sum(sum(each[begin:]) if is_kept else each[-1] for each, begin, is_kept in (of_units, of_experts))
 
     gradients = gradient_bytes(case)
     before = gradients if case.accumulation > 1 else 0.0  # of the micro-batches before
     # Of one unit, before they are reduced: as computed, and in float32, which for one process are those that it keeps.
     unreduced = 0.0
     if dense_of.total or experts_of.total:
-        of_experts = trained.by_block[0][1] / degrees.expert * bool(experts_of.total) if degrees.expert > 1 else 0.0
-        computed = c * (trained.units(shape, degrees.expert)[0] * bool(dense_of.total) + of_experts)
+        of_block = trained.by_block[0][1] / degrees.expert * bool(experts_of.total) if degrees.expert > 1 else 0.0
+        computed = c * (trained.units(shape, degrees.expert)[0] * bool(dense_of.total) + of_block)
         unreduced = computed * (1 + 4 / c * is_sharded)
-    # What runs without a graph keeps nothing: the trunk, where multi-token prediction alone trains.
-    first = 0 if case.trunk_has_graph else len(shape.layer_types)
     of_layer = (case.mode, degrees, case.buffers, c)
     of_kind = {kind: case.num_tokens * kept_by_layer(shape, kind, *of_layer) for kind in types}
     kept = [of_kind[kind] if index >= first else 0.0 for index, kind in enumerate(types)]
@@ -213,7 +234,7 @@ def peak_memory(case: Case) -> tuple[str, dict[str, float]]:
     moments = {
         "the loss": {
             "gradients": before,
-            "gathered weights": root + tower + (last if is_sharded else sum(units)),
+            "gathered weights": root + tower + at_loss,
             **activations(len(types)),
             "loss: logits, the head's gradient": _loss_buffers(case),
         }
@@ -229,7 +250,7 @@ def peak_memory(case: Case) -> tuple[str, dict[str, float]]:
             )
         moments[f"the backward pass of block {index}, {kind.replace('_', ' ')}"] = {
             "gradients": max(before, later / degrees.shard) + unreduced + of_head,
-            "gathered weights": root + tower + (two if is_sharded else sum(units[: index + 1])),
+            "gathered weights": root + tower + gathered(index + 1),
             **activations(index),
             "recomputed, gradients of activations": alive,
             "exchange buffers": _exchange(case),

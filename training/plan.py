@@ -142,11 +142,14 @@ def _changes(config: Config, where: Where) -> Iterator[Change]:
 
 def alternatives(config: Config, where: Where) -> list[tuple[Plan, Change]]:
     """Layouts that fit with the error of the prediction to spare, the fastest first; of those that are as fast within
-    1 %, the one with less communication and less memory."""
+    1 %, the one with less communication and less memory. Weights that "auto" keeps gathered are freed if that helps."""
     found, shape = [], model_config(config)
     for change in _changes(config, where):
         try:
             plan = make_plan(changed(config, change), where, shape)
+            if fits(plan, where) != "fits" and plan.case.kept.dense and plan.case.reshard == "auto":
+                change = {**change, ("parallelism", "reshard_after_forward"): "always"}
+                plan = make_plan(changed(config, change), where, shape)
         except UserError:
             continue  # degrees that cannot be
         if fits(plan, where) == "fits":

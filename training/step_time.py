@@ -239,6 +239,7 @@ def _links(case: Case, gpus_per_node: int) -> list[Link]:
         case.c,
         case.trunk_has_graph,
         asks=not case.room,
+        kept=case.kept,
     )
     # axis -> its ranks, and the distance from one to the next
     strides = {

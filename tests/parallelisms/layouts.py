@@ -49,6 +49,7 @@ class Layout:
     activation_checkpoint: str = "none"
     compile: bool = False
     room: float = 0.0
+    reshard: str = "auto"
     adam_eps: float = 1e-4
     """With Adam's default of 1e-8 weights drift by noise divided by noise: then only the update's norm compares."""
 
@@ -180,6 +181,7 @@ def build(
         compute_dtype=compute_dtype,
         activation_checkpoint=layout.activation_checkpoint,
         compile_blocks=layout.compile,
+        reshard_after_forward=layout.reshard,
     )
     # A seed whose gradients of A_log and dt_bias are not sums that nearly cancel: inductor's exp differs from eager's
     # in the last bit, and with seed 3 those sums make 2e-5 of it.

@@ -16,6 +16,7 @@ from models.qwen35_moe.config import FULL, ModelConfig
 from models.qwen35_moe.parts import PARTS, frozen_parts, part_of
 from parallelisms.degrees import Degrees
 from parallelisms.room import Room
+from parallelisms.units import kept_gathered
 from tests.distributed import run_ranks
 from tests.models.qwen35_moe.shapes import tiny_config
 from tests.models.qwen35_moe.vision_shapes import tiny_vision
@@ -34,6 +35,9 @@ LAYOUTS = [
     Layout(world=4, ep=4, room=8.0, accumulation=2),
     Layout(world=4, ep=2, room=8.0, activation_checkpoint="full"),
     Layout(world=4, ep=2, activation_checkpoint="full"),
+    Layout(world=4, ep=2, reshard="always"),
+    Layout(world=4, ep=2, accumulation=2, reshard="never"),
+    Layout(world=4, reshard="never"),
     Layout(world=4, replicate=2, accumulation=2),
     Layout(world=4, cp=2),
     Layout(world=4, cp=4, accumulation=2, activation_checkpoint="selective"),
@@ -93,7 +97,7 @@ def tokens_of(layout: Layout) -> int:
 def symbols(layout: Layout, num_copies: Fraction) -> dict[str, int | Fraction]:
     """What the documentation's letters stand for; see there."""
     of, num_full = sizes(CONFIG, layout.world // layout.replicate, layout.ep), CONFIG.layer_types.count(FULL)
-    of_units = of.units(CONFIG, layout.ep)
+    of_units, kept = of.units(CONFIG, layout.ep), kept_gathered(CONFIG, degrees_of(layout), layout.reshard)
     return {
         "A": layout.accumulation,
         "L": CONFIG.num_hidden_layers,
@@ -110,6 +114,8 @@ def symbols(layout: Layout, num_copies: Fraction) -> dict[str, int | Fraction]:
         "C": num_copies,
         "ep": layout.ep,
         "asks": int(not layout.room),
+        "again": int(not kept.dense),
+        "again_x": int(not kept.experts),
         "t": tokens_of(layout),
         "P": layout.cp,
         "Ll": CONFIG.num_hidden_layers - num_full,
@@ -156,7 +162,8 @@ def all_ranks(layout: Layout) -> str:
 def by_formula(layout: Layout, num_copies: Fraction) -> list[Traffic]:
     mode, of = layout.activation_checkpoint, sizes(CONFIG, layout.world // layout.replicate, layout.ep)
     where = degrees_of(layout), tokens_of(layout), layout.accumulation, mode
-    return traffic(CONFIG, *where, num_copies, of, of, asks=not layout.room)
+    kept = kept_gathered(CONFIG, degrees_of(layout), layout.reshard)
+    return traffic(CONFIG, *where, num_copies, of, of, asks=not layout.room, kept=kept)
 
 
 def expected(layout: Layout, num_copies: Fraction) -> Totals:
@@ -302,10 +309,12 @@ def test_experts_and_dense_weights_are_gathered_a_block_ahead(
     assert at_counts[:num_layers] == [
         1 + min(block // 2 + 2, num_layers // 2) + min(block + 2, num_layers) for block in range(num_layers)
     ]
-    # The same on the way back, where the last ones were kept: the preceding unit before the last block's first
+    # The same on the way back, where the last ones were kept, or all: the preceding unit before the last block's first
     # exchange, the preceding block's experts before its second.
     before, *backward = at_exchanges[4 * num_layers - 1 :]
-    assert backward[:2] == [before + 1, before + 2]
+    kept = kept_gathered(CONFIG, degrees_of(layout), layout.reshard)
+    preceding = before + (not kept.dense)
+    assert backward[:2] == [preceding, preceding + (not kept.experts)]
 
 
 class Operations(TorchDispatchMode):

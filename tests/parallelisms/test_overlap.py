@@ -1,11 +1,17 @@
 """In a compiled backward pass the exchange is launched before the products that it can run beside."""
 
+from unittest.mock import patch
+
 import torch
 import torch.distributed as dist
 
 from parallelisms.exchange import Receive, Send
 from parallelisms.overlap import OVERLAPPING
 from tests.distributed import run_ranks
+from tests.models.qwen35_moe.shapes import tiny_config
+from tests.parallelisms.layouts import Layout, build
+
+CONFIG = tiny_config(linear_num_key_heads=2, linear_num_value_heads=4)
 
 
 def order_of_backward_pass() -> list[str]:
@@ -32,3 +38,23 @@ def test_an_exchange_is_launched_before_what_it_can_run_beside() -> None:
     products = [index for index, name in enumerate(order) if name == "mm"]
     # The rows' gradients are made and launched; and while they travel, the weight's.
     assert products[0] < order.index("all_to_all_single") < products[-1] < order.index("wait_tensor"), order
+
+
+def options_of_blocks(layouts: list[Layout]) -> list[set[bool]]:
+    """Whether blocks are compiled for overlap."""
+    found = []
+    for layout in layouts:
+        with patch.object(torch.nn.Module, "compile") as compiled:
+            build(CONFIG, layout)
+        found.append({call.kwargs["options"] is OVERLAPPING for call in compiled.call_args_list})
+    return found
+
+
+def test_shared_tokens_overlap_unless_memory_is_short() -> None:
+    layouts = [
+        Layout(world=2, compile=True),
+        Layout(world=2, cp=2, compile=True),
+        Layout(world=2, cp=2, activation_checkpoint="selective", compile=True),
+        Layout(world=2, cp=2, activation_checkpoint="full", compile=True),
+    ]
+    assert run_ranks(options_of_blocks, 2, layouts) == [[{False}, {True}, {True}, {False}]] * 2

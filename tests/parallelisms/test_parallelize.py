@@ -9,6 +9,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from models.qwen35_moe.parameters import Box
+from models.qwen35_moe.parts import PARTS, part_of
 from parallelisms.parallelize import NothingToReduce, local_region, reduce_replicated_gradients
 from tests.distributed import run_ranks
 from tests.models.qwen35_moe.shapes import tiny_config
@@ -40,20 +41,48 @@ def test_the_parts_of_all_ranks_cover_a_parameter_once() -> None:
             assert (count == (4 if is_replicated else 1)).all(), (layout, name)
 
 
-def gathered(layout: Layout) -> list[bool]:
-    """Of each block, whether its weights lie whole in memory between forward and backward."""
-    model, _, _ = build(CONFIG, layout)
-    model(own_batches(CONFIG, layout, [[4]] * layout.world, seed=0)[0])
-    weights = [block.mlp.shared_expert.up_proj.weight for block in model.blocks]
-    return [not isinstance(weight, DTensor) for weight in weights]
+def gathered(layouts: list[Layout], frozen: tuple[str, ...]) -> list[tuple[list[bool], list[bool]]]:
+    """Of each block, whether its dense weights lie whole in memory between forward and backward, and its experts' so
+    far as `ep` leaves them to this rank."""
+    found = []
+    for layout in layouts:
+        model, _, _ = build(CONFIG, layout, torch.bfloat16, is_trained=lambda name: part_of(name) not in frozen)
+        model(own_batches(CONFIG, layout, [[4]] * layout.world, seed=0)[0])
+        dense = [block.mlp.shared_expert.up_proj.weight for block in model.blocks]
+        # FSDP's own part at ep > 1 is of both axes; what it gathers is still a DTensor of ep's.
+        experts = [block.mlp.experts.down_proj for block in model.blocks]
+        found.append(([not isinstance(each, DTensor) for each in dense], [_is_whole(each, layout) for each in experts]))
+    return found
+
+
+def _is_whole(experts: torch.Tensor, layout: Layout) -> bool:
+    local = experts.to_local() if isinstance(experts, DTensor) else experts
+    return local.numel() * layout.ep == CONFIG.num_experts * CONFIG.hidden_size * CONFIG.moe_intermediate_size
 
 
 def test_weights_are_freed_after_the_forward_pass_where_they_are_sharded() -> None:
-    for layout in (Layout(), Layout(world=2, replicate=2)):
-        assert run_ranks(gathered, layout.world, layout) == [[True] * 4] * layout.world
-    assert run_ranks(gathered, 2, Layout(world=2)) == [[False, False, False, True]] * 2
-    # The last unit is kept; at ep > 1 it has two blocks.
-    assert run_ranks(gathered, 2, Layout(world=2, ep=2)) == [[False, False, True, True]] * 2
+    all_kept, last, last_unit = [True] * 4, [False] * 3 + [True], [False, False, True, True]
+    cases = {
+        Layout(): (all_kept, all_kept),
+        Layout(world=2, replicate=2): (all_kept, all_kept),
+        Layout(world=2): (last, last),
+        Layout(world=2, reshard="never"): (all_kept, all_kept),
+        # Small dense weights are kept; else the last unit is, which has two blocks.
+        Layout(world=4, ep=2): (all_kept, last),
+        Layout(world=4, ep=2, reshard="always"): (last_unit, last),
+        Layout(world=4, ep=2, reshard="never"): (all_kept, all_kept),
+    }
+    for world in (1, 2, 4):
+        layouts = [layout for layout in cases if layout.world == world]
+        assert run_ranks(gathered, world, layouts, ()) == [[cases[layout] for layout in layouts]] * world
+
+
+def test_what_has_no_backward_pass_is_not_kept() -> None:
+    # Attention of the last block is the first to train: it has full attention, the others linear.
+    frozen = tuple(set(PARTS) - {"attention"})
+    layouts = [Layout(world=4, ep=2), Layout(world=4, ep=2, reshard="never")]
+    of_blocks = [([False, False, True, True], [False] * 3 + [True])] * 2
+    assert run_ranks(gathered, 4, layouts, frozen) == [of_blocks] * 4
 
 
 def sums() -> tuple[list[list[float]], float]:

@@ -6,7 +6,8 @@ import pytest
 
 from config.reading import load_config, model_config
 from models.qwen35_moe.config import ModelConfig
-from parallelisms.units import dense_units
+from parallelisms.degrees import Degrees
+from parallelisms.units import dense_units, kept_gathered
 from tests.models.qwen35_moe.shapes import tiny_config
 
 
@@ -35,3 +36,24 @@ def test_large_blocks_are_units_by_themselves(changes: tuple[str, ...], num_unit
     shape = model_config(load_config(["--config=qwen35moe_35b_a3b.toml", *changes]))
     assert len(dense_units(shape, 8)) == num_units
     assert len(dense_units(shape, 1)) == 40
+
+
+@pytest.mark.parametrize(
+    ("choice", "degrees", "changes", "expected"),
+    [
+        ("auto", Degrees(1, 8, 8), (), (True, False)),
+        ("auto", Degrees(1, 8, 1), (), (False, False)),  # experts would be kept too
+        (
+            "auto",
+            Degrees(1, 8, 8),
+            ("--model.config.hidden_size=3072", "--model.config.num_hidden_layers=48"),
+            (False,) * 2,
+        ),
+        ("always", Degrees(1, 8, 8), (), (False, False)),
+        ("never", Degrees(1, 8, 1), (), (True, True)),
+        ("always", Degrees(8, 1, 1), (), (True, True)),  # nothing is sharded
+    ],
+)
+def test_what_is_kept(choice: str, degrees: Degrees, changes: tuple[str, ...], expected: tuple[bool, bool]) -> None:
+    shape = model_config(load_config(["--config=qwen35moe_35b_a3b.toml", *changes]))
+    assert kept_gathered(shape, degrees, choice) == expected

@@ -11,7 +11,19 @@ import pytest
 from config.reading import load_config
 from errors import UserError
 from training.hardware import GPUS
-from training.plan import Plan, Where, alternatives, as_options, changed, describe, fits, main, make_plan, uncertain
+from training.plan import (
+    Change,
+    Plan,
+    Where,
+    alternatives,
+    as_options,
+    changed,
+    describe,
+    fits,
+    main,
+    make_plan,
+    uncertain,
+)
 
 ROOT = Path(__file__).resolve().parents[2]
 ONE_GPU = ["--config", "benchmarks/one_gpu_35b.toml"]
@@ -112,6 +124,25 @@ def test_more_of_what_costs_memory_costs_memory() -> None:
     halved = make_plan(changed(base, {("training", "master_dtype"): "bfloat16"}), where)
     of_float32 = 8 * halved.case.sizes().outside  # what is outside FSDP stays float32
     assert (halved.memory["moments"] - of_float32) * 2 == make_plan(base, where).memory["moments"] - of_float32
+
+
+def test_what_stays_gathered_takes_memory_and_is_freed_where_that_helps() -> None:
+    where = Where(8, 8, "h200")
+    words = [*WHOLE, "--activation_checkpoint.mode=full", "--parallelism.expert_parallel_degree=8"]
+    kept, freed = (plan_of([*words, f"--parallelism.reshard_after_forward={how}"], where) for how in ("auto", "always"))
+    units = kept.case.sizes().units(kept.case.shape, 8)
+    assert kept.moment == freed.moment == "the loss"
+    assert kept.peak - freed.peak == 2 * sum(units[:-1])  # the last one is there anyway
+    gathers = [link.traffic.calls for plan in (kept, freed) for link in plan.time.links if link.traffic.axis == "fsdp"]
+    assert gathers[0] < gathers[3]
+
+    def freed_of(found: list[tuple[Plan, Change]]) -> set[bool]:
+        own = [change for _, change in found if change["parallelism", "expert_parallel_degree"] == 8]
+        return {("parallelism", "reshard_after_forward") in change for change in own}
+
+    config = load_config(words)
+    assert True in freed_of(alternatives(config, Where(8, 8, "h100")))  # where 2 GiB decide
+    assert False in freed_of(alternatives(config, where))
 
 
 def test_a_trunk_that_runs_forward_alone_keeps_nothing() -> None:
