@@ -8,8 +8,9 @@ import torch
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 import models.ops.attention
-import models.ops.gated_delta_rule  # noqa: F401
-import parallelisms.expert_parallel  # noqa: F401  (the three register the operations named below)
+import models.ops.gated_delta_rule
+import models.ops.grouped_experts  # noqa: F401
+import parallelisms.expert_parallel  # noqa: F401  (the four register the operations named below)
 from torch_private import functional_collectives
 
 _aten = torch.ops.aten
@@ -18,6 +19,7 @@ _aten = torch.ops.aten
 # and then rows, shapes and gradients would belong to another set of experts. How many copies travel between ranks
 # belongs to it: as known to the host, and to the device (see `_policy`).
 _ROUTING = {_aten.topk.default, _aten.sort.stable, torch.ops.qwen35_moe.splits.default}
+_GROUPED_LOOP = torch.ops.qwen35_moe.grouped_linear.default
 _ALL_TO_ALL = functional_collectives.all_to_all_single.default
 
 # Dear to compute or to send, cheap to keep: matrix products, attention, and what came from other ranks.
@@ -25,11 +27,14 @@ _DEAR = {
     _aten.mm.default,
     _aten.addmm.default,
     _aten._grouped_mm.default,
+    _GROUPED_LOOP,
     _aten._scaled_dot_product_flash_attention.default,
     _aten._scaled_dot_product_flash_attention_for_cpu.default,
     _aten._scaled_dot_product_efficient_attention.default,
     _aten._scaled_dot_product_cudnn_attention.default,
     torch.ops.qwen35_moe.attention.default,
+    torch.ops.qwen35_moe.sdpa.default,
+    torch.ops.qwen35_moe.chunked_delta_rule.default,
     torch.ops.qwen35_moe.gated_delta_rule.default,
     _ALL_TO_ALL,
 }
@@ -42,7 +47,8 @@ def _policy(
 ) -> CheckpointPolicy:
     if operation is _aten.mm.default and args[1].shape in unused:
         return CheckpointPolicy.PREFER_RECOMPUTE
-    if operation is _aten._grouped_mm.default and args[1].shape[-1] > args[0].shape[-1]:
+    is_wide = operation is _aten._grouped_mm.default and args[1].shape[-1] > args[0].shape[-1]
+    if is_wide or (operation is _GROUPED_LOOP and args[1].shape[1] > args[0].shape[-1]):
         # The experts' down_proj: k rows of H a token, the largest tensor there is, and no gradient needs it.
         return CheckpointPolicy.PREFER_RECOMPUTE
     if operation is _aten.mm.default and args[1].shape[-1] >= 8 * args[0].shape[-1]:

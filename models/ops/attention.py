@@ -6,7 +6,8 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 
-from models.ops.documents import Documents
+from models.ops.documents import Documents, lengths_of
+from models.ops.in_graph import in_graph
 
 # Shapes: T tokens, N query heads, Nkv key and value heads (N / Nkv query heads share one), K head dim.
 
@@ -24,22 +25,31 @@ def attention(
     "cudnn", but else the package flash-attn-4. All but the first need CUDA with bfloat16 or float16.
     """
     if backend == "sdpa":
-        return _sdpa(q, k, v, documents, causal)
+        return _sdpa(q, k, v, documents.cu_seqlens_cpu, causal)
     bounds = (documents.cu_seqlens, documents.cu_seqlens_cpu, documents.max_seqlen)
     out, _ = _forward(q, k, v, *bounds, backend, causal)
     return out
 
 
-@torch.compiler.disable  # a loop over documents: their number and lengths change with every batch
-def _sdpa(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, documents: Documents, causal: bool) -> torch.Tensor:
-    lengths = documents.lengths()
-    outs = []
+def _each_by_itself(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_seqlens_cpu: torch.Tensor, causal: bool
+) -> torch.Tensor:
+    lengths, outs = lengths_of(cu_seqlens_cpu), []
     for document in zip(q.split(lengths), k.split(lengths), v.split(lengths)):
         query, key, value = (x.transpose(0, 1).unsqueeze(0) for x in document)  # [1, N or Nkv, length, K]
         grouped = query.shape[1] != key.shape[1]
         out = F.scaled_dot_product_attention(query, key, value, is_causal=causal, enable_gqa=grouped)
         outs.append(out.squeeze(0).transpose(0, 1))
     return torch.cat(outs)
+
+
+_sdpa = in_graph(
+    _each_by_itself,
+    "sdpa",
+    "Tensor q, Tensor k, Tensor v, Tensor cu_seqlens_cpu, bool causal",
+    num_inputs=3,
+    shape=lambda q, *_: torch.empty_like(q, memory_format=torch.contiguous_format),
+)
 
 
 # Of 16 heads of 256, causal, in two documents of 4,096 tokens cuDNN took an H200 2.6 ms forward and backward, and

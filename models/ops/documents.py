@@ -58,4 +58,9 @@ class Documents:
 
     def lengths(self) -> list[int]:
         """Each document's number of tokens."""
-        return self.cu_seqlens_cpu.diff().tolist()
+        return lengths_of(self.cu_seqlens_cpu)
+
+
+def lengths_of(cu_seqlens_cpu: torch.Tensor) -> list[int]:
+    """Of documents that end there, as in `Documents`."""
+    return cu_seqlens_cpu.diff().tolist()

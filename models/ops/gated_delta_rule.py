@@ -5,7 +5,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from models.ops.documents import Documents
+from models.ops.documents import Documents, lengths_of
+from models.ops.in_graph import in_graph
 from models.ops.precision import at_least_float32
 
 # Shapes: T tokens, Nk key heads of dim K, Nv value heads of dim Kv, G = Nv / Nk value heads a key head;
@@ -35,15 +36,14 @@ def gated_delta_rule(
     normalised q and k in bfloat16, and sum in float32.
     """
     if backend == "torch":
-        return _chunked(q, k, v, g, beta, documents)
+        return _chunked(q, k, v, g, beta, documents.cu_seqlens_cpu)
     q, k = (_l2_normalise(at_least_float32(x)).to(x.dtype) for x in (q, k))
     out, _, _ = _forward(q, k, v, g, beta, documents.cu_seqlens, documents.cu_seqlens_cpu, backend)
     return out
 
 
-@torch.compiler.disable  # the number of chunks is known to the host alone, and changes with every batch
-def _chunked(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, g: torch.Tensor, beta: torch.Tensor, documents: Documents
+def _in_chunks(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, g: torch.Tensor, beta: torch.Tensor, cu_seqlens_cpu: torch.Tensor
 ) -> torch.Tensor:
     """The reference.
 
@@ -58,7 +58,7 @@ def _chunked(
     """
     _, num_key_heads, key_dim = k.shape
     group = v.shape[1] // num_key_heads
-    chunks, position, active = _chunk_layout(documents.lengths(), v.device)
+    chunks, position, active = _chunk_layout(lengths_of(cu_seqlens_cpu), v.device)
 
     def cut(x: torch.Tensor) -> torch.Tensor:
         """[T, N, ...] -> [M, Nk, 1 or G, C, ...]; beyond a document's end there are zeros, which change nothing."""
@@ -92,6 +92,15 @@ def _chunked(
         state = last_decay * state + key.mT @ corrected
     out = torch.cat(outs).movedim(3, 1).flatten(0, 1)  # [M * C, Nk, G, Kv]
     return out[position].flatten(1, 2).to(v.dtype)
+
+
+_chunked = in_graph(
+    _in_chunks,
+    "chunked_delta_rule",
+    "Tensor q, Tensor k, Tensor v, Tensor g, Tensor beta, Tensor cu_seqlens_cpu",
+    num_inputs=5,
+    shape=lambda q, k, v, *_: torch.empty_like(v, memory_format=torch.contiguous_format),
+)
 
 
 def _l2_normalise(x: torch.Tensor) -> torch.Tensor:

@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 
+from models.ops.in_graph import in_graph
 from models.ops.precision import at_least_float32
 
 # Shapes: R routed rows, H hidden, E experts, I expert hidden, r rank of an adapter.
@@ -78,11 +79,19 @@ def _grouped_linear(x: torch.Tensor, weight: torch.Tensor, offsets: torch.Tensor
     return _loop(x, weight, offsets)
 
 
-@torch.compiler.disable  # reads the offsets on the host
-def _loop(x: torch.Tensor, weight: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
-    *parts, rest = x.tensor_split(offsets.long().cpu())
+def _each_by_itself(x: torch.Tensor, weight: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
+    *parts, rest = x.tensor_split(offsets.tolist())
     results = [part @ matrix.T for part, matrix in zip(parts, weight)]
     return torch.cat([*results, rest.new_zeros(len(rest), weight.shape[1])])
+
+
+_loop = in_graph(
+    _each_by_itself,
+    "grouped_linear",
+    "Tensor x, Tensor weight, Tensor offsets",
+    num_inputs=2,
+    shape=lambda x, weight, offsets: x.new_empty(x.shape[0], weight.shape[1]),
+)
 
 
 def is_aligned(width: int, dtype: torch.dtype) -> bool:

@@ -12,7 +12,7 @@ from torch._dynamo.utils import counters
 
 from config.options import MoE, Parallelism
 from data.batch import MicroBatch
-from models.qwen35_moe.config import FULL, ModelConfig
+from models.qwen35_moe.config import FULL, LINEAR, ModelConfig
 from models.qwen35_moe.parts import frozen_parts, part_of
 from parallelisms.expert_parallel import deal_fillers, fixed_copies, make_copies, plan_copies
 from parallelisms.room import Room, room_factor
@@ -225,10 +225,10 @@ def test_tokens_that_are_not_finite_ask_for_no_more_room() -> None:
 
 
 def breaks_of_graphs() -> list[str]:
-    """Of a step in bfloat16, where the compiler knows the experts' products."""
+    """Of two steps, with fillers and without."""
     layout = Layout(world=2, ep=2, room=AMPLE, activation_checkpoint="selective", compile=True)
-    config = tiny_config(num_hidden_layers=2, layer_types=(FULL, FULL))
-    model, meshes, optimizer = build(config, layout, torch.bfloat16)
+    config = tiny_config(num_hidden_layers=2, layer_types=(LINEAR, FULL))
+    model, meshes, optimizer = build(config, layout)
     counters.clear()
     for number in range(2):
         batches = own_batches(config, layout, ROWS, number)
@@ -238,8 +238,7 @@ def breaks_of_graphs() -> list[str]:
 
 
 def test_graphs_hold_the_exchanges() -> None:
-    for (reason,) in run_ranks(breaks_of_graphs, 2):
-        assert "_sdpa" in reason  # plain attention, one document at a time
+    assert run_ranks(breaks_of_graphs, 2) == [[], []]
 
 
 @given(st.integers(1, 9), st.integers(1, 4), st.sampled_from([2, 3, 4, 8]), st.integers(1, 12), st.integers(0, 2**31))

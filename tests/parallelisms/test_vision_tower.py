@@ -1,10 +1,8 @@
 """The tower beside the text: what of it keeps a graph, which collectives it adds, what it is compiled to."""
 
 import functools
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -12,9 +10,7 @@ from torch._dynamo.utils import counters
 from torch.distributed.tensor import DTensor
 
 from data.batch import Frame
-from models.ops.documents import Documents
 from models.ops.kernels import Kernels
-from models.qwen35_moe import vision
 from models.qwen35_moe.model import Qwen35Moe
 from models.qwen35_moe.parts import part_of
 from tests.distributed import run_ranks
@@ -22,7 +18,6 @@ from tests.models.qwen35_moe.shapes import tiny_config
 from tests.models.qwen35_moe.vision_shapes import tiny_vision
 from tests.parallelisms.collectives import Collective, recorded
 from tests.parallelisms.layouts import Layout, build, full, own_batches, rows_as_micro_batch, step
-from tests.parallelisms.test_activation_checkpoint import stand_ins
 
 VISION = tiny_vision()
 CONFIG = tiny_config(vision=VISION)
@@ -189,16 +184,6 @@ def test_a_frozen_tower_adds_no_collective_and_a_trained_one_its_units() -> None
 # Compilation
 
 
-@contextmanager
-def all_stand_ins() -> Iterator[None]:
-    def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, frames: Documents, **_: Any) -> torch.Tensor:
-        return q * k.mean() + v + frames.cu_seqlens.sum().to(q.dtype)
-
-    with stand_ins(), pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.setattr(vision, "attention", attend)
-        yield
-
-
 # Numbers of patches that are also those of channels (32), of angles (8) and of a head's values (16), and frames of any
 # number: none may be taken for another when the first graph is made.
 SHOWN: list[list[Frame]] = [
@@ -216,7 +201,7 @@ SHOWN: list[list[Frame]] = [
 def graphs(modes: list[str], first: int, frozen: tuple[str, ...]) -> list[list[int]]:
     """Of each mode, the number of graphs after a micro-batch of each of SHOWN, from `first` on; then without gradients
     again."""
-    with all_stand_ins(), pytest.MonkeyPatch.context() as monkeypatch:
+    with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
         monkeypatch.setattr(torch._dynamo.config, "fail_on_recompile_limit_hit", True)
         found = []
