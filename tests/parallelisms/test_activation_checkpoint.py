@@ -78,12 +78,14 @@ def train_at_ep_2(cases: list[tuple[float, str]]) -> list[AtEp2]:
             counters.clear()
 
             def train(lengths: list[int], model: Qwen35Moe = model) -> int:
-                tokens, positions, documents, labels = random_stream(config, lengths)
+                tokens, positions, _, labels = random_stream(config, lengths)
+                documents = Documents.from_lengths(lengths, max_seqlen=64)
                 run_model(model, tokens, positions, documents, labels)[0].backward()
                 return counters["stats"]["unique_graphs"]
 
             def validate(model: Qwen35Moe = model) -> None:
-                tokens, positions, documents, labels = random_stream(config, [60, 4])
+                tokens, positions, _, labels = random_stream(config, [60, 4])
+                documents = Documents.from_lengths([60, 4], max_seqlen=64)
                 with torch.no_grad():
                     run_model(model, tokens, positions, documents, labels, Measure(is_real=torch.arange(64) < 50))
 
