@@ -265,9 +265,10 @@ class Parallelism:
     buffers of fixed sizes; the host asks for the number of tokens in every block, and a GPU waits for it. -1: 1.2 on
     GPUs, 0 elsewhere."""
     reshard_after_forward: Literal["auto", "always", "never"] = "auto"
-    """Whether FSDP frees gathered weights behind the forward pass and gathers them again for the backward pass. "never"
-    spares a gather and takes memory. "auto": not those beside the experts at expert_parallel_degree > 1, if there are
-    few, as in 35B-A3B, where they take 2.6 GiB; all others."""
+    """Whether FSDP frees gathered weights behind the forward pass and gathers them again for the backward pass.
+    "always": all but the last blocks'; "never": none, which spares gathers and takes memory. "auto": as "always", but
+    at expert_parallel_degree > 1, and unless activations are recomputed in full, weights beside the experts are kept
+    if they are few (in 35B-A3B 2.6 GiB)."""
     context_parallel_degree: PositiveInt = 1
     """Processes that read the same rows and share their tokens, for documents too long for one process. Attention of
     either kind then trades tokens for heads, so it divides their numbers."""

@@ -9,7 +9,7 @@ asks for the sizes, once a block, and buffers have just these.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch.distributed.device_mesh import DeviceMesh
@@ -24,7 +24,6 @@ from models.qwen35_moe.block import Block
 from models.qwen35_moe.moe import COUNTS_OF_ALL, Measure, RouterStatistics, routed_experts
 from models.qwen35_moe.rotary import Rotary
 from parallelisms.exchange import Exchange, Receive, Send, splits, wait
-from parallelisms.overlap import OVERLAPPING
 from parallelisms.room import Room, Sizes
 from torch_private import functional_collectives
 
@@ -115,10 +114,10 @@ class ExpertParallelBlock:
         parts = "attend_and_route", of_experts, "exchange_and_compute", "run_shared_expert"
         return [(self, part) for part in parts]
 
-    def compile(self) -> None:
-        """Compiles each part."""
-        setattr(self, "compute_with_room", torch.compile(self.compute_with_room, options=OVERLAPPING))  # noqa: B010
-        self.attend_and_route_alone = torch.compile(self.attend_and_route, options=OVERLAPPING)
+    def compile(self, options: dict[str, Any] | None) -> None:
+        """Compiles each part; options: of torch.compile, for graphs that hold exchanges."""
+        setattr(self, "compute_with_room", torch.compile(self.compute_with_room, options=options))  # noqa: B010
+        self.attend_and_route_alone = torch.compile(self.attend_and_route, options=options)
         self.make_copies = compile_for_any_number_of_rows(self.make_copies)
         self.sort_received = compile_for_any_number_of_rows(self.sort_received)
         self.compute = compile_for_any_number_of_rows(self.compute, num_others=3)

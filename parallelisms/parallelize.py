@@ -58,6 +58,8 @@ def parallelize_fn(
         _prepare_tower(model.visual, activation_checkpoint, compile_blocks)
     if model.mtp is not None and context is not None:
         exchange_next(model.mtp, context)
+    # What is sent early and awaited late is there meanwhile: so not where tokens are shared and memory is short.
+    options = None if context is not None and activation_checkpoint == "full" else OVERLAPPING
     for block in model.blocks:
         travelling: list[torch.Size] = []
         if context is not None:
@@ -69,15 +71,14 @@ def parallelize_fn(
             apply_activation_checkpointing([attending], activation_checkpoint, travelling)
             apply_activation_checkpointing(others, activation_checkpoint)
             if compile_blocks:
-                in_parts.compile()
+                in_parts.compile(options)
             in_parts.install()
         else:
             apply_activation_checkpointing([(block, "forward")], activation_checkpoint, travelling)
             if compile_blocks:
-                # Not with "full", which is for memory: what is sent early and awaited late is there meanwhile.
-                is_early = context is not None and activation_checkpoint != "full"
-                block.compile(options=OVERLAPPING if is_early else None)
-    apply_fsdp(model, meshes, compute_dtype, kept_gathered(model.config, meshes.degrees, reshard_after_forward))
+                block.compile(options=options if context is not None else None)
+    kept = kept_gathered(model.config, meshes.degrees, reshard_after_forward, activation_checkpoint)
+    apply_fsdp(model, meshes, compute_dtype, kept)
 
 
 def _store_frozen_as(model: Qwen35Moe, compute_dtype: torch.dtype) -> None:

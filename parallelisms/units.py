@@ -13,7 +13,7 @@ _SMALL = 50_000_000
 unit's gradients in float32: two blocks of the 35B are 150 MB in bfloat16. Those of the 122B would be two and a half
 times that, of the 397B three and a half times, and the host is not what they wait for."""
 _FEW = 2_000_000_000
-"""Parameters of all blocks without experts. The 35B's 1.4 billion are 2.6 GiB in bfloat16, for which 20 gathers and the
+"""Parameters of all blocks without experts. The 35B's 1.4 billion are 2.6 GiB in bfloat16, for which 19 gathers and the
 host's work for them are spared; the 122B's are twice as many."""
 
 
@@ -29,13 +29,13 @@ class Kept(NamedTuple):
 FREED = Kept(False, False)
 
 
-def kept_gathered(shape: ModelConfig, degrees: Degrees, reshard_after_forward: str) -> Kept:
+def kept_gathered(shape: ModelConfig, degrees: Degrees, reshard_after_forward: str, activation_checkpoint: str) -> Kept:
     """What `parallelism.reshard_after_forward` comes to. Where nothing is sharded everything is kept: there would be
-    nothing to free but a cast."""
+    nothing to free but a cast. "auto" frees with "full" recomputation: who asks for that is short of memory."""
     if degrees.shard == 1 or reshard_after_forward == "never":
         return Kept(True, True)
     is_small = degrees.expert > 1 and sum(_dense_of_blocks(shape)) <= _FEW
-    return Kept(is_small and reshard_after_forward == "auto", False)
+    return Kept(is_small and reshard_after_forward == "auto" and activation_checkpoint != "full", False)
 
 
 @lru_cache(maxsize=8)
@@ -50,11 +50,11 @@ def dense_units(shape: ModelConfig, expert_degree: int) -> tuple[range, ...]:
 
 
 @lru_cache(maxsize=8)
-def _dense_of_blocks(shape: ModelConfig) -> list[int]:
+def _dense_of_blocks(shape: ModelConfig) -> tuple[int, ...]:
     """Of each block of the trunk, how many parameters it has without experts."""
     sizes = [0] * len(shape.layer_types)
     for name, parameter in parameters(shape).items():
         part, *rest = name.split(".")
         if part == "layers" and parameter.expert_dim is None:
             sizes[int(rest[0])] += prod(parameter.shape)
-    return sizes
+    return tuple(sizes)

@@ -61,8 +61,9 @@ def init_distributed(timeout_seconds: int) -> torch.device:
         return torch.device("cpu")
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
     torch.cuda.set_device(device)
-    # PyTorch's flight recorder keeps Python's stack of every collective, for who looks for one that hangs. It takes the
-    # host's time: 8 % of a step of 40 layers over two GPUs, which has 300 of them (docs/experiments.md).
+    # For who looks for a collective that hangs PyTorch's flight recorder keeps the stack of each. That takes the host's
+    # time: a step of 40 layers over two GPUs has 300 collectives, and was 8 % longer (docs/experiments.md). For the
+    # same reason nothing here asks for the report of who did not join (TORCH_NCCL_DESYNC_DEBUG).
     if "TORCH_NCCL_TRACE_BUFFER_SIZE" not in os.environ:  # its old name
         os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "0")
     # Host tensors (a step's agreement, checkpoint metadata) travel over gloo beside NCCL.

@@ -87,8 +87,8 @@ ATTENTION_TILE, RAGGED = 128, (0.48, 0.68)
 # (adapters on one GPU, one row, H200, 2026-11-28: 5.7 ms, and with "full" 7.9, so that the forward pass is the share
 # below); with them (11.2 ms on 40 layers that day, less what laying out gradients took until plain copies did: 126 of
 # 555 ms under a profiler); and at ep > 1, where buffers have room (40 layers on two H200s, 2026-11-29: the host was
-# ahead, so at most the step of 477 ms less `STEP`) and where the host asks for sizes (the same of the day before: 667
-# ms, while NCCL's recorders still ran; see training/distributed.py).
+# ahead, so less than the step of 477 ms less `STEP`, which is 11.8 ms a block; by how much is not known) and where the
+# host asks for sizes (the same of the day before: 667 ms, while NCCL's recorders still ran, without which it is less).
 HOST = {"no units": 5.7e-3, "units": 8.7e-3, "ep": 11.0e-3, "ep, asks": 16.5e-3}
 HOST_FORWARD = 0.37
 # What lies between the kernels of a block, and at a step's end beside it, where the host is not late: steps of 8, 12

@@ -97,8 +97,9 @@ class Case:
 
     @property
     def kept(self) -> Kept:
-        """What stays gathered from the forward pass to the backward pass."""
-        return kept_gathered(self.shape, self.degrees, self.reshard)
+        """What stays gathered from the forward pass to the backward pass, of what has one: of a trunk that is frozen in
+        part all is counted."""
+        return kept_gathered(self.shape, self.degrees, self.reshard, self.mode)
 
     @cached_property
     def trained(self) -> frozenset[str]:

@@ -147,7 +147,8 @@ def alternatives(config: Config, where: Where) -> list[tuple[Plan, Change]]:
     for change in _changes(config, where):
         try:
             plan = make_plan(changed(config, change), where, shape)
-            if fits(plan, where) != "fits" and plan.case.kept.dense and plan.case.reshard == "auto":
+            is_kept = plan.case.kept.dense and plan.case.degrees.shard > 1 and plan.case.reshard == "auto"
+            if is_kept and fits(plan, where) != "fits":
                 change = {**change, ("parallelism", "reshard_after_forward"): "always"}
                 plan = make_plan(changed(config, change), where, shape)
         except UserError:

@@ -143,8 +143,9 @@ def step_time(case: Case, gpu_name: str, gpus_per_node: int) -> StepTime:
     trained = case.sizes(trains=True)
     on_rank = trained.sharded / degrees.shard + trained.outside
     dense_of, experts_of = gathered_sizes(case)
-    moved = _moved(case, trained.dense + trained.root, dense_of.dense + dense_of.root, degrees.shard)
-    of_rank = trained.experts / degrees.expert, experts_of.experts / degrees.expert
+    kept = dense_of.dense * case.kept.dense, experts_of.experts / degrees.expert * case.kept.experts
+    moved = _moved(case, trained.dense + trained.root, dense_of.dense + dense_of.root, kept[0], degrees.shard)
+    of_rank = trained.experts / degrees.expert, experts_of.experts / degrees.expert, kept[1]
     moved += _moved(case, *of_rank, degrees.shard // degrees.expert)
     kinds["weights cast and gathered"] = case.accumulation * moved / gpu.memory
     # Weights and moments are read and written; gradients read for their norm and again.
@@ -179,14 +180,15 @@ def step_time(case: Case, gpu_name: str, gpus_per_node: int) -> StepTime:
     return StepTime({kind: seconds for kind, seconds in kinds.items() if seconds}, links, flops)
 
 
-def _moved(case: Case, trained: float, gathered: float, shard: int) -> float:
-    """Bytes, at the memory's rate, for the weights of a micro-batch of which so many are in units of FSDP."""
+def _moved(case: Case, trained: float, gathered: float, kept: float, shard: int) -> float:
+    """Bytes, at the memory's rate, for the weights of a micro-batch of which so many are in units of FSDP, and so many
+    of these not gathered again."""
     # In the forward pass cast and copied into place, 4 + 2 + 2 + 2 bytes; gradients 2 + 4, and back to bfloat16. What
     # is sharded is copied into place twice, and its gradients out of it; what is frozen, twice.
     of_a_weight = 16 if case.master_bytes == 4 and shard == 1 else 20
     cast = trained if gathered else 0.0
     moved = of_a_weight * cast + 4 * case.c * (gathered - cast)
-    return moved if shard == 1 else moved / hardware.LAID_OUT_SHARE
+    return moved if shard == 1 else (moved - 2 * case.c * kept) / hardware.LAID_OUT_SHARE
 
 
 def _hidden_by_blocks(case: Case, links: list[Link], seconds: float) -> list[Link]:

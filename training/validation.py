@@ -71,7 +71,7 @@ class Validator:
                     total[2] += output.mtp_loss.double()
                     total[3] += batch.num_drafted
                     total[4] += output.num_accepted
-        for module in model.modules():  # FSDP keeps the last weights that it gathered, for a backward
+        for module in model.modules():  # FSDP keeps what it gathered for a backward pass, up to when it would be old
             if isinstance(module, FSDPModule):
                 module.reshard()
         loss, num_tokens, mtp_loss, num_drafted, num_accepted = sum_over_ranks(total).tolist()

@@ -29,21 +29,32 @@ def in_graph(
     forward.register_fake(shape)
 
     def gradients(gradient: torch.Tensor, *arguments: Any) -> tuple[torch.Tensor, ...]:
+        """Of the inputs that want one, which the last argument tells; of others something empty."""
+        *arguments_of_function, wants = arguments
+        wanted = [index for index, wants_one in enumerate(wants) if wants_one]
+
+        def of_wanted(*inputs: torch.Tensor) -> torch.Tensor:
+            replaced = dict(zip(wanted, inputs))
+            return function(*(replaced.get(index, each) for index, each in enumerate(arguments_of_function)))
+
         # An operation runs where autograd is off, and torch.enable_grad alone does not bring it back.
-        inputs, others = arguments[:num_inputs], arguments[num_inputs:]
-        vjp: Any = torch.func.vjp(lambda *inputs: function(*inputs, *others), *inputs)
-        return tuple(each.contiguous() for each in vjp[1](gradient))
+        vjp: Any = torch.func.vjp(of_wanted, *(arguments[index] for index in wanted))
+        found = dict(zip(wanted, vjp[1](gradient)))
+        return tuple(found[i].contiguous() if i in found else gradient.new_empty(0) for i in range(num_inputs))
 
     backward = torch.library.custom_op(
         f"qwen35_moe::{name}_backward",
         gradients,
         mutates_args=(),
-        schema=f"(Tensor gradient, {parameters}) -> ({', '.join(['Tensor'] * num_inputs)})",
+        schema=f"(Tensor gradient, {parameters}, bool[] wants) -> ({', '.join(['Tensor'] * num_inputs)})",
     )
 
     @backward.register_fake
-    def _(_: torch.Tensor, *arguments: Any) -> tuple[torch.Tensor, ...]:
-        return tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in arguments[:num_inputs])
+    def _(gradient: torch.Tensor, *arguments: Any) -> tuple[torch.Tensor, ...]:
+        return tuple(
+            torch.empty_like(x, memory_format=torch.contiguous_format) if wants_one else gradient.new_empty(0)
+            for x, wants_one in zip(arguments, arguments[-1])
+        )
 
     def save(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
         ctx.is_tensor = [isinstance(each, torch.Tensor) for each in inputs]
@@ -53,7 +64,9 @@ def in_graph(
     def autograd(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         tensors, others = iter(ctx.saved_tensors), iter(ctx.others)
         arguments = [next(tensors) if is_tensor else next(others) for is_tensor in ctx.is_tensor]
-        return *backward(gradient, *arguments), *[None] * (len(arguments) - num_inputs)
+        wants = list(ctx.needs_input_grad[:num_inputs])
+        found = [each if wanted else None for each, wanted in zip(backward(gradient, *arguments, wants), wants)]
+        return *found, *[None] * (len(arguments) - num_inputs)
 
     forward.register_autograd(autograd, setup_context=save)
 

@@ -7,13 +7,14 @@ import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._dynamo.utils import counters
+from torch.utils.checkpoint import CheckpointPolicy
 
 from models.ops.documents import Documents
 from models.ops.kernels import Kernels
 from models.qwen35_moe.init import init_weights
 from models.qwen35_moe.model import Qwen35Moe
 from models.qwen35_moe.moe import Measure
-from parallelisms.activation_checkpoint import apply_activation_checkpointing
+from parallelisms.activation_checkpoint import _SAVED, _policy, apply_activation_checkpointing
 from parallelisms.degrees import Degrees
 from parallelisms.mesh import build_meshes
 from parallelisms.parallelize import parallelize_fn
@@ -37,6 +38,14 @@ def test_a_checkpointed_block_is_one_graph_however_many_documents(mode: str) -> 
         loss, _ = run_model(model, tokens, positions, Documents.from_lengths(lengths, max_seqlen=64), labels)
         loss.backward()
     assert counter.frame_count == len(set(config.layer_types)) == 2
+
+
+def test_the_loop_over_experts_is_kept_as_grouped_products_are() -> None:
+    rows, gate_up, down = torch.empty(3, 16), torch.empty(2, 8, 16), torch.empty(2, 16, 4)
+    saved, operation = _SAVED["selective"], torch.ops.qwen35_moe.grouped_linear.default
+    assert _policy(saved, (), None, operation, rows, gate_up, None) == CheckpointPolicy.MUST_SAVE
+    assert _policy(saved, (), None, operation, rows[:, :4], down, None) == CheckpointPolicy.PREFER_RECOMPUTE
+    assert _policy(_SAVED["full"], (), None, operation, rows, gate_up, None) == CheckpointPolicy.PREFER_RECOMPUTE
 
 
 class AtEp2(NamedTuple):

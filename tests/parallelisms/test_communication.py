@@ -16,7 +16,7 @@ from models.qwen35_moe.config import FULL, ModelConfig
 from models.qwen35_moe.parts import PARTS, frozen_parts, part_of
 from parallelisms.degrees import Degrees
 from parallelisms.room import Room
-from parallelisms.units import kept_gathered
+from parallelisms.units import Kept, kept_gathered
 from tests.distributed import run_ranks
 from tests.models.qwen35_moe.shapes import tiny_config
 from tests.models.qwen35_moe.vision_shapes import tiny_vision
@@ -89,6 +89,10 @@ def degrees_of(layout: Layout) -> Degrees:
     return Degrees(layout.replicate, layout.world // layout.replicate, layout.ep, layout.cp)
 
 
+def kept_of(layout: Layout) -> Kept:
+    return kept_gathered(CONFIG, degrees_of(layout), layout.reshard, layout.activation_checkpoint)
+
+
 def tokens_of(layout: Layout) -> int:
     """Of a rank in a micro-batch."""
     return sum(map(sum, ROWS)) // (layout.world * layout.accumulation)
@@ -97,7 +101,7 @@ def tokens_of(layout: Layout) -> int:
 def symbols(layout: Layout, num_copies: Fraction) -> dict[str, int | Fraction]:
     """What the documentation's letters stand for; see there."""
     of, num_full = sizes(CONFIG, layout.world // layout.replicate, layout.ep), CONFIG.layer_types.count(FULL)
-    of_units, kept = of.units(CONFIG, layout.ep), kept_gathered(CONFIG, degrees_of(layout), layout.reshard)
+    of_units, kept = of.units(CONFIG, layout.ep), kept_of(layout)
     return {
         "A": layout.accumulation,
         "L": CONFIG.num_hidden_layers,
@@ -162,7 +166,7 @@ def all_ranks(layout: Layout) -> str:
 def by_formula(layout: Layout, num_copies: Fraction) -> list[Traffic]:
     mode, of = layout.activation_checkpoint, sizes(CONFIG, layout.world // layout.replicate, layout.ep)
     where = degrees_of(layout), tokens_of(layout), layout.accumulation, mode
-    kept = kept_gathered(CONFIG, degrees_of(layout), layout.reshard)
+    kept = kept_of(layout)
     return traffic(CONFIG, *where, num_copies, of, of, asks=not layout.room, kept=kept)
 
 
@@ -180,11 +184,11 @@ def expected(layout: Layout, num_copies: Fraction) -> Totals:
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 def test_the_documentation_has_the_formulas(layout: Layout) -> None:
-    num_copies = Fraction(1234)
+    num_copies, layout = Fraction(1234), replace(layout, activation_checkpoint="none")
     with_other_name = {("all-reduce", "data_parallel"): ("all-reduce", "fsdp")}
     formulas = {
         with_other_name.get(row[:2], row[:2]): row[2:]
-        for row in by_formula(replace(layout, activation_checkpoint="none"), num_copies)
+        for row in by_formula(layout, num_copies)
         if row.axis != "replicate"  # described in words
     }
     written = documented(layout, num_copies)
@@ -312,7 +316,7 @@ def test_experts_and_dense_weights_are_gathered_a_block_ahead(
     # The same on the way back, where the last ones were kept, or all: the preceding unit before the last block's first
     # exchange, the preceding block's experts before its second.
     before, *backward = at_exchanges[4 * num_layers - 1 :]
-    kept = kept_gathered(CONFIG, degrees_of(layout), layout.reshard)
+    kept = kept_of(layout)
     preceding = before + (not kept.dense)
     assert backward[:2] == [preceding, preceding + (not kept.experts)]
 

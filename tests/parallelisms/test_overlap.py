@@ -41,20 +41,25 @@ def test_an_exchange_is_launched_before_what_it_can_run_beside() -> None:
 
 
 def options_of_blocks(layouts: list[Layout]) -> list[set[bool]]:
-    """Whether blocks are compiled for overlap."""
+    """Whether what holds exchanges is compiled for overlap."""
     found = []
     for layout in layouts:
-        with patch.object(torch.nn.Module, "compile") as compiled:
+        of_module, of_function = patch.object(torch.nn.Module, "compile"), patch.object(torch, "compile")
+        with of_module as compile_module, of_function as compile_function:
             build(CONFIG, layout)
-        found.append({call.kwargs["options"] is OVERLAPPING for call in compiled.call_args_list})
+        calls = [*compile_module.call_args_list, *compile_function.call_args_list]
+        found.append({call.kwargs["options"] is OVERLAPPING for call in calls if "options" in call.kwargs})
     return found
 
 
-def test_shared_tokens_overlap_unless_memory_is_short() -> None:
-    layouts = [
-        Layout(world=2, compile=True),
-        Layout(world=2, cp=2, compile=True),
-        Layout(world=2, cp=2, activation_checkpoint="selective", compile=True),
-        Layout(world=2, cp=2, activation_checkpoint="full", compile=True),
-    ]
-    assert run_ranks(options_of_blocks, 2, layouts) == [[{False}, {True}, {True}, {False}]] * 2
+def test_exchanges_overlap_unless_tokens_are_shared_and_memory_is_short() -> None:
+    expected = {
+        Layout(world=2, compile=True): False,
+        Layout(world=2, cp=2, compile=True): True,
+        Layout(world=2, cp=2, activation_checkpoint="selective", compile=True): True,
+        Layout(world=2, cp=2, activation_checkpoint="full", compile=True): False,
+        Layout(world=2, ep=2, activation_checkpoint="full", compile=True): True,
+        Layout(world=2, ep=2, cp=2, compile=True): True,
+        Layout(world=2, ep=2, cp=2, room=8.0, activation_checkpoint="full", compile=True): False,
+    }
+    assert run_ranks(options_of_blocks, 2, list(expected)) == [[{each} for each in expected.values()]] * 2

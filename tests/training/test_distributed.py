@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 import torch.distributed as dist
 
 from config.options import Config, Data, Job, Optimizer, Training
@@ -16,7 +17,7 @@ from tests.commands import status_of
 from tests.distributed import needs_gpus, run_ranks
 from tests.patience import PATIENCE
 from tests.training.test_load_balancing import ROOT, SMALL
-from training.distributed import check_same_options, world_from_environment
+from training.distributed import check_same_options, init_distributed, world_from_environment
 
 # train.py with one rank that falls asleep in its second step: in the data loader, or between two collectives.
 SCRIPT = """
@@ -73,6 +74,29 @@ def test_the_missing_rank_is_named_on_gpus(tmp_path: Path, rank: str, place: str
         assert re.search(rf"\[{rank}\] finished collective #\d+, but didn't join collective", done.stderr)
 
 
+@pytest.mark.parametrize(
+    ("before", "expected"),
+    [
+        ({}, "0"),
+        ({"TORCH_FR_BUFFER_SIZE": "2000"}, "2000"),
+        ({"TORCH_NCCL_TRACE_BUFFER_SIZE": "2000"}, None),
+    ],
+)
+def test_nccl_records_nothing_unless_asked(
+    monkeypatch: pytest.MonkeyPatch, before: dict[str, str], expected: str | None
+) -> None:
+    for name in ("TORCH_FR_BUFFER_SIZE", "TORCH_NCCL_TRACE_BUFFER_SIZE", "TORCH_NCCL_DESYNC_DEBUG"):
+        monkeypatch.delenv(name, raising=False)
+    # What init_distributed sets beside these is given back too.
+    monkeypatch.setattr(os, "environ", {**os.environ, **before})
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda _: None)
+    monkeypatch.setattr(dist, "init_process_group", lambda *_, **__: None)
+    assert init_distributed(1).type == "cuda"
+    assert os.environ.get("TORCH_FR_BUFFER_SIZE") == expected
+    assert "TORCH_NCCL_DESYNC_DEBUG" not in os.environ
+
+
 def run_with_a_sleeper(
     tmp_path: Path, rank: str, place: str, num_calls: int, on_gpus: bool = False
 ) -> subprocess.CompletedProcess[str]:
@@ -86,6 +110,9 @@ def run_with_a_sleeper(
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     if on_gpus:
         command.append("--kernels.cross_entropy=torch")  # nothing that is compiled for longer than they wait
+        # As docs/communication.md has it; PyTorch would put what it recorded elsewhere.
+        environment |= {"TORCH_NCCL_DESYNC_DEBUG": "1", "TORCH_FR_BUFFER_SIZE": "2000"}
+        environment["TORCH_FR_DUMP_TEMP_FILE"] = str(tmp_path / "recorded_")
     else:
         environment["CUDA_VISIBLE_DEVICES"] = ""
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=PATIENCE)
