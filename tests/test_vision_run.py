@@ -170,7 +170,7 @@ log_interval = 1
 
 
 def test_a_model_of_100_m_parameters_reloads(tmp_path: Path) -> None:
-    """Four processes with experts spread over all, ten steps with images, and transformers' class loads the result."""
+    """Four processes with experts spread over all, five steps with images, and transformers' class loads the result."""
     config = tmp_path / "100m.toml"
     config.write_text(
         f"""extends = "{ROOT / "train_configs/qwen35moe_100m.toml"}"
@@ -191,7 +191,7 @@ path = ["{ROOT / "data/tiny_vision/train.parquet"}"]
 tokenizer = "{MODEL}"
 num_workers = 0
 [training]
-steps = 10
+steps = 5
 sequence_length = 128
 local_batch_size = 1
 global_batch_size = 4
@@ -207,8 +207,8 @@ log_interval = 1
     )
     run(config, tmp_path / "run", "--parallelism.expert_parallel_degree=4", ranks=4)
     lines = metrics(tmp_path / "run")
-    assert [line["step"] for line in lines] == list(range(1, 11))
-    assert lines[-1]["loss"] < lines[0]["loss"] - 0.5
+    assert [line["step"] for line in lines] == list(range(1, 6))
+    assert lines[-1]["loss"] < lines[0]["loss"] - 2
     assert all(line["vision_tokens"] > 0 for line in lines)
     export_to_hf(tmp_path / "run", tmp_path / "hf")
     model, loading = AutoModelForImageTextToText.from_pretrained(
