@@ -9,7 +9,6 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from models.ops import attention, gated_delta_rule, grouped_experts
 
 # Documents of one token and of many; experts without rows, and rows of none.
-LENGTHS = [1, 70, 5]
 BOUNDS = torch.tensor([0, 1, 71, 76], dtype=torch.int32)
 OFFSETS = torch.tensor([0, 30, 30, 70], dtype=torch.int32)
 
