@@ -1,5 +1,6 @@
 """Turns parallel degrees into named device meshes."""
 
+import os
 from typing import NamedTuple
 
 import torch
@@ -60,6 +61,13 @@ class Meshes(NamedTuple):
         if self.context_parallel is not None:
             dist.all_reduce(values, group=self.context_parallel.get_group())
         return values
+
+
+def shards_within_host(mesh: DeviceMesh) -> bool:
+    """Whether several ranks shard over this mesh, its last axis, all of them on one host, by what torchrun tells."""
+    of_host = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    ranks = dist.get_process_group_ranks(mesh.get_group(mesh.ndim - 1))
+    return len(ranks) > 1 and len({rank // of_host for rank in ranks}) == 1
 
 
 def build_meshes(device_type: str, degrees: Degrees, room: float = 0.0) -> Meshes:

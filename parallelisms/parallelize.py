@@ -25,10 +25,11 @@ from parallelisms.context_parallel import (
 )
 from parallelisms.expert_parallel import ExpertParallelBlock
 from parallelisms.fsdp_copies import lay_out_gradients_without_tables
-from parallelisms.mesh import Meshes
+from parallelisms.mesh import Meshes, shards_within_host
 from parallelisms.overlap import OVERLAPPING
-from parallelisms.units import Kept, dense_units, kept_gathered
-from torch_private import ReduceScatter, compute_local_shape_and_global_offset, set_recompile_limit
+from parallelisms.reduction import ExchangeAndAddUp, NothingToReduce
+from parallelisms.units import Kept, dense_units, head_is_unit, kept_gathered
+from torch_private import compute_local_shape_and_global_offset, set_recompile_limit
 
 
 def parallelize_fn(
@@ -110,8 +111,9 @@ def _prepare_tower(tower: VisionTower, activation_checkpoint: str, compile_block
 
 
 def apply_fsdp(model: Qwen35Moe, meshes: Meshes, compute_dtype: torch.dtype, kept: Kept) -> None:
-    """Shards the model: one unit a block, or at ep > 1 one for a few (units.py) and one for each block's experts, and
-    one for the rest; of a vision tower likewise one a block and one for the rest, of what is trained.
+    """Shards the model: one unit a block, or at ep > 1 one for a few (units.py) and one for each block's experts, maybe
+    one for the head, and one for the rest; of a vision tower likewise one a block and one for the rest, of what is
+    trained.
 
     Gradients are summed, never averaged: the loss is already divided by the global batch's number of trained tokens.
     The float32 parameters stay outside FSDP, which would round them to `compute_dtype` before the forward sees them;
@@ -120,13 +122,6 @@ def apply_fsdp(model: Qwen35Moe, meshes: Meshes, compute_dtype: torch.dtype, kep
     stored as it is computed with: FSDP would copy it and its gradient for nothing.
     """
     lay_out_gradients_without_tables()
-    policy = MixedPrecisionPolicy(
-        # Casting inputs would round the rotary angles; activations have the right dtype from the embedding on.
-        compute_dtype,
-        torch.promote_types(compute_dtype, torch.float32),
-        cast_forward_inputs=False,
-    )
-
     outside = set(model.float32_parameters())
     if model.visual is not None:
         outside |= {parameter for part in _frozen_parts(model.visual) for parameter in part.parameters()}
@@ -140,18 +135,27 @@ def apply_fsdp(model: Qwen35Moe, meshes: Meshes, compute_dtype: torch.dtype, kep
             outside.add(parameter)
 
     nothing_to_reduce = NothingToReduce({each.dtype for each in model.parameters() if each not in outside})
+    wide = torch.promote_types(compute_dtype, torch.float32)
 
     def shard(modules: Sequence[nn.Module], mesh: DeviceMesh, **options: Any) -> None:
         modules = [each for each in modules if each is model or not outside.issuperset(each.parameters())]
         if not modules:
             return
+        exchanges = compute_dtype != wide and shards_within_host(mesh)
+        masters = {each.dtype for module in modules for each in module.parameters() if each not in outside}
+        # Their gradients are rounded once, as they are added up: but not before replicas' sums.
+        is_rounded = exchanges and masters == {compute_dtype} and mesh.ndim == 1
+        # Casting inputs would round the rotary angles; activations have the right dtype from the embedding on.
+        policy = MixedPrecisionPolicy(compute_dtype, compute_dtype if is_rounded else wide, cast_forward_inputs=False)
         fully_shard(modules, mesh=mesh, mp_policy=policy, ignored_params=outside, **options)
         unit = cast(FSDPModule, modules[0])
         if mesh.size() == 1:  # nothing to divide, not even by 1, and nothing to add up
             unit.set_custom_reduce_scatter(nothing_to_reduce)
-        else:
-            unit.set_gradient_divide_factor(1.0)
-            unit.set_force_sum_reduction_for_comms(True)  # gloo has no pre-multiplied sum
+            return
+        unit.set_gradient_divide_factor(1.0)
+        unit.set_force_sum_reduction_for_comms(True)  # gloo has no pre-multiplied sum
+        if exchanges:
+            unit.set_custom_reduce_scatter(ExchangeAndAddUp(compute_dtype))
 
     # Weights are freed after the forward pass and gathered again for the backward pass, but for what is kept. The last
     # unit is, with which the backward pass begins at once. What has no backward pass would be kept for good.
@@ -170,6 +174,11 @@ def apply_fsdp(model: Qwen35Moe, meshes: Meshes, compute_dtype: torch.dtype, kep
     for indices in units:
         free = indices[-1] < first or (not kept.dense and indices != units[-1])
         shard([blocks[index] for index in indices], meshes.dense, reshard_after_forward=free)
+    if head_is_unit(model.config, meshes.degrees.shard):
+        shard([model.lm_head], meshes.dense, reshard_after_forward=False)
+        # The last to be gathered in a forward pass: until that ends FSDP would keep what it was gathered into, beside
+        # the weight that is copied from there, and the loss is where memory is scarcest. Asked for, it lets that go.
+        model.norm.register_forward_hook(lambda *_: cast(FSDPModule, model.lm_head).unshard())
     if model.visual is not None:
         for part in [*model.visual.blocks, model.visual]:
             shard([part], meshes.dense, reshard_after_forward=meshes.degrees.shard > 1)
@@ -178,41 +187,6 @@ def apply_fsdp(model: Qwen35Moe, meshes: Meshes, compute_dtype: torch.dtype, kep
     if has_expert_units:
         _prefetch_neighbours(model, units)
     _gather_nothing_below_gradients(model, units)
-
-
-class NothingToReduce(ReduceScatter):
-    """For a mesh of one rank: one process, or experts that are whole on their rank, as at ep = fsdp.
-
-    FSDP would copy the gradients that it reduces into those that it keeps; here both are one tensor, made on the stream
-    of the computation, and used on FSDP's own. One that becomes a parameter's gradient goes when the computation's
-    stream has waited for that one, at the end of the backward pass. Any other goes at once: then the allocator must
-    know of that use. (Not otherwise: what it knows so is given out again only when FSDP's stream has got there, and
-    until then, as the host launches the next step, there would be two sets of gradients.)
-    """
-
-    def __init__(self, dtypes: set[torch.dtype]) -> None:
-        """dtypes: the parameters'."""
-        self._dtypes = dtypes
-        self._input: torch.Tensor | None = None
-        self.adds_up = True
-        """Whether parameters may have gradients already, to which these are added."""
-
-    def is_kept(self, dtype: torch.dtype) -> bool:
-        """Whether what is made in this dtype becomes a gradient as it is."""
-        return not self.adds_up and self._dtypes == {dtype}
-
-    def allocate(self, size: Sequence[int | torch.SymInt], *, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-        """FSDP asks in turn for an input and for the output that belongs to it."""
-        if self._input is None:
-            self._input = torch.empty(size, dtype=dtype, device=device)
-            return self._input
-        output, self._input = self._input, None
-        if output.is_cuda and not self.is_kept(dtype):
-            output.record_stream(torch.cuda.current_stream())
-        return output
-
-    def __call__(self, output_tensor: torch.Tensor, input_tensor: torch.Tensor, *_: Any, **__: Any) -> None:
-        raise AssertionError("FSDP has nothing to scatter over a mesh of one")
 
 
 def _prefetch_neighbours(model: Qwen35Moe, units: Sequence[range]) -> None:
@@ -224,6 +198,8 @@ def _prefetch_neighbours(model: Qwen35Moe, units: Sequence[range]) -> None:
     dense, experts = _dense(model, units), [_units(block.mlp.experts) for block in model.blocks]
     for unit in _units(model):
         unit.set_modules_to_forward_prefetch([*dense[0], *experts[0]])
+    if not model.config.tie_word_embeddings:
+        dense.append(_units(model.lm_head))  # none where it is no unit
     for of_kind in (dense, experts):
         for before, after in itertools.pairwise(of_kind):
             for unit in before:

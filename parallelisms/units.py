@@ -38,6 +38,13 @@ def kept_gathered(shape: ModelConfig, degrees: Degrees, reshard_after_forward: s
     return Kept(is_small and reshard_after_forward == "auto" and activation_checkpoint != "full", False)
 
 
+def head_is_unit(shape: ModelConfig, shard: int) -> bool:
+    """Whether the head is a unit by itself, which is gathered and reduced beside blocks: with the embedding it would be
+    before the first and after the last of them, where nothing hides that. Not if it is the embedding, nor if
+    multi-token prediction reads it too: a unit is run once."""
+    return shard > 1 and not shape.tie_word_embeddings and not shape.mtp_num_hidden_layers
+
+
 @lru_cache(maxsize=8)
 def dense_units(shape: ModelConfig, expert_degree: int) -> tuple[range, ...]:
     """The blocks of each unit of dense weights. At ep 1 a block is a unit, with its experts; at ep > 1, where experts

@@ -17,7 +17,7 @@ from models.qwen35_moe.parameters import adapter_shapes, parameters
 from models.qwen35_moe.parts import part_of
 from models.qwen35_moe.vision_config import VisionConfig
 from parallelisms.degrees import Degrees
-from parallelisms.units import FREED, Kept, dense_units
+from parallelisms.units import FREED, Kept, dense_units, head_is_unit
 
 NO_LORA = Lora()
 _LAYER = re.compile(r"(?:mtp\.)?layers\.\d+\.")
@@ -31,7 +31,9 @@ class Sizes:
     by_block: tuple[tuple[int, int], ...]
     """Of each block: without experts and what stays outside FSDP (of D), experts (of X)."""
     root: int
-    """R: embedding, final norm, head, and what of MTP is in no block."""
+    """R: embedding, final norm, a head that is no unit, and what of MTP is in no block."""
+    head: int
+    """Y: a head that is a unit."""
     outside: int
     """F: outside FSDP, float32."""
     visual: int
@@ -58,7 +60,7 @@ class Sizes:
 
     @property
     def sharded(self) -> int:
-        return self.dense + self.experts + self.root + self.visual
+        return self.dense + self.experts + self.root + self.head + self.visual
 
     @property
     def total(self) -> int:
@@ -77,7 +79,8 @@ def sizes(
     """Of the model and its adapters for these degrees. trains: of those alone that train, or that do not; `frozen` are
     parts that do not, single ones (parts.py)."""
     adapters = adapter_shapes(shape, lora.rank, lora.targets) if lora.rank else {}
-    others = {"root": 0, "outside": 0, "visual": 0, "whole": 0}
+    others = {"root": 0, "head": 0, "outside": 0, "visual": 0, "whole": 0}
+    head = ("lm_head.",) if head_is_unit(shape, shard) else ()
     blocks: dict[str, list[int]] = {}
     units_of_tower = set[str]()
     table = {name: (parameter.shape, parameter.is_float32) for name, parameter in parameters(shape).items()}
@@ -97,7 +100,7 @@ def sizes(
         if block:
             of_block[is_of_experts] += size
         else:
-            others["visual" if of_tower else "root"] += size
+            others["visual" if of_tower else "head" if name.startswith(head) else "root"] += size
         if of_tower:
             units_of_tower.add(of_tower[0])
     by_block = tuple((dense, experts) for dense, experts in blocks.values())
@@ -132,6 +135,7 @@ def traffic(
     trunk_has_graph: bool = True,
     asks: bool = True,
     kept: Kept = FREED,
+    g: int = 4,
 ) -> list[Traffic]:
     """The collectives of a step: the tables of docs/communication.md, which are of a text model that trains whole; but
     of a tower's features and of the embeddings that multi-token prediction sends.
@@ -139,14 +143,14 @@ def traffic(
     num_tokens: of a rank in a micro-batch; num_copies: C, that a rank sends in a step; of, trained: sizes of all that
     is in units of FSDP, and of what trains; c: bytes of the compute dtype; trunk_has_graph: false where multi-token
     prediction alone trains; asks: whether the host asks for the number of copies; kept: what is not gathered again for
-    the backward pass.
+    the backward pass; g: bytes of a gradient on its way, c within a host.
     """
     A, L, P, ep = accumulation, len(of.by_block), degrees.context, degrees.expert
     k, H, t = shape.num_experts_per_tok, shape.hidden_size, num_tokens
     once = 0 if trunk_has_graph else len(shape.layer_types)  # blocks that run forward alone
     dense, dense_trained = of.units(shape, ep), trained.units(shape, ep)
     experts, experts_trained = [x for _, x in of.by_block], [x for _, x in trained.by_block]
-    units = [*dense_trained, trained.root]  # with gradients to be reduced
+    units = [*dense_trained, trained.head, trained.root]  # with gradients to be reduced
     units_once = len(dense) - (L - once) if once else 0
 
     def gathered(sizes: list[int], once: int, is_kept: bool) -> list[int]:
@@ -155,11 +159,11 @@ def traffic(
 
     of_dense = gathered(dense, units_once, kept.dense)
     of_experts = gathered(experts, once, kept.experts)
-    num_gathered = 1 + len(of_dense) + 2 * of.units_of_tower
+    num_gathered = 1 + bool(of.head) + len(of_dense) + 2 * of.units_of_tower
     calls = A * num_gathered, A * (sum(map(bool, units)) + trained.units_of_tower)
     rows = [
-        Traffic("all-gather", "fsdp", calls[0], A * c * (of.root + sum(of_dense) + 2 * of.visual)),
-        Traffic("reduce-scatter", "fsdp", calls[1], A * 4 * (sum(units) + trained.visual)),
+        Traffic("all-gather", "fsdp", calls[0], A * c * (of.root + of.head + sum(of_dense) + 2 * of.visual)),
+        Traffic("reduce-scatter", "fsdp", calls[1], A * g * (sum(units) + trained.visual)),
         Traffic("all-reduce", "fsdp" if degrees.replicate == 1 else "data_parallel", 1, 4 * (trained.outside + 2)),
     ]
     num_reduced = calls[1] // A
@@ -171,7 +175,7 @@ def traffic(
         num_reduced += sum(map(bool, experts_trained))
         rows += [
             Traffic("all-gather", "efsdp", A * len(of_experts), A * c * sum(of_experts) // ep),
-            Traffic("reduce-scatter", "efsdp", A * sum(map(bool, experts_trained)), A * 4 * trained.experts // ep),
+            Traffic("reduce-scatter", "efsdp", A * sum(map(bool, experts_trained)), A * g * trained.experts // ep),
             Traffic(
                 "all-to-all",
                 "ep",

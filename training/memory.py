@@ -192,7 +192,7 @@ def peak_memory(case: Case) -> tuple[str, dict[str, float]]:
     shape, degrees, c, types = case.shape, case.degrees, case.c, list(layer_types(case.shape))
     trained, (dense_of, experts_of) = case.sizes(trains=True), gathered_sizes(case)
     is_sharded = degrees.shard > 1
-    of_head = c * shape.vocab_size * shape.hidden_size if case.trains_head else 0.0
+    of_head = c * shape.vocab_size * shape.hidden_size if case.trains_head and not dense_of.head else 0.0
     root = c * dense_of.root
     tower = 0.0 if is_sharded else c * dense_of.visual
     units = [c * size for size in dense_of.units(shape, degrees.expert)]
@@ -235,14 +235,14 @@ def peak_memory(case: Case) -> tuple[str, dict[str, float]]:
     moments = {
         "the loss": {
             "gradients": before,
-            "gathered weights": root + tower + at_loss,
+            "gathered weights": root + c * dense_of.head + tower + at_loss,
             **activations(len(types)),
             "loss: logits, the head's gradient": _loss_buffers(case),
         }
     }
     for kind in dict.fromkeys(types[first:]):
         index = len(types) - 1 - types[::-1].index(kind)
-        later = sum(dense + experts for dense, experts in trained.by_block[index + 1 :]) * case.master_bytes
+        later = trained.head + sum(dense + experts for dense, experts in trained.by_block[index + 1 :])
         alive = case.num_tokens * backward_of_layer(shape, kind, *of_layer)
         if kind == LINEAR:
             number = sum(n for _, n in case.documents)
@@ -250,7 +250,7 @@ def peak_memory(case: Case) -> tuple[str, dict[str, float]]:
                 alive, backward_of_delta_rule(shape, *of_layer[:2], case.num_tokens, case.num_chunks(), number, c)
             )
         moments[f"the backward pass of block {index}, {kind.replace('_', ' ')}"] = {
-            "gradients": max(before, later / degrees.shard) + unreduced + of_head,
+            "gradients": max(before, later / degrees.shard * case.master_bytes) + unreduced + of_head,
             "gathered weights": root + tower + gathered(index + 1),
             **activations(index),
             "recomputed, gradients of activations": alive,
@@ -271,7 +271,7 @@ def peak_memory(case: Case) -> tuple[str, dict[str, float]]:
 def gathered_sizes(case: Case) -> tuple[Sizes, Sizes]:
     """What of dense weights, and of experts, is in units of FSDP, which gathers or casts it: of what is whole on its
     rank all that trains, unless it is stored as it is computed with and has no replicas (parallelize.py)."""
-    degrees, nothing = case.degrees, Sizes(((0, 0),) * len(list(layer_types(case.shape))), 0, 0, 0, 0, 0)
+    degrees, nothing = case.degrees, Sizes(((0, 0),) * len(list(layer_types(case.shape))), *[0] * 6)
     needs_cast = case.master_bytes != case.c and not case.lora.rank
     of_whole = case.sizes(trains=True) if needs_cast or degrees.replicate > 1 else nothing
     over_experts = degrees.shard // (degrees.expert if degrees.expert > 1 else 1)

@@ -144,7 +144,8 @@ def step_time(case: Case, gpu_name: str, gpus_per_node: int) -> StepTime:
     on_rank = trained.sharded / degrees.shard + trained.outside
     dense_of, experts_of = gathered_sizes(case)
     kept = dense_of.dense * case.kept.dense, experts_of.experts / degrees.expert * case.kept.experts
-    moved = _moved(case, trained.dense + trained.root, dense_of.dense + dense_of.root, kept[0], degrees.shard)
+    of_dense, all_dense = (of.dense + of.root + of.head for of in (trained, dense_of))
+    moved = _moved(case, of_dense, all_dense, kept[0], degrees.shard)
     of_rank = trained.experts / degrees.expert, experts_of.experts / degrees.expert, kept[1]
     moved += _moved(case, *of_rank, degrees.shard // degrees.expert)
     kinds["weights cast and gathered"] = case.accumulation * moved / gpu.memory
@@ -165,7 +166,7 @@ def step_time(case: Case, gpu_name: str, gpus_per_node: int) -> StepTime:
     links = _links(case, gpus_per_node)
     compute = sum(kinds.values()) - kinds["optimizer, clipping"]
     if degrees.expert == 1 and degrees.shard > 1:
-        links = _hidden_by_blocks(case, links, 0.9 * compute)
+        links = _hidden_by_blocks(case, links, 0.9 * compute, _bytes_of_gradient(case, gpus_per_node))
     kinds["communication, not hidden"] = sum(link.seconds - link.hidden for link in links)
     name = "ep, asks" if asks else "ep" if degrees.expert > 1 else "units" if dense_of.total else "no units"
     share, blocks = hardware.HOST_FORWARD, [(len(part.types), part) for part in parts]
@@ -191,10 +192,16 @@ def _moved(case: Case, trained: float, gathered: float, kept: float, shard: int)
     return moved if shard == 1 else (moved - 2 * case.c * kept) / hardware.LAID_OUT_SHARE
 
 
-def _hidden_by_blocks(case: Case, links: list[Link], seconds: float) -> list[Link]:
+def _bytes_of_gradient(case: Case, gpus_per_node: int) -> int:
+    """On its way to be added up: see parallelisms/reduction.py."""
+    fits = case.degrees.shard * case.degrees.replicate <= gpus_per_node or gpus_per_node % case.degrees.shard == 0
+    return case.c if fits else 4
+
+
+def _hidden_by_blocks(case: Case, links: list[Link], seconds: float, g: int) -> list[Link]:
     """FSDP at ep 1, in its own order: the block before hides what is gathered, the next one what is reduced, as long as
     they last. Nothing hides the root's, which is gathered before the first block and reduced after the last one."""
-    root = {"all-gather": case.c * case.sizes().root, "reduce-scatter": 4 * case.sizes(trains=True).root}
+    root = {"all-gather": case.c * case.sizes().root, "reduce-scatter": g * case.sizes(trains=True).root}
     over = sum(link.seconds for link in links if link.traffic.axis == "fsdp")
     found = []
     for link in links:
@@ -242,6 +249,7 @@ def _links(case: Case, gpus_per_node: int) -> list[Link]:
         case.trunk_has_graph,
         asks=not case.room,
         kept=case.kept,
+        g=_bytes_of_gradient(case, gpus_per_node),
     )
     # axis -> its ranks, and the distance from one to the next
     strides = {
@@ -260,7 +268,8 @@ def _links(case: Case, gpus_per_node: int) -> list[Link]:
         # How many of a group a node has at least; a node's border may cut through groups.
         in_node = max(1, math.gcd(ranks * stride, gpus_per_node) // stride)
         crosses = degrees.replicate * degrees.shard > gpus_per_node and gpus_per_node % (ranks * stride) > 0
-        rate = LINKS.all_to_all if row.kind == "all-to-all" else LINKS.ring
+        is_exchanged = row.kind == "reduce-scatter" and _bytes_of_gradient(case, gpus_per_node) < 4
+        rate = LINKS.all_to_all if row.kind == "all-to-all" or is_exchanged else LINKS.ring
         if crosses:
             rate = min(rate, LINKS.network * (1 if row.kind == "all-to-all" else in_node))
         ways = 2 if row.kind == "all-reduce" else 1

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from models.ops.grouped_experts import Projection
+from models.qwen35_moe.head import Head, read_out
 from models.qwen35_moe.moe import Experts
 from models.qwen35_moe.parts import part_of
 
@@ -40,7 +41,11 @@ def add_adapters(model: nn.Module, rank: int, alpha: float, targets: Collection[
             continue
         if name.endswith("shared_expert_gate"):  # it has a single output: no rank is below its own
             continue
-        adapted = LoraExperts(module, rank, scale) if isinstance(module, Experts) else LoraLinear(module, rank, scale)
+        adapted: nn.Module
+        if isinstance(module, Experts):
+            adapted = LoraExperts(module, rank, scale)
+        else:
+            adapted = (LoraHead if isinstance(module, Head) else LoraLinear)(module, rank, scale)
         parent, _, own_name = name.rpartition(".")
         setattr(model.get_submodule(parent), own_name, adapted)
 
@@ -66,6 +71,14 @@ class LoraLinear(nn.Linear):
     def low_rank(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """x [T, in] -> rows [T, r] and a matrix [out, r], whose product rows @ matrix^T is added to the result."""
         return F.linear(x, self.lora_A.weight.to(x.dtype)) * self.scale, self.lora_B.weight.to(x.dtype)
+
+
+class LoraHead(LoraLinear):
+    """The head, likewise."""
+
+    def forward(self, hidden: torch.Tensor, labels: torch.Tensor | None, backend: str) -> torch.Tensor:  # type: ignore[override]
+        """As `Head`."""
+        return read_out(hidden, self.weight, labels, backend, self.low_rank(hidden))
 
 
 class LoraExperts(Experts):

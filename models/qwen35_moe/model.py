@@ -3,7 +3,6 @@
 from typing import NamedTuple, Protocol, cast
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from models.ops.documents import Documents
@@ -12,7 +11,7 @@ from models.ops.labels import IGNORED
 from models.ops.linear_cross_entropy import linear_argmax, linear_cross_entropy
 from models.qwen35_moe.block import Block
 from models.qwen35_moe.config import FULL, ModelConfig
-from models.qwen35_moe.lora import LoraLinear
+from models.qwen35_moe.head import Head, read_out
 from models.qwen35_moe.moe import COUNTS_OF_ALL, Measure, RouterStatistics
 from models.qwen35_moe.mtp import MultiTokenPrediction
 from models.qwen35_moe.norms import RMSNorm
@@ -79,7 +78,7 @@ class Qwen35Moe(nn.Module):
         self.layers = nn.ModuleList(Block(config, layer_type, kernels) for layer_type in config.layer_types)
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         if not config.tie_word_embeddings:
-            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+            self.lm_head = Head(config.hidden_size, config.vocab_size)
         self.mtp: MultiTokenPrediction | None = None
         if config.mtp_num_hidden_layers:
             self.mtp = MultiTokenPrediction(config, config.mtp_num_hidden_layers, kernels)
@@ -110,16 +109,14 @@ class Qwen35Moe(nn.Module):
             hidden, of_layer = layer(hidden, rotary, batch.documents, measure)
             of_layers.append(of_layer)
         hidden = self.norm(hidden)
-        head = self.embed_tokens if self.config.tie_word_embeddings else self.lm_head
-        low_rank = head.low_rank(hidden) if isinstance(head, LoraLinear) else None
-        if batch.labels is None:
-            logits = F.linear(hidden, head.weight)
-            logits = logits if low_rank is None else logits + F.linear(*low_rank)
-            return Output(logits, RouterStatistics.stack(of_layers))
         backend = self.kernels.cross_entropy
-        loss = linear_cross_entropy(hidden, head.weight, batch.labels, low_rank=low_rank, backend=backend)
-        if self.mtp is None:
-            return Output(loss, RouterStatistics.stack(of_layers))
+        if self.config.tie_word_embeddings:
+            result = read_out(hidden, self.embed_tokens.weight, batch.labels, backend)
+        else:
+            result = self.lm_head(hidden, batch.labels, backend)
+        if self.mtp is None or batch.labels is None:
+            return Output(result, RouterStatistics.stack(of_layers))
+        head = self.embed_tokens if self.config.tie_word_embeddings else self.lm_head
         labels = batch.mtp_labels
         assert labels is not None
         has_label = labels != IGNORED
@@ -127,7 +124,7 @@ class Qwen35Moe(nn.Module):
         statistics = RouterStatistics.stack([*of_layers, of_layer])
         mtp_loss = linear_cross_entropy(drafted, head.weight, labels, backend=backend)
         if not counts_accepted:
-            return Output(loss, statistics, mtp_loss)
+            return Output(result, statistics, mtp_loss)
         preferred = self.mtp.take_next(linear_argmax(hidden, head.weight))
         is_accepted = (linear_argmax(drafted, head.weight) == preferred) & has_label
-        return Output(loss, statistics, mtp_loss, is_accepted.sum())
+        return Output(result, statistics, mtp_loss, is_accepted.sum())

@@ -35,15 +35,16 @@ def _num_bytes(tensor: torch.Tensor) -> int:
 
 @contextmanager
 def recorded(meshes: Meshes) -> Iterator[list[Collective]]:
-    """FSDP and this repository call `torch.distributed`; DTensors and autograd call functional collectives, which a
-    dispatch mode sees (FSDP's calls are hidden from modes inside checkpointed blocks)."""
+    """FSDP and its reductions (reduction.py) call `torch.distributed`; DTensors, autograd and this repository call
+    functional collectives, which a dispatch mode sees (FSDP's calls are hidden from modes inside checkpointed
+    blocks)."""
     axes, calls = _axes(meshes), []
     renamed = hasattr(dist, "all_gather_single")  # in torch 2.13
     kinds = {
         "all_gather_single" if renamed else "all_gather_into_tensor": "all-gather",
         "reduce_scatter_single" if renamed else "reduce_scatter_tensor": "reduce-scatter",
         "all_reduce": "all-reduce",
-        "all_to_all_single": "all-to-all",
+        "all_to_all_single": "reduce-scatter",  # as FSDP is given one here; tokens travel by functional ones
     }
 
     class Functional(TorchDispatchMode):
@@ -52,7 +53,8 @@ def recorded(meshes: Meshes) -> Iterator[list[Collective]]:
                 return NotImplemented  # it calls again with plain tensors
             name = func._schema.name
             if name.startswith("_c10d_functional::") and "wait_tensor" not in name and "wrap_tensor" not in name:
-                kind = kinds[name.removeprefix("_c10d_functional::").rstrip("_")]
+                name = name.removeprefix("_c10d_functional::").rstrip("_")
+                kind = "all-to-all" if name == "all_to_all_single" else kinds[name]
                 calls.append(Collective(kind, axes[args[-1]], _num_bytes(args[0])))
             return func(*args, **(kwargs or {}))
 

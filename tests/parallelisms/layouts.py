@@ -1,6 +1,7 @@
 """Trains the same tiny model in any layout, for tests that compare layouts with one process on the whole batch."""
 
 import math
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -28,6 +29,7 @@ from parallelisms.mesh import Meshes, build_meshes
 from parallelisms.parallelize import local_region, parallelize_fn
 from tests.models.qwen35_moe.shapes import Stream, random_stream
 from tests.models.qwen35_moe.vision_shapes import random_pixels
+from train import build_on_meta
 from training.optimizer import NamedAdamW, build_optimizer
 from training.step import Stepper, StepResult
 
@@ -50,6 +52,9 @@ class Layout:
     compile: bool = False
     room: float = 0.0
     reshard: str = "auto"
+    hosts: int = 1
+    """Over which torchrun would have told the ranks that they are spread."""
+    masters: torch.dtype = torch.float32
     adam_eps: float = 1e-4
     """With Adam's default of 1e-8 weights drift by noise divided by noise: then only the update's norm compares."""
 
@@ -166,11 +171,11 @@ def build(
 ) -> tuple[Qwen35Moe, Meshes, NamedAdamW]:
     """The parallelised model with its initial weights, as train.py builds it; `is_trained`: by a parameter's name."""
     assert dist.get_world_size() == layout.world
+    os.environ["LOCAL_WORLD_SIZE"] = str(layout.world // layout.hosts)
     torch.compiler.reset()
     degrees = Degrees(layout.replicate, layout.world // layout.replicate, layout.ep, layout.cp)
     meshes = build_meshes(device_type, degrees, layout.room)
-    with torch.device("meta"):
-        model = Qwen35Moe(config, Kernels(attention="sdpa"))
+    model = build_on_meta(config, Kernels(attention="sdpa"), layout.masters)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(is_trained(name))
     if lora.rank:

@@ -45,6 +45,10 @@ LAYOUTS = [
     Layout(world=4, cp=2, ep=4),
     Layout(world=4, cp=4, activation_checkpoint="full"),
     Layout(world=4, cp=4, replicate=2),
+    Layout(world=4, hosts=2),
+    Layout(world=4, ep=2, hosts=2, accumulation=2),
+    Layout(world=4, replicate=2, hosts=2),
+    Layout(world=4, ep=2, masters=torch.bfloat16),
 ]
 Totals = dict[tuple[str, str], tuple[int, int | Fraction]]
 
@@ -98,6 +102,11 @@ def tokens_of(layout: Layout) -> int:
     return sum(map(sum, ROWS)) // (layout.world * layout.accumulation)
 
 
+def bytes_of_gradient(layout: Layout) -> int:
+    """On its way: the ranks that shard are on one host or not."""
+    return 2 if layout.world // layout.replicate <= layout.world // layout.hosts else 4
+
+
 def symbols(layout: Layout, num_copies: Fraction) -> dict[str, int | Fraction]:
     """What the documentation's letters stand for; see there."""
     of, num_full = sizes(CONFIG, layout.world // layout.replicate, layout.ep), CONFIG.layer_types.count(FULL)
@@ -111,6 +120,9 @@ def symbols(layout: Layout, num_copies: Fraction) -> dict[str, int | Fraction]:
         "X": of.experts,
         "X_last": of.by_block[-1][1],
         "R": of.root,
+        "Y": of.head,
+        "heads": int(of.head > 0),
+        "g": bytes_of_gradient(layout),
         "F": of.outside,
         "c": 2,
         "k": CONFIG.num_experts_per_tok,
@@ -167,7 +179,8 @@ def by_formula(layout: Layout, num_copies: Fraction) -> list[Traffic]:
     mode, of = layout.activation_checkpoint, sizes(CONFIG, layout.world // layout.replicate, layout.ep)
     where = degrees_of(layout), tokens_of(layout), layout.accumulation, mode
     kept = kept_of(layout)
-    return traffic(CONFIG, *where, num_copies, of, of, asks=not layout.room, kept=kept)
+    options = {"asks": not layout.room, "kept": kept, "g": bytes_of_gradient(layout)}
+    return traffic(CONFIG, *where, num_copies, of, of, **options)
 
 
 def expected(layout: Layout, num_copies: Fraction) -> Totals:
@@ -244,8 +257,8 @@ def test_what_has_no_backward_pass_is_gathered_and_sent_once() -> None:
         for found in run_ranks(gathers, 4, [(config, layout) for layout in layouts], tuple(frozen)):
             for layout, totals in zip(layouts, found):
                 of, A, L = sizes(config, layout.world, layout.ep), layout.accumulation, len([*layer_types(config)])
-                U = len(of.units(config, layout.ep))
-                dense = of.root + of.dense + (of.experts if layout.ep == 1 else 0)
+                U = len(of.units(config, layout.ep)) + bool(of.head)
+                dense = of.root + of.head + of.dense + (of.experts if layout.ep == 1 else 0)
                 expected = {("all-gather", "fsdp"): (A * (U + 1), A * 2 * dense)}
                 if layout.ep > 1:
                     expected["all-gather", "efsdp"] = (A * L, A * 2 * of.experts // layout.ep)
@@ -308,11 +321,9 @@ def test_experts_and_dense_weights_are_gathered_a_block_ahead(
             at_exchanges.append(gathers)
             if call.num_bytes == 8 * layout.ep:  # the numbers of copies: here the host waits, in each block
                 at_counts.append(gathers)
-    # When the host waits in a block, its dense unit (of two blocks) and the next one are under way, after the root's,
-    # and so are its experts and the next block's.
-    assert at_counts[:num_layers] == [
-        1 + min(block // 2 + 2, num_layers // 2) + min(block + 2, num_layers) for block in range(num_layers)
-    ]
+    # When the host waits in a block, its dense unit (of two blocks) and the next one, or the head, are under way, after
+    # the root's, and so are its experts and the next block's.
+    assert at_counts[:num_layers] == [1 + block // 2 + 2 + min(block + 2, num_layers) for block in range(num_layers)]
     # The same on the way back, where the last ones were kept, or all: the preceding unit before the last block's first
     # exchange, the preceding block's experts before its second.
     before, *backward = at_exchanges[4 * num_layers - 1 :]

@@ -1,16 +1,20 @@
 """Where a rank's part of a parameter lies, what stays gathered, and gradients outside FSDP: one sum over all ranks."""
 
+import gc
 import itertools
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.tensor import DTensor
 
+from models.qwen35_moe import head
 from models.qwen35_moe.parameters import Box
 from models.qwen35_moe.parts import PARTS, part_of
-from parallelisms.parallelize import NothingToReduce, local_region, reduce_replicated_gradients
+from parallelisms.parallelize import local_region, reduce_replicated_gradients
+from parallelisms.reduction import NothingToReduce
 from tests.distributed import run_ranks
 from tests.models.qwen35_moe.shapes import tiny_config
 from tests.parallelisms.layouts import Layout, build, own_batches, step
@@ -83,6 +87,31 @@ def test_what_has_no_backward_pass_is_not_kept() -> None:
     layouts = [Layout(world=4, ep=2), Layout(world=4, ep=2, reshard="never")]
     of_blocks = [([False, False, True, True], [False] * 3 + [True])] * 2
     assert run_ranks(gathered, 4, layouts, frozen) == [of_blocks] * 4
+
+
+def copies_of_the_head() -> list[int]:
+    """Of each layout, how many blocks of memory as large as the whole head there are while the loss is computed."""
+    config, found = tiny_config(vocab_size=1000), list[int]()
+    for layout in (Layout(world=2), Layout(world=2, ep=2)):
+        model, _, _ = build(config, layout, torch.bfloat16)
+        batch = own_batches(config, layout, [[4], [4]], seed=0)[0]
+
+        def count(*_: Any) -> None:
+            gc.collect()
+            tensors = [each for each in gc.get_objects() if type(each) in (torch.Tensor, nn.Parameter)]
+            tensors = [each for each in tensors if each.dtype == torch.bfloat16]  # no shards
+            blocks = {each.untyped_storage().data_ptr(): each.untyped_storage().nbytes() for each in tensors}
+            found.append(sum(size == 2 * config.vocab_size * config.hidden_size for size in blocks.values()))
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(head, "linear_cross_entropy", lambda hidden, *_, **__: (count(), hidden.sum())[1])
+            model(batch)
+    return found
+
+
+def test_the_heads_memory_is_there_once_as_the_loss_is_computed() -> None:
+    # The embedding, which the root keeps, and the head.
+    assert run_ranks(copies_of_the_head, 2) == [[2, 2]] * 2
 
 
 def sums() -> tuple[list[list[float]], float]:

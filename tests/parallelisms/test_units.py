@@ -7,7 +7,7 @@ import pytest
 from config.reading import load_config, model_config
 from models.qwen35_moe.config import ModelConfig
 from parallelisms.degrees import Degrees
-from parallelisms.units import dense_units, kept_gathered
+from parallelisms.units import dense_units, head_is_unit, kept_gathered
 from tests.models.qwen35_moe.shapes import tiny_config
 
 
@@ -22,6 +22,14 @@ def test_two_blocks_of_the_trunk_are_a_unit_where_experts_are_none_of_it() -> No
     with_mtp = replace(shape, mtp_num_hidden_layers=1)  # not with the trunk's last one
     assert indices(with_mtp, 2) == [[0, 1], [2, 3], [4], [5]]
     assert indices(with_mtp, 1) == [[0], [1], [2], [3], [4], [5]]
+
+
+def test_the_head_is_a_unit_where_it_is_sharded_and_run_once() -> None:
+    shape = tiny_config()
+    assert head_is_unit(shape, 2)
+    assert not head_is_unit(shape, 1)
+    assert not head_is_unit(replace(shape, tie_word_embeddings=True), 2)
+    assert not head_is_unit(replace(shape, mtp_num_hidden_layers=1), 2)
 
 
 @pytest.mark.parametrize(

@@ -233,4 +233,6 @@ def test_sizes_are_the_models() -> None:
     of = sizes(ModelConfig.from_dict({}), 1)
     assert of.total == 34_660_610_688  # 35B-A3B's
     assert of.experts == 40 * 256 * 3 * 2048 * 512
-    assert of.root == 2 * 248320 * 2048 + 2048
+    assert (of.root, of.head) == (2 * 248320 * 2048 + 2048, 0)
+    sharded = sizes(ModelConfig.from_dict({}), 2)
+    assert (sharded.root, sharded.head) == (248320 * 2048 + 2048, 248320 * 2048)

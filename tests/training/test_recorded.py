@@ -37,8 +37,9 @@ def test_the_documentation_has_every_run() -> None:
     text = (Path(__file__).resolve().parents[2] / "docs/scale.md").read_text()
     for run in RUNS:
         peak, seconds = run.predicted()
-        assert f"{peak:.1f}, {run.peak_gib}" in text, run.what
-        assert run.step_seconds is None or f"{seconds:.3f}, {run.step_seconds:.3f}" in text, run.what
+        figures = [f"{peak:.1f}, {run.peak_gib}"]
+        figures += [f"{seconds:.3f}, {run.step_seconds:.3f}"] if run.step_seconds else []
+        assert any(all(each in row for each in figures) for row in text.splitlines()), (run.what, figures)
 
 
 def test_what_was_measured_is_not_outside_of_it() -> None:
