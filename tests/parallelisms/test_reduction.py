@@ -1,5 +1,7 @@
 """Gradients that travel in bfloat16 within a host have the sums of those that are reduced in float32."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -10,7 +12,7 @@ from tests.models.qwen35_moe.shapes import tiny_config
 from tests.parallelisms.layouts import Layout, Run, train_layouts
 
 NUMBERS = (1, 7, 4096)  # of a rank's part
-ROWS = [[40, 24], [10, 54], [64], [1, 63]]
+ROWS = [[40, 24], [10, 54], [64], [1, 63]] * 2
 
 
 def gradients_of(rank: int, number: int, world: int) -> torch.Tensor:
@@ -65,20 +67,28 @@ def runs(layouts: list[Layout]) -> list[Run]:
 
 
 @pytest.mark.parametrize(
-    ("masters", "ep", "world"),
-    [(torch.float32, 1, 2), (torch.bfloat16, 1, 2), (torch.bfloat16, 2, 2), (torch.float32, 2, 4)],
+    "layout",
+    [
+        Layout(world=2),
+        Layout(world=2, accumulation=2, masters=torch.bfloat16),
+        Layout(world=2, ep=2, masters=torch.bfloat16),
+        Layout(world=4, replicate=2, accumulation=2),
+        Layout(world=4, replicate=2, masters=torch.bfloat16),
+        Layout(world=4, ep=2),
+    ],
+    ids=str,
 )
-def test_a_run_is_that_of_fsdps_own_reduction(masters: torch.dtype, ep: int, world: int) -> None:
-    """Over two ranks there is one addition, whose order does not matter, so bit for bit; experts of four ranks at ep 2
-    are over two, all else is not."""
-    layouts = [Layout(world=world, ep=ep, masters=masters, hosts=hosts) for hosts in (1, world)]
-    exchanged, reduced = runs(layouts)
+def test_a_run_is_that_of_fsdps_own_reduction(layout: Layout) -> None:
+    """Over two ranks, to which replicas add one sum, there is one addition, whose order does not matter: bit for bit.
+    Experts of four ranks at ep 2 are over two, all else is not."""
+    exchanged, reduced = runs([layout, replace(layout, hosts=layout.world)])
+    is_exact = layout.world // layout.replicate == 2
     for name, expected in reduced.first_gradients.items():
         found = exchanged.first_gradients[name]
-        if world == 2 or ".experts." in name:
+        if is_exact or ".experts." in name:
             assert torch.equal(found, expected), name
         else:  # sums of four in another order: float32's rounding
             assert (found - expected).norm() <= 1e-6 * expected.norm(), name
-    if world == 2:
+    if is_exact:
         assert exchanged.losses == reduced.losses
         assert all(torch.equal(exchanged.weights[name], expected) for name, expected in reduced.weights.items())
