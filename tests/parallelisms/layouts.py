@@ -1,5 +1,6 @@
 """Trains the same tiny model in any layout, for tests that compare layouts with one process on the whole batch."""
 
+import functools
 import math
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -49,7 +50,10 @@ class Layout:
     replicate: int = 1
     accumulation: int = 1
     activation_checkpoint: str = "none"
-    compile: bool = False
+    compile: bool | str = False
+    """True: as train.py does it. A string: by that backend. "aot_eager" runs graphs as they were traced, forward and
+    backward, and "eager" only the forward's: to make kernels takes most of the time, and test_layouts.py,
+    test_context_parallel.py and one layout of each feature that changes graphs do it."""
     room: float = 0.0
     reshard: str = "auto"
     hosts: int = 1
@@ -161,6 +165,17 @@ def forced_routing(experts: tuple[int, ...], by_token: bool = False) -> Iterator
         Router.forward, Qwen35Moe.forward = original, original_model  # type: ignore[method-assign]
 
 
+@contextmanager
+def compiling_by(backend: str | Callable) -> Iterator[None]:
+    """What is given to torch.compile in here is compiled by this backend."""
+    compile_by_default = torch.compile
+    torch.compile = functools.partial(compile_by_default, backend=backend)  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        torch.compile = compile_by_default
+
+
 def build(
     config: ModelConfig,
     layout: Layout,
@@ -180,14 +195,15 @@ def build(
         parameter.requires_grad_(is_trained(name))
     if lora.rank:
         add_adapters(model, lora.rank, lora.alpha, lora.targets)
-    parallelize_fn(
-        model,
-        meshes,
-        compute_dtype=compute_dtype,
-        activation_checkpoint=layout.activation_checkpoint,
-        compile_blocks=layout.compile,
-        reshard_after_forward=layout.reshard,
-    )
+    with compiling_by(layout.compile if isinstance(layout.compile, str) else "inductor"):
+        parallelize_fn(
+            model,
+            meshes,
+            compute_dtype=compute_dtype,
+            activation_checkpoint=layout.activation_checkpoint,
+            compile_blocks=bool(layout.compile),
+            reshard_after_forward=layout.reshard,
+        )
     # A seed whose gradients of A_log and dt_bias are not sums that nearly cancel: inductor's exp differs from eager's
     # in the last bit, and with seed 3 those sums make 2e-5 of it.
     materialise(model, torch.device(device_type), seed=4)

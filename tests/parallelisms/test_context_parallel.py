@@ -26,13 +26,14 @@ ROWS += [[27], [2, 5], [1] * 8, [8, 2], [1] * 16, [1] * 10, [1] * 12, [1] * 10]
 
 # Pairwise, with test_layouts.py's: a test there counts.
 LAYOUTS = [
-    Layout(world=2, cp=2),
-    Layout(world=2, cp=2, ep=2, accumulation=2, activation_checkpoint="selective"),
+    Layout(world=2, cp=2, activation_checkpoint="selective", compile=True),
+    Layout(world=2, cp=2, ep=2, accumulation=2, activation_checkpoint="selective", compile="aot_eager"),
     Layout(world=2, cp=2, replicate=2, accumulation=4, activation_checkpoint="full"),
     Layout(world=4, cp=2),
-    Layout(world=4, cp=2, ep=4, activation_checkpoint="selective", compile=True),
+    Layout(world=4, cp=2, ep=4, accumulation=2, activation_checkpoint="selective"),
     Layout(world=4, cp=4),
-    Layout(world=4, cp=4, activation_checkpoint="full", compile=True),
+    Layout(world=4, cp=4, ep=4, compile="aot_eager"),
+    Layout(world=4, cp=4, activation_checkpoint="full"),
     Layout(world=4, cp=4, ep=4, accumulation=2, activation_checkpoint="selective"),
     Layout(world=4, cp=4, ep=2, replicate=2, accumulation=4),
 ]
@@ -93,7 +94,7 @@ FROZEN: dict[str, tuple[tuple[str, ...], list[Layout]]] = {
     "nothing": (
         (),
         [
-            Layout(world=2, cp=2, ep=2, accumulation=2, activation_checkpoint="selective", compile=True),
+            Layout(world=2, cp=2, ep=2, accumulation=2, activation_checkpoint="selective", compile="aot_eager"),
             Layout(world=2, cp=2, accumulation=6, activation_checkpoint="full"),
             Layout(world=4, cp=2, ep=4),
             Layout(world=4, cp=4),

@@ -1,6 +1,7 @@
 """Every layout trains the same model: initial weights, losses, gradient norms, gradients and weights of one process."""
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -18,7 +19,10 @@ ROWS = [[10, 6], [1, 1, 14], [2, 2, 2, 2] + [1] * 8, [16]]
 ROWS += [[3, 13], [1] * 14 + [2], [16], [5, 11]] * 2 + [[1] * 16] * 4
 NUM_STEPS = 3  # from the first weights, from moved ones, and with moments of both
 
-# Pairwise: each value of each axis meets each value of the others that it can meet somewhere (a test counts).
+# Other tables have it too, and find the same kernels.
+COMPILED = Layout(world=2, ep=2, accumulation=4, activation_checkpoint="full", compile=True)
+# Pairwise: each value of each axis meets each value of the others that it can meet somewhere, here or in
+# test_context_parallel.py (a test counts).
 LAYOUTS = [
     Layout(accumulation=2),
     Layout(accumulation=4, activation_checkpoint="full"),
@@ -28,17 +32,17 @@ LAYOUTS = [
     Layout(world=2, replicate=2, accumulation=4, activation_checkpoint="selective"),
     Layout(world=2, accumulation=2, reshard="never"),
     Layout(world=2, ep=2, activation_checkpoint="full", adam_eps=1e-8),
-    Layout(world=2, ep=2, accumulation=4, compile=True),
+    COMPILED,
     Layout(world=4),
     Layout(world=4, ep=2, activation_checkpoint="selective"),
     Layout(world=4, ep=2, accumulation=2, reshard="never"),
     Layout(world=4, ep=2, reshard="always"),
     Layout(world=4, ep=4, accumulation=2, activation_checkpoint="full"),
-    Layout(world=4, ep=4, accumulation=4, activation_checkpoint="selective", compile=True),
+    Layout(world=4, ep=4, accumulation=4, activation_checkpoint="selective"),
     Layout(world=4, ep=4),
-    Layout(world=4, replicate=2, accumulation=2, activation_checkpoint="full", compile=True),
+    Layout(world=4, replicate=2, accumulation=2, activation_checkpoint="full", compile="aot_eager"),
     Layout(world=4, replicate=2, ep=2),
-]  # and the model with multi-token prediction, compiled at world 4 and ep 2: test_mtp_layouts.py
+]
 
 
 def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
@@ -75,7 +79,9 @@ def test_each_value_meets_each_other() -> None:
     }
 
     def pairs(layout: Layout) -> set[frozenset]:
-        return {frozenset(pair) for pair in itertools.combinations(((axis, getattr(layout, axis)) for axis in axes), 2)}
+        values = [(axis, getattr(layout, axis)) for axis in axes if axis != "compile"]
+        values.append(("compile", bool(layout.compile)))  # by whatever backend
+        return {frozenset(pair) for pair in itertools.combinations(values, 2)}
 
     possible = [Layout(**dict(zip(axes, values))) for values in itertools.product(*axes.values())]
     possible = [each for each in possible if each.world % (each.replicate * each.ep) == each.world % each.cp == 0]
@@ -93,13 +99,13 @@ def test_equals_one_process(expected: dict[float, Run], world: int) -> None:
 
 @pytest.mark.parametrize("experts", [(5,), (0, 1)], ids=["all to one expert", "ranks without rows"])
 def test_unequal_routing_equals_one_process(experts: tuple[int, ...]) -> None:
-    # Of 4 ranks with two experts each, three receive no row.
-    config = tiny_config(num_experts_per_tok=len(experts))
+    # Of 4 ranks with two experts each, three receive no row; of 2 one.
+    config = replace(CONFIG, num_experts_per_tok=len(experts))
     layouts = [Layout(world=4, ep=4), Layout(world=4, ep=2, activation_checkpoint="full")]
-    layouts += [Layout(world=4, ep=4, activation_checkpoint="full", compile=True)]
     runs = one_process(config, ROWS, experts)
     assert (runs[1e-4].expert_counts > 0).sum(dim=1).tolist() == [len(experts)] * config.num_hidden_layers
     check_layouts(runs, config, ROWS, layouts, experts)
+    check_layouts(runs, config, ROWS, [replace(COMPILED, compile=True if len(experts) == 2 else "aot_eager")], experts)
 
 
 def check_layouts(
