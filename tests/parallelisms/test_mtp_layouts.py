@@ -21,18 +21,18 @@ ROUTER_LOSSES = MoE(aux_loss_coef=0.3, z_loss_coef=0.1)
 
 TEXT = [
     Layout(accumulation=2),
-    Layout(compile=True, activation_checkpoint="selective"),
+    Layout(compile="aot_eager", activation_checkpoint="selective"),
     Layout(world=2, accumulation=4),
     Layout(world=2, ep=2, accumulation=2, activation_checkpoint="selective"),
-    Layout(world=2, ep=2, compile=True, activation_checkpoint="full"),
+    test_layouts.COMPILED,
     Layout(world=2, replicate=2, activation_checkpoint="full"),
     Layout(world=4),
     Layout(world=4, ep=4, accumulation=2, activation_checkpoint="full"),
-    Layout(world=4, ep=2, compile=True, adam_eps=1e-8),
+    Layout(world=4, ep=2, adam_eps=1e-8),
     Layout(world=4, replicate=2, ep=2, activation_checkpoint="selective"),
-    Layout(world=4, replicate=2, accumulation=4, compile=True),
+    Layout(world=4, replicate=2, accumulation=4),
 ]
-HEAD = [layout for layout in TEXT if not (layout.world == 4 and layout.compile)]
+HEAD = [replace(layout, compile="aot_eager" if layout.compile else False) for layout in TEXT]
 SOME = [Layout(activation_checkpoint="full"), Layout(world=2), Layout(world=2, ep=2, activation_checkpoint="selective")]
 SOME += [Layout(world=4, replicate=2, ep=2)]
 
@@ -40,7 +40,7 @@ SOME += [Layout(world=4, replicate=2, ep=2)]
 # The borders between ranks lie inside documents, and inside images.
 CONTEXT = [
     Layout(world=2, cp=2, accumulation=2),
-    Layout(world=2, cp=2, ep=2, activation_checkpoint="selective", compile=True),
+    Layout(world=2, cp=2, ep=2, activation_checkpoint="selective", compile="aot_eager"),
     Layout(world=4, cp=4, activation_checkpoint="full"),
     Layout(world=4, cp=2, ep=4),
 ]

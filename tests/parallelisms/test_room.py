@@ -226,7 +226,7 @@ def test_tokens_that_are_not_finite_ask_for_no_more_room() -> None:
 
 def breaks_of_graphs() -> list[str]:
     """Of two steps, with fillers and without."""
-    layout = Layout(world=2, ep=2, room=AMPLE, activation_checkpoint="selective", compile=True)
+    layout = Layout(world=2, ep=2, room=AMPLE, activation_checkpoint="selective", compile="eager")
     config = tiny_config(num_hidden_layers=2, layer_types=(LINEAR, FULL))
     model, meshes, optimizer = build(config, layout)
     counters.clear()
