@@ -12,7 +12,7 @@ from tests.test_train import ROOT, metrics, run
 LAYOUTS = {
     "1 process, 4 micro-batches": (1, "--activation_checkpoint.mode=full"),
     "2, fsdp": (2, "--parallelism.expert_parallel_degree=1"),
-    "2, ep 2": (2, "--activation_checkpoint.mode=none"),
+    "2, ep 2, with workers": (2, "--activation_checkpoint.mode=none", "--data.num_workers=1"),
     "2, ep 2, too little room": (2, "--parallelism.expert_room=1"),
     "2, replicas": (2, "--parallelism.data_parallel_replicate_degree=2"),
     "3, which do not divide the batch": (3, "--training.local_batch_size=1"),
@@ -20,16 +20,18 @@ LAYOUTS = {
     "4, replicas with ep 2": (4, "--parallelism.data_parallel_replicate_degree=2"),
 }
 OPTIONS = ("--training.steps=5", "--metrics.log_interval=1", "--checkpoint.enable=false", "--metrics.tensorboard=false")
+ALONE = "--data.num_workers=0"  # a rank's workers import for seconds before the first step
 
 
 @pytest.mark.slow
 def test_five_steps_of_the_tiny_run_on_eight_layouts(tmp_path: Path) -> None:
     tiny = ROOT / "train_configs/qwen35moe_tiny.toml"
-    run(tiny, tmp_path / "one", *OPTIONS, "--training.local_batch_size=8", ranks=1)
+    run(tiny, tmp_path / "one", *OPTIONS, ALONE, "--training.local_batch_size=8", ranks=1)
     expected = metrics(tmp_path / "one")
     assert len(expected) == 5
     for number, (name, (ranks, *options)) in enumerate(LAYOUTS.items()):
-        run(tiny, tmp_path / str(number), *OPTIONS, *options, ranks=ranks)
+        alone = () if "with workers" in name else (ALONE,)
+        run(tiny, tmp_path / str(number), *OPTIONS, *alone, *options, ranks=ranks)
         found = metrics(tmp_path / str(number))
         for key, bound in (("loss", 1e-6), ("grad_norm", 1e-5)):
             values = [[line[key] for line in lines] for lines in (found, expected)]

@@ -12,7 +12,7 @@ SHORT += ("--checkpoint.export_hf=never", "--lr_scheduler.warmup_steps=1")
 
 
 def test_one_process_and_two_and_what_is_frozen(tmp_path: Path) -> None:
-    run(TINY, tmp_path / "one", *SHORT, "--job.deterministic", ranks=1)
+    run(TINY, tmp_path / "one", *SHORT, "--job.deterministic", "--data.num_workers=0", ranks=1)
     run(TINY, tmp_path / "two", *SHORT, "--activation_checkpoint.mode=full", "--optimizer.merger_lr_ratio=1")
     one, two = metrics(tmp_path / "one"), metrics(tmp_path / "two")
     for alone, together in zip(one, two, strict=True):
@@ -22,7 +22,7 @@ def test_one_process_and_two_and_what_is_frozen(tmp_path: Path) -> None:
         assert alone["patches_max_over_mean"] == 1 <= together["patches_max_over_mean"] < 2
     assert two[-1]["validation_loss"] == pytest.approx(one[-1]["validation_loss"], rel=1e-4)
 
-    run(TINY, tmp_path / "frozen", *SHORT, "--model.freeze=vision,merger")
+    run(TINY, tmp_path / "frozen", *SHORT, "--model.freeze=vision,merger", "--data.num_workers=0")
     frozen = metrics(tmp_path / "frozen")
     assert frozen[0]["loss"] == pytest.approx(one[0]["loss"], rel=1e-4)
     assert frozen[0]["grad_norm"] < one[0]["grad_norm"]

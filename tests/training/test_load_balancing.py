@@ -1,9 +1,5 @@
 """Losses on the router: against transformers and plain sums, with fillers, switched off, and in a run's metrics."""
 
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -15,9 +11,9 @@ from models.ops.documents import Documents
 from models.qwen35_moe.config import ModelConfig
 from models.qwen35_moe.model import Qwen35Moe
 from models.qwen35_moe.moe import Measure, MixtureOfExperts, RouterStatistics
+from tests.checkpoint.runs import Run
 from tests.models.qwen35_moe.shapes import random_model, random_stream, run_model, tiny_config
 from tests.models.qwen35_moe.test_parity import reference_model
-from tests.patience import PATIENCE
 from training.load_balancing import RouterLosses, measure_for, router_losses
 from training.metrics import expert_load
 
@@ -237,11 +233,7 @@ def test_metrics_of_a_run(tmp_path: Path) -> None:
     (tmp_path / "small.toml").write_text(SMALL.format(root=ROOT))
 
     def run(name: str, *options: str) -> list[dict]:
-        command = [sys.executable, str(ROOT / "train.py"), "--config", str(tmp_path / "small.toml"), *options]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-        command.append(f"--job.output_dir={tmp_path / name}")
-        subprocess.run(command, env=environment, check=True, timeout=PATIENCE, capture_output=True)
-        return [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        return Run(tmp_path / name, 1, f"--config={tmp_path / 'small.toml'}", *options, defaults=()).finish()
 
     off = run("off")
     on = run("on", "--moe.aux_loss_coef=0.1", "--moe.z_loss_coef=0.1")

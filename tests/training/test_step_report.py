@@ -147,7 +147,7 @@ with train.exit_on_error():
 def test_a_run_that_tells_late_tells_the_same(tmp_path: Path) -> None:
     """With validation, saves, and lines of two steps each."""
     config = tmp_path / "run.toml"
-    validation = "[validation]\nenable = true\nshare = 0.2\ninterval = 4\n"
+    validation = "[validation]\nenable = true\nshare = 0.2\ninterval = 4\nsteps = 2\n"
     config.write_text(SMALL.format(root=ROOT).replace("steps = 6", "steps = 9") + validation)
     options = ["--metrics.log_interval=2", "--metrics.grad_norm_by_part", "--checkpoint.interval=3"]
     run(config, tmp_path / "at_once", *options, ranks=1)
