@@ -1,6 +1,5 @@
 """Checkpointed blocks are compiled, in every mode: one graph each, and at ep > 1 without room one for each part."""
 
-import functools
 from typing import Any, NamedTuple
 
 import pytest
@@ -20,7 +19,7 @@ from parallelisms.mesh import build_meshes
 from parallelisms.parallelize import parallelize_fn
 from tests.distributed import run_ranks
 from tests.models.qwen35_moe.shapes import random_stream, run_model, tiny_config
-from tests.parallelisms.layouts import Layout, build, materialise, own_batches
+from tests.parallelisms.layouts import Layout, build, compiling_by, materialise, own_batches
 
 
 @pytest.mark.parametrize("mode", ["none", "selective", "full"])
@@ -30,7 +29,7 @@ def test_a_checkpointed_block_is_one_graph_however_many_documents(mode: str) -> 
     init_weights(model, 0)
     apply_activation_checkpointing([(block, "forward") for block in model.blocks], mode)
     torch.compiler.reset()
-    counter = CompileCounterWithBackend("aot_eager")
+    counter = CompileCounterWithBackend("eager")
     for block in model.blocks:
         block.compile(backend=counter)
     for lengths in [40, 24], [64], [1, 20, 43], [1] * 64:
@@ -71,8 +70,7 @@ def count(profile: torch.profiler.profile, operation: str) -> int:
 
 
 def train_at_ep_2(cases: list[tuple[float, str]]) -> list[AtEp2]:
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+    with pytest.MonkeyPatch.context() as monkeypatch, compiling_by("aot_eager"):
         # Else what is beyond the limit runs uncompiled, and counts as no graph.
         monkeypatch.setattr(torch._dynamo.config, "fail_on_recompile_limit_hit", True)
         config, found = tiny_config(), []
@@ -154,10 +152,9 @@ class AtCp2(NamedTuple):
 def train_at_cp_2(ep: int, room: float, modes: list[str]) -> list[AtCp2]:
     config, found = tiny_config(), []
     with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
         monkeypatch.setattr(torch._dynamo.config, "fail_on_recompile_limit_hit", True)
         for mode in modes:
-            layout = Layout(world=2, cp=2, ep=ep, room=room, activation_checkpoint=mode, compile=True)
+            layout = Layout(world=2, cp=2, ep=ep, room=room, activation_checkpoint=mode, compile="eager")
             model, _, _ = build(config, layout, torch.bfloat16)
             counters.clear()
             graphs = []

@@ -32,10 +32,10 @@ ONE_PROCESS = [
 SAME = {
     1: [
         (GLOBAL, Layout(), Layout(activation_checkpoint="full")),
-        (GLOBAL, Layout(), Layout(activation_checkpoint="selective", compile=True)),
+        (GLOBAL, Layout(), Layout(activation_checkpoint="selective", compile="aot_eager")),
     ],
     2: [
-        (GLOBAL, Layout(), Layout(world=2, compile=True)),
+        (GLOBAL, Layout(), Layout(world=2, compile="aot_eager")),
         (GLOBAL, Layout(), Layout(world=2, ep=2, activation_checkpoint="selective")),
         (GLOBAL, Layout(accumulation=2), Layout(world=2, ep=2, accumulation=2, activation_checkpoint="full")),
         (GLOBAL, Layout(), Layout(world=2, replicate=2)),
