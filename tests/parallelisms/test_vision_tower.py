@@ -202,11 +202,10 @@ def graphs(modes: list[str], first: int, frozen: tuple[str, ...]) -> list[list[i
     """Of each mode, the number of graphs after a micro-batch of each of SHOWN, from `first` on; then without gradients
     again."""
     with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
         monkeypatch.setattr(torch._dynamo.config, "fail_on_recompile_limit_hit", True)
         found = []
         for mode in modes:
-            layout = Layout(compile=True, activation_checkpoint=mode)
+            layout = Layout(compile="eager", activation_checkpoint=mode)
             model, _, _ = build(CONFIG, layout, torch.bfloat16, is_trained=functools.partial(_trains, frozen))
             counters.clear()
             numbers = []
