@@ -37,14 +37,14 @@ LAYOUTS = {
         Layout(world=2, replicate=2, accumulation=4),
         Layout(world=4),
         Layout(world=4, ep=4, accumulation=2, activation_checkpoint="full"),
-        Layout(world=4, ep=2, accumulation=4, activation_checkpoint="selective", compile=True),
+        Layout(world=4, ep=2, accumulation=4, activation_checkpoint="selective"),
         Layout(world=4, replicate=2, ep=2),
     ],
     # The first block's experts read what needs no gradient.
     "experts": [Layout(world=2, ep=2, activation_checkpoint="selective"), Layout(world=4, ep=2)],
     "default": [Layout(world=2, ep=2, accumulation=2, activation_checkpoint="full"), Layout(world=4, ep=2)],
     "shared rows": [
-        Layout(world=2, cp=2, ep=2, activation_checkpoint="selective", compile=True),
+        Layout(world=2, cp=2, ep=2, activation_checkpoint="selective", compile="aot_eager"),
         Layout(world=2, cp=2, accumulation=2, activation_checkpoint="full"),
         Layout(world=4, cp=2, ep=4),
     ],

@@ -44,14 +44,14 @@ TRAINED = [
     Layout(world=4, ep=4, accumulation=2, activation_checkpoint="full"),
     Layout(world=4, ep=2, accumulation=4, activation_checkpoint="selective"),
     Layout(world=4, replicate=2, ep=2),
-    Layout(world=4, replicate=2, accumulation=4, activation_checkpoint="full", compile=True),
+    Layout(world=4, replicate=2, accumulation=4, activation_checkpoint="full"),
 ]
 SOME = [
     Layout(accumulation=2, activation_checkpoint="selective"),
     Layout(world=2, ep=2, activation_checkpoint="full"),
     Layout(world=2, replicate=2, accumulation=4),
 ]
-COMPILED = Layout(world=2, compile=True, activation_checkpoint="selective")
+COMPILED = Layout(world=2, compile="aot_eager", activation_checkpoint="selective")
 FROZEN: dict[str, tuple[tuple[str, ...], list[Layout]]] = {
     "nothing frozen": ((), TRAINED),
     "tower": (("vision", "merger"), SOME),
