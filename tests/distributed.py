@@ -25,7 +25,7 @@ from training.distributed import init_distributed
 # the ranks: a rank starts in milliseconds instead of the seconds that importing takes, and inherits no threads and no
 # CUDA state. (Not `datasets`: importing it starts a thread.)
 on_cpus = multiprocessing.get_context("forkserver")
-_PRELOADED = ["torch.distributed.checkpoint", "transformers", "tests.parallelisms.layouts"]
+_PRELOADED = ["torch.distributed.checkpoint", "transformers", "tests.parallelisms.layouts", "train"]
 # Compiling asks for a GPU; and a PyTorch that is built for GPUs, be there any or not, starts the threads of backward
 # passes for it: what is forked from a process with such threads can make no backward pass.
 _PRELOADED += [] if torch.backends.cuda.is_built() else ["tests.preloaded"]

@@ -18,7 +18,7 @@ PROGRAM = "from tests.test_distributed import tell; tell()"
 
 def what_a_rank_begins_with() -> tuple[set[str], int]:
     """Which of these modules are there, and how many threads the server has that forked this rank."""
-    modules = {"tests.parallelisms.layouts", "tests.preloaded", "transformers", "datasets"} & {*sys.modules}
+    modules = {"tests.parallelisms.layouts", "tests.preloaded", "train", "transformers", "datasets"} & {*sys.modules}
     return modules, len(os.listdir(f"/proc/{os.getppid()}/task"))
 
 
@@ -35,7 +35,7 @@ def test_ranks_begin_with_everything_imported_and_no_threads(tmp_path: Path) -> 
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True)
     # Forking a process that has threads can hang.
     prepared = "" if torch.backends.cuda.is_built() else "tests.preloaded "
-    assert done.stdout.splitlines() == [f"tests.parallelisms.layouts {prepared}transformers 1"] * 2
+    assert done.stdout.splitlines() == [f"tests.parallelisms.layouts {prepared}train transformers 1"] * 2
 
 
 def crash_on_rank_1() -> None:

@@ -200,13 +200,19 @@ def test_plain_python_is_one_process_and_mistakes_are_one_line(config_file: Path
     subprocess.run([*command, *options], env=environment(), check=True, timeout=PATIENCE)
     assert len(metrics(tmp_path)) == 2
 
-    def mistake(*options: str) -> str:
-        done = subprocess.run([*command, *options], env=environment(), capture_output=True, text=True, timeout=PATIENCE)
-        assert done.returncode == 2
-        assert len(done.stderr.strip().splitlines()) == 1, done.stderr
-        return done.stderr
+    wrong = [*command, "--parallelism.expert_parallel_degree=2"]
+    done = subprocess.run(wrong, env=environment(), capture_output=True, text=True, timeout=PATIENCE)
+    assert done.returncode == 2
+    assert len(done.stderr.strip().splitlines()) == 1, done.stderr
+    assert "expert_parallel_degree = 2" in done.stderr
 
-    assert "expert_parallel_degree = 2" in mistake("--parallelism.expert_parallel_degree=2")
+    def mistake(*options: str) -> str:
+        """The one line, beside the log, that tells what is found when the run has begun."""
+        again = Run(tmp_path, 1, f"--config={config_file}", *options, defaults=())
+        assert again.wait() == [2]
+        (line,) = [line for line in again.log.read_text().splitlines() if " [rank 0] " not in line]
+        return line
+
     assert "resume = 'never'" in mistake(*options, "--checkpoint.resume=never")
     other_model = mistake(*options, "--model.config.num_experts=4", "--model.config.num_experts_per_tok=1")
     assert "mlp.experts.down_proj" in other_model

@@ -27,11 +27,12 @@ AMPLE = 8.0  # of 8 experts all tokens fit on one rank
 NUM_LOCAL = 3
 NUM_STEPS = 4  # in the fourth there may be no room any more: see below
 
-# Pairwise with what changes the graphs; a rank's tokens are as many as another's.
+# Pairwise with what changes the graphs; a rank's tokens are as many as another's. (Kernels of such graphs:
+# test_context_parallel.py.)
 LAYOUTS = [
     Layout(world=2, ep=2, room=AMPLE, accumulation=2, activation_checkpoint="selective"),
     Layout(world=2, ep=2, room=AMPLE, activation_checkpoint="full", adam_eps=1e-8),
-    Layout(world=2, ep=2, room=AMPLE, activation_checkpoint="selective", compile=True),
+    Layout(world=2, ep=2, room=AMPLE, activation_checkpoint="selective", compile="aot_eager"),
     Layout(world=4, ep=4, room=AMPLE, activation_checkpoint="full", accumulation=2),
     Layout(world=4, ep=2, room=AMPLE, activation_checkpoint="selective"),
     Layout(world=4, ep=2, replicate=2, room=AMPLE),
