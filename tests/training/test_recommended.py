@@ -9,7 +9,7 @@ from config.reading import load_config
 from tests.checkpoint.runs import Run
 from training.plan import Change, Where, alternatives
 
-STEPS = ("--training.steps=4", "--checkpoint.interval=2", "--checkpoint.keep=0", "--training.global_batch_size=16")
+STEPS = ("--training.steps=2", "--checkpoint.interval=1", "--checkpoint.keep=0", "--training.global_batch_size=16")
 # As many heads and experts as any of the layouts needs.
 SHAPE = (
     "--model.config.hidden_size=64",
@@ -46,6 +46,9 @@ def test_recommended_layouts_train_as_one_process_and_resume(tmp_path: Path, gpu
     one = Run(tmp_path / "one", 1, *STEPS, *SHAPE, "--training.local_batch_size=16").finish()
     layouts = recommended(gpus, gpu)
     assert len(layouts) >= 3
+    if gpus > 8:  # the best, and what fewer GPUs do not have: more than two cores do in a minute
+        layouts = [each for each in layouts if each == layouts[0] or each not in recommended(8, "h200")]
+        assert len(layouts) >= 2
     for number, change in enumerate(layouts):
         options = [f"--{section}.{key}={value}" for (section, key), value in change.items()]
         print(gpus, *options)
@@ -56,9 +59,9 @@ def test_recommended_layouts_train_as_one_process_and_resume(tmp_path: Path, gpu
                 options,
                 key,
             )
-        if gpus > 8 and number:  # more than two cores do in a minute
+        if gpus > 8 and number:
             continue
-        resume = f"--checkpoint.resume={folder}/checkpoints/step-00000002"
+        resume = f"--checkpoint.resume={folder}/checkpoints/step-00000001"
         again = Run(tmp_path / f"{number}-again", gpus, *STEPS, *SHAPE, *options, resume).finish()
-        assert [line["step"] for line in again] == [3, 4]
-        assert [line["loss"] for line in again] == [line["loss"] for line in lines[2:]], options
+        assert [line["step"] for line in again] == [2]
+        assert [line["loss"] for line in again] == [line["loss"] for line in lines[1:]], options
