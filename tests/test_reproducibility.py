@@ -37,7 +37,7 @@ def test_two_deterministic_runs_are_equal_bit_for_bit(tmp_path: Path, ranks: int
 def test_the_first_losses_are_those_on_record(tmp_path: Path) -> None:
     golden = read_run(ROOT / "tests/golden/qwen35moe_tiny.jsonl")
     options = ["--config=qwen35moe_tiny.toml", "--training.steps=150", "--metrics.log_interval=1"]
-    options += ["--metrics.tensorboard=false", "--checkpoint.enable=false"]
+    options += ["--metrics.tensorboard=false", "--checkpoint.enable=false", "--data.num_workers=0"]
     tiny = Run(tmp_path, 2, *options, defaults=())
     try:  # the learning rate's schedule is that of the whole run, so it is started whole and stopped
         deadline = time.monotonic() + PATIENCE

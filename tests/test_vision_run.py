@@ -88,6 +88,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Ten steps on four processes, tower and text from random weights."""
     out = tmp_path_factory.mktemp("trained") / "run"
     options = ("--training.steps=10", "--training.local_batch_size=2", "--parallelism.expert_parallel_degree=4")
+    options += ("--data.num_workers=0",)
     run(TINY, out, *SHORT, *options, "--lr_scheduler.warmup_steps=3", ranks=4)
     return out
 
