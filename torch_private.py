@@ -6,6 +6,7 @@ torch may move or change them in any release; those that pyproject.toml admits h
 import torch
 from torch.distributed._functional_collectives import all_to_all_single_autograd
 from torch.distributed.checkpoint.filesystem import _StorageInfo as StorageInfo
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.fsdp._fully_shard import _fsdp_collectives
 from torch.distributed.fsdp._fully_shard._fsdp_api import ReduceScatter
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
@@ -17,6 +18,7 @@ __all__ = [
     "StorageInfo",  # what DCP's index says of where a tensor's bytes are; there is no public way to write one
     "all_to_all_single_autograd",  # torch.distributed.all_to_all_single has no gradient and breaks the graph
     "compute_local_shape_and_global_offset",  # DTensor tells its local tensor, but not where that lies
+    "free_what_was_gathered",
     "fsdp_collectives",  # see fsdp_copies.py: there is no other way
     "functional_collectives",
     "mark_dynamic",
@@ -31,6 +33,12 @@ functional_collectives = torch.ops._c10d_functional
 
 mark_dynamic = torch._dynamo.maybe_mark_dynamic
 """torch._dynamo.mark_dynamic, which is documented, fails where the compiler finds a size to be fixed."""
+
+
+def free_what_was_gathered(unit: FSDPModule) -> None:
+    """Has what this unit's weights are copied from go at once. Else FSDP keeps it, in a forward pass, until the next
+    unit has been copied; of the last one that is the end of the pass."""
+    unit._set_unshard_async_op(True)
 
 
 def set_recompile_limit(limit: int) -> None:

@@ -35,6 +35,15 @@ class Meshes(NamedTuple):
     context_parallel: DeviceMesh | None = None
     """Which ranks share a micro-batch's tokens: ("cp"), or the name of an axis that has the same ranks; None: none."""
 
+    hosts: tuple[int, ...] = ()
+    """Of each rank the first one on its host."""
+
+    def shards_within_host(self, mesh: DeviceMesh) -> bool:
+        """Whether several ranks shard over one of these meshes, its last axis, all of them on one host. The ranks of a
+        group say the same."""
+        ranks = dist.get_process_group_ranks(mesh.get_group(mesh.ndim - 1))
+        return len(ranks) > 1 and len({self.hosts[rank] for rank in ranks}) == 1
+
     @property
     def num_data_ranks(self) -> int:
         """How many read data of their own: ranks, or groups of ranks that share it."""
@@ -63,22 +72,18 @@ class Meshes(NamedTuple):
         return values
 
 
-def shards_within_host(mesh: DeviceMesh) -> bool:
-    """Whether several ranks shard over this mesh, its last axis, all of them on one host, by what torchrun tells."""
-    of_host = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    ranks = dist.get_process_group_ranks(mesh.get_group(mesh.ndim - 1))
-    return len(ranks) > 1 and len({rank // of_host for rank in ranks}) == 1
-
-
 def build_meshes(device_type: str, degrees: Degrees, room: float = 0.0) -> Meshes:
     """Builds the meshes over the whole world; `room`: see Room."""
     sizes = (degrees.replicate, degrees.shard // degrees.expert, degrees.expert)
     mesh = init_device_mesh(device_type, sizes, mesh_dim_names=("replicate", "efsdp", "ep"))
     fsdp = mesh["efsdp", "ep"]._flatten("fsdp")
     own_room = Room(room if degrees.expert > 1 else 0.0)
+    hosts = [0] * dist.get_world_size()
+    # torchrun counts a host's ranks from 0; without it each rank is taken for a host, so that nothing is assumed.
+    dist.all_gather_object(hosts, dist.get_rank() - int(os.environ.get("LOCAL_RANK", "0")))
     if degrees.replicate == 1:
         context = _context(degrees.context, mesh["ep"], fsdp)
-        return Meshes(fsdp, fsdp, mesh["efsdp"], mesh["ep"], degrees, own_room, context)
+        return Meshes(fsdp, fsdp, mesh["efsdp"], mesh["ep"], degrees, own_room, context, tuple(hosts))
     dense = DeviceMesh._concatenate([mesh["replicate"], fsdp])
     all_ranks = mesh._flatten("data_parallel")
     context = _context(degrees.context, mesh["ep"], fsdp, all_ranks)
@@ -90,6 +95,7 @@ def build_meshes(device_type: str, degrees: Degrees, room: float = 0.0) -> Meshe
         degrees,
         own_room,
         context,
+        tuple(hosts),
     )
 
 

@@ -25,11 +25,11 @@ from parallelisms.context_parallel import (
 )
 from parallelisms.expert_parallel import ExpertParallelBlock
 from parallelisms.fsdp_copies import lay_out_gradients_without_tables
-from parallelisms.mesh import Meshes, shards_within_host
+from parallelisms.mesh import Meshes
 from parallelisms.overlap import OVERLAPPING
 from parallelisms.reduction import ExchangeAndAddUp, NothingToReduce
 from parallelisms.units import Kept, dense_units, head_is_unit, kept_gathered
-from torch_private import compute_local_shape_and_global_offset, set_recompile_limit
+from torch_private import compute_local_shape_and_global_offset, free_what_was_gathered, set_recompile_limit
 
 
 def parallelize_fn(
@@ -141,9 +141,10 @@ def apply_fsdp(model: Qwen35Moe, meshes: Meshes, compute_dtype: torch.dtype, kep
         modules = [each for each in modules if each is model or not outside.issuperset(each.parameters())]
         if not modules:
             return
-        exchanges = compute_dtype != wide and shards_within_host(mesh)
+        exchanges = compute_dtype != wide and meshes.shards_within_host(mesh)
         masters = {each.dtype for module in modules for each in module.parameters() if each not in outside}
-        # Their gradients are rounded once, as they are added up: but not before replicas' sums.
+        # Their gradients are rounded once, as they are added up; but not before replicas' sums. (Of the root these are
+        # the whole model's: one that is wider keeps its sums wide.)
         is_rounded = exchanges and masters == {compute_dtype} and mesh.ndim == 1
         # Casting inputs would round the rotary angles; activations have the right dtype from the embedding on.
         policy = MixedPrecisionPolicy(compute_dtype, compute_dtype if is_rounded else wide, cast_forward_inputs=False)
@@ -176,9 +177,7 @@ def apply_fsdp(model: Qwen35Moe, meshes: Meshes, compute_dtype: torch.dtype, kep
         shard([blocks[index] for index in indices], meshes.dense, reshard_after_forward=free)
     if head_is_unit(model.config, meshes.degrees.shard):
         shard([model.lm_head], meshes.dense, reshard_after_forward=False)
-        # The last to be gathered in a forward pass: until that ends FSDP would keep what it was gathered into, beside
-        # the weight that is copied from there, and the loss is where memory is scarcest. Asked for, it lets that go.
-        model.norm.register_forward_hook(lambda *_: cast(FSDPModule, model.lm_head).unshard())
+        free_what_was_gathered(cast(FSDPModule, model.lm_head))  # the loss is where memory is scarcest
     if model.visual is not None:
         for part in [*model.visual.blocks, model.visual]:
             shard([part], meshes.dense, reshard_after_forward=meshes.degrees.shard > 1)
@@ -186,6 +185,8 @@ def apply_fsdp(model: Qwen35Moe, meshes: Meshes, compute_dtype: torch.dtype, kep
     setattr(model, "nothing_to_reduce", nothing_to_reduce)  # noqa: B010 (of no class; for `begin_micro_batch`)
     if has_expert_units:
         _prefetch_neighbours(model, units)
+    for unit in _dense(model, units)[-1]:
+        unit.set_modules_to_forward_prefetch(_head(model))
     _gather_nothing_below_gradients(model, units)
 
 
@@ -198,8 +199,6 @@ def _prefetch_neighbours(model: Qwen35Moe, units: Sequence[range]) -> None:
     dense, experts = _dense(model, units), [_units(block.mlp.experts) for block in model.blocks]
     for unit in _units(model):
         unit.set_modules_to_forward_prefetch([*dense[0], *experts[0]])
-    if not model.config.tie_word_embeddings:
-        dense.append(_units(model.lm_head))  # none where it is no unit
     for of_kind in (dense, experts):
         for before, after in itertools.pairwise(of_kind):
             for unit in before:
@@ -216,9 +215,11 @@ def _first_with_gradients(model: Qwen35Moe) -> int:
 
 
 def _gather_nothing_below_gradients(model: Qwen35Moe, units: Sequence[range]) -> None:
-    """With a block's backward pass FSDP gathers what ran before it, also below the first block that trains, where there
-    is no backward pass: as in a trunk that is frozen for multi-token prediction."""
+    """With a unit's backward pass FSDP gathers what ran before it, also below the first block that trains, where there
+    is no backward pass: as in a trunk that is frozen for multi-token prediction, or below a head that alone trains."""
     first = _first_with_gradients(model)
+    for unit in _head(model) if first == len(model.blocks) else []:
+        unit.set_modules_to_backward_prefetch([unit])
     if not 0 < first < len(model.blocks):
         return
     (of_dense,) = (dense for dense, indices in zip(_dense(model, units), units) if first in indices)
@@ -229,6 +230,11 @@ def _gather_nothing_below_gradients(model: Qwen35Moe, units: Sequence[range]) ->
 def _dense(model: Qwen35Moe, units: Sequence[range]) -> list[list[FSDPModule]]:
     """Of each unit of blocks the first module, which stands for it; none where it is no unit."""
     return [_units(*(model.blocks[index] for index in indices))[:1] for indices in units]
+
+
+def _head(model: Qwen35Moe) -> list[FSDPModule]:
+    """None where it is no unit."""
+    return [] if model.config.tie_word_embeddings else _units(model.lm_head)
 
 
 def _units(*modules: nn.Module) -> list[FSDPModule]:

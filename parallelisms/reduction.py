@@ -49,10 +49,10 @@ class NothingToReduce(ReduceScatter):
 
 class ExchangeAndAddUp(ReduceScatter):
     """For gradients that are computed in bfloat16 and reduced in float32: they travel as they are, half the bytes, and
-    each rank adds up what it gets of its own part, in float32. No sum is rounded on its way, as in a ring of float32.
+    each rank adds up what it gets of its own part, in float32. So sums are made in float32, as in a ring of float32.
 
-    Within a host alone: there a link joins each two ranks. Between hosts a ring passes the border once, and this would
-    for each rank.
+    Within a host alone, where on most machines any two ranks are as near. Between hosts a ring passes the border once,
+    and this would for each rank.
     """
 
     def __init__(self, dtype: torch.dtype) -> None:
@@ -75,6 +75,7 @@ class ExchangeAndAddUp(ReduceScatter):
     ) -> None:
         assert op == dist.ReduceOp.SUM
         assert not async_op
+        assert input_tensor.dtype == self._dtype, "FSDP allocates an input, and then its output"
         parts = torch.empty_like(input_tensor)
         dist.all_to_all_single(parts, input_tensor, group=group)
         torch.sum(parts.view(group.size(), -1), 0, dtype=output_tensor.dtype, out=output_tensor)

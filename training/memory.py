@@ -192,7 +192,8 @@ def peak_memory(case: Case) -> tuple[str, dict[str, float]]:
     shape, degrees, c, types = case.shape, case.degrees, case.c, list(layer_types(case.shape))
     trained, (dense_of, experts_of) = case.sizes(trains=True), gathered_sizes(case)
     is_sharded = degrees.shard > 1
-    of_head = c * shape.vocab_size * shape.hidden_size if case.trains_head and not dense_of.head else 0.0
+    # As computed, until the root's are reduced; or, of a unit, as they are reduced, until the next unit's are.
+    of_head = c * shape.vocab_size * shape.hidden_size if case.trains_head else 0.0
     root = c * dense_of.root
     tower = 0.0 if is_sharded else c * dense_of.visual
     units = [c * size for size in dense_of.units(shape, degrees.expert)]
@@ -249,8 +250,9 @@ def peak_memory(case: Case) -> tuple[str, dict[str, float]]:
             alive = max(
                 alive, backward_of_delta_rule(shape, *of_layer[:2], case.num_tokens, case.num_chunks(), number, c)
             )
+        head = of_head if index == len(types) - 1 or not dense_of.head else 0.0
         moments[f"the backward pass of block {index}, {kind.replace('_', ' ')}"] = {
-            "gradients": max(before, later / degrees.shard * case.master_bytes) + unreduced + of_head,
+            "gradients": max(before, later / degrees.shard * case.master_bytes) + unreduced + head,
             "gathered weights": root + tower + gathered(index + 1),
             **activations(index),
             "recomputed, gradients of activations": alive,

@@ -184,8 +184,9 @@ def step_time(case: Case, gpu_name: str, gpus_per_node: int) -> StepTime:
 def _moved(case: Case, trained: float, gathered: float, kept: float, shard: int) -> float:
     """Bytes, at the memory's rate, for the weights of a micro-batch of which so many are in units of FSDP, and so many
     of these not gathered again."""
-    # In the forward pass cast and copied into place, 4 + 2 + 2 + 2 bytes; gradients 2 + 4, and back to bfloat16. What
-    # is sharded is copied into place twice, and its gradients out of it; what is frozen, twice.
+    # In the forward pass cast and copied into place, 4 + 2 + 2 + 2 bytes; gradients 2 + 4, and back to bfloat16 (within
+    # a host 2 + 2, and 2 + 4 / ranks as they are added up). What is sharded is copied into place twice, and its
+    # gradients out of it; what is frozen, twice.
     of_a_weight = 16 if case.master_bytes == 4 and shard == 1 else 20
     cast = trained if gathered else 0.0
     moved = of_a_weight * cast + 4 * case.c * (gathered - cast)

@@ -25,8 +25,8 @@ def read_out(
 
 
 class Head(nn.Linear):
-    """A head with a weight of its own; one that is tied has the embedding's, and no module. Called once in a forward
-    pass it may be a unit of FSDP."""
+    """A head with a weight of its own; one that is tied has the embedding's, and no module. All that its weight is read
+    for is in its forward, so that it can be a unit of FSDP where that is called once (parallelisms/units.py)."""
 
     def __init__(self, hidden_size: int, vocab_size: int) -> None:
         super().__init__(hidden_size, vocab_size, bias=False)

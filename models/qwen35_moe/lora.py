@@ -74,7 +74,7 @@ class LoraLinear(nn.Linear):
 
 
 class LoraHead(LoraLinear):
-    """The head, likewise."""
+    """The head with an adapter."""
 
     def forward(self, hidden: torch.Tensor, labels: torch.Tensor | None, backend: str) -> torch.Tensor:  # type: ignore[override]
         """As `Head`."""

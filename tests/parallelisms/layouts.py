@@ -186,7 +186,7 @@ def build(
 ) -> tuple[Qwen35Moe, Meshes, NamedAdamW]:
     """The parallelised model with its initial weights, as train.py builds it; `is_trained`: by a parameter's name."""
     assert dist.get_world_size() == layout.world
-    os.environ["LOCAL_WORLD_SIZE"] = str(layout.world // layout.hosts)
+    os.environ["LOCAL_RANK"] = str(dist.get_rank() % (layout.world // layout.hosts))
     torch.compiler.reset()
     degrees = Degrees(layout.replicate, layout.world // layout.replicate, layout.ep, layout.cp)
     meshes = build_meshes(device_type, degrees, layout.room)

@@ -281,6 +281,16 @@ def test_what_has_no_backward_pass_is_gathered_and_sent_once() -> None:
                         assert sent[0] == planned_to_send[0], layout
 
 
+def test_below_a_head_that_alone_trains_nothing_is_gathered_again() -> None:
+    layouts = [Layout(world=4), Layout(world=4, ep=2)]
+    frozen = tuple(set(PARTS) - {"head"})
+    for found in run_ranks(gathers, 4, [(CONFIG, layout) for layout in layouts], frozen):
+        for layout, totals in zip(layouts, found):
+            of = sizes(CONFIG, layout.world, layout.ep)
+            dense = of.root + of.head + of.dense + (of.experts if layout.ep == 1 else 0)
+            assert totals["all-gather", "fsdp"] == (2 + len(of.units(CONFIG, layout.ep)), 2 * dense), layout
+
+
 def _trains(frozen: tuple[str, ...], name: str) -> bool:
     return part_of(name) not in frozen
 
@@ -330,6 +340,21 @@ def test_experts_and_dense_weights_are_gathered_a_block_ahead(
     kept = kept_of(layout)
     preceding = before + (not kept.dense)
     assert backward[:2] == [preceding, preceding + (not kept.experts)]
+
+
+@pytest.mark.parametrize("layout", [each for each in LAYOUTS if each.ep == 1 and each.cp > 1], ids=str)
+def test_the_head_is_gathered_before_the_last_block_computes(
+    records: dict[Layout, list[Record]], layout: Layout
+) -> None:
+    calls = records[layout][0].calls
+    of_head = 2 * sizes(CONFIG, layout.world // layout.replicate, layout.ep).head
+    at_head = [index for index, call in enumerate(calls) if call[::2] == ("all-gather", of_head)]
+    assert len(at_head) == layout.accumulation
+    num_full = CONFIG.layer_types.count(FULL)
+    num_forward = 3 * (CONFIG.num_hidden_layers - num_full) + 2 * num_full
+    exchanges = [index for index, call in enumerate(calls) if call.kind == "all-to-all"]
+    assert CONFIG.layer_types[-1] == FULL  # which has two exchanges
+    assert exchanges[num_forward - 3] < at_head[0] < exchanges[num_forward - 2]
 
 
 class Operations(TorchDispatchMode):

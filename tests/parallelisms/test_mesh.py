@@ -28,6 +28,32 @@ def of_context(layouts: list[Degrees]) -> list[tuple]:
     return found
 
 
+def within_host(local_ranks: list[str], layouts: list[Degrees]) -> list[tuple[bool, bool]]:
+    """Of each layout, whether dense weights, and experts, are sharded within this rank's host."""
+    found = []
+    with pytest.MonkeyPatch.context() as environment:
+        environment.delenv("LOCAL_RANK")
+        if local_ranks:
+            environment.setenv("LOCAL_RANK", local_ranks[torch.distributed.get_rank()])
+        for degrees in layouts:
+            meshes = build_meshes("cpu", degrees)
+            found.append((meshes.shards_within_host(meshes.dense), meshes.shards_within_host(meshes.expert)))
+    return found
+
+
+def test_all_ranks_of_a_group_know_whether_they_share_a_host() -> None:
+    layouts = [Degrees(1, 4, 1), Degrees(1, 4, 2), Degrees(2, 2, 1), Degrees(2, 2, 2)]
+    one, two = (True, True), (False, False)
+    # With ep = fsdp an expert is on one rank, and nothing of it is sharded.
+    assert run_ranks(within_host, 4, list("0123"), layouts) == [[one, one, one, (True, False)]] * 4
+    assert run_ranks(within_host, 4, list("0101"), layouts) == [[two, two, one, (True, False)]] * 4
+    assert run_ranks(within_host, 4, [], layouts) == [[two] * 4] * 4  # not told
+    # Hosts of 1, 2 and 1 ranks: no pair shares one. Of 2, 1 and 1: the first does.
+    assert run_ranks(within_host, 4, list("0010"), layouts) == [[two] * 4] * 4
+    first, second = [two, two, one, (True, False)], [two] * 4
+    assert run_ranks(within_host, 4, list("0100"), layouts) == [first, first, second, second]
+
+
 @pytest.mark.parametrize(
     ("degrees", "shapes"),
     [

@@ -89,29 +89,33 @@ def test_what_has_no_backward_pass_is_not_kept() -> None:
     assert run_ranks(gathered, 4, layouts, frozen) == [of_blocks] * 4
 
 
-def copies_of_the_head() -> list[int]:
-    """Of each layout, how many blocks of memory as large as the whole head there are while the loss is computed."""
-    config, found = tiny_config(vocab_size=1000), list[int]()
-    for layout in (Layout(world=2), Layout(world=2, ep=2)):
+def held_at_the_loss(layouts: list[Layout]) -> list[tuple[int, bool]]:
+    """Of each layout, how many blocks of memory as large as the whole head there are while the loss is computed, and
+    whether FSDP holds what it gathered weights into."""
+    config, found = tiny_config(vocab_size=1000), list[tuple[int, bool]]()
+    for layout in layouts:
         model, _, _ = build(config, layout, torch.bfloat16)
-        batch = own_batches(config, layout, [[4], [4]], seed=0)[0]
+        batch = own_batches(config, layout, [[4]] * layout.world, seed=0)[0]
 
-        def count(*_: Any) -> None:
+        def note(hidden: torch.Tensor, *_: Any, model: Any = model, **__: Any) -> torch.Tensor:
             gc.collect()
             tensors = [each for each in gc.get_objects() if type(each) in (torch.Tensor, nn.Parameter)]
             tensors = [each for each in tensors if each.dtype == torch.bfloat16]  # no shards
             blocks = {each.untyped_storage().data_ptr(): each.untyped_storage().nbytes() for each in tensors}
-            found.append(sum(size == 2 * config.vocab_size * config.hidden_size for size in blocks.values()))
+            number = sum(size == 2 * config.vocab_size * config.hidden_size for size in blocks.values())
+            found.append((number, model._get_fsdp_state()._comm_ctx.all_gather_state is not None))
+            return hidden.sum()
 
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(head, "linear_cross_entropy", lambda hidden, *_, **__: (count(), hidden.sum())[1])
+            patch.setattr(head, "linear_cross_entropy", note)
             model(batch)
     return found
 
 
-def test_the_heads_memory_is_there_once_as_the_loss_is_computed() -> None:
+def test_weights_are_in_memory_once_as_the_loss_is_computed() -> None:
     # The embedding, which the root keeps, and the head.
-    assert run_ranks(copies_of_the_head, 2) == [[2, 2]] * 2
+    layouts = [Layout(world=4), Layout(world=4, ep=2), Layout(world=4, ep=4), Layout(world=4, replicate=2)]
+    assert run_ranks(held_at_the_loss, 4, layouts) == [[(2, False)] * 4] * 4
 
 
 def sums() -> tuple[list[list[float]], float]:

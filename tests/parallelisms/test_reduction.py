@@ -6,10 +6,13 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from config.options import Lora
+from models.qwen35_moe.config import ModelConfig
+from models.qwen35_moe.parts import PARTS
 from parallelisms.reduction import ExchangeAndAddUp
 from tests.distributed import needs_gpus, run_ranks
 from tests.models.qwen35_moe.shapes import tiny_config
-from tests.parallelisms.layouts import Layout, Run, train_layouts
+from tests.parallelisms.layouts import NO_LORA, Layout, Run, train_layouts
 
 NUMBERS = (1, 7, 4096)  # of a rank's part
 ROWS = [[40, 24], [10, 54], [64], [1, 63]] * 2
@@ -61,9 +64,31 @@ def test_sums_on_gpus(world: int) -> None:
     check_sums(world, "cuda")
 
 
-def runs(layouts: list[Layout]) -> list[Run]:
-    config = tiny_config(layer_types=("linear_attention", "full_attention"), num_hidden_layers=2)
-    return run_ranks(train_layouts, layouts[0].world, config, layouts, ROWS, 2, (), False, torch.bfloat16)[0]
+SHAPE = tiny_config(layer_types=("linear_attention", "full_attention"), num_hidden_layers=2)
+WITH_MTP = replace(SHAPE, mtp_num_hidden_layers=1)
+
+
+def both(
+    layout: Layout,
+    shape: ModelConfig = SHAPE,
+    frozen: tuple[str, ...] = (),
+    lora: Lora = NO_LORA,
+    device_type: str = "cpu",
+) -> tuple[Run, Run]:
+    """A run under bfloat16 in this layout, and the same with FSDP's own reduction."""
+    layouts = [layout, replace(layout, hosts=layout.world)]
+    options = (), False, torch.bfloat16, device_type, (), frozen, lora
+    exchanged, reduced = run_ranks(
+        train_layouts, layout.world, shape, layouts, ROWS, 2, *options, device_type=device_type
+    )[0]
+    return exchanged, reduced
+
+
+def check_bit_for_bit(exchanged: Run, reduced: Run) -> None:
+    assert exchanged.losses == reduced.losses
+    for name, expected in reduced.first_gradients.items():
+        assert torch.equal(exchanged.first_gradients[name], expected), name
+    assert all(torch.equal(exchanged.weights[name], expected) for name, expected in reduced.weights.items())
 
 
 @pytest.mark.parametrize(
@@ -74,21 +99,44 @@ def runs(layouts: list[Layout]) -> list[Run]:
         Layout(world=2, ep=2, masters=torch.bfloat16),
         Layout(world=4, replicate=2, accumulation=2),
         Layout(world=4, replicate=2, masters=torch.bfloat16),
-        Layout(world=4, ep=2),
     ],
     ids=str,
 )
 def test_a_run_is_that_of_fsdps_own_reduction(layout: Layout) -> None:
-    """Over two ranks, to which replicas add one sum, there is one addition, whose order does not matter: bit for bit.
-    Experts of four ranks at ep 2 are over two, all else is not."""
-    exchanged, reduced = runs([layout, replace(layout, hosts=layout.world)])
-    is_exact = layout.world // layout.replicate == 2
+    """Over two ranks, to which replicas add one sum, there is one addition, whose order does not matter."""
+    check_bit_for_bit(*both(layout))
+
+
+@pytest.mark.parametrize(
+    ("shape", "frozen", "lora"),
+    [
+        (replace(SHAPE, vocab_size=47), (), NO_LORA),  # rows that do not divide
+        (replace(SHAPE, tie_word_embeddings=True), (), NO_LORA),
+        (WITH_MTP, (), NO_LORA),
+        (SHAPE, ("head",), NO_LORA),
+        (SHAPE, ("embeddings",), NO_LORA),
+        (SHAPE, tuple(set(PARTS) - {"head"}), NO_LORA),
+        (SHAPE, (), Lora(rank=4, targets=("attention", "experts", "shared_expert", "head"))),
+    ],
+    ids=["uneven", "tied", "mtp", "head frozen", "embedding frozen", "head alone", "adapters"],
+)
+def test_whatever_trains_is_reduced_alike(shape: ModelConfig, frozen: tuple[str, ...], lora: Lora) -> None:
+    check_bit_for_bit(*both(Layout(world=2, ep=2, masters=torch.bfloat16), shape, frozen, lora))
+
+
+def test_sums_of_four_differ_by_their_order() -> None:
+    exchanged, reduced = both(Layout(world=4, ep=2))  # experts of four ranks at ep 2 are over two, all else is not
     for name, expected in reduced.first_gradients.items():
         found = exchanged.first_gradients[name]
-        if is_exact or ".experts." in name:
+        if ".experts." in name:
             assert torch.equal(found, expected), name
-        else:  # sums of four in another order: float32's rounding
-            assert (found - expected).norm() <= 1e-6 * expected.norm(), name
-    if is_exact:
-        assert exchanged.losses == reduced.losses
-        assert all(torch.equal(exchanged.weights[name], expected) for name, expected in reduced.weights.items())
+        else:
+            assert (found - expected).norm() <= 1e-6 * expected.norm(), name  # float32's rounding
+
+
+@pytest.mark.parametrize("world", [pytest.param(2, marks=needs_gpus(2))])
+def test_a_run_on_gpus(world: int) -> None:
+    # Kernels that add up in any order make a thousandth; what is read before or after its time has nothing in common.
+    exchanged, reduced = both(Layout(world=world, ep=2, accumulation=2), device_type="cuda")
+    for name, expected in reduced.first_gradients.items():
+        assert (exchanged.first_gradients[name] - expected).norm() <= 0.02 * expected.norm(), name
