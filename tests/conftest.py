@@ -16,6 +16,7 @@ hypothesis.settings.register_profile("any machine", deadline=None)  # one in use
 hypothesis.settings.load_profile("any machine")
 
 SLOW: dict[str, tuple[str, ...]] = {
+    "benchmarks/test_scale.py": ("test_all_tables_are_the_commands",),
     "benchmarks/test_throughput.py": (
         "test_it_measures_a_training_step",
         "test_the_stack_to_compare_with_tells_what_it_needs",

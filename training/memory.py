@@ -192,8 +192,9 @@ def peak_memory(case: Case) -> tuple[str, dict[str, float]]:
     shape, degrees, c, types = case.shape, case.degrees, case.c, list(layer_types(case.shape))
     trained, (dense_of, experts_of) = case.sizes(trains=True), gathered_sizes(case)
     is_sharded = degrees.shard > 1
-    # As computed, until the root's are reduced; or, of a unit, as they are reduced, until the next unit's are.
-    of_head = c * shape.vocab_size * shape.hidden_size if case.trains_head else 0.0
+    # As computed, until the root's are reduced; or, of a unit, as they are reduced, until the next unit's are: in
+    # float32 between hosts, and no more within one.
+    of_head = shape.vocab_size * shape.hidden_size * (4 if dense_of.head else c) if case.trains_head else 0
     root = c * dense_of.root
     tower = 0.0 if is_sharded else c * dense_of.visual
     units = [c * size for size in dense_of.units(shape, degrees.expert)]
@@ -250,7 +251,7 @@ def peak_memory(case: Case) -> tuple[str, dict[str, float]]:
             alive = max(
                 alive, backward_of_delta_rule(shape, *of_layer[:2], case.num_tokens, case.num_chunks(), number, c)
             )
-        head = of_head if index == len(types) - 1 or not dense_of.head else 0.0
+        head = of_head if index == len(types) - 1 or not dense_of.head else 0
         moments[f"the backward pass of block {index}, {kind.replace('_', ' ')}"] = {
             "gradients": max(before, later / degrees.shard * case.master_bytes) + unreduced + head,
             "gathered weights": root + tower + gathered(index + 1),

@@ -163,10 +163,11 @@ def step_time(case: Case, gpu_name: str, gpus_per_node: int) -> StepTime:
     asks = degrees.expert > 1 and not case.room
     if asks:
         kinds["numbers of copies"] = hardware.WAIT_AT_EP * len(list(layer_types(shape))) * case.accumulation
-    links = _links(case, gpus_per_node)
+    bytes_of_gradient = _bytes_of_gradient(case, gpus_per_node)
+    links = _links(case, gpus_per_node, bytes_of_gradient)
     compute = sum(kinds.values()) - kinds["optimizer, clipping"]
     if degrees.expert == 1 and degrees.shard > 1:
-        links = _hidden_by_blocks(case, links, 0.9 * compute, _bytes_of_gradient(case, gpus_per_node))
+        links = _hidden_by_blocks(case, links, 0.9 * compute, bytes_of_gradient)
     kinds["communication, not hidden"] = sum(link.seconds - link.hidden for link in links)
     name = "ep, asks" if asks else "ep" if degrees.expert > 1 else "units" if dense_of.total else "no units"
     share, blocks = hardware.HOST_FORWARD, [(len(part.types), part) for part in parts]
@@ -199,10 +200,11 @@ def _bytes_of_gradient(case: Case, gpus_per_node: int) -> int:
     return case.c if fits else 4
 
 
-def _hidden_by_blocks(case: Case, links: list[Link], seconds: float, g: int) -> list[Link]:
+def _hidden_by_blocks(case: Case, links: list[Link], seconds: float, bytes_of_gradient: int) -> list[Link]:
     """FSDP at ep 1, in its own order: the block before hides what is gathered, the next one what is reduced, as long as
     they last. Nothing hides the root's, which is gathered before the first block and reduced after the last one."""
-    root = {"all-gather": case.c * case.sizes().root, "reduce-scatter": g * case.sizes(trains=True).root}
+    reduced = bytes_of_gradient * case.sizes(trains=True).root
+    root = {"all-gather": case.c * case.sizes().root, "reduce-scatter": reduced}
     over = sum(link.seconds for link in links if link.traffic.axis == "fsdp")
     found = []
     for link in links:
@@ -231,7 +233,7 @@ def _tower(case: Case, vision: VisionConfig, gpu: Gpu) -> float:
     )
 
 
-def _links(case: Case, gpus_per_node: int) -> list[Link]:
+def _links(case: Case, gpus_per_node: int, bytes_of_gradient: int) -> list[Link]:
     """The collectives of a step. Those of weights go round a ring, which passes a node's border on the cards of all its
     GPUs that belong to the group."""
     degrees = case.degrees
@@ -250,7 +252,7 @@ def _links(case: Case, gpus_per_node: int) -> list[Link]:
         case.trunk_has_graph,
         asks=not case.room,
         kept=case.kept,
-        g=_bytes_of_gradient(case, gpus_per_node),
+        g=bytes_of_gradient,
     )
     # axis -> its ranks, and the distance from one to the next
     strides = {
@@ -269,8 +271,8 @@ def _links(case: Case, gpus_per_node: int) -> list[Link]:
         # How many of a group a node has at least; a node's border may cut through groups.
         in_node = max(1, math.gcd(ranks * stride, gpus_per_node) // stride)
         crosses = degrees.replicate * degrees.shard > gpus_per_node and gpus_per_node % (ranks * stride) > 0
-        is_exchanged = row.kind == "reduce-scatter" and _bytes_of_gradient(case, gpus_per_node) < 4
-        rate = LINKS.all_to_all if row.kind == "all-to-all" or is_exchanged else LINKS.ring
+        is_exchange = row.kind == "all-to-all" or (row.kind == "reduce-scatter" and bytes_of_gradient < 4)
+        rate = LINKS.all_to_all if is_exchange else LINKS.ring
         if crosses:
             rate = min(rate, LINKS.network * (1 if row.kind == "all-to-all" else in_node))
         ways = 2 if row.kind == "all-reduce" else 1

@@ -20,6 +20,11 @@ def test_the_tables_are_the_commands(model: str, gpus: int, length: int) -> None
     assert row(model, gpus, length, False) in table.splitlines()
 
 
+def test_all_tables_are_the_commands() -> None:
+    text = (ROOT / "docs/scale.md").read_text()
+    assert with_tables(text) == text
+
+
 def test_a_table_of_no_model_is_told() -> None:
     assert with_tables("no table") == "no table"
     with pytest.raises(UserError, match="table '1B': expected one of 35B-A3B"):

@@ -81,8 +81,12 @@ def main() -> None:
             killed = wait_for(run, moment, chance)
             victims = chance.choice(([0], [1], [0, 1]))
             run.kill(victims)
-            # A rank whose peer dies while they are joining waits for it until torchrun, which is not here, ends it.
-            codes = run.wait(30 if "from step" in run.log.read_text() else 5)
+            # A rank whose peer dies while they are joining waits for it until torchrun, which is not here, ends it: who
+            # has not begun in 5 s does not.
+            deadline = time.monotonic() + 5
+            while time.monotonic() < deadline and any(rank.is_alive() for rank in run.ranks):
+                time.sleep(0.1)
+            codes = run.wait(25 if "from step" in run.log.read_text() else 0)
             log = run.log.read_text()
             assert None not in codes or "from step" not in log, f"ranks were left behind: {codes}\n{log}"
             assert newest < 0 or "from step" not in log or f"resumed from {folder}/checkpoints/step-" in log, log

@@ -14,7 +14,6 @@ from models.qwen35_moe import head
 from models.qwen35_moe.parameters import Box
 from models.qwen35_moe.parts import PARTS, part_of
 from parallelisms.parallelize import local_region, reduce_replicated_gradients
-from parallelisms.reduction import NothingToReduce
 from tests.distributed import run_ranks
 from tests.models.qwen35_moe.shapes import tiny_config
 from tests.parallelisms.layouts import Layout, build, own_batches, step
@@ -131,18 +130,6 @@ def sums() -> tuple[list[list[float]], float]:
 def test_gradients_outside_fsdp_are_summed_with_the_loss() -> None:
     assert run_ranks(sums, 1) == [([[1.0, 0.0], [10.0]], 0.0)]
     assert run_ranks(sums, 4) == [([[4.0, 6.0], [40.0]], 3.0)] * 4
-
-
-def test_what_becomes_a_gradient_as_it_is() -> None:
-    """Only that may be given out again without FSDP's stream: the others go while it still reads them."""
-    reduce = NothingToReduce({torch.float32})
-    assert not reduce.is_kept(torch.float32)  # unless it is said that no gradients are there
-    reduce.adds_up = False
-    assert reduce.is_kept(torch.float32)
-    assert not NothingToReduce({torch.bfloat16}).is_kept(torch.float32)
-    mixed = NothingToReduce({torch.bfloat16, torch.float32})
-    mixed.adds_up = False
-    assert not mixed.is_kept(torch.float32)
 
 
 def steps_that_add_up() -> list[bool]:

@@ -1,4 +1,5 @@
-"""Gradients that travel in bfloat16 within a host have the sums of those that are reduced in float32."""
+"""Gradients that travel in bfloat16 within a host have the sums of those that are reduced in float32; and what of those
+that nothing reduces is kept as it is."""
 
 from dataclasses import replace
 
@@ -9,13 +10,25 @@ import torch.distributed as dist
 from config.options import Lora
 from models.qwen35_moe.config import ModelConfig
 from models.qwen35_moe.parts import PARTS
-from parallelisms.reduction import ExchangeAndAddUp
+from parallelisms.reduction import ExchangeAndAddUp, NothingToReduce
 from tests.distributed import needs_gpus, run_ranks
 from tests.models.qwen35_moe.shapes import tiny_config
 from tests.parallelisms.layouts import NO_LORA, Layout, Run, train_layouts
 
 NUMBERS = (1, 7, 4096)  # of a rank's part
 ROWS = [[40, 24], [10, 54], [64], [1, 63]] * 2
+
+
+def test_what_becomes_a_gradient_as_it_is() -> None:
+    """Only that may be given out again without FSDP's stream: the others go while it still reads them."""
+    reduce = NothingToReduce({torch.float32})
+    assert not reduce.is_kept(torch.float32)  # unless it is said that no gradients are there
+    reduce.adds_up = False
+    assert reduce.is_kept(torch.float32)
+    assert not NothingToReduce({torch.bfloat16}).is_kept(torch.float32)
+    mixed = NothingToReduce({torch.bfloat16, torch.float32})
+    mixed.adds_up = False
+    assert not mixed.is_kept(torch.float32)
 
 
 def gradients_of(rank: int, number: int, world: int) -> torch.Tensor:
