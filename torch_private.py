@@ -4,6 +4,7 @@ torch may move or change them in any release; those that pyproject.toml admits h
 """
 
 import torch
+from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 from torch.distributed._functional_collectives import all_to_all_single_autograd
 from torch.distributed.checkpoint.filesystem import _StorageInfo as StorageInfo
 from torch.distributed.fsdp import FSDPModule
@@ -18,6 +19,7 @@ __all__ = [
     "StorageInfo",  # what DCP's index says of where a tensor's bytes are; there is no public way to write one
     "all_to_all_single_autograd",  # torch.distributed.all_to_all_single has no gradient and breaks the graph
     "compute_local_shape_and_global_offset",  # DTensor tells its local tensor, but not where that lies
+    "default_cache_dir",  # where torch.compile keeps what it makes, which its import writes into the environment
     "free_what_was_gathered",
     "fsdp_collectives",  # see fsdp_copies.py: there is no other way
     "functional_collectives",

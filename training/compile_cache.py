@@ -3,6 +3,8 @@
 import os
 from pathlib import Path
 
+from torch_private import default_cache_dir
+
 # Of torch.compile, Triton (flash-linear-attention) and TileLang (flash-qla).
 _VARIABLES = {
     "TORCHINDUCTOR_CACHE_DIR": "inductor",
@@ -13,7 +15,8 @@ _VARIABLES = {
 
 def keep_compiled_in(folder: str) -> None:
     """Has all compilers of this process, and of those that it starts, keep what they make in parts of `folder`; where
-    the environment names a place already, there. Call it before anything is compiled; "" leaves all as it is."""
-    if folder:
-        for variable, part in _VARIABLES.items():
-            os.environ.setdefault(variable, str(Path(folder).resolve() / part))
+    the environment names another place, there. Call it before anything is compiled; "" leaves all as it is."""
+    for variable, part in _VARIABLES.items() if folder else ():
+        # The import of torch's compiler names its default place there, as if someone had asked for it.
+        if os.environ.get(variable, default_cache_dir()) == default_cache_dir():
+            os.environ[variable] = str(Path(folder).resolve() / part)

@@ -27,9 +27,12 @@ def test_the_environment_comes_first_and_nothing_is_touched_unasked(
     assert os.environ["TILELANG_CACHE_DIR"] == str(tmp_path / "kept/tilelang")
 
 
-def test_the_compiler_writes_there(tmp_path: Path) -> None:
+@pytest.mark.parametrize("imported", ["torch", "train"])
+def test_the_compiler_writes_there(imported: str, tmp_path: Path) -> None:
+    """Also if it has been imported, which names another place in the environment, before it is told."""
     program = (
-        "import sys; from training.compile_cache import keep_compiled_in; keep_compiled_in(sys.argv[1]); import torch; "
+        f"import {imported}; import sys, torch; from training.compile_cache import keep_compiled_in; "
+        "keep_compiled_in(sys.argv[1]); "
         "print(torch.compile(lambda x: x.sin() + 1)(torch.zeros(3)).sum().item())"
     )
     environment = {name: value for name, value in os.environ.items() if not name.endswith("_CACHE_DIR")}
