@@ -9,8 +9,6 @@ import torch
 
 from torch_private import fsdp_collectives
 
-_with_tables = fsdp_collectives.foreach_reduce_scatter_copy_in
-
 
 def lay_out_gradients_without_tables() -> None:
     """From here on, in this process."""
@@ -18,11 +16,21 @@ def lay_out_gradients_without_tables() -> None:
 
 
 def _lay_out(unsharded_grads: list[torch.Tensor], reduce_scatter_input: torch.Tensor, world_size: int) -> None:
-    """Each gradient, cut along its first dimension into a part for each rank: output [ranks, parts of all], flat."""
-    if any(gradient.shape[0] % world_size for gradient in unsharded_grads):  # then there is padding
-        _with_tables(unsharded_grads, reduce_scatter_input, world_size)
-        return
-    sizes = [gradient.numel() // world_size for gradient in unsharded_grads]
-    parts = [gradient.unflatten(0, (world_size, -1)) for gradient in unsharded_grads]
-    places = reduce_scatter_input.view(world_size, -1).split(sizes, dim=1)
-    torch._foreach_copy_([place.view(part.shape) for place, part in zip(places, parts)], parts)
+    """Each gradient, cut along its first dimension into a part for each rank: output [ranks, parts of all], flat. Where
+    rows do not divide (a shared expert's gate has one) the last ranks have fewer, and zeros behind them."""
+    output, parts, places, first = reduce_scatter_input.view(world_size, -1), [], [], 0
+    for gradient in unsharded_grads:
+        num_rows = -(-gradient.shape[0] // world_size)
+        size = num_rows * (gradient.numel() // gradient.shape[0])
+        place = output[:, first : first + size]
+        first += size
+        if gradient.shape[0] == world_size * num_rows:
+            parts.append(gradient.unflatten(0, (world_size, num_rows)))
+            places.append(place.view(parts[-1].shape))
+            continue
+        for rank, part in enumerate(of_ranks := gradient.split(num_rows)):
+            parts.append(part)
+            places.append(place[rank, : part.numel()].view(part.shape))
+        place[len(of_ranks) - 1, parts[-1].numel() :].zero_()
+        place[len(of_ranks) :].zero_()
+    torch._foreach_copy_(places, parts)
