@@ -9,7 +9,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from models.ops.has_triton import HAS_TRITON
 from torch_private import ReduceScatter
+
+if HAS_TRITON:
+    from parallelisms import reduction_triton
 
 
 class NothingToReduce(ReduceScatter):
@@ -78,4 +82,8 @@ class ExchangeAndAddUp(ReduceScatter):
         assert input_tensor.dtype == self._dtype, "FSDP allocates an input, and then its output"
         parts = torch.empty_like(input_tensor)
         dist.all_to_all_single(parts, input_tensor, group=group)
-        torch.sum(parts.view(group.size(), -1), 0, dtype=output_tensor.dtype, out=output_tensor)
+        parts = parts.view(group.size(), -1)
+        if HAS_TRITON and parts.is_cuda:
+            reduction_triton.add_up(parts, output_tensor)
+        else:
+            torch.sum(parts, 0, dtype=output_tensor.dtype, out=output_tensor)

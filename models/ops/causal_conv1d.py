@@ -1,15 +1,15 @@
 """Short causal depthwise convolution with SiLU; no tap reaches over a document's start."""
 
-import contextlib
 from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 
 from models.ops.documents import Documents
+from models.ops.has_triton import HAS_TRITON
 from models.ops.precision import at_least_float32
 
-with contextlib.suppress(ImportError):  # as on most CPUs, there is no Triton
+if HAS_TRITON:
     from models.ops import causal_conv1d_triton
 
 MAX_TRITON_WIDTH = 4  # its kernels carry so many tokens along

@@ -5,8 +5,12 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 
+from models.ops.has_triton import HAS_TRITON
 from models.ops.in_graph import in_graph
 from models.ops.precision import at_least_float32
+
+if HAS_TRITON:
+    from models.ops import swiglu_triton
 
 # Shapes: R routed rows, H hidden, E experts, I expert hidden, r rank of an adapter.
 
@@ -32,10 +36,27 @@ class Projection(NamedTuple):
         return out + _grouped_linear(_grouped_linear(x, lora_A, offsets) * self.scale, lora_B, offsets)
 
 
-def weighted_swiglu(gate_up: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    """silu(gate) * up * weight in float32 or wider: gate_up [R, 2I] (gate, then up), weights [R] -> [R, I]."""
+def weighted_swiglu(gate_up: torch.Tensor, weights: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
+    """silu(gate) * up * weight in float32 or wider: gate_up [R, 2I] (gate, then up), weights [R] -> [R, I]. offsets as
+    in `grouped_experts`: what comes after the last is any, in the result and in gradients."""
+    if HAS_TRITON and gate_up.is_cuda and gate_up.dtype != torch.float64:
+        return _WeightedSwiGLU.apply(gate_up, weights, offsets)
     gate, up = gate_up.chunk(2, dim=-1)
     return (F.silu(at_least_float32(gate)) * at_least_float32(up) * weights.unsqueeze(-1)).to(gate_up.dtype)
+
+
+class _WeightedSwiGLU(torch.autograd.Function):
+    """By kernels of its own: of the backward pass the compiler makes one kernel or three, which take three times as
+    long, depending on what surrounds it; and it knows nothing of rows that nobody reads."""
+
+    @staticmethod
+    def forward(ctx: Any, gate_up: torch.Tensor, weights: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(gate_up, weights, offsets)
+        return swiglu_triton.weighted_swiglu(gate_up, weights, offsets)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None]:
+        return *swiglu_triton.weighted_swiglu_backward(gradient, *ctx.saved_tensors), None
 
 
 def grouped_experts(
@@ -54,7 +75,7 @@ def grouped_experts(
     The weight multiplies the inner activation, which is the same as multiplying the result: its gradient then needs
     [R, I] numbers that the backward pass has at hand, not the result [R, H], which nothing has to keep.
     """
-    inner = weighted_swiglu(gate_up_proj(x, offsets), weights)
+    inner = weighted_swiglu(gate_up_proj(x, offsets), weights, offsets)
     return _ContiguousGradient.apply(down_proj(inner, offsets))
 
 

@@ -4,76 +4,62 @@ from typing import Any, NamedTuple
 
 import torch
 
+from models.ops.has_triton import HAS_TRITON
 from models.ops.precision import at_least_float32
 
-try:
-    from models.ops.permute_triton import sum_of_rows
-except ImportError:  # as on most CPUs, there is no Triton
-    sum_of_rows = None
+if HAS_TRITON:
+    from models.ops import permute_triton
 
 # Shapes: N tokens, k experts a token, R rows (of tokens, each as often as it is needed), E experts, H hidden.
 # sources [R]: row -> its token; places [N, m]: token -> its rows, at most m of them, the rest -1. They describe the
 # same pairs, so each is the way back of the other. Autograd would scatter the gradients with atomic additions.
-# Where `all_have_rows` there is no -1, and R is N * m.
 
 
 class _Permute(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, x: torch.Tensor, sources: torch.Tensor, places: torch.Tensor, all_have_rows: bool
-    ) -> torch.Tensor:
+    def forward(ctx: Any, x: torch.Tensor, sources: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
         ctx.save_for_backward(places)
-        return _rows_of(x, sources, places, all_have_rows)
+        return _rows_of(x, sources, places)
 
     @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:
         (places,) = ctx.saved_tensors
-        # In a kernel of its own: as part of the norm's backward pass, which the compiler makes of both, the gathers
-        # take as long again.
-        by_itself = sum_of_rows if gradient.is_cuda and places.shape[1] > 1 else None
-        return (by_itself or _sum_of_rows)(gradient, places), None, None, None
+        return _sum_of_rows(gradient, places), None, None
 
 
 class _Combine(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, rows: torch.Tensor, sources: torch.Tensor, places: torch.Tensor, all_have_rows: bool
-    ) -> torch.Tensor:
+    def forward(ctx: Any, rows: torch.Tensor, sources: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
         ctx.save_for_backward(sources, places)
-        ctx.all_have_rows = all_have_rows
         return _sum_of_rows(rows, places)
 
     @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
-        sources, places = ctx.saved_tensors
-        return _rows_of(gradient, sources, places, ctx.all_have_rows), None, None, None
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        return _rows_of(gradient, *ctx.saved_tensors), None, None
 
 
 _INT32_MAX = 2**31 - 1
 
 
-def _rows_of(x: torch.Tensor, sources: torch.Tensor, places: torch.Tensor, all_have_rows: bool) -> torch.Tensor:
-    """Each token's row wherever it is wanted, [N, H] -> [R, H]."""
-    if not all_have_rows or places.shape[1] == 1 or torch.are_deterministic_algorithms_enabled():  # then it would sort
-        return x[sources]
-    # Written from the tokens' side: a token is read once, not once a row.
-    rows = x.new_empty(places.numel(), x.shape[1])
-    rows[_wide_enough(places, rows)] = x.unsqueeze(1)
-    return rows
-
-
-def _wide_enough(places: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-    """torch 2.11 compiles place * H to as many bits as places have."""
-    return places.long() if rows.numel() > _INT32_MAX else places
+def _rows_of(x: torch.Tensor, sources: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+    """Each token's row wherever it is wanted, [N, H] -> [R, H]. A row that is no token's is any."""
+    if HAS_TRITON and x.is_cuda and places.shape[1] > 1:
+        return permute_triton.rows_of(x, places, len(sources))
+    return x[sources]
 
 
 def _sum_of_rows(rows: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
     """Adds up each token's rows, [R, H] -> [N, H], in float32 or wider.
 
-    One gather a column: compiled, the sum is then elementwise work along H. As a sum over a dimension of size m the
-    compiler makes it a reduction with rows too short to read memory at speed.
+    In a kernel of its own where it gathers several: as part of other work, like the norm's backward pass, the gathers
+    take as long again, and a row that is not there is read too.
     """
-    places = _wide_enough(places, rows)
+    if HAS_TRITON and rows.is_cuda and places.shape[1] > 1:
+        return permute_triton.sum_of_rows(rows, places)
+    # One gather a column: compiled, the sum is then elementwise work along H. As a sum over a dimension of size m the
+    # compiler makes it a reduction with rows too short to read memory at speed. And torch 2.11 compiles place * H to as
+    # many bits as places have.
+    places = places.long() if rows.numel() > _INT32_MAX else places
     # Where there is no row, -1 reads the last one: some row that is there to be read, whatever it holds.
     total, *others = (
         at_least_float32(rows[column]).where((column >= 0).unsqueeze(-1), 0.0) for column in places.unbind(-1)
@@ -84,16 +70,15 @@ def _sum_of_rows(rows: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
     return total if total.dtype == rows.dtype else total.to(rows.dtype)
 
 
-def permute(x: torch.Tensor, sources: torch.Tensor, places: torch.Tensor, all_have_rows: bool = False) -> torch.Tensor:
-    """Each token as often as it has rows: [N, H] -> [R, H]. sources [R], places [N, m]: integers, see above."""
-    return _Permute.apply(x, sources, places, all_have_rows)
+def permute(x: torch.Tensor, sources: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+    """Each token as often as it has rows: [N, H] -> [R, H]. sources [R], places [N, m]: integers, see above. What is in
+    rows beyond those that places name is any."""
+    return _Permute.apply(x, sources, places)
 
 
-def combine(
-    rows: torch.Tensor, sources: torch.Tensor, places: torch.Tensor, all_have_rows: bool = False
-) -> torch.Tensor:
+def combine(rows: torch.Tensor, sources: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
     """The way back: each token gets the sum of its rows, [R, H] -> [N, H]; zeros if it has none."""
-    return _Combine.apply(rows, sources, places, all_have_rows)
+    return _Combine.apply(rows, sources, places)
 
 
 class ExpertOrder(NamedTuple):
@@ -105,8 +90,6 @@ class ExpertOrder(NamedTuple):
     """int32 [N, k]: choice -> row; -1 for a choice that has none."""
     offsets: torch.Tensor
     """int32 [E]: where each expert's rows end."""
-    all_have_rows: bool = False
-    """Whether it is known that each choice has a row."""
 
 
 def sort_by_expert(chosen: torch.Tensor, num_experts: int) -> ExpertOrder:
@@ -128,10 +111,10 @@ def sort_by_expert(chosen: torch.Tensor, num_experts: int) -> ExpertOrder:
 
 def gather_rows(x: torch.Tensor, weights: torch.Tensor, order: ExpertOrder) -> tuple[torch.Tensor, torch.Tensor]:
     """x [N, H], weights [N, k] -> rows [R, H] and their weights [R], sorted by expert."""
-    rows = permute(x, order.order // weights.shape[-1], order.places, order.all_have_rows)
+    rows = permute(x, order.order // weights.shape[-1], order.places)
     return rows, permute(weights.reshape(-1, 1), order.order, order.places.view(-1, 1)).flatten()
 
 
 def add_up_rows(rows: torch.Tensor, order: ExpertOrder) -> torch.Tensor:
     """The way back: rows [R, H] -> each token's sum [N, H]."""
-    return combine(rows, order.order // order.places.shape[-1], order.places, order.all_have_rows)
+    return combine(rows, order.order // order.places.shape[-1], order.places)

@@ -96,7 +96,7 @@ class Experts(nn.Module):
 
     def forward(self, x: torch.Tensor, weights: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
         """x [T, H], weights float32 [T, k], experts chosen, integers [T, k] -> each token's weighted sum [T, H]."""
-        order = sort_by_expert(chosen, len(self.gate_up_proj))._replace(all_have_rows=True)
+        order = sort_by_expert(chosen, len(self.gate_up_proj))
         return routed_experts(x, weights, order, *self.projections())
 
 

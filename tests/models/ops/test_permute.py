@@ -26,7 +26,7 @@ def sort(chosen: torch.Tensor) -> ExpertOrder:
 @given(st.integers(0, 9), st.integers(1, 4))
 def test_rows_are_sorted_by_expert_and_then_token(num_tokens: int, top_k: int) -> None:
     chosen = choices(num_tokens, top_k)
-    order, places, offsets, _ = sort(chosen)
+    order, places, offsets = sort(chosen)
     pairs = [(int(expert), choice) for choice, expert in enumerate(chosen.flatten()) if expert < NUM_EXPERTS]
     assert order.tolist() == [choice for _, choice in sorted(pairs)]
     row_of = {choice: row for row, (_, choice) in enumerate(sorted(pairs))}
@@ -38,7 +38,7 @@ def test_rows_are_sorted_by_expert_and_then_token(num_tokens: int, top_k: int) -
 def test_equals_plain_indexing(num_tokens: int, top_k: int, all_have_rows: bool) -> None:
     # 1e-15: float64; only the sums over a token's choices may be ordered differently.
     chosen = choices(num_tokens, top_k)
-    order = sort(chosen % NUM_EXPERTS if all_have_rows else chosen)._replace(all_have_rows=all_have_rows)
+    order = sort(chosen % NUM_EXPERTS if all_have_rows else chosen)
     indices, tokens = order.order.long(), order.order.long() // top_k
     x, weights = (torch.randn(num_tokens, size, dtype=torch.float64) for size in (3, top_k))
     rows = torch.randn(len(indices), 3, dtype=torch.float64)
@@ -67,7 +67,7 @@ def test_a_token_without_rows_is_zero_whatever_the_last_row_holds() -> None:
 def test_as_many_rows_as_choices_though_some_choices_have_none() -> None:
     """Buffers of fixed sizes: what has no row is written nowhere, also not to the last one; others are any."""
     chosen = torch.tensor([[2, 0], [NUM_EXPERTS, 1], [0, NUM_EXPERTS]])
-    order, places, offsets, _ = sort_by_expert(chosen, NUM_EXPERTS)
+    order, places, offsets = sort_by_expert(chosen, NUM_EXPERTS)
     assert len(order) == places.numel()
     x = torch.tensor([[1.0], [2.0], [3.0]], requires_grad=True)
     rows = permute(x, order // 2, places)
@@ -85,7 +85,7 @@ def test_combine_sums_bfloat16_in_float32() -> None:
 @pytest.mark.parametrize("which", ["permute's", "combine's"])
 def test_backward_only_gathers(which: str) -> None:
     """Scatters that add do so atomically on a GPU, in another order every run."""
-    order, places, *_ = sort(choices(17, 3))
+    order, places, _ = sort(choices(17, 3))
     x = torch.randn(17 if which == "permute's" else len(order), 4, requires_grad=True)
     out = (permute if which == "permute's" else combine)(x, order // 3, places)
     with OperationLog() as log:
@@ -112,12 +112,3 @@ def test_places_have_64_bits_where_the_rows_have_too_many_elements(num_rows: int
         rows = torch.empty(num_rows, 2047 if dtype == torch.int32 else 2048, dtype=torch.bfloat16)
         combine(rows, torch.zeros(2, dtype=torch.int32), torch.zeros(4, 2, dtype=torch.int32))
     assert ("_to_copy" in log.names[: log.names.index("index")]) == (dtype == torch.int64)
-
-
-@pytest.mark.parametrize(("num_tokens", "dtype"), [(2**18 - 1, torch.int32), (2**18, torch.int64)])
-def test_places_have_64_bits_where_they_are_written_to(num_tokens: int, dtype: torch.dtype) -> None:
-    with FakeTensorMode(), OperationLog() as log:
-        places = torch.zeros(num_tokens, 4, dtype=torch.int32)
-        permute(torch.empty(num_tokens, 2048, dtype=torch.bfloat16), places.flatten(), places, all_have_rows=True)
-    assert "index_put_" in log.names
-    assert ("_to_copy" in log.names) == (dtype == torch.int64)
