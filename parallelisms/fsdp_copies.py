@@ -18,19 +18,21 @@ def lay_out_gradients_without_tables() -> None:
 def _lay_out(unsharded_grads: list[torch.Tensor], reduce_scatter_input: torch.Tensor, world_size: int) -> None:
     """Each gradient, cut along its first dimension into a part for each rank: output [ranks, parts of all], flat. Where
     rows do not divide (a shared expert's gate has one) the last ranks have fewer, and zeros behind them."""
-    output, parts, places, first = reduce_scatter_input.view(world_size, -1), [], [], 0
-    for gradient in unsharded_grads:
-        num_rows = -(-gradient.shape[0] // world_size)
-        size = num_rows * (gradient.numel() // gradient.shape[0])
-        place = output[:, first : first + size]
-        first += size
-        if gradient.shape[0] == world_size * num_rows:
-            parts.append(gradient.unflatten(0, (world_size, num_rows)))
+    num_rows = [-(-gradient.shape[0] // world_size) for gradient in unsharded_grads]
+    sizes = [rows * (each.numel() // each.shape[0]) for rows, each in zip(num_rows, unsharded_grads)]
+    of_all = reduce_scatter_input.view(world_size, -1).split(sizes, dim=1)
+    parts, places = [], []
+    for gradient, rows, place in zip(unsharded_grads, num_rows, of_all):
+        if gradient.shape[0] < rows * world_size:
+            for rank, part in enumerate(of_ranks := gradient.split(rows)):
+                parts.append(part)
+                places.append(place[rank, : part.numel()].view(part.shape))
+            place[len(of_ranks) - 1, parts[-1].numel() :].zero_()
+            place[len(of_ranks) :].zero_()
+        elif gradient.is_contiguous():  # the fewest calls: the host pays for each
+            parts.append(gradient.view(world_size, -1))
+            places.append(place)
+        else:
+            parts.append(gradient.unflatten(0, (world_size, rows)))
             places.append(place.view(parts[-1].shape))
-            continue
-        for rank, part in enumerate(of_ranks := gradient.split(num_rows)):
-            parts.append(part)
-            places.append(place[rank, : part.numel()].view(part.shape))
-        place[len(of_ranks) - 1, parts[-1].numel() :].zero_()
-        place[len(of_ranks) :].zero_()
     torch._foreach_copy_(places, parts)
