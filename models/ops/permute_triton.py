@@ -34,11 +34,11 @@ def rows_of(x: torch.Tensor, places: torch.Tensor, num_rows: int) -> torch.Tenso
 
 
 @triton.jit
-def _sum_kernel(rows, places, out, width, num_places: tl.constexpr, is_double: tl.constexpr, block: tl.constexpr):
+def _sum_kernel(rows, places, out, width, num_places: tl.constexpr, block: tl.constexpr):
     token = tl.program_id(0).to(tl.int64)
     for first in range(0, width, block):
         at = first + tl.arange(0, block)
-        total = tl.zeros([block], tl.float64 if is_double else tl.float32)
+        total = tl.zeros([block], tl.float32)
         for which in tl.static_range(num_places):
             place = tl.load(places + token * num_places + which).to(tl.int64)
             row = tl.load(rows + place * width + at, mask=(at < width) & (place >= 0), other=0.0)
@@ -48,7 +48,7 @@ def _sum_kernel(rows, places, out, width, num_places: tl.constexpr, is_double: t
 
 @torch.library.triton_op("qwen35_moe::sum_of_rows", mutates_args={})
 def sum_of_rows(rows: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
-    """Each token's sum, in float32 or wider: rows [R, H], places [N, m], -1 for none -> [N, H]."""
+    """Each token's sum, in float32: rows [R, H], places [N, m], -1 for none -> [N, H]."""
     out = rows.new_empty(places.shape[0], rows.shape[1])
     if out.numel():
         torch.library.wrap_triton(_sum_kernel)[(places.shape[0],)](
@@ -57,7 +57,6 @@ def sum_of_rows(rows: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
             out,
             rows.shape[1],
             num_places=places.shape[1],
-            is_double=rows.dtype == torch.float64,
             block=_BLOCK,
         )
     return out

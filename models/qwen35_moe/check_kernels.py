@@ -23,11 +23,12 @@ from models.ops.causal_conv1d import causal_conv1d as parts_of_convolution
 from models.ops.documents import Documents
 from models.ops.gated_delta_rule import gated_delta_rule
 from models.ops.grouped_experts import Projection
-from models.ops.grouped_experts import grouped_experts as experts_of_projections
 from models.ops.kernels import CHOICES, Kernels
 from models.ops.labels import IGNORED
 from models.ops.linear_cross_entropy import linear_cross_entropy
+from models.ops.permute import ExpertOrder, sort_by_expert
 from models.qwen35_moe.config import ModelConfig
+from models.qwen35_moe.moe import routed_experts as experts_of_projections
 
 logger = logging.getLogger("train")
 
@@ -56,7 +57,7 @@ class _Case(NamedTuple):
 def check_kernels(
     kernels: Kernels, shape: ModelConfig, device: torch.device, dtype: torch.dtype, folder: Path | None = None
 ) -> list[str]:
-    """Runs each operation whose kernel is not the reference, and the experts' grouped_mm, in the compute dtype
+    """Runs each operation whose kernel is not the reference, and the experts', in the compute dtype
     (bfloat16 or float32), and the reference in float64 on the same values.
 
     Returns what is wrong, a line an operation: which tensors, by how much, and the way out. Logs the largest error if
@@ -181,15 +182,18 @@ def _cases(kernels: Kernels, shape: ModelConfig, device: torch.device, dtype: to
         inputs, chunk_size = {"hidden": hidden, "weight": weight}, 32
         yield _Case("cross_entropy", kernels.cross_entropy, linear_cross_entropy, inputs, (labels, chunk_size))
 
-    rows = torch.tensor([100, 0, 187, 1])  # of each expert
+    # Many rows, none, few; and some choices of no expert here, whose rows are in the buffers and read by nobody.
+    num_experts, top_k = 4, 3
+    likely = torch.tensor([100.0, 0, 187, 10, 60], device=device).expand(num_tokens, -1)
+    chosen = torch.multinomial(likely, top_k, replacement=True, generator=generator)
     hidden_size, inner = shape.hidden_size, shape.moe_intermediate_size
     inputs = {
-        "x": random(int(rows.sum()), hidden_size),
-        "gate_up_proj": random(len(rows), 2 * inner, hidden_size, scale=hidden_size**-0.5),
-        "down_proj": random(len(rows), hidden_size, inner, scale=inner**-0.5),
-        "weights": random(int(rows.sum())).float().sigmoid(),
+        "x": random(num_tokens, hidden_size),
+        "weights": random(num_tokens, top_k).float().sigmoid(),
+        "gate_up_proj": random(num_experts, 2 * inner, hidden_size, scale=hidden_size**-0.5),
+        "down_proj": random(num_experts, hidden_size, inner, scale=inner**-0.5),
     }
-    yield _Case("grouped_experts", "", grouped_experts, inputs, (rows.cumsum(0, dtype=torch.int32).to(device),))
+    yield _Case("routed_experts", "", routed_experts, inputs, (sort_by_expert(chosen, num_experts),))
 
 
 def causal_conv1d(*inputs: Any, backend: str) -> torch.Tensor:
@@ -197,11 +201,11 @@ def causal_conv1d(*inputs: Any, backend: str) -> torch.Tensor:
     return torch.cat(parts_of_convolution(*inputs, backend=backend), dim=-1)
 
 
-def grouped_experts(
-    x: torch.Tensor, gate_up_proj: torch.Tensor, down_proj: torch.Tensor, weights: torch.Tensor, offsets: torch.Tensor
+def routed_experts(
+    x: torch.Tensor, weights: torch.Tensor, gate_up_proj: torch.Tensor, down_proj: torch.Tensor, order: ExpertOrder
 ) -> torch.Tensor:
-    """The experts' operation, of matrices without adapters."""
-    return experts_of_projections(x, Projection(gate_up_proj), Projection(down_proj), weights, offsets)
+    """All that experts do, of matrices without adapters."""
+    return experts_of_projections(x, weights, order, Projection(gate_up_proj), Projection(down_proj))
 
 
 def _results(case: _Case, backend: str, dtype: torch.dtype | None = None) -> dict[str, torch.Tensor]:
@@ -227,7 +231,8 @@ def _reference(case: _Case) -> dict[str, torch.Tensor]:
 def _message(case: _Case, found: str) -> str:
     anyway = "[kernels] self_test = false to go on anyway"
     if not case.backend:
-        return f"{case.operation} (grouped_mm) computes wrong numbers here: {found}; another PyTorch, or {anyway}"
+        what = f"{case.operation} (grouped_mm, or kernels around it)"
+        return f"{what} computes wrong numbers here: {found}; another PyTorch, or {anyway}"
     choices = CHOICES[case.operation]
     slower = " or ".join(repr(c) for c in reversed(choices[: choices.index(case.backend)]))
     key = f"kernels.{case.operation} = {case.backend!r}"

@@ -33,7 +33,7 @@ INPUTS = {
     "gated_delta_rule": ("q", "k", "v", "g", "beta"),
     "causal_conv1d": ("x", "weight"),
     "cross_entropy": ("hidden", "weight"),
-    "grouped_experts": ("x", "gate_up_proj", "down_proj", "weights"),
+    "routed_experts": ("x", "weights", "gate_up_proj", "down_proj"),
 }
 ALONG_THE_SEQUENCE = ("attention", "gated_delta_rule", "causal_conv1d")
 
@@ -44,7 +44,7 @@ def only(operation: str) -> Kernels:
 
 
 def named(operation: str) -> str:
-    return f"kernels.{operation} = '{getattr(FASTEST, operation)}'" if operation in CHOICES else "grouped_experts"
+    return f"kernels.{operation} = '{getattr(FASTEST, operation)}'" if operation in CHOICES else "routed_experts"
 
 
 @pytest.fixture
