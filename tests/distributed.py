@@ -1,6 +1,7 @@
 """Runs a test function in real processes, one a rank: `run_ranks(function, world_size, *arguments)`."""
 
 import contextlib
+import faulthandler
 import multiprocessing
 import os
 import random
@@ -18,6 +19,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from models.ops import gated_delta_rule
 from tests.patience import PATIENCE
 from training.distributed import init_distributed
 
@@ -68,10 +70,15 @@ def _rank_main(
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), OMP_NUM_THREADS="1")
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     torch.set_num_threads(1)
+    # Where one crashes, as by a broken pointer, this is all that is left of it.
+    faulthandler.enable(os.open(f"{folder}/crash-{rank}", os.O_WRONLY | os.O_CREAT))
     try:
         if device_type == "cuda":
             init_distributed(timeout_seconds=300)  # one rank may compile while the others wait
         else:
+            # Tests' documents are short: of chunks of 64 tokens most would lie beyond their ends, and take most of the
+            # time. And some reach over a chunk's border.
+            gated_delta_rule.CHUNK = 16
             dist.init_process_group("gloo", timeout=timedelta(seconds=PATIENCE))
         torch.save(function(*arguments), f"{folder}/result-{rank}")
         dist.barrier()
@@ -116,7 +123,10 @@ def run_ranks(
             process.join()
         failed = sorted(Path(folder).glob("error-*"), key=lambda path: path.stat().st_mtime_ns)
         by_signal = f" (by signals: {crashed})" if crashed else ""
-        assert not failed, f"{len(failed)} of {world_size} ranks failed{by_signal}; the first:\n{failed[0].read_text()}"
+        traces = "\n".join(Path(folder, f"crash-{rank}").read_text() for rank in crashed)
+        assert not failed, (
+            f"{len(failed)} of {world_size} ranks failed{by_signal}; the first:\n{failed[0].read_text()}{traces}"
+        )
         assert not running, f"ranks {running} of {world_size} were still running after {seconds} s"
-        assert all(process.exitcode == 0 for process in ranks), [process.exitcode for process in ranks]
+        assert all(process.exitcode == 0 for process in ranks), f"{[each.exitcode for each in ranks]}\n{traces}"
         return [torch.load(f"{folder}/result-{rank}", weights_only=False) for rank in range(world_size)]

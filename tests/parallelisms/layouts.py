@@ -14,7 +14,6 @@ from torch.distributed.tensor import DTensor
 
 from config.options import Lora, MoE, Mtp, Optimizer, Training
 from data.batch import Frame, MicroBatch, Row
-from models.ops import gated_delta_rule
 from models.ops.documents import Documents
 from models.ops.kernels import Kernels
 from models.ops.precision import at_least_float32
@@ -212,18 +211,6 @@ def build(
     return model, meshes, optimizer
 
 
-@contextmanager
-def short_chunks(device_type: str) -> Iterator[None]:
-    """On a CPU the delta rule cuts documents into chunks of 16 tokens instead of 64: so these tests' short ones cross
-    their borders, and little time goes into what lies beyond their ends."""
-    before = gated_delta_rule.CHUNK
-    gated_delta_rule.CHUNK = 16 if device_type == "cpu" else before
-    try:
-        yield
-    finally:
-        gated_delta_rule.CHUNK = before
-
-
 def own_batches(
     config: ModelConfig, layout: Layout, rows: list[list[int]], seed: int, frames: Sequence[Sequence[Frame]] = ()
 ) -> list[MicroBatch]:
@@ -277,22 +264,6 @@ def train(
     rank r takes the r-th part. So layouts with the same accumulation have the same tokens in each micro-step. `frames`:
     of each step, and then again from the first, what each row shows. `frozen`: parts that are not trained.
     """
-    with short_chunks(device_type):
-        return _train(config, layout, rows, num_steps, moe, compute_dtype, device_type, frames, frozen, lora)
-
-
-def _train(
-    config: ModelConfig,
-    layout: Layout,
-    rows: list[list[int]],
-    num_steps: int,
-    moe: MoE,
-    compute_dtype: torch.dtype,
-    device_type: str,
-    frames: Sequence[Sequence[Sequence[Frame]]],
-    frozen: Sequence[str],
-    lora: Lora,
-) -> Run:
     model, meshes, optimizer = build(
         config, layout, compute_dtype, device_type, lambda n: part_of(n) not in frozen, lora
     )
