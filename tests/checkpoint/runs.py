@@ -46,9 +46,11 @@ def _rank_main(rank: int, world_size: int, port: int, log: str, arguments: list[
     import torch
 
     from errors import exit_on_error
+    from models.ops import gated_delta_rule
     from train import main
 
     torch.set_num_threads(1)
+    gated_delta_rule.CHUNK = 16 if not on_gpus else gated_delta_rule.CHUNK  # as tests/distributed.py says
     sys.stdout = sys.stderr = open(log, "a", buffering=1)  # noqa: SIM115
     faulthandler.register(signal.SIGUSR1)  # shows where a rank hangs
     with exit_on_error():
