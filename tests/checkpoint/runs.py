@@ -38,7 +38,9 @@ OPTIONS = [
 ]
 
 
-def _rank_main(rank: int, world_size: int, port: int, log: str, arguments: list[str], on_gpus: bool) -> None:
+def _rank_main(
+    rank: int, world_size: int, port: int, log: str, arguments: list[str], on_gpus: bool, short_chunks: bool
+) -> None:
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), OMP_NUM_THREADS="1")
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     if not on_gpus:
@@ -50,7 +52,7 @@ def _rank_main(rank: int, world_size: int, port: int, log: str, arguments: list[
     from train import main
 
     torch.set_num_threads(1)
-    gated_delta_rule.CHUNK = 16 if not on_gpus else gated_delta_rule.CHUNK  # as tests/distributed.py says
+    gated_delta_rule.CHUNK = 16 if short_chunks else gated_delta_rule.CHUNK  # as tests/distributed.py says
     sys.stdout = sys.stderr = open(log, "a", buffering=1)  # noqa: SIM115
     faulthandler.register(signal.SIGUSR1)  # shows where a rank hangs
     with exit_on_error():
@@ -75,11 +77,12 @@ class Run:
         kept = [option for option in defaults if option.split("=")[0] not in given]
         arguments = [*kept, f"--job.output_dir={folder}", *options]
         port = free_port()
+        short_chunks = bool(defaults) and not on_gpus  # runs without defaults are compared with others, of run_train.sh
         if not on_gpus:
             start_server()
         start = _on_gpus.Process if on_gpus else on_cpus.Process
         self.ranks: list[BaseProcess] = [
-            start(target=_rank_main, args=(rank, world_size, port, str(self.log), arguments, on_gpus))
+            start(target=_rank_main, args=(rank, world_size, port, str(self.log), arguments, on_gpus, short_chunks))
             for rank in range(world_size)
         ]
         for process in self.ranks:
