@@ -5,6 +5,8 @@ host and sends it to the device: 1.3 ms for the 160 M numbers of a block with 32
 2026-11-28), 52 ms a step of 40 layers, as much as the GPU waited. There is no public way to choose another.
 """
 
+import math
+
 import torch
 
 from torch_private import fsdp_collectives
@@ -19,7 +21,7 @@ def _lay_out(unsharded_grads: list[torch.Tensor], reduce_scatter_input: torch.Te
     """Each gradient, cut along its first dimension into a part for each rank: output [ranks, parts of all], flat. Where
     rows do not divide (a shared expert's gate has one) the last ranks have fewer, and zeros behind them."""
     num_rows = [-(-gradient.shape[0] // world_size) for gradient in unsharded_grads]
-    sizes = [rows * (each.numel() // each.shape[0]) for rows, each in zip(num_rows, unsharded_grads)]
+    sizes = [rows * math.prod(each.shape[1:]) for rows, each in zip(num_rows, unsharded_grads)]
     of_all = reduce_scatter_input.view(world_size, -1).split(sizes, dim=1)
     parts, places = [], []
     for gradient, rows, place in zip(unsharded_grads, num_rows, of_all):

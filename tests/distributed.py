@@ -123,7 +123,8 @@ def run_ranks(
             process.join()
         failed = sorted(Path(folder).glob("error-*"), key=lambda path: path.stat().st_mtime_ns)
         by_signal = f" (by signals: {crashed})" if crashed else ""
-        traces = "\n".join(Path(folder, f"crash-{rank}").read_text() for rank in crashed)
+        files = (Path(folder, f"crash-{rank}") for rank in crashed)
+        traces = "\n".join(file.read_text() for file in files if file.exists())
         assert not failed, (
             f"{len(failed)} of {world_size} ranks failed{by_signal}; the first:\n{failed[0].read_text()}{traces}"
         )

@@ -16,7 +16,10 @@ _VARIABLES = {
 def keep_compiled_in(folder: str) -> None:
     """Has all compilers of this process, and of those that it starts, keep what they make in parts of `folder`; where
     the environment names another place, there. Call it before anything is compiled; "" leaves all as it is."""
-    for variable, part in _VARIABLES.items() if folder else ():
-        # The import of torch's compiler names its default place there, as if someone had asked for it.
-        if os.environ.get(variable, default_cache_dir()) == default_cache_dir():
-            os.environ[variable] = str(Path(folder).resolve() / part)
+    if not folder:
+        return
+    # The import of torch's compiler names its default place there, as if someone had asked for it.
+    if os.environ.get("TORCHINDUCTOR_CACHE_DIR") == default_cache_dir():
+        del os.environ["TORCHINDUCTOR_CACHE_DIR"]
+    for variable, part in _VARIABLES.items():
+        os.environ.setdefault(variable, str(Path(folder).resolve() / part))

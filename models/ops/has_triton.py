@@ -1,5 +1,8 @@
 """Whether there is Triton, without which torch comes on most CPUs."""
 
-import importlib.util
-
-HAS_TRITON = importlib.util.find_spec("triton") is not None
+try:
+    import triton  # noqa: F401
+except ImportError:
+    HAS_TRITON = False
+else:
+    HAS_TRITON = True

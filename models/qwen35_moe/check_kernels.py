@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import torch
 
 import models.ops
+import models.qwen35_moe.moe
 from models.ops.attention import attention
 from models.ops.causal_conv1d import causal_conv1d as parts_of_convolution
 from models.ops.documents import Documents
@@ -123,7 +124,11 @@ def _what_was_compared(kernels: Kernels, shape: ModelConfig, device: torch.devic
     # Of the blocks' number and order only which kinds there are: the same kernels run in every block of a kind.
     widths = vars(shape) | {"num_hidden_layers": 0, "layer_types": sorted(set(shape.layer_types))}
     digest = hashlib.sha256(repr((versions, of_gpu, kernels, widths, dtype)).encode())
-    for file in (Path(__file__), *sorted(Path(models.ops.__path__[0]).glob("*.py"))):
+    for file in (
+        Path(__file__),
+        Path(models.qwen35_moe.moe.__file__),
+        *sorted(Path(models.ops.__path__[0]).glob("*.py")),
+    ):
         digest.update(file.read_bytes())
     return f"kernels-agree-{digest.hexdigest()[:16]}"
 
@@ -184,8 +189,9 @@ def _cases(kernels: Kernels, shape: ModelConfig, device: torch.device, dtype: to
 
     # Many rows, none, few; and some choices of no expert here, whose rows are in the buffers and read by nobody.
     num_experts, top_k = 4, 3
-    likely = torch.tensor([100.0, 0, 187, 10, 60], device=device).expand(num_tokens, -1)
-    chosen = torch.multinomial(likely, top_k, replacement=True, generator=generator)
+    likely = torch.tensor([100.0, 0, 187, 10, 60]).expand(num_tokens, -1)
+    # Drawn on a CPU: on a GPU that sums in an order of its own, which a deterministic run may refuse.
+    chosen = torch.multinomial(likely, top_k, replacement=True, generator=torch.Generator().manual_seed(0)).to(device)
     hidden_size, inner = shape.hidden_size, shape.moe_intermediate_size
     inputs = {
         "x": random(num_tokens, hidden_size),

@@ -9,10 +9,7 @@ from torch.distributed.fsdp._fully_shard import _fsdp_collectives
 from parallelisms import fsdp_copies
 from parallelisms.fsdp_copies import lay_out_gradients_without_tables
 
-
-def chunk_cat(gradients: list[torch.Tensor], output: torch.Tensor, num_ranks: int) -> None:
-    """FSDP's own."""
-    torch._chunk_cat(gradients, dim=0, num_chunks=num_ranks, out=output.view(num_ranks, -1))
+FSDPS_OWN = _fsdp_collectives.foreach_reduce_scatter_copy_in  # tests replace it, but all are collected before
 
 
 @settings(max_examples=60)
@@ -36,7 +33,7 @@ def test_as_fsdp_does(
     lay_out_gradients_without_tables()
     assert _fsdp_collectives.foreach_reduce_scatter_copy_in is fsdp_copies._lay_out
     _fsdp_collectives.foreach_reduce_scatter_copy_in(list(gradients), ours, num_ranks)
-    chunk_cat(gradients, theirs, num_ranks)
+    FSDPS_OWN(list(gradients), theirs, num_ranks)
     assert torch.equal(ours, theirs)
 
 
@@ -46,7 +43,7 @@ def test_as_fsdp_does(
 def test_as_fsdp_does_on_a_gpu(num_ranks: int) -> None:
     gradients = [torch.randn(size, device="cuda").bfloat16() for size in ((32, 1024, 64), (2048, 96), (1, 96), (64,))]
     total = sum(-(-g.shape[0] // num_ranks) * num_ranks * g[0].numel() for g in gradients)
-    ours, theirs = (torch.zeros(total, device="cuda") for _ in range(2))
+    ours, theirs = (torch.full([total], torch.nan, device="cuda") for _ in range(2))
     fsdp_copies._lay_out(list(gradients), ours, num_ranks)
-    chunk_cat(gradients, theirs, num_ranks)
+    FSDPS_OWN(list(gradients), theirs, num_ranks)
     assert torch.equal(ours, theirs)

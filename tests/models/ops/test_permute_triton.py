@@ -11,8 +11,10 @@ from tests.models.ops.test_permute import choices, sort
 def way_there_and_back(
     x: torch.Tensor, sources: torch.Tensor, places: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
+    """What is in rows that `places` do not name is any."""
     rows = permute(x, sources, places)
-    return rows, combine(rows, sources, places)
+    is_read = torch.arange(len(sources), device=x.device) <= places.max()
+    return rows, combine(rows.where(is_read.unsqueeze(1), torch.nan), sources, places)
 
 
 @pytest.mark.parametrize("needs", [pytest.param(None, marks=needs_gpus(1))])
@@ -36,10 +38,11 @@ def test_on_a_gpu_as_on_a_cpu(
         order, places, offsets = (each.to(device) for each in sort(choices(num_tokens, top_k)))
         num_rows, more = int(offsets[-1]), order.new_zeros(num_unread)
         upstream = torch.randn(num_rows, width, generator=generator).to(device, dtype)
+        torch._dynamo.reset()  # or most of them would run uncompiled
         call = (
             way_there_and_back
             if dynamic is None or device == "cpu"
-            else torch.compile(way_there_and_back, dynamic=dynamic)
+            else torch.compile(way_there_and_back, dynamic=dynamic, fullgraph=True)
         )
         rows, sums = call(x, torch.cat([order // top_k, more]), places)
         torch.autograd.backward([rows[:num_rows], sums], [upstream, torch.ones_like(sums)])
