@@ -1,5 +1,6 @@
 """The ranks of tests: what they begin with."""
 
+import ctypes
 import os
 import signal
 import subprocess
@@ -47,3 +48,14 @@ def crash_on_rank_1() -> None:
 def test_a_rank_that_crashed_is_named_beside_what_the_others_say() -> None:
     with pytest.raises(AssertionError, match=r"^1 of 2 ranks failed \(by signals: \{1: -9\}\); the first:\nTraceback"):
         run_ranks(crash_on_rank_1, 2)
+
+
+def crash_of_rank_1() -> None:
+    if dist.get_rank() == 1:
+        ctypes.string_at(0)
+    dist.all_reduce(torch.ones(1))
+
+
+def test_a_rank_that_crashed_by_a_broken_pointer_leaves_its_traceback() -> None:
+    with pytest.raises(AssertionError, match=r"(?s)\{1: -11\}.*Segmentation fault.*in crash_of_rank_1"):
+        run_ranks(crash_of_rank_1, 2)

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
-from tests.distributed import free_port, on_cpus, start_server
+from tests.distributed import free_port, on_cpus, shorten_chunks, start_server
 from tests.patience import PATIENCE
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -48,11 +48,11 @@ def _rank_main(
     import torch
 
     from errors import exit_on_error
-    from models.ops import gated_delta_rule
     from train import main
 
     torch.set_num_threads(1)
-    gated_delta_rule.CHUNK = 16 if short_chunks else gated_delta_rule.CHUNK  # as tests/distributed.py says
+    if short_chunks:
+        shorten_chunks()
     sys.stdout = sys.stderr = open(log, "a", buffering=1)  # noqa: SIM115
     faulthandler.register(signal.SIGUSR1)  # shows where a rank hangs
     with exit_on_error():
