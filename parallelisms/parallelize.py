@@ -171,7 +171,7 @@ def apply_fsdp(model: Qwen35Moe, meshes: Meshes, compute_dtype: torch.dtype, kep
 
         free = index < first or (not kept.experts and block is not blocks[-1])
         shard([experts], meshes.expert, shard_placement_fn=dim_to_cut, reshard_after_forward=free)
-    units = dense_units(model.config, meshes.degrees.expert)
+    units = dense_units(model.config, meshes.degrees.expert, kept.dense)
     for indices in units:
         free = indices[-1] < first or (not kept.dense and indices != units[-1])
         shard([blocks[index] for index in indices], meshes.dense, reshard_after_forward=free)

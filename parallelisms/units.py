@@ -9,9 +9,10 @@ from models.qwen35_moe.parameters import parameters
 from parallelisms.degrees import Degrees
 
 _SMALL = 50_000_000
-"""Parameters of a block without experts. The host pays by the unit, and memory has two units and the last one, and a
-unit's gradients in float32: two blocks of the 35B are 150 MB in bfloat16. Those of the 122B would be two and a half
-times that, of the 397B three and a half times, and the host is not what they wait for."""
+"""Parameters of a block without experts, of which several are a unit. The host pays by the unit, and memory has a
+unit's gradients as computed and as reduced, and, where weights are freed, two units' weights and the last one's: two
+blocks of the 35B are 150 MB in bfloat16. Those of the 122B would be two and a half times that, of the 397B three and a
+half times, and the host is not what they wait for."""
 _FEW = 2_000_000_000
 """Parameters of all blocks without experts. The 35B's 1.4 billion are 2.6 GiB in bfloat16, for which 19 gathers and the
 host's work for them are spared; the 122B's are twice as many."""
@@ -46,12 +47,13 @@ def head_is_unit(shape: ModelConfig, shard: int) -> bool:
 
 
 @lru_cache(maxsize=8)
-def dense_units(shape: ModelConfig, expert_degree: int) -> tuple[range, ...]:
+def dense_units(shape: ModelConfig, expert_degree: int, is_kept: bool) -> tuple[range, ...]:
     """The blocks of each unit of dense weights. At ep 1 a block is a unit, with its experts; at ep > 1, where experts
-    are units of their own, two small ones are one. Those of multi-token prediction are units by themselves, as the
-    trunk may run without them, and without a graph."""
+    are units of their own, two small ones are one, or four where weights are kept from forward to backward. Those of
+    multi-token prediction are units by themselves, as the trunk may run without them, and without a graph."""
     num_trunk, num_mtp = len(shape.layer_types), shape.mtp_num_hidden_layers
-    size = 2 if expert_degree > 1 and max(_dense_of_blocks(shape)) <= _SMALL else 1
+    are_small = expert_degree > 1 and max(_dense_of_blocks(shape)) <= _SMALL
+    size = (4 if is_kept else 2) if are_small else 1
     trunk = (range(first, min(first + size, num_trunk)) for first in range(0, num_trunk, size))
     return *trunk, *(range(index, index + 1) for index in range(num_trunk, num_trunk + num_mtp))
 

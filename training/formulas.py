@@ -53,10 +53,10 @@ class Sizes:
         """X."""
         return sum(experts for _, experts in self.by_block)
 
-    def units(self, shape: ModelConfig, expert_degree: int) -> list[int]:
-        """Of each unit of dense weights; at ep 1 its experts are in it."""
+    def units(self, shape: ModelConfig, expert_degree: int, is_kept: bool) -> list[int]:
+        """Of each unit of dense weights, which are kept or not (Kept.dense); at ep 1 its experts are in it."""
         sizes = [dense + (experts if expert_degree == 1 else 0) for dense, experts in self.by_block]
-        return [sum(sizes[index] for index in indices) for indices in dense_units(shape, expert_degree)]
+        return [sum(sizes[index] for index in indices) for indices in dense_units(shape, expert_degree, is_kept)]
 
     @property
     def sharded(self) -> int:
@@ -148,7 +148,7 @@ def traffic(
     A, L, P, ep = accumulation, len(of.by_block), degrees.context, degrees.expert
     k, H, t = shape.num_experts_per_tok, shape.hidden_size, num_tokens
     once = 0 if trunk_has_graph else len(shape.layer_types)  # blocks that run forward alone
-    dense, dense_trained = of.units(shape, ep), trained.units(shape, ep)
+    dense, dense_trained = of.units(shape, ep, kept.dense), trained.units(shape, ep, kept.dense)
     experts, experts_trained = [x for _, x in of.by_block], [x for _, x in trained.by_block]
     units = [*dense_trained, trained.head, trained.root]  # with gradients to be reduced
     units_once = len(dense) - (L - once) if once else 0

@@ -197,11 +197,11 @@ def peak_memory(case: Case) -> tuple[str, dict[str, float]]:
     of_head = shape.vocab_size * shape.hidden_size * (4 if dense_of.head else c) if case.trains_head else 0
     root = c * dense_of.root
     tower = 0.0 if is_sharded else c * dense_of.visual
-    units = [c * size for size in dense_of.units(shape, degrees.expert)]
+    units = [c * size for size in dense_of.units(shape, degrees.expert, case.kept.dense)]
     experts = [c / degrees.expert * size for _, size in experts_of.by_block] if degrees.expert > 1 else [0.0]
     # What runs without a graph is freed, and keeps nothing: the trunk, where multi-token prediction alone trains.
     first = 0 if case.trunk_has_graph else len(shape.layer_types)
-    starts = [indices.start for indices in dense_units(shape, degrees.expert)]
+    starts = [indices.start for indices in dense_units(shape, degrees.expert, case.kept.dense)]
     of_units = units, sum(start < first for start in starts), case.kept.dense
     of_experts = experts, first, case.kept.experts
 
@@ -223,7 +223,7 @@ def peak_memory(case: Case) -> tuple[str, dict[str, float]]:
     unreduced = 0.0
     if dense_of.total or experts_of.total:
         of_block = trained.by_block[0][1] / degrees.expert * bool(experts_of.total) if degrees.expert > 1 else 0.0
-        computed = c * (trained.units(shape, degrees.expert)[0] * bool(dense_of.total) + of_block)
+        computed = c * (trained.units(shape, degrees.expert, case.kept.dense)[0] * bool(dense_of.total) + of_block)
         unreduced = computed * (1 + 4 / c * is_sharded)
     of_layer = (case.mode, degrees, case.buffers, c)
     of_kind = {kind: case.num_tokens * kept_by_layer(shape, kind, *of_layer) for kind in types}

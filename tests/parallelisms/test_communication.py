@@ -16,7 +16,7 @@ from models.qwen35_moe.config import FULL, ModelConfig
 from models.qwen35_moe.parts import PARTS, frozen_parts, part_of
 from parallelisms.degrees import Degrees
 from parallelisms.room import Room
-from parallelisms.units import Kept, kept_gathered
+from parallelisms.units import Kept, dense_units, kept_gathered
 from tests.distributed import run_ranks
 from tests.models.qwen35_moe.shapes import tiny_config
 from tests.models.qwen35_moe.vision_shapes import tiny_vision
@@ -110,7 +110,7 @@ def bytes_of_gradient(layout: Layout) -> int:
 def symbols(layout: Layout, num_copies: Fraction) -> dict[str, int | Fraction]:
     """What the documentation's letters stand for; see there."""
     of, num_full = sizes(CONFIG, layout.world // layout.replicate, layout.ep), CONFIG.layer_types.count(FULL)
-    of_units, kept = of.units(CONFIG, layout.ep), kept_of(layout)
+    of_units, kept = of.units(CONFIG, layout.ep, kept_of(layout).dense), kept_of(layout)
     return {
         "A": layout.accumulation,
         "L": CONFIG.num_hidden_layers,
@@ -257,7 +257,7 @@ def test_what_has_no_backward_pass_is_gathered_and_sent_once() -> None:
         for found in run_ranks(gathers, 4, [(config, layout) for layout in layouts], tuple(frozen)):
             for layout, totals in zip(layouts, found):
                 of, A, L = sizes(config, layout.world, layout.ep), layout.accumulation, len([*layer_types(config)])
-                U = len(of.units(config, layout.ep)) + bool(of.head)
+                U = len(of.units(config, layout.ep, kept_of(layout).dense)) + bool(of.head)
                 dense = of.root + of.head + of.dense + (of.experts if layout.ep == 1 else 0)
                 expected = {("all-gather", "fsdp"): (A * (U + 1), A * 2 * dense)}
                 if layout.ep > 1:
@@ -267,7 +267,8 @@ def test_what_has_no_backward_pass_is_gathered_and_sent_once() -> None:
                 # With so much room each rank sends a copy of each token to each.
                 num_copies = Fraction(A * L * layout.ep * tokens_of(layout))
                 where = degrees_of(layout), tokens_of(layout), A, "none", num_copies
-                rows = traffic(config, *where, of, of, trunk_has_graph=False, asks=not layout.room)
+                kept = kept_of(layout)
+                rows = traffic(config, *where, of, of, trunk_has_graph=False, asks=not layout.room, kept=kept)
                 if config is with_mtp:
                     planned = {row[:2]: row[2:] for row in rows if row.kind.startswith("all-")}
                     planned_to_send = planned.pop(("all-to-all", "ep"), None)
@@ -288,7 +289,8 @@ def test_below_a_head_that_alone_trains_nothing_is_gathered_again() -> None:
         for layout, totals in zip(layouts, found):
             of = sizes(CONFIG, layout.world, layout.ep)
             dense = of.root + of.head + of.dense + (of.experts if layout.ep == 1 else 0)
-            assert totals["all-gather", "fsdp"] == (2 + len(of.units(CONFIG, layout.ep)), 2 * dense), layout
+            num_units = len(of.units(CONFIG, layout.ep, kept_of(layout).dense))
+            assert totals["all-gather", "fsdp"] == (2 + num_units, 2 * dense), layout
 
 
 def _trains(frozen: tuple[str, ...], name: str) -> bool:
@@ -331,13 +333,14 @@ def test_experts_and_dense_weights_are_gathered_a_block_ahead(
             at_exchanges.append(gathers)
             if call.num_bytes == 8 * layout.ep:  # the numbers of copies: here the host waits, in each block
                 at_counts.append(gathers)
-    # When the host waits in a block, its dense unit (of two blocks) and the next one, or the head, are under way, after
-    # the root's, and so are its experts and the next block's.
-    assert at_counts[:num_layers] == [1 + block // 2 + 2 + min(block + 2, num_layers) for block in range(num_layers)]
+    # When the host waits in a block, its dense unit and the next one, or the head, are under way, after the root's, and
+    # so are its experts and the next block's.
+    kept = kept_of(layout)
+    size = len(dense_units(CONFIG, layout.ep, kept.dense)[0])
+    assert at_counts[:num_layers] == [1 + block // size + 2 + min(block + 2, num_layers) for block in range(num_layers)]
     # The same on the way back, where the last ones were kept, or all: the preceding unit before the last block's first
     # exchange, the preceding block's experts before its second.
     before, *backward = at_exchanges[4 * num_layers - 1 :]
-    kept = kept_of(layout)
     preceding = before + (not kept.dense)
     assert backward[:2] == [preceding, preceding + (not kept.experts)]
 

@@ -2,6 +2,7 @@
 
 import gc
 import itertools
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from models.qwen35_moe import head
+from models.qwen35_moe.config import ModelConfig
 from models.qwen35_moe.parameters import Box
 from models.qwen35_moe.parts import PARTS, part_of
 from parallelisms.parallelize import local_region, reduce_replicated_gradients
@@ -44,13 +46,15 @@ def test_the_parts_of_all_ranks_cover_a_parameter_once() -> None:
             assert (count == (4 if is_replicated else 1)).all(), (layout, name)
 
 
-def gathered(layouts: list[Layout], frozen: tuple[str, ...]) -> list[tuple[list[bool], list[bool]]]:
+def gathered(
+    layouts: list[Layout], frozen: tuple[str, ...], config: ModelConfig = CONFIG
+) -> list[tuple[list[bool], list[bool]]]:
     """Of each block, whether its dense weights lie whole in memory between forward and backward, and its experts' so
     far as `ep` leaves them to this rank."""
     found = []
     for layout in layouts:
-        model, _, _ = build(CONFIG, layout, torch.bfloat16, is_trained=lambda name: part_of(name) not in frozen)
-        model(own_batches(CONFIG, layout, [[4]] * layout.world, seed=0)[0])
+        model, _, _ = build(config, layout, torch.bfloat16, is_trained=lambda name: part_of(name) not in frozen)
+        model(own_batches(config, layout, [[4]] * layout.world, seed=0)[0])
         dense = [block.mlp.shared_expert.up_proj.weight for block in model.blocks]
         # FSDP's own part at ep > 1 is of both axes; what it gathers is still a DTensor of ep's.
         experts = [block.mlp.experts.down_proj for block in model.blocks]
@@ -83,9 +87,10 @@ def test_weights_are_freed_after_the_forward_pass_where_they_are_sharded() -> No
 def test_what_has_no_backward_pass_is_not_kept() -> None:
     # Attention of the last block is the first to train: it has full attention, the others linear.
     frozen = tuple(set(PARTS) - {"attention"})
+    config = replace(CONFIG, num_hidden_layers=6, layer_types=(CONFIG.layer_types[0],) * 5 + CONFIG.layer_types[-1:])
     layouts = [Layout(world=4, ep=2), Layout(world=4, ep=2, reshard="never")]
-    of_blocks = [([False, False, True, True], [False] * 3 + [True])] * 2
-    assert run_ranks(gathered, 4, layouts, frozen) == [of_blocks] * 4
+    of_blocks = [([False] * 4 + [True] * 2, [False] * 5 + [True])] * 2
+    assert run_ranks(gathered, 4, layouts, frozen, config) == [of_blocks] * 4
 
 
 def held_at_the_loss(layouts: list[Layout]) -> list[tuple[int, bool]]:

@@ -11,16 +11,18 @@ from parallelisms.units import dense_units, head_is_unit, kept_gathered
 from tests.models.qwen35_moe.shapes import tiny_config
 
 
-def indices(shape: ModelConfig, expert_degree: int) -> list[list[int]]:
-    return [list(unit) for unit in dense_units(shape, expert_degree)]
+def indices(shape: ModelConfig, expert_degree: int, is_kept: bool = False) -> list[list[int]]:
+    return [list(unit) for unit in dense_units(shape, expert_degree, is_kept)]
 
 
-def test_two_blocks_of_the_trunk_are_a_unit_where_experts_are_none_of_it() -> None:
+def test_several_blocks_of_the_trunk_are_a_unit_where_experts_are_none_of_it() -> None:
     shape = tiny_config(num_hidden_layers=5, layer_types=tiny_config().layer_types[:1] * 5)
-    assert indices(shape, 1) == [[0], [1], [2], [3], [4]]
+    assert indices(shape, 1) == indices(shape, 1, is_kept=True) == [[0], [1], [2], [3], [4]]
     assert indices(shape, 2) == indices(shape, 8) == [[0, 1], [2, 3], [4]]
+    assert indices(shape, 2, is_kept=True) == indices(shape, 8, is_kept=True) == [[0, 1, 2, 3], [4]]
     with_mtp = replace(shape, mtp_num_hidden_layers=1)  # not with the trunk's last one
     assert indices(with_mtp, 2) == [[0, 1], [2, 3], [4], [5]]
+    assert indices(with_mtp, 2, is_kept=True) == [[0, 1, 2, 3], [4], [5]]
     assert indices(with_mtp, 1) == [[0], [1], [2], [3], [4], [5]]
 
 
@@ -33,17 +35,17 @@ def test_the_head_is_a_unit_where_it_is_sharded_and_run_once() -> None:
 
 
 @pytest.mark.parametrize(
-    ("changes", "num_units"),
+    ("changes", "of_freed", "of_kept"),
     [
-        ((), 20),
-        (("--model.config.num_experts=512",), 20),  # experts do not count
-        (("--model.config.hidden_size=3072", "--model.config.num_attention_heads=32"), 40),  # as the 122B
+        ((), 20, 10),
+        (("--model.config.num_experts=512",), 20, 10),  # experts do not count
+        (("--model.config.hidden_size=3072", "--model.config.num_attention_heads=32"), 40, 40),  # as the 122B
     ],
 )
-def test_large_blocks_are_units_by_themselves(changes: tuple[str, ...], num_units: int) -> None:
+def test_large_blocks_are_units_by_themselves(changes: tuple[str, ...], of_freed: int, of_kept: int) -> None:
     shape = model_config(load_config(["--config=qwen35moe_35b_a3b.toml", *changes]))
-    assert len(dense_units(shape, 8)) == num_units
-    assert len(dense_units(shape, 1)) == 40
+    assert (len(dense_units(shape, 8, False)), len(dense_units(shape, 8, True))) == (of_freed, of_kept)
+    assert len(dense_units(shape, 1, True)) == 40
 
 
 @pytest.mark.parametrize(

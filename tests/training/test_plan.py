@@ -133,7 +133,7 @@ def test_what_stays_gathered_takes_memory_and_is_freed_where_that_helps() -> Non
     where = Where(8, 8, "h200")
     words = [*WHOLE, "--activation_checkpoint.mode=selective", "--parallelism.expert_parallel_degree=8"]
     kept, freed = (plan_of([*words, f"--parallelism.reshard_after_forward={how}"], where) for how in ("auto", "always"))
-    units = kept.case.sizes().units(kept.case.shape, 8)
+    units = freed.case.sizes().units(freed.case.shape, 8, False)
     assert kept.moment == freed.moment == "the loss"
     assert kept.peak - freed.peak == 2 * sum(units[:-1])  # the last one is there anyway
     gathers = [
