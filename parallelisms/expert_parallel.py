@@ -345,4 +345,19 @@ def compute(
 
 def _local(projection: Projection) -> Projection:
     """This rank's experts: FSDP has gathered the parameters over efsdp; what is left is the axis `ep`."""
-    return Projection._make(each.to_local() if isinstance(each, DTensor) else each for each in projection)
+    return Projection._make(_ToLocal.apply(each) if isinstance(each, DTensor) else each for each in projection)
+
+
+class _ToLocal(torch.autograd.Function):
+    """`DTensor.to_local` where gradients lie as the tensor does, without the search for another way, for which the host
+    takes 70 us a tensor there and back (2026-11-30, a CPU), and this 25."""
+
+    @staticmethod
+    def forward(ctx: Any, whole: DTensor) -> torch.Tensor:
+        ctx.layout = whole.device_mesh, whole.placements, whole.shape, whole.stride()
+        return whole.to_local().detach()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> DTensor:
+        mesh, placements, shape, stride = ctx.layout
+        return DTensor.from_local(gradient, mesh, placements, run_check=False, shape=shape, stride=stride)

@@ -1,7 +1,6 @@
 """A Triton kernel that updates all tensors in one launch: a launch for each keeps the host busier than the GPU."""
 
 # mypy: disable-error-code="no-untyped-def"
-import functools
 from collections.abc import Sequence
 
 import torch
@@ -9,18 +8,11 @@ import triton
 import triton.language as tl
 
 from models.ops.documents import to_device
+from training.chunks_triton import BLOCK, CHUNK, NUM_WARPS, TYPES, are_aligned, chunks_of, pointer
 from training.optimizer import Hyperparameters, Tensors
 
 # A program updates one chunk of one tensor. Where tensors lie it reads from a table, [number of tensors, 4]: parameter,
 # mean, square, gradient.
-_CHUNK, _BLOCK, _NUM_WARPS = 1 << 12, 1 << 10, 4
-_TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
-
-
-@triton.jit
-def _place(table, tensor, which: tl.constexpr, dtype: tl.constexpr, aligned: tl.constexpr):
-    pointer = tl.load(table + tensor * 4 + which).to(tl.pointer_type(dtype))
-    return tl.multiple_of(pointer, 16) if aligned else pointer
 
 
 @triton.jit
@@ -54,10 +46,10 @@ def _update_kernel(
     size = tl.load(sizes + tensor)
     if aligned:
         size = tl.multiple_of(size, 16)
-    parameter = _place(table, tensor, 0, parameter_type, aligned) + start
-    mean = _place(table, tensor, 1, mean_type, aligned) + start
-    square = _place(table, tensor, 2, mean_type, aligned) + start
-    gradient = _place(table, tensor, 3, gradient_type, aligned) + start
+    parameter = pointer(table + tensor * 4, parameter_type, aligned) + start
+    mean = pointer(table + tensor * 4 + 1, mean_type, aligned) + start
+    square = pointer(table + tensor * 4 + 2, mean_type, aligned) + start
+    gradient = pointer(table + tensor * 4 + 3, gradient_type, aligned) + start
     correction = tl.load(corrections + tensor)
     correction_of_squares = tl.load(corrections + num_tensors + tensor)
     scale = 1.0
@@ -92,18 +84,19 @@ def update(
     dtypes are the same."""
     lr, betas, eps, weight_decay = hyperparameters
     alike: dict[tuple[torch.dtype, torch.dtype, torch.dtype, bool], list[int]] = {}
-    tensors = [each._replace(gradient=each.gradient.contiguous()) for each in tensors]
-    places = [[x.data_ptr() for x in each] for each in tensors]
-    for index, (each, of_each) in enumerate(zip(tensors, places)):
-        # Only where addresses and sizes are multiples of 16 does a thread read 16 bytes at once.
-        aligned = not any(x % 16 for x in (*of_each, each.parameter.numel()))
-        assert all(x.is_contiguous() for x in each), "as all parameters are: they are updated by address"
-        kinds = (each.parameter.dtype, each.mean.dtype, each.gradient.dtype, aligned)
-        if each.parameter.numel():
+    gradients = [each.gradient.contiguous() for each in tensors]
+    places = [
+        [parameter.data_ptr(), mean.data_ptr(), square.data_ptr(), gradient.data_ptr()]
+        for (parameter, mean, square, _), gradient in zip(tensors, gradients)
+    ]
+    for index, ((parameter, mean, _, gradient), of_each) in enumerate(zip(tensors, places)):
+        assert parameter.is_contiguous(), "as all are, and so their means: they are updated by address"
+        if size := parameter.numel():
+            kinds = (parameter.dtype, mean.dtype, gradient.dtype, are_aligned(size, *of_each))
             alike.setdefault(kinds, []).append(index)
     device = corrections.device
     for (*dtypes, aligned), indices in alike.items():
-        chunks, sizes = _layout(tuple(tensors[index].parameter.numel() for index in indices), device)
+        chunks, sizes, _ = chunks_of(tuple(tensors[index].parameter.numel() for index in indices), device)
         table = to_device(torch.tensor([places[index] for index in indices]), device)
         of_these = corrections[:, to_device(torch.tensor(indices), device)]
         _update_kernel[(len(chunks),)](
@@ -121,19 +114,9 @@ def update(
             1 - betas[1],
             eps,
             weight_decay,
-            *(_TYPES[dtype] for dtype in dtypes),
+            *(TYPES[dtype] for dtype in dtypes),
             aligned,
-            _CHUNK,
-            _BLOCK,
-            num_warps=_NUM_WARPS,
+            CHUNK,
+            BLOCK,
+            num_warps=NUM_WARPS,
         )
-
-
-@functools.lru_cache(maxsize=64)
-def _layout(sizes: tuple[int, ...], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Of tensors with so many numbers each the chunks, int32 [number of chunks, 2]: tensor, place among its chunks; and
-    the sizes, int64."""
-    counts = torch.tensor([triton.cdiv(size, _CHUNK) for size in sizes])
-    tensor = torch.arange(len(sizes)).repeat_interleave(counts)
-    place = torch.arange(len(tensor)) - (counts.cumsum(0) - counts)[tensor]
-    return torch.stack([tensor, place], dim=1).int().to(device), torch.tensor(sizes).to(device)

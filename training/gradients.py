@@ -8,7 +8,11 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.tensor import DTensor
 
+from models.ops.has_triton import HAS_TRITON
 from models.qwen35_moe.parts import part_of
+
+if HAS_TRITON:
+    from training import norms_triton
 
 # On a CPU a norm's running sum is one long chain of additions, and loses 5e-3 of 64 M numbers; of so many 2e-8. The
 # kernels of GPUs add up in short chains themselves.
@@ -79,7 +83,9 @@ def _sum_of_squares(pieces: _Pieces) -> torch.Tensor:
 
 
 def _norms_of_pieces(tensors: dict[int, torch.Tensor]) -> _Pieces:
-    """By dtype: so a GPU has one kernel for all pieces, where a mixture would take one a piece."""
+    """By dtype: so one call of PyTorch's takes all pieces, where a mixture would take one a piece."""
+    if HAS_TRITON and tensors and all(each.is_cuda and each.dtype != torch.float64 for each in tensors.values()):
+        return [(list(tensors), norms_triton.norms(list(tensors.values())))]
     of_dtypes: dict[torch.dtype, list[tuple[int, torch.Tensor]]] = {}
     for index, tensor in tensors.items():
         flat = tensor.detach().flatten()

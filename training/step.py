@@ -108,6 +108,8 @@ class Stepper:
     ) -> None:
         self._model, self._optimizer, self._meshes, self._device = model, optimizer, meshes, device
         self._training, self._moe, self._mtp = training, moe, mtp
+        self._parameters, self._replicated = list(model.parameters()), model.float32_parameters()
+        """Looked for once: to walk through all modules keeps the host for milliseconds."""
         self._unsettled: list[tuple[LaunchedStep, _Work]] = []
         """In their order; between two launches there is one at most."""
         self._num_missed: torch.Tensor | None = None
@@ -156,11 +158,11 @@ class Stepper:
         loss = losses["loss"]
         model, shards = self._model, self._meshes.dense.get_group("fsdp")
         own = [loss, torch.zeros_like(loss) if num_missed is None else num_missed.float()]
-        shares = reduce_replicated_gradients(model.float32_parameters(), torch.stack(own), self._meshes.data_parallel)
+        shares = reduce_replicated_gradients(self._replicated, torch.stack(own), self._meshes.data_parallel)
         missed = shares[1]
         if num_missed is not None:
             missed = self._num_missed = missed if self._num_missed is None else missed + self._num_missed
-        norm = gradient_norm(model.parameters(), shards)
+        norm = gradient_norm(self._parameters, shards)
         norms_of_parts = gradient_norms(model.named_parameters(), shards) if work.by_part else {}
         told = torch.cat([torch.stack(list(losses.values())).double(), expert_counts.flatten()])
         if work.of_all_ranks:
