@@ -12,6 +12,8 @@ import traceback
 from collections.abc import Callable
 from datetime import timedelta
 from multiprocessing import forkserver
+from multiprocessing.context import ForkServerContext, ForkServerProcess
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +27,24 @@ from training.distributed import init_distributed
 
 # A server that has imported torch and all that trains, has never run an OpenMP region and never asked for a GPU forks
 # the ranks: a rank starts in milliseconds instead of the seconds that importing takes, and inherits no threads and no
-# CUDA state. (Not `datasets`: importing it starts a thread.)
-on_cpus = multiprocessing.get_context("forkserver")
+# CUDA state. (Not `datasets`: importing it starts a thread.) It is none that others use: Python has one for all, which
+# has imported what the first wanted who asked for it, say a loader, or nothing.
+_server = forkserver.ForkServer()
+
+
+class _Process(ForkServerProcess):
+    @staticmethod
+    def _Popen(process_obj: BaseProcess) -> Any:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(forkserver, "connect_to_new_process", _server.connect_to_new_process)
+            return ForkServerProcess._Popen(process_obj)  # type: ignore[attr-defined]
+
+
+class _Context(ForkServerContext):
+    Process = _Process
+
+
+on_cpus = _Context()
 _PRELOADED = ["torch.distributed.checkpoint", "transformers", "tests.parallelisms.layouts", "train"]
 # Compiling asks for a GPU; and a PyTorch that is built for GPUs, be there any or not, starts the threads of backward
 # passes for it: what is forked from a process with such threads can make no backward pass.
@@ -56,12 +74,12 @@ def needs_gpus(number: int) -> list[pytest.MarkDecorator]:
 
 
 def start_server() -> None:
-    """Starts the one server of this process unless it runs. Python 3.11 gives it no sys.path: what it does not find it
-    skips in silence."""
-    on_cpus.set_forkserver_preload(_PRELOADED)
+    """Starts this process's server unless it runs. Python 3.11 gives it no sys.path: what it does not find it skips in
+    silence."""
+    _server.set_forkserver_preload(_PRELOADED)
     with pytest.MonkeyPatch.context() as environment:
         environment.setenv("PYTHONPATH", str(_REPOSITORY), prepend=os.pathsep)
-        forkserver.ensure_running()
+        _server.ensure_running()
 
 
 def shorten_chunks() -> None:
@@ -108,7 +126,7 @@ def run_ranks(
         start_server()
     with tempfile.TemporaryDirectory() as folder:
         port = free_port()
-        ranks: list[multiprocessing.process.BaseProcess] = [
+        ranks: list[BaseProcess] = [
             context.Process(target=_rank_main, args=(function, rank, world_size, device_type, port, folder, arguments))
             for rank in range(world_size)
         ]

@@ -14,7 +14,14 @@ import torch.distributed as dist
 from config.reading import ROOT
 from tests.distributed import run_ranks
 
-PROGRAM = "from tests.test_distributed import tell; tell()"
+PROGRAM = """
+import multiprocessing
+from concurrent.futures import ProcessPoolExecutor
+from tests.test_distributed import tell
+with ProcessPoolExecutor(1, multiprocessing.get_context("forkserver")) as pool:  # as other tests do before
+    assert pool.submit(len, "abc").result() == 3
+    tell()
+"""
 
 
 def what_a_rank_begins_with() -> tuple[set[str], int]:
