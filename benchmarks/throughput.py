@@ -10,8 +10,9 @@ Options of its own: `--documents 4096,1024` cuts every row into documents of the
 row is one document); `--images HEIGHTxWIDTH:SHARE` has so large a share of the tokens stand for images of random pixels
 of this size, for a model with a vision tower; `--steps N` timed steps (default 8); `--profile N` profiles N more and
 prints the time by kind of work; `--trace FILE` also writes a trace of these, of which timeline.py makes a picture, that
-of rank 1 as `rank1-FILE` beside it, and so on; `--json FILE` adds a JSON line to FILE; `--record WHAT` adds the run, by
-this name, to recorded.jsonl, which the planner's predictions are held to. The other options are train.py's.
+of rank 1 as `rank1-FILE` beside it, and so on; `--launches-only` leaves the host's operations out of it, which make the
+host late; `--json FILE` adds a JSON line to FILE; `--record WHAT` adds the run, by this name, to recorded.jsonl, which
+the planner's predictions are held to. The other options are train.py's.
 
 `host_ahead_ms`, of each rank: how far its GPU is behind the host that launches its work, when all of a step has been
 launched; the median. Near 0 the GPU waits for that host. A GPU's queue holds 1,024 launches, some 100 ms.
@@ -162,9 +163,16 @@ def trace_of_rank(trace: str, rank: int) -> str:
 
 
 def measure(
-    config: Config, lengths: list[int], num_steps: int, profile_steps: int, trace: str, images: Images | None = None
+    config: Config,
+    lengths: list[int],
+    num_steps: int,
+    profile_steps: int,
+    trace: str,
+    images: Images | None = None,
+    launches_only: bool = False,
 ) -> dict[str, Any]:
-    """Runs and times optimizer steps on this rank's device; all ranks together."""
+    """Runs and times optimizer steps on this rank's device; all ranks together. launches_only: profiles what the host
+    launches and a GPU does, no more."""
     rank, world_size = world_from_environment()
     device = init_distributed(config.job.collective_timeout_seconds)
     training, shape = config.training, model_config(config)
@@ -268,7 +276,8 @@ def measure(
         if peak := peak_flops(found["device"]):
             found["mfu"] = round(flops * rate / world_size / peak, 4)
     if profile_steps:
-        with torch.profiler.profile() as profile:
+        only = [torch.profiler.ProfilerActivity.CUDA] if launches_only and device.type == "cuda" else None
+        with torch.profiler.profile(activities=only) as profile:
             for number in range(profile_steps + 1):
                 with torch.profiler.record_function(f"ProfilerStep#{number}"):  # as the profiler's own schedule does
                     step(number)
@@ -301,6 +310,7 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--profile", type=int, default=0, metavar="STEPS")
     parser.add_argument("--trace", default="", metavar="FILE", help="also write a trace for chrome://tracing there")
+    parser.add_argument("--launches-only", action="store_true", help="profile without the host's operations")
     parser.add_argument("--json", default="", metavar="FILE")
     parser.add_argument("--record", default="", metavar="WHAT")
     options, rest = parser.parse_known_args(arguments)
@@ -318,7 +328,9 @@ def main(arguments: list[str]) -> None:
     training = dataclasses.replace(config.training, global_batch_size=global_batch_size)
     config = dataclasses.replace(config, training=training)
     check_config(config, world_size)
-    found = measure(config, list(documents), options.steps, options.profile, options.trace, images)
+    found = measure(
+        config, list(documents), options.steps, options.profile, options.trace, images, options.launches_only
+    )
     if rank == 0:
         report(found, options.json, kernels=dataclasses.asdict(config.kernels))
         if options.record:

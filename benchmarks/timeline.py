@@ -5,8 +5,10 @@
 
 Writes an SVG of one block's forward and one block's backward pass in mid-step; or of `--duration` ms (default 10) from
 `--start`, in ms from the trace's first GPU work (default 0). Prints for how many ms each kind of collective runs, and
-how many of these lie behind computation, over the whole trace and divided by its steps (`--steps`; default: as many as
-the trace names, else 1). Exit status: 0, or 2 for a mistake.
+how many of these lie behind computation; and for how many nothing runs, and how many of these because the host was
+late; over the whole trace and divided by its steps (`--steps`; default: as many as the trace names, else 1). The
+profiler makes hosts late: for that take traces of `--launches-only`, one of each rank. Exit status: 0, or 2 for a
+mistake.
 """
 
 import argparse
@@ -59,6 +61,8 @@ class Work(NamedTuple):
     name: str
     thread: int | None
     """That launched it; None if the trace does not say."""
+    launched: float | None
+    """When it had; likewise."""
 
 
 def read_trace(path: Path) -> tuple[list[Work], int]:
@@ -67,8 +71,8 @@ def read_trace(path: Path) -> tuple[list[Work], int]:
         content = path.read_bytes()
         trace = json.loads(gzip.decompress(content) if content.startswith(b"\x1f\x8b") else content)
         events = [event for event in trace["traceEvents"] if event.get("ph") == "X"]
-        threads = {
-            event["args"]["correlation"]: event["tid"]
+        launches = {
+            event["args"]["correlation"]: event
             for event in events
             if event.get("cat") in ("cuda_runtime", "cuda_driver") and "correlation" in event.get("args", {})
         }
@@ -79,8 +83,9 @@ def read_trace(path: Path) -> tuple[list[Work], int]:
             lane, kind, name = COMPUTATION, kind_of(event["name"]), event["name"]
             if kind == "communication":
                 lane = kind = next(kind for kind, pattern in COLLECTIVES.items() if re.search(pattern, name, re.I))
-            start, thread = (event["ts"] - first) / 1000, threads.get(event.get("args", {}).get("correlation"))
-            work.append(Work(start, start + event["dur"] / 1000, lane, kind, name, thread))
+            start, launch = (event["ts"] - first) / 1000, launches.get(event.get("args", {}).get("correlation"))
+            by_whom = (launch["tid"], (launch["ts"] + launch["dur"] - first) / 1000) if launch else (None, None)
+            work.append(Work(start, start + event["dur"] / 1000, lane, kind, name, *by_whom))
         steps = {event["name"] for event in events if event["name"].startswith("ProfilerStep#")}
     except (OSError, EOFError, zlib.error, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path}: expected a trace as throughput.py --trace writes it ({error!r})") from None
@@ -121,6 +126,19 @@ def overlap(work: list[Work]) -> dict[str, Span]:
     computation = spans(COMPUTATION)
     rows = {kind: spans(kind) for kind in COLLECTIVES} | {"together": spans(*COLLECTIVES)}
     return {kind: (length(row), length(intersection(row, computation))) for kind, row in rows.items() if row}
+
+
+def idle(work: list[Work]) -> Span:
+    """For how many ms nothing runs between the first work, by start, and the last; and for how many of these because
+    what comes next had not been launched when the GPU was done with all before."""
+    nothing = late = 0.0
+    free = work[0].stop
+    for item in work:
+        if item.start > free:
+            nothing += item.start - free
+            late += (item.start - free) * (item.launched is not None and item.launched > free)
+        free = max(free, item.stop)
+    return nothing, late
 
 
 def middle_blocks(work: list[Work]) -> dict[str, Span]:
@@ -282,6 +300,8 @@ def main(argv: list[str]) -> None:
     print(f"{f'ms a step (of {steps})':24} {'total':>10} {'hidden':>10} {'alone':>10}")
     for kind, (total, hidden) in found.items():
         print(f"{kind:24} {total:10.2f} {hidden:10.2f} {total - hidden:10.2f}")
+    nothing, late = idle(work)
+    print(f"idle {nothing / steps:.2f}, of which the host was late {late / steps:.2f}")
     for heading, (begin, end) in windows.items():
         print(f"{heading}: --start {begin:.3f} --duration {end - begin:.3f}")
 

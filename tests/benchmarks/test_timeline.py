@@ -10,7 +10,19 @@ from typing import Any
 import pytest
 
 from benchmarks.throughput import KINDS, union
-from benchmarks.timeline import ALONE, COLOUR, HIDDEN, LEFT, RIGHT, WIDTH, main, middle_blocks, overlap, read_trace
+from benchmarks.timeline import (
+    ALONE,
+    COLOUR,
+    HIDDEN,
+    LEFT,
+    RIGHT,
+    WIDTH,
+    idle,
+    main,
+    middle_blocks,
+    overlap,
+    read_trace,
+)
 from tests.commands import status_of
 
 SEND = "ncclDevKernel_SendRecv(ncclDevKernelArgsStorage<4096ul>)"
@@ -25,10 +37,13 @@ SVG = "{http://www.w3.org/2000/svg}"
 Events = list[dict[str, Any]]
 
 
-def work(name: str, start: float, stop: float, thread: int = FORWARD, category: str = "kernel") -> Events:
-    """The events of one kernel, from `start` to `stop` ms: its launch by the host and itself."""
+def work(
+    name: str, start: float, stop: float, thread: int = FORWARD, category: str = "kernel", launch_at: float = 0.0
+) -> Events:
+    """The events of one kernel, from `start` to `stop` ms: its launch by the host, at `launch_at`, and itself."""
     args = {"correlation": next(LAUNCHES)}
-    launch = {"cat": "cuda_runtime", "name": "cudaLaunchKernelExC", "tid": thread, "ts": ORIGIN, "dur": 3.0}
+    launch = {"cat": "cuda_runtime", "name": "cudaLaunchKernelExC", "tid": thread, "dur": 3.0}
+    launch["ts"] = ORIGIN + launch_at * 1000
     kernel = {"cat": category, "name": name, "tid": 7, "ts": ORIGIN + start * 1000, "dur": (stop - start) * 1000}
     return [{"ph": "X", "args": args} | event for event in (kernel, launch)]
 
@@ -73,6 +88,16 @@ def test_figures_are_of_a_step(tmp_path: Path, capsys: pytest.CaptureFixture) ->
     assert "all-to-all 2.2 of 3.5, all-gather 1.5 of 1.5, reduce-scatter 0.0 of 1.2" in picture.read_text()
     assert status_of(main, [str(write(trace, overlapping())), str(picture), "--start=0"]) == 0
     assert "all-to-all 9.0 of 14.0" in picture.read_text()
+
+
+def test_idle_is_the_hosts_where_the_next_launch_came_too_late(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    events = work(GEMM, 0, 10) + work(SEND, 5, 20) + work(GEMM, 21, 22)  # launched long before: waits for something
+    events += work(ATTENTION, 25, 30, launch_at=24) + work(GEMM, 26, 28, launch_at=24) + work(GEMM, 30, 31)
+    events += work(GEMM, 33, 34, launch_at=30.9)  # launched just before the one before ended
+    trace = write(tmp_path / "trace.json", events)
+    assert idle(read_trace(trace)[0]) == (pytest.approx(6), pytest.approx(3))
+    assert status_of(main, [str(trace), str(tmp_path / "picture.svg"), "--steps=2"]) == 0
+    assert "idle 3.00, of which the host was late 1.50" in capsys.readouterr().out.splitlines()
 
 
 def test_compressed_traces_are_read(tmp_path: Path) -> None:
