@@ -47,7 +47,12 @@ def check(counts: list[int], hidden: int, inner: int, dtype: torch.dtype) -> Non
     actual = run(lambda *x: plain(*x, offsets), inputs)
     assert actual[0].dtype == dtype
     expected = run(lambda *x: loop(*x, counts), [x.double() for x in inputs])
-    assert_close(actual, expected, TOLERANCES[dtype])
+    # Sums may nearly cancel, in few rows with one inner number all of them. What is rounded is as large as without
+    # signs.
+    sizes = run(lambda *x: loop(*x, counts), [x.double().abs() for x in inputs])
+    for found, exact, size in zip(*([out, *gradients] for out, gradients in (actual, expected, sizes)), strict=True):
+        assert found.shape == exact.shape
+        assert (found - exact).norm() <= TOLERANCES[dtype] * size.norm()
 
 
 @pytest.mark.parametrize("dtype", TOLERANCES)
