@@ -31,7 +31,7 @@ DATA["images"] = test_vision_layouts.CONFIG, ROWS
 LAYOUTS = {
     "all": [
         Layout(accumulation=4, activation_checkpoint="full"),
-        Layout(compile=True, activation_checkpoint="selective"),
+        Layout(compile="aot_eager", activation_checkpoint="selective"),
         Layout(world=2, accumulation=2, activation_checkpoint="selective"),
         Layout(world=2, ep=2, activation_checkpoint="full", adam_eps=1e-8),
         Layout(world=2, replicate=2, accumulation=4),
