@@ -10,9 +10,10 @@ Options of its own: `--documents 4096,1024` cuts every row into documents of the
 row is one document); `--images HEIGHTxWIDTH:SHARE` has so large a share of the tokens stand for images of random pixels
 of this size, for a model with a vision tower; `--steps N` timed steps (default 8); `--profile N` profiles N more and
 prints the time by kind of work; `--trace FILE` also writes a trace of these, of which timeline.py makes a picture, that
-of rank 1 as `rank1-FILE` beside it, and so on; `--launches-only` leaves the host's operations out of it, which make the
-host late; `--json FILE` adds a JSON line to FILE; `--record WHAT` adds the run, by this name, to recorded.jsonl, which
-the planner's predictions are held to. The other options are train.py's.
+of rank 1 as `rank1-FILE` beside it, and so on; `--launches-only` leaves the host's operations out of the profile, which
+make the host late (such a trace names no steps: give timeline.py `--steps`, one more than N); `--json FILE` adds a JSON
+line to FILE; `--record WHAT` adds the run, by this name, to recorded.jsonl, which the planner's predictions are held
+to. The other options are train.py's.
 
 `host_ahead_ms`, of each rank: how far its GPU is behind the host that launches its work, when all of a step has been
 launched; the median. Near 0 the GPU waits for that host. A GPU's queue holds 1,024 launches, some 100 ms.
@@ -69,7 +70,7 @@ KINDS = {
     "attention": r"flash_(fwd|bwd)|fmha|flash::|sdpa",
     "delta rule": r"kkt|gdr|gated_delta|chunk_local_cumsum|tilelang|l2norm|group_reduce|recompute_w_u|wy_",
     "convolution": r"^_(forward|backward)_kernel",
-    "optimizer, clipping": r"^_update_kernel|adam|multi_tensor_apply|lpnorm|foreach",
+    "optimizer, clipping": r"^_(update|squares|norms)_kernel|adam|multi_tensor_apply|lpnorm|foreach",
     "softmax of the loss": r"triton.*logsumexp",
     "routing, permutation": r"^_sum_ker|sort|searchsorted|bucketize|topk|scatter|radix|softmax|triton(?!.*silu).*index",
     "norms, gates, rotary, SwiGLU": r"triton",

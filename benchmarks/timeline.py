@@ -62,7 +62,7 @@ class Work(NamedTuple):
     thread: int | None
     """That launched it; None if the trace does not say."""
     launched: float | None
-    """When it had; likewise."""
+    """When; likewise."""
 
 
 def read_trace(path: Path) -> tuple[list[Work], int]:
@@ -84,7 +84,7 @@ def read_trace(path: Path) -> tuple[list[Work], int]:
             if kind == "communication":
                 lane = kind = next(kind for kind, pattern in COLLECTIVES.items() if re.search(pattern, name, re.I))
             start, launch = (event["ts"] - first) / 1000, launches.get(event.get("args", {}).get("correlation"))
-            by_whom = (launch["tid"], (launch["ts"] + launch["dur"] - first) / 1000) if launch else (None, None)
+            by_whom = (launch["tid"], (launch["ts"] - first) / 1000) if launch else (None, None)
             work.append(Work(start, start + event["dur"] / 1000, lane, kind, name, *by_whom))
         steps = {event["name"] for event in events if event["name"].startswith("ProfilerStep#")}
     except (OSError, EOFError, zlib.error, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -130,13 +130,13 @@ def overlap(work: list[Work]) -> dict[str, Span]:
 
 def idle(work: list[Work]) -> Span:
     """For how many ms nothing runs between the first work, by start, and the last; and for how many of these because
-    what comes next had not been launched when the GPU was done with all before."""
+    the host had not launched yet what comes next. To the first step of a profile the GPU comes with nothing to do."""
     nothing = late = 0.0
     free = work[0].stop
     for item in work:
         if item.start > free:
             nothing += item.start - free
-            late += (item.start - free) * (item.launched is not None and item.launched > free)
+            late += max(0.0, min(item.start, item.launched or 0.0) - free)
         free = max(free, item.stop)
     return nothing, late
 

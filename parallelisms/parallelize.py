@@ -275,5 +275,5 @@ def reduce_replicated_gradients(parameters: list[nn.Parameter], shares: torch.Te
     *parts, sums = flat.split([gradient.numel() for gradient in gradients] + [len(shares)])
     views = [part.view_as(gradient) for part, gradient in zip(parts, gradients, strict=True)]
     if gradients:
-        torch._foreach_copy_(gradients, views)  # one launch, not a hundred
+        torch._foreach_copy_(gradients, views)  # in a few launches, not a hundred
     return sums

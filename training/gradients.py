@@ -25,7 +25,8 @@ class GradientNorm(NamedTuple):
     total: torch.Tensor
     """[] float64, the same on all ranks; off by 1e-6 of it at most."""
     pieces: list[tuple[list[int], torch.Tensor]]
-    """Of this rank, by dtype: of which parameters, in the order given, and the norm of each piece, float32 or wider."""
+    """Of this rank, on a CPU by dtype: of which parameters, in the order given, and the norm of each piece, float32 or
+    wider."""
 
 
 @torch.no_grad()
@@ -83,7 +84,8 @@ def _sum_of_squares(pieces: _Pieces) -> torch.Tensor:
 
 
 def _norms_of_pieces(tensors: dict[int, torch.Tensor]) -> _Pieces:
-    """By dtype: so one call of PyTorch's takes all pieces, where a mixture would take one a piece."""
+    """By kernels of our own on a GPU; else by dtype: so one call of PyTorch's takes all pieces, where a mixture would
+    take one a piece."""
     if HAS_TRITON and tensors and all(each.is_cuda and each.dtype != torch.float64 for each in tensors.values()):
         return [(list(tensors), norms_triton.norms(list(tensors.values())))]
     of_dtypes: dict[torch.dtype, list[tuple[int, torch.Tensor]]] = {}

@@ -1,4 +1,7 @@
-"""Triton kernels for the norms of many tensors in two launches: PyTorch needs one for every 20 M numbers or so."""
+"""Triton kernels for the norms of many tensors: two launches a dtype, and two for tensors whose addresses are odd.
+
+PyTorch launches one for every 20 M numbers or so.
+"""
 
 # mypy: disable-error-code="no-untyped-def"
 from collections.abc import Sequence

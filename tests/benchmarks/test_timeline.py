@@ -95,9 +95,9 @@ def test_idle_is_the_hosts_where_the_next_launch_came_too_late(tmp_path: Path, c
     events += work(ATTENTION, 25, 30, launch_at=24) + work(GEMM, 26, 28, launch_at=24) + work(GEMM, 30, 31)
     events += work(GEMM, 33, 34, launch_at=30.9)  # launched just before the one before ended
     trace = write(tmp_path / "trace.json", events)
-    assert idle(read_trace(trace)[0]) == (pytest.approx(6), pytest.approx(3))
+    assert idle(read_trace(trace)[0]) == (pytest.approx(6), pytest.approx(2))
     assert status_of(main, [str(trace), str(tmp_path / "picture.svg"), "--steps=2"]) == 0
-    assert "idle 3.00, of which the host was late 1.50" in capsys.readouterr().out.splitlines()
+    assert "idle 3.00, of which the host was late 1.00" in capsys.readouterr().out.splitlines()
 
 
 def test_compressed_traces_are_read(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from data.batch import Frame
-from models.qwen35_moe.config import FULL, ModelConfig
+from models.qwen35_moe.config import FULL, LINEAR, ModelConfig
 from models.qwen35_moe.parts import PARTS, frozen_parts, part_of
 from parallelisms.degrees import Degrees
 from parallelisms.room import Room
@@ -24,7 +24,10 @@ from tests.parallelisms.collectives import Collective, recorded
 from tests.parallelisms.layouts import Layout, build, own_batches, step
 from training.formulas import Traffic, layer_types, sizes, traffic
 
-CONFIG = tiny_config(vocab_size=96, linear_num_key_heads=4, linear_num_value_heads=8)
+# Blocks enough for two units of several, whether dense weights are kept or freed.
+TYPES = (LINEAR,) * 4 + (FULL,)
+HEADS = {"linear_num_key_heads": 4, "linear_num_value_heads": 8}
+CONFIG = tiny_config(vocab_size=96, num_hidden_layers=len(TYPES), layer_types=TYPES, **HEADS)
 ROWS = [[64]] * 8
 LAYOUTS = [
     Layout(world=4),

@@ -39,11 +39,12 @@ def test_as_fsdp_does(
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)  # within a host, and between hosts
 @pytest.mark.parametrize("num_ranks", [1, 2])
-def test_as_fsdp_does_on_a_gpu(num_ranks: int) -> None:
+def test_as_fsdp_does_on_a_gpu(num_ranks: int, dtype: torch.dtype) -> None:
     gradients = [torch.randn(size, device="cuda").bfloat16() for size in ((32, 1024, 64), (2048, 96), (1, 96), (64,))]
     total = sum(-(-g.shape[0] // num_ranks) * num_ranks * g[0].numel() for g in gradients)
-    ours, theirs = (torch.full([total], torch.nan, device="cuda") for _ in range(2))
+    ours, theirs = (torch.full([total], torch.nan, device="cuda", dtype=dtype) for _ in range(2))
     fsdp_copies._lay_out(list(gradients), ours, num_ranks)
     FSDPS_OWN(list(gradients), theirs, num_ranks)
     assert torch.equal(ours, theirs)

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from models.qwen35_moe.config import ModelConfig
+from parallelisms.units import dense_units
 from tests.distributed import run_ranks
 from tests.models.qwen35_moe.shapes import tiny_config
 from tests.parallelisms.layouts import Layout, Run, train_layouts
@@ -95,6 +96,14 @@ def test_each_value_meets_each_other() -> None:
 @pytest.mark.parametrize("world", [1, 2, 4])
 def test_equals_one_process(expected: dict[float, Run], world: int) -> None:
     check_layouts(expected, CONFIG, ROWS, [layout for layout in LAYOUTS if layout.world == world])
+
+
+def test_several_units_of_several_blocks_equal_one_process() -> None:
+    # Of dense weights, four blocks each where they are kept, two where they are freed: with 4 layers there is one.
+    config = replace(CONFIG, num_hidden_layers=6, layer_types=CONFIG.layer_types + CONFIG.layer_types[-2:])
+    assert [len(dense_units(config, 2, is_kept)) for is_kept in (True, False)] == [2, 3]
+    layouts = [Layout(world=4, ep=2, accumulation=2), Layout(world=4, ep=2, reshard="always")]
+    check_layouts(one_process(config, ROWS, ()), config, ROWS, layouts)
 
 
 @pytest.mark.parametrize("experts", [(5,), (0, 1)], ids=["all to one expert", "ranks without rows"])
