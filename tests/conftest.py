@@ -73,9 +73,12 @@ SLOW: dict[str, tuple[str, ...]] = {
         "test_the_exchange_of_tokens_for_heads_breaks_no_graph",
     ),
     "parallelisms/test_communication.py": (
+        "test_below_a_head_that_alone_trains_nothing_is_gathered_again",
+        "test_experts_and_dense_weights_are_gathered_a_block_ahead",
         "test_a_step_communicates_as_documented",
         "test_features_travel_once_each_way",
         "test_the_gradient_norm_is_one_number_over_the_shards",
+        "test_the_head_is_gathered_before_the_last_block_computes",
         "test_what_has_no_backward_pass_is_gathered_and_sent_once",
     ),
     "parallelisms/test_context_parallel.py": (
@@ -84,7 +87,11 @@ SLOW: dict[str, tuple[str, ...]] = {
         "test_with_images_equals_one_process",
     ),
     "parallelisms/test_frozen.py": ("test_a_frozen_part_stays_and_the_rest_trains_as_in_one_process",),
-    "parallelisms/test_layouts.py": ("test_equals_one_process", "test_unequal_routing_equals_one_process"),
+    "parallelisms/test_layouts.py": (
+        "test_equals_one_process",
+        "test_several_units_of_several_blocks_equal_one_process",
+        "test_unequal_routing_equals_one_process",
+    ),
     "parallelisms/test_load_balancing_layouts.py": (
         "test_equals_one_process",
         "test_losses_are_in_the_gradient_and_not_in_the_loss",
