@@ -173,7 +173,7 @@ def measure(
     launches_only: bool = False,
 ) -> dict[str, Any]:
     """Runs and times optimizer steps on this rank's device; all ranks together. launches_only: profiles what the host
-    launches and a GPU does, no more."""
+    launches and a GPU does, no more; there must be one."""
     rank, world_size = world_from_environment()
     device = init_distributed(config.job.collective_timeout_seconds)
     training, shape = config.training, model_config(config)
@@ -277,7 +277,7 @@ def measure(
         if peak := peak_flops(found["device"]):
             found["mfu"] = round(flops * rate / world_size / peak, 4)
     if profile_steps:
-        only = [torch.profiler.ProfilerActivity.CUDA] if launches_only and device.type == "cuda" else None
+        only = [torch.profiler.ProfilerActivity.CUDA] if launches_only else None
         with torch.profiler.profile(activities=only) as profile:
             for number in range(profile_steps + 1):
                 with torch.profiler.record_function(f"ProfilerStep#{number}"):  # as the profiler's own schedule does
@@ -318,6 +318,8 @@ def main(arguments: list[str]) -> None:
     documents, images = parse_documents(options.documents), parse_images(options.images)
     if options.steps < 1:
         raise UserError(f"--steps = {options.steps}: expected at least 1")
+    if options.launches_only and not (options.profile and torch.cuda.is_available()):
+        raise UserError("--launches-only: expected a GPU and --profile")
     if options.record:
         known_gpu(torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu")
     rank, world_size = world_from_environment()

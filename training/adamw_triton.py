@@ -89,8 +89,9 @@ def update(
         [parameter.data_ptr(), mean.data_ptr(), square.data_ptr(), gradient.data_ptr()]
         for (parameter, mean, square, _), gradient in zip(tensors, gradients)
     ]
-    for index, ((parameter, mean, _, gradient), of_each) in enumerate(zip(tensors, places)):
-        assert parameter.is_contiguous(), "as all are, and so their means: they are updated by address"
+    for index, ((parameter, mean, square, gradient), of_each) in enumerate(zip(tensors, places)):
+        are_contiguous = parameter.is_contiguous() and mean.is_contiguous() and square.is_contiguous()
+        assert are_contiguous, "as all parameters are: they are updated by address"
         if size := parameter.numel():
             kinds = (parameter.dtype, mean.dtype, gradient.dtype, are_aligned(size, *of_each))
             alike.setdefault(kinds, []).append(index)

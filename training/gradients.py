@@ -103,12 +103,17 @@ def _norms_of_pieces(tensors: dict[int, torch.Tensor]) -> _Pieces:
     return found
 
 
+def local_part(tensor: torch.Tensor) -> torch.Tensor:
+    """This rank's."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
 def last_nonfinite(tensors: dict[str, torch.Tensor]) -> str | None:
     """ "NAME on rank R" of the last tensor, in the order given, with a value that is not finite on some rank; or None.
 
     All ranks call it together, with the same names, and get the same answer.
     """
-    local = [t.to_local() if isinstance(t, DTensor) else t for t in tensors.values()]
+    local = [local_part(tensor) for tensor in tensors.values()]
     return _last_of_ranks(list(tensors), [index for index, t in enumerate(local) if not t.isfinite().all()])
 
 

@@ -6,10 +6,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
-from torch.distributed.tensor import DTensor
 
 from config.options import LRScheduler, Optimizer
 from models.qwen35_moe.parts import part_of
+from training.gradients import local_part
 
 
 class Tensors(NamedTuple):
@@ -30,20 +30,6 @@ class Hyperparameters(NamedTuple):
     weight_decay: float
 
 
-class _Means(NamedTuple):
-    """Of one parameter, as they are in the optimizer's state."""
-
-    mean: torch.Tensor
-    square: torch.Tensor
-    local: tuple[torch.Tensor, torch.Tensor]
-    """This rank's part of them."""
-
-
-def _local(tensor: torch.Tensor) -> torch.Tensor:
-    """This rank's part."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
 class NamedAdamW(torch.optim.AdamW):
     """AdamW that names its state, and whose kernels take each rank's shards as plain tensors.
 
@@ -60,7 +46,6 @@ class NamedAdamW(torch.optim.AdamW):
         # The names by which torch's fused optimizers take them from a GradScaler: float32 scalars on the device.
         self.grad_scale: torch.Tensor | None = None
         self.found_inf: torch.Tensor | None = None
-        self._known_means: dict[nn.Parameter, _Means] = {}
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
@@ -81,7 +66,7 @@ class NamedAdamW(torch.optim.AdamW):
             made = torch.stack(steps).double()
             corrections = torch.stack([1 - beta**made for beta in group["betas"]]).float()
             tensors = [
-                Tensors(_local(parameter), *self._local_means(parameter, state), _local(parameter.grad))
+                Tensors(*map(local_part, (parameter, state["exp_avg"], state["exp_avg_sq"], parameter.grad)))
                 for parameter, state in zip(trained, states)
             ]
             of_group = Hyperparameters(*(group[name] for name in Hyperparameters._fields))
@@ -100,17 +85,6 @@ class NamedAdamW(torch.optim.AdamW):
                 named |= {f"{name}.{key}": tensor.detach() for key, tensor in self._state_of(parameter).items()}
         return named
 
-    def _local_means(
-        self, parameter: nn.Parameter, state: dict[str, torch.Tensor]
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """This rank's part of both; looked for once, as long as they are the same."""
-        mean, square = state["exp_avg"], state["exp_avg_sq"]
-        known = self._known_means.get(parameter)
-        if known is None or known.mean is not mean or known.square is not square:
-            known = self._known_means[parameter] = _Means(mean, square, (_local(mean), _local(square)))
-            assert all(each.is_contiguous() for each in known.local), "they are updated by address"
-        return known.local
-
     def _state_of(self, parameter: nn.Parameter) -> dict[str, torch.Tensor]:
         own = self.state[parameter]
         if not own:
@@ -122,7 +96,7 @@ class NamedAdamW(torch.optim.AdamW):
     def _init_group(self, group: dict[str, Any], *lists: list[Any]) -> bool:
         has_complex = super()._init_group(group, *lists)
         for tensors in lists:
-            tensors[:] = map(_local, tensors)
+            tensors[:] = map(local_part, tensors)
         return has_complex
 
 

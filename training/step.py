@@ -109,7 +109,7 @@ class Stepper:
         self._model, self._optimizer, self._meshes, self._device = model, optimizer, meshes, device
         self._training, self._moe, self._mtp = training, moe, mtp
         self._parameters, self._replicated = list(model.parameters()), model.float32_parameters()
-        """Looked for once: to walk through all modules keeps the host for milliseconds."""
+        """Looked for once, sharded: a walk through all modules keeps the host for milliseconds."""
         self._unsettled: list[tuple[LaunchedStep, _Work]] = []
         """In their order; between two launches there is one at most."""
         self._num_missed: torch.Tensor | None = None

@@ -118,6 +118,13 @@ def test_images_of_no_size_or_share(text: str) -> None:
         parse_images(text)
 
 
+@pytest.mark.parametrize("profile", [[], ["--profile=1"]])
+def test_launches_alone_are_profiled_on_a_gpu(profile: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: not profile)
+    with pytest.raises(UserError, match="--launches-only: expected a GPU and --profile"):
+        throughput.main(["--config=qwen35moe_tiny.toml", "--launches-only", *profile])
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="tells what is missing where there is no GPU")
 def test_the_stack_to_compare_with_tells_what_it_needs() -> None:
     command = [sys.executable, "-m", "benchmarks.transformers_stack", "--config", "qwen35moe_tiny.toml"]

@@ -77,9 +77,8 @@ class Run:
         kept = [option for option in defaults if option.split("=")[0] not in given]
         arguments = [*kept, f"--job.output_dir={folder}", *options]
         port = free_port()
-        short_chunks = (
-            bool(defaults) and not on_gpus
-        )  # those without are compared with run_train.sh's, or losses on record
+        # Runs without defaults are compared with run_train.sh's, or with losses on record.
+        short_chunks = bool(defaults) and not on_gpus
         if not on_gpus:
             start_server()
         start = _on_gpus.Process if on_gpus else on_cpus.Process

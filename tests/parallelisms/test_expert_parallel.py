@@ -1,12 +1,18 @@
 """Which tokens travel to which rank: each once to every rank that holds any of its experts."""
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
+from models.ops.grouped_experts import Projection
 from models.ops.permute import combine
-from parallelisms.expert_parallel import make_copies, plan_copies
+from parallelisms.expert_parallel import _local, make_copies, plan_copies
+from tests.distributed import run_ranks
 from tests.models.ops.compare import assert_close, run
 
 NUM_LOCAL = 3
@@ -52,3 +58,36 @@ def test_the_plan_is_one_graph(num_ranks: int) -> None:
     torch._dynamo.reset()
     compiled = torch.compile(plan_copies, fullgraph=True, backend="aot_eager")(chosen, num_ranks, 3)
     assert all(map(torch.equal, compiled, plan_copies(chosen, num_ranks, 3)))
+
+
+def gradients_of_local_parts() -> list[tuple[torch.Tensor, tuple[int, ...], bool] | None]:
+    """Of this rank's part of experts, of gradients that lie otherwise than it, by `DTensor.to_local` and by ours: the
+    gradient, its strides, and whether it is sharded as the experts are. And of a part that no gradient comes to."""
+    mesh, found = init_device_mesh("cpu", (2,)), []
+    numbers = torch.arange(24.0).view(4, 2, 3)
+    for to_local in (DTensor.to_local, lambda each: _local(Projection(each)).weight):
+        experts = torch.nn.Parameter(distribute_tensor(numbers, mesh, [Shard(0)]))
+        (to_local(experts).mT.contiguous() * torch.arange(12.0).view(2, 3, 2)).sum().backward()
+        assert isinstance(experts.grad, DTensor)
+        part = experts.grad.to_local()
+        found.append((part, part.stride(), experts.grad.placements == (Shard(0),)))
+    experts = torch.nn.Parameter(distribute_tensor(numbers, mesh, [Shard(0)]))
+    torch.nn.functional.relu(WithoutGradient.apply(_local(Projection(experts)).weight)).sum().backward()
+    return [*found, experts.grad]
+
+
+class WithoutGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> None:
+        return None
+
+
+def test_a_local_parts_gradient_is_that_of_to_local() -> None:
+    for of_torch, of_ours, of_none in run_ranks(gradients_of_local_parts, 2):
+        assert torch.equal(of_torch[0], of_ours[0])
+        assert of_torch[1:] == of_ours[1:] == ((6, 3, 1), True)
+        assert of_none is None

@@ -3,10 +3,11 @@
 import pytest
 import torch
 
-from models.ops.has_triton import HAS_TRITON
 from tests.distributed import needs_gpus
+from training.gradients import gradient_norm
 
 pytestmark = needs_gpus(1)
+TYPES = [torch.float32, torch.bfloat16]
 SIZES = [1, 15, 16, 0, 4096, 4097, 32769, 100_003, 6_300_000]
 
 
@@ -45,5 +46,10 @@ def test_a_tensor_that_is_not_finite_is_told_apart() -> None:
     assert (~norms(given).isfinite()).nonzero().flatten().tolist() == [6, 7]
 
 
-def test_there_are_kernels_where_there_is_a_gpu() -> None:
-    assert HAS_TRITON
+def test_a_gpus_gradients_of_two_dtypes_are_one_piece() -> None:
+    parameters = [torch.nn.Parameter(torch.ones(5, device="cuda", dtype=dtype)) for dtype in TYPES]
+    for parameter in parameters:
+        parameter.grad = torch.ones_like(parameter)
+    ((numbers, found),) = gradient_norm(parameters).pieces
+    assert numbers == [0, 1]
+    assert torch.equal(found, torch.full([2], 5.0, device="cuda").double().sqrt())
