@@ -79,16 +79,11 @@ def check_kernels(
     wrong: list[str] = []
     errors: list[tuple[float, str]] = []
     for case in _cases(kernels, shape, device, dtype):
-        expected = _reference(case)
-        actual = _results(case, case.backend)
-        of_case = {name: ((actual[name].double() - x).norm() / x.norm()).item() for name, x in expected.items()}
-        errors += ((error, f"{case.operation}'s {name}") for name, error in of_case.items())
-        bad = [f"{name} off by {error:.2g}" for name, error in of_case.items() if not error <= bound]  # NaN is bad
-        if bad:
-            wrong.append(_message(case, f"{', '.join(bad)}, relative to plain PyTorch's (allowed: {bound:g})"))
+        if found := _compare(case, bound, errors):
+            wrong.append(found)
     if kernels.cross_entropy == "compiled":
         torch.compiler.reset()  # having seen the shapes here, it would compile training's for shapes of any size
-    del case, expected, actual
+    del case  # and its memory
     if device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)  # the peak that a run reports is its training's
@@ -202,6 +197,23 @@ def _cases(kernels: Kernels, shape: ModelConfig, device: torch.device, dtype: to
     yield _Case("routed_experts", "", routed_experts, inputs, (sort_by_expert(chosen, num_experts),))
 
 
+def _compare(case: _Case, bound: float, errors: list[tuple[float, str]]) -> str:
+    """What is wrong, in a line; empty if nothing is. Adds each tensor's relative error to `errors`."""
+    expected = _reference(case)
+    try:
+        actual = _results(case, case.backend)
+    except Exception as failure:  # whatever a library raises that does not import, or does not compile, here
+        logger.debug(f"{case.operation} failed", exc_info=True)
+        return _message(case, "does not run", _first_line(failure))
+    of_case = {name: ((actual[name].double() - x).norm() / x.norm()).item() for name, x in expected.items()}
+    errors += ((error, f"{case.operation}'s {name}") for name, error in of_case.items())
+    bad = [f"{name} off by {error:.2g}" for name, error in of_case.items() if not error <= bound]  # NaN is bad
+    if not bad:
+        return ""
+    found = f"{', '.join(bad)}, relative to plain PyTorch's (allowed: {bound:g})"
+    return _message(case, "computes wrong numbers", found)
+
+
 def causal_conv1d(*inputs: Any, backend: str) -> torch.Tensor:
     """The convolution's parts side by side."""
     return torch.cat(parts_of_convolution(*inputs, backend=backend), dim=-1)
@@ -234,12 +246,19 @@ def _reference(case: _Case) -> dict[str, torch.Tensor]:
         torch.use_deterministic_algorithms(deterministic)
 
 
-def _message(case: _Case, found: str) -> str:
+def _first_line(failure: Exception) -> str:
+    """One that says something, cut where it is long."""
+    line = next((line for line in str(failure).splitlines() if line.strip()), "")
+    return f"{type(failure).__name__}: {line.strip()[:200]}"
+
+
+def _message(case: _Case, what: str, found: str) -> str:
+    """`what` it does instead of what it should."""
     anyway = "[kernels] self_test = false to go on anyway"
     if not case.backend:
-        what = f"{case.operation} (grouped_mm, or kernels around it)"
-        return f"{what} computes wrong numbers here: {found}; another PyTorch, or {anyway}"
+        subject = f"{case.operation} (grouped_mm, or kernels around it)"
+        return f"{subject} {what} here: {found}; another PyTorch, or {anyway}"
     choices = CHOICES[case.operation]
     slower = " or ".join(repr(c) for c in reversed(choices[: choices.index(case.backend)]))
     key = f"kernels.{case.operation} = {case.backend!r}"
-    return f"{key} computes wrong numbers here: {found}; use [kernels] {case.operation} = {slower}, or {anyway}"
+    return f"{key} {what} here: {found}; use [kernels] {case.operation} = {slower}, or {anyway}"

@@ -39,6 +39,7 @@ CONFIG = ModelConfig(
     vocab_size=2048, num_hidden_layers=2, layer_types=(LINEAR, FULL), num_experts=16
 )  # all other numbers are 35B-A3B's
 NUM_KINDS = 2  # of blocks
+NUM_OTHERS = 3  # graphs: a chunk's loss, and what scales the gradients of each of the head's two factors
 TRAINING = Training(steps=1, sequence_length=16_384, global_batch_size=1)  # 128 KiB of tokens: see `run_model`
 
 # One document (cuDNN's attention, cut by the delta rule's kernels), and several.
@@ -156,7 +157,7 @@ def test_each_kind_of_block_is_one_graph_however_many_documents(
     one_process: dict[str, dict[str, Any]], mode: str
 ) -> None:
     found = one_process[mode]
-    assert found["graphs"] == NUM_KINDS + 1, found  # and the loss
+    assert found["graphs"] == NUM_KINDS + NUM_OTHERS, found
     assert found["breaks"] == []
     assert found["graphs after"] == found["graphs"]
 

@@ -263,6 +263,26 @@ def test_all_wrong_operations_are_told(replace: Callable) -> None:
     assert all("self_test = false to go on anyway" in line and len(line.splitlines()) == 1 for line in wrong)
 
 
+@pytest.mark.parametrize("operation", INPUTS)
+def test_a_library_that_does_not_run_is_named(replace: Callable, operation: str, tmp_path: Path) -> None:
+    """As one that is installed but does not import; the other operations are compared all the same."""
+
+    def kernel(*_: object) -> torch.Tensor:
+        raise ModuleNotFoundError("\nNo module named 'cutlass.cute'\nand much more")
+
+    replace(operation, kernel)
+    other = next(each for each in INPUTS if each != operation)
+    replace(other, lambda reference, *arguments: reference(*arguments) * 1.05)
+    lines = check_kernels(FASTEST, tiny_config(), CPU, torch.bfloat16, folder=tmp_path)
+    of_operation = [line for line in lines if line.startswith(f"{named(operation)} ")]
+    assert of_operation
+    for line in of_operation:
+        assert " does not run here: ModuleNotFoundError: No module named 'cutlass.cute'; " in line
+        assert "self_test = false to go on anyway" in line
+    assert any("computes wrong numbers" in line for line in lines if line.startswith(f"{named(other)} "))
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.usefixtures("replace")
 def test_fla_is_tuned_on_a_long_stream_first(monkeypatch: pytest.MonkeyPatch) -> None:
     """And the reference runs without the demand for determinism, the kernels with it."""
