@@ -28,7 +28,7 @@ ROWS += [[27], [2, 5], [1] * 8, [8, 2], [1] * 16, [1] * 10, [1] * 12, [1] * 10]
 LAYOUTS = [
     Layout(world=2, cp=2),
     # All exchanges in one graph: tokens for heads, and copies with their experts.
-    Layout(world=2, cp=2, ep=2, room=8.0, accumulation=2, activation_checkpoint="selective", compile=True),
+    Layout(world=2, cp=2, ep=2, room=8.0, activation_checkpoint="selective", compile=True),
     Layout(world=2, cp=2, replicate=2, accumulation=4, activation_checkpoint="full"),
     Layout(world=4, cp=2),
     Layout(world=4, cp=2, ep=4, accumulation=2, activation_checkpoint="selective"),
