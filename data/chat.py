@@ -231,15 +231,20 @@ class ChatTemplate:
         rendered, apart, name = self._template.render(messages, tools), list(messages), self._template.learnt.reasoning
         for number, message in enumerate(messages):
             content = message["content"] if isinstance(message["content"], str) else ""
-            if message["role"] == "assistant" and "</think>" in content and name not in message:
-                reasoning, _, answer = content.rpartition("</think>")
-                reasoning = reasoning.rpartition("<think>")[2]
-                apart[number] = {
-                    **message,
-                    self._template.learnt.reasoning: reasoning.strip("\n"),
-                    "content": answer.lstrip("\n"),
-                }
+            if message["role"] == "assistant" and name not in message and (parts := _reasoning_in(content)):
+                apart[number] = {**message, name: parts[0].strip("\n"), "content": parts[1].lstrip("\n")}
         return rendered, apart if apart != messages and self._template.render(apart, tools) == rendered else messages
+
+
+def _reasoning_in(content: str) -> tuple[str, str] | None:
+    """The one reasoning with which a content begins, and the answer: between tags, or, as what follows a prompt that
+    opened it, up to a closing tag on a line of its own. None where anything stands before, or there are more tags."""
+    head, tag, answer = content.partition("</think>")
+    before, opening, reasoning = head.rpartition("<think>")
+    if not tag or before.strip() or any(each in before + answer for each in ("<think>", "</think>")):
+        return None
+    is_own_line = reasoning.rstrip(" ").endswith("\n") and answer.lstrip(" ")[:1] in ("\n", "")
+    return (reasoning, answer) if opening or is_own_line else None
 
 
 @functools.cache

@@ -87,7 +87,7 @@ def find_files(pattern: str, key: str = "data.path", split: str = "train") -> li
     """The files that a path, a glob or a folder stands for, by name; of a folder those of `split`. Raises UserError for
     none, or one not in SUFFIXES."""
     if found := folder_of(pattern):
-        files = [os.path.abspath(path) for path in files_in_folder(*found, split, SUFFIXES, key)]
+        files = once(os.path.abspath(path) for path in files_in_folder(*found, split, SUFFIXES, key))
     else:
         met = [os.path.abspath(path) for path in sorted(set(matches(pattern)))]
         files = once(path for path in met if not os.path.isdir(path))

@@ -4,7 +4,6 @@ The README's front matter says which files belong to which split (`configs` with
 names do: `data/train_sft-00000-of-00003.parquet`, or a word such as `train` or `test`. Both as on the Hub.
 """
 
-import functools
 import glob
 import os
 import re
@@ -129,10 +128,10 @@ def walk(folder: str) -> list[str]:
 
 
 def once(files: Iterable[str]) -> list[str]:
-    """Files, without those that were met already in a folder by another link to it."""
-    real, met = functools.cache(os.path.realpath), dict[tuple[str, str], str]()
+    """Files, without those that were met already by another link to them or to their folder."""
+    met = dict[str, str]()
     for file in files:
-        met.setdefault((real(os.path.dirname(file)), os.path.basename(file)), file)
+        met.setdefault(os.path.realpath(file), file)
     return list(met.values())
 
 

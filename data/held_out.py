@@ -16,7 +16,9 @@ import numpy as np
 
 from config.options import Config, Data
 from data.files import cached, files_of
-from data.media import media_keys
+from data.layouts import read_layout
+from data.media import Media, has_media, media_keys
+from data.messages import Message, read_messages
 from data.packing import BadSample
 from data.records import Record, Source, TokenisedChat, mapped_numbers
 from errors import UserError
@@ -82,7 +84,7 @@ def split(source: Source, entry: str, data: Data, side: Side) -> Source:
             for part in (array("q", [len(held_out)]), held_out, kept):
                 file.write(np.array(part, "<i8").tobytes())
 
-    what = json.dumps(["held out", side.share, ends_of(source, data), _keys(data)])
+    what = json.dumps(["held out, by what is read", side.share, ends_of(source, data), _keys(data)])
     path = cached([str(file) for file in files_of(entry, data.split)], what, ".sides", make)
     num_held_out = int(mapped_numbers(path)[0])
     begin, end = (1, 1 + num_held_out) if side.is_held_out else (1 + num_held_out, 1 + len(source))
@@ -112,17 +114,38 @@ def _place(source: Source, number: int, data: Data) -> float | None:
 
 
 def place_of(record: Record, data: Data) -> float:
-    """A number from 0 to below 1, the same for all records that say the same: by what the keys of [data] name in it,
-    whatever else it holds, or by all of it where they name nothing."""
+    """A number from 0 to below 1, the same for all records that say the same: by what training reads of it, whatever
+    else it holds, or by all of it where that is nothing."""
     if isinstance(record, dict):
         # What is absent, null or empty is left out: a key that is known here one day moves no record that lacks it.
-        fields = [field for key in _keys(data) if (field := _canonical(record.get(key))) not in (None, "", [])]
-        content = json.dumps(fields or _canonical(record), sort_keys=True, default=_plain).encode()
+        parts = [part for each in _said(record, data) if (part := _canonical(each)) not in (None, "", [])]
+        content = json.dumps(parts or _canonical(record), sort_keys=True, default=_plain).encode()
     else:
         tokens = record.tokens if isinstance(record, TokenisedChat) else record
         content = tokens.astype("<u4").tobytes()
     digest = hashlib.blake2b(content, digest_size=8).digest()
     return (int.from_bytes(digest, "little") >> 11) / 2**53  # as many bits as a float has
+
+
+def _said(record: dict[str, Any], data: Data) -> list[Any]:
+    """What a record says, in any layout; of a conversation that cannot be read, which training tells, its fields."""
+    if data.format == "text":
+        return [record.get(key) for key in (_keys(data) if has_media(record, data) else [data.text_key])]
+    try:
+        chat, media = read_layout(record, data), Media(record, data)
+        messages = read_messages(chat.messages, "reasoning_content", media).messages
+        return [[_without_ids(message) for message in messages], chat.tools, [each.value for each in media.finish()]]
+    except BadSample:
+        return [record.get(key) for key in _keys(data)]
+
+
+def _without_ids(message: Message) -> Message:
+    """A message without what was drawn for it, as the numbers of tool calls, and without an empty content."""
+    out = {key: value for key, value in message.items() if key != "tool_call_id" and value != ""}
+    if "tool_calls" in out:
+        functions = [call["function"] for call in out["tool_calls"]]
+        out["tool_calls"] = [[function["name"], function["arguments"]] for function in functions]
+    return out
 
 
 def _keys(data: Data) -> list[str]:

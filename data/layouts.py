@@ -8,12 +8,12 @@
 Lists and tables may stand as the JSON of themselves, as in CSV files.
 """
 
-import json
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 from config.options import Data
 from data.packing import BadSample
+from data.records import parse_json
 
 OPTIONS_KEY = "chat_template_kwargs"
 """The field with a sample's own options of the chat template, as TRL reads it."""
@@ -34,7 +34,7 @@ ROLES = {
 }
 """The names of those who speak, in "from" or "role", in any case of letters, as roles of templates."""
 _ANSWERS_OF_TWO = ("chosen", "rejected", "rejected_response", "rejected_messages")
-_LABELS = ("label", "kto_tag")
+_LABELS, _IS_GOOD = ("label", "kto_tag"), ("true", "false", "1", "0", "1.0", "0.0")
 _UNREAD = {"system_prompt": "system_key", "system_message": "system_key", "functions": "tools_key"}
 """Fields that belong to a conversation if they are there, and the option that has to name them."""
 
@@ -95,7 +95,7 @@ def layout_of(record: dict[str, Any], data: Data) -> str:
     fits = [layout for layout in fits if any(record[field] not in ("", []) for field in known[layout])] or fits
     if _is_open(data):
         compared = preferences_in(field for field, value in record.items() if value)
-        labels = [field for field in _LABELS if str(record.get(field)).lower() in ("true", "false")] if fits else []
+        labels = [field for field in _LABELS if str(record.get(field)).lower() in _IS_GOOD] if fits else []
         if compared or labels:
             raise BadSample("wrong_type", preferences_refused(compared + labels))
     if len(fits) > 1:
@@ -105,7 +105,7 @@ def layout_of(record: dict[str, Any], data: Data) -> str:
         )
     if fits:
         return fits[0]
-    given = ", ".join(record)
+    given = ", ".join(record) or "its fields, of which it has none"
     others = [" and ".join(map(repr, fields)) for fields in known.values()][1:]
     hint = f", or {', or '.join(others)}" if others else ""
     if isinstance(record.get(data.text_key), str):
@@ -154,7 +154,7 @@ def _from_json(value: Any, field: str) -> Any:
     if not isinstance(value, str) or not value.strip():
         return value or None
     try:
-        return json.loads(value)
+        return parse_json(value)
     except (ValueError, RecursionError):
         raise BadSample("wrong_type", f"has {field} that are not JSON") from None
 
@@ -163,7 +163,7 @@ def _messages(value: Any, field: str) -> Any:
     """A list of messages, also one that `datasets` turned into a table of lists."""
     if isinstance(value, str) and value.strip():
         try:
-            value = json.loads(value)
+            value = parse_json(value)
         except (ValueError, RecursionError):
             raise BadSample("wrong_type", f"has no messages: expected a list in {field!r}, or its JSON") from None
     if isinstance(value, dict) and value and all(isinstance(column, list) for column in value.values()):
@@ -217,7 +217,7 @@ def _side(value: Any, field: str, role: str) -> list[Any]:
     """A text as one message of `role`; a list of messages, or the JSON of one, as it is."""
     if isinstance(value, str):
         try:
-            parsed = json.loads(value) if value.lstrip().startswith("[") else None
+            parsed = parse_json(value) if value.lstrip().startswith("[") else None
         except (ValueError, RecursionError):
             parsed = None
         is_list = isinstance(parsed, list) and bool(parsed)

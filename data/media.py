@@ -68,7 +68,8 @@ def has_media(record: Record, data: Data) -> bool:
         return False
     if data.format == "text":
         text = record.get(data.text_key)
-        return isinstance(text, str) and bool(_TAG.search(text)) and has_fields(record, data)
+        tagged = _tagged(record, data)
+        return isinstance(text, str) and any(tag[1] in tagged for tag in _TAG.finditer(text))
     if has_fields(record, data):
         return True
     try:
@@ -92,6 +93,15 @@ def _is_nothing(value: Any) -> bool:
     return not value
 
 
+def _tagged(record: dict[str, Any], data: Data) -> set[str]:
+    """The kinds that tags in texts name: those for which the record has the field, even an empty one, as where a
+    picture was lost. Not an empty field of another name, which may be none of the model's business."""
+    keys = media_keys(data).items()
+    return {
+        kind for kind, (own, *others) in keys if own in record or not all(_is_nothing(record.get(k)) for k in others)
+    }
+
+
 def kind_of_part(part: dict[str, Any]) -> str | None:
     """What a content part shows, if it shows anything."""
     if (name := part.get("type")) is not None:
@@ -113,10 +123,11 @@ class Media:
             # One alone stands without a list around it.
             values = given[0] if given and isinstance(given[0], list) else given
             self._waiting[kind] = list(values)
-        self._tagged = tuple(kind for kind in KINDS if self._waiting[kind])
+        self._tagged = _tagged(record, data)
 
     def in_text(self, text: str) -> list[str | Source]:
-        """A text and what its tags name, in order; a tag of a kind that the record has no field of is text."""
+        """A text and what its tags name, in order; a tag of a kind that the record has no field of is text. Raises
+        BadSample where the field has nothing left, or never had."""
         parts: list[str | Source] = []
         end = 0
         for tag in _TAG.finditer(text):

@@ -1,11 +1,11 @@
 """The messages of a chat: what each field that is met in the wild means here, and messages as templates take them."""
 
-import json
 from typing import Any, NamedTuple
 
 from data.layouts import ROLES, role_of
 from data.media import Media, Source, kind_of_part
 from data.packing import BadSample
+from data.records import parse_json
 
 Message = dict[str, Any]
 
@@ -63,13 +63,19 @@ def _with_role(message: Any, number: int) -> Message:
         raise BadSample("wrong_type", f"has message {number} from {name!r:.60}, expected {', '.join(ROLES)}")
     if role == message.get("role") and "value" not in message:
         return message
+    if (
+        given.get("role") is not None
+        and (sender := given.get("from")) is not None
+        and role_of({"from": sender}) != role
+    ):
+        raise BadSample("wrong_type", f"has message {number} from {sender!r:.60} with the role {name!r:.60}")
     given = {"role": role} | {key: value for key, value in message.items() if key not in ("role", "from")}
     if given.get("content") is None:
         given["content"] = given.pop("value", None)
     if name.lower() not in ("function_call", "tool_call"):
         return given
     try:
-        calls = json.loads(given.pop("content"))
+        calls = parse_json(given.pop("content"))
     except (TypeError, ValueError, RecursionError):
         raise BadSample("wrong_type", f"has message {number} from {name!r} whose value is not JSON") from None
     return {**given, "tool_calls": calls if isinstance(calls, list) else [calls]}
@@ -221,10 +227,15 @@ def _read_call(call: Any, number: int) -> dict[str, Any]:
     arguments = given[0] if given else {}
     try:
         if isinstance(arguments, str):
-            arguments = json.loads(arguments) if arguments.strip() else {}
+            arguments = parse_json(arguments) if arguments.strip() else {}
     except (ValueError, RecursionError):
         raise BadSample("wrong_type", f"has message {number} with a tool call whose arguments are not JSON") from None
-    arguments = arguments or {}  # an empty table of Arrow's is a list
+    arguments = {} if arguments in (None, []) else arguments  # an empty table of Arrow's is a list
+    if not isinstance(arguments, dict):
+        raise BadSample(
+            "wrong_type",
+            f"has message {number} with a tool call whose arguments are {arguments!r:.60}: expected a table",
+        )
     outer = call if is_wrapped else {"type": "function"}
     inner = {key: value for key, value in function.items() if key != "parameters"}
     return {**outer, "function": {**inner, "arguments": arguments}}

@@ -19,6 +19,7 @@ REASONS = (
     "truncated",  # what is left of it is trained on
     "template_error",
     "special_token",
+    "special_in_text",  # it is taken as that token
     "unclear_spans",
     "nothing_to_train",
     "unrendered",
@@ -34,7 +35,7 @@ REASONS = (
 )
 
 
-USED = ("truncated", "ignored_field")
+USED = ("truncated", "ignored_field", "special_in_text")
 """Those of which something is told, although they are trained on."""
 
 

@@ -20,7 +20,7 @@ import numpy as np
 
 from data.files import cached, each_read, plain_suffix, suffix_of
 from data.packing import BadSample
-from data.records import Record, mapped_numbers
+from data.records import Record, mapped_numbers, parse_json
 from errors import UserError, reading
 
 _MAX_LINE = 1 << 26  # bytes: what is longer is no document, and would not fit into memory as tokens
@@ -218,7 +218,8 @@ def _rows(stream: BinaryIO, file: str) -> Iterator[Piece]:
 def _parsed(content: bytes) -> Record:
     """The object in a line, or in an element of a list."""
     try:
-        record = json.loads(content.decode("utf-8-sig"))  # each of several files that were put together may have a mark
+        text = content.decode("utf-8-sig")  # each of several files that were put together may have a mark
+        record = parse_json(text)
     except UnicodeDecodeError as error:
         raise BadSample("undecodable", f"is not UTF-8: {error}") from None
     except (ValueError, RecursionError) as error:
@@ -346,6 +347,8 @@ def _open_packed(file: str) -> BinaryIO:
         import pyarrow as pa
 
         packing = "gzip" if suffix_of(file).endswith(".gz") else "zstd"
+        if not os.path.getsize(file):  # what holds nothing still has a header
+            raise UserError(f"{file} is empty: expected what {packing} packs, also of nothing")
         return io.BufferedReader(pa.input_stream(file, compression=packing), _CHUNK)
 
 

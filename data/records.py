@@ -2,6 +2,7 @@
 
 import bisect
 import functools
+import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -19,6 +20,19 @@ class TokenisedChat(NamedTuple):
 
 Record = dict[str, Any] | NDArray[np.unsignedinteger] | TokenisedChat
 """A document's fields, or, of a tokenised corpus, its tokens."""
+
+
+def parse_json(text: str) -> Any:
+    """What a text says, in objects where no field stands twice: all but the last would be lost. Raises ValueError."""
+    return json.loads(text, object_pairs_hook=_table)
+
+
+def _table(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    table = dict(pairs)
+    if len(table) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"{next(name for name in names if names.count(name) > 1)!r:.60} stands twice in an object")
+    return table
 
 
 def part_of(index: int, starts: list[int]) -> tuple[int, int]:

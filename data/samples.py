@@ -245,17 +245,26 @@ class EncodeText:
         `reader` reads."""
         self._data, self._tokenizer, self._max_tokens, self._reader = data, tokenizer, max_tokens, reader
         self._ending = np.array([] if end_of_document is None else [end_of_document], np.int32)
+        self._special = {n: token.content for n, token in tokenizer.get_added_tokens_decoder().items() if token.special}
+        """Those that no note has named yet."""
 
     def __call__(self, record: Record) -> Sample:
-        if isinstance(record, dict) and (has_fields if self._reader else has_media)(record, self._data):
-            return self._with_media(record)
+        if isinstance(record, dict):
+            is_shown = self._reader is not None and has_fields(record, self._data)  # else they are nobody's business
+            if is_shown or has_media(record, self._data):
+                return self._with_media(record)
         text = self._tokenise(text_of(record, self._data.text_key)) if isinstance(record, dict) else record
         if not len(text):
             raise BadSample("empty", "has no text")
         tokens = np.concatenate([text, self._ending], dtype=np.int32, casting="unsafe")
         if self._reader is not None:
             self._reader.check_placeholders(tokens, 0)
-        return Sample(tokens, np.ones(len(tokens), bool))
+        sample = Sample(tokens, np.ones(len(tokens), bool))
+        if isinstance(record, dict) and self._special and not self._special.keys().isdisjoint(text):
+            names = [self._special.pop(number) for number in sorted(self._special.keys() & set(text))]
+            message = f"has {', '.join(names)} in its text: taken for these special tokens in all documents"
+            return sample._replace(note=("special_in_text", message))
+        return sample
 
     def _tokenise(self, text: str) -> list[int]:
         with _refusing_surrogates():

@@ -1,6 +1,7 @@
 """A chat template: renders conversations within bounds of time and size, and is tried out for what it does."""
 
 import contextlib
+import functools
 import json
 import re
 import signal
@@ -30,6 +31,21 @@ _NOT_OPTIONS = {
     *("return_assistant_tokens_mask", "tokenizer_kwargs", "processor_kwargs", "self", "content", "message"),
 }
 """What stands in templates and is no option of theirs, or is an argument of the function that renders."""
+
+
+_GENERATION = re.compile(r"{%-?\s*(end)?generation\s*-?%}")  # a tag of transformers alone
+
+
+@functools.lru_cache(maxsize=16)
+def _read_by(template: str) -> set[str]:
+    """The names that a template reads without having set them; none of one that cannot be parsed."""
+    import jinja2.meta
+
+    environment = jinja2.Environment(extensions=["jinja2.ext.loopcontrols"])
+    try:
+        return jinja2.meta.find_undeclared_variables(environment.parse(_GENERATION.sub("", template)))
+    except jinja2.TemplateSyntaxError:
+        return set()
 
 
 class Learnt(NamedTuple):
@@ -101,7 +117,7 @@ class Template:
         for name, value in options.items():
             if name in _NOT_OPTIONS:
                 return f"{name} = {value!r:.60}: expected an option of the chat template"
-            if not any(re.search(rf"\b{re.escape(name)}\b", template) for template in templates):
+            if not any(name in _read_by(template) for template in templates):
                 return f"{name} = {value!r:.60}: the chat template does not read it: expected an option that it reads"
         return None
 

@@ -138,6 +138,31 @@ def test_reasoning_inside_of_the_content():
     assert trained_texts("chatml", turns[:2]) == ["<think>\nfirst\n</think>\n\n1<|im_end|>"]
 
 
+def test_reasoning_that_is_written_as_a_model_writes_it_behind_its_prompt():
+    turns = [user("One?"), assistant("first\n</think>\n\n1"), user("Two?"), assistant("so\n</think>\n2")]
+    assert trained_texts("qwen35_style", turns) == ["1<|im_end|>", "so\n</think>\n\n2<|im_end|>"]
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "Lead. <think>hmm</think>Answer",  # the template would drop the lead
+        "<think>a</think>X<think>b</think>Y",
+        "<think>a</think>The tag </think> ends it.",
+        "<think>so <think> on</think>Y",
+        "Write the tag </think> where it ends.",  # no reasoning, but what an answer says
+        "Use\n</think> to end.",
+    ],
+)
+@pytest.mark.parametrize("is_last", [False, True])
+def test_tags_of_reasoning_in_other_places_are_refused_where_the_template_cuts_there(content, is_last):
+    turns = [user("One?"), assistant(content)] + ([] if is_last else [user("Two?"), assistant("2")])
+    with pytest.raises(BadSample) as raised:
+        encode("qwen35_style", turns)
+    assert raised.value.reason in ("unrendered", "unclear_spans")
+    assert trained_texts("chatml", turns)[0] == f"{content}<|im_end|>"
+
+
 def test_a_think_token_that_the_prompt_does_not_give_is_trained_on():
     template = (TEMPLATES / "qwen35_style.jinja").read_text().replace('"<|im_start|>assistant\\n<think>\\n" }}\n    {%- if e', '"<|im_start|>assistant\\n" }}\n    {%- if e')  # fmt: skip  # noqa: E501
     assert trained_texts("chatml", THOUGHTS, template=template) == [

@@ -68,6 +68,12 @@ def test_nothing_that_looks_like_data_is_left_out_unsaid(tmp_path):
             texts_of(other)
 
 
+def test_a_file_with_a_link_beside_it_is_read_once(tmp_path):
+    folder = make(tmp_path, "a.jsonl", "shard-7.jsonl")
+    (tmp_path / "latest.jsonl").symlink_to("shard-7.jsonl")
+    assert texts_of(folder) == texts_of(f"{folder}/*.jsonl") == ["a.jsonl", "shard-7.jsonl"]
+
+
 def test_a_glob_that_matches_folders_says_so(tmp_path):
     folder = make(tmp_path, "a.jsonl", "deep/b.jsonl", "images/c.png")
     assert texts_of(folder + "/**/*.jsonl") == ["a.jsonl", "deep/b.jsonl"]

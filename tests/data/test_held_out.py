@@ -102,6 +102,31 @@ def test_conversations_are_the_same_in_tables_and_as_json() -> None:
     assert place_of({"own": "a"}, data) != place_of({"own": "b"}, data)
 
 
+def test_what_is_not_read_does_not_count() -> None:
+    """Nor does the layout: what says the same is on one side."""
+    data = Data(format="chat")
+    call = {"type": "function", "function": {"name": "f", "arguments": {"x": 1}}}
+    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "tool_calls": [call]}]
+    ids = [{**message, "id": f"drawn {number}", "timestamp": number} for number, message in enumerate(messages)]
+    ids[1] |= {"tool_calls": [{**call, "id": "call_1"}], "weight": 1, "usage": {"n": 3}}
+    texts = [{**messages[0], "content": [{"type": "text", "text": "a"}], "name": "", "tool_calls": []}, messages[1]]
+    as_json = {"name": "f", "arguments": '{"x": 1}'}
+    same = [messages, ids, texts, [messages[0], {**messages[1], "tool_calls": [as_json]}]]
+    assert len({place_of({"messages": each}, data) for each in same}) == 1
+    plain = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    layouts = [
+        {"messages": plain},
+        {"messages": {"role": ["user", "assistant"], "content": ["a", "b"]}},
+        {"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]},
+        {"instruction": "a", "output": "b"},
+    ]
+    assert len({place_of(each, data) for each in layouts}) == 1
+    assert place_of(layouts[0], data) != place_of({"messages": messages}, data)
+    document = {"text": "a", "image": "thumbnail.png"}
+    assert place_of(document, Data()) == place_of({"text": "a"}, Data())
+    assert place_of({"text": "<image>a", "images": ["1.png"]}, Data()) != place_of({"text": "<image>a"}, Data())
+
+
 def test_empty_lists_are_nothing_in_csv_too() -> None:
     record = {"instruction": "I", "output": "O"}
     same = [record, {**record, "history": [], "tools": None}, {**record, "history": "[]", "input": ""}]

@@ -87,6 +87,7 @@ def test_every_layout_becomes_messages(layout, record, messages, weights):
         ({"messages": [Q, A], "rejected_response": "B"}, "has rejected_response: preferences"),
         ({"prompt": "Q", "completion": "A", "label": False}, "has label: preferences"),
         ({"messages": [Q, A], "kto_tag": "true"}, "has kto_tag: preferences"),
+        ({"messages": [Q, A], "label": 0}, "has label: preferences"),
         (
             {"messages": [Q, A], "system_prompt": "S"},
             "has 'system_prompt', which is not read: expected data.system_key",
@@ -254,6 +255,8 @@ def test_chats_where_texts_were_expected_say_so(tmp_path):
         encode({"conversations": SHAREGPT})
     with pytest.raises(BadSample, match=r"expected a string$"):
         encode({"body": "x"})
+    with pytest.raises(BadSample, match=r"expected one of its fields, of which it has none, or 'conversations'"):
+        read_layout({}, Data(format="chat"))
     table = pa.Table.from_pylist([{"question": "x"}])
     pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
     data = Data(format="chat", path=(str(tmp_path / "a.parquet"),), tokenizer=TOKENIZER)

@@ -2,6 +2,7 @@
 are transformers' own; what is refused, and why."""
 
 import base64
+import functools
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -380,9 +381,31 @@ def test_documents(folder: Path) -> None:
     check_sample(with_video)
     assert [len(medium.frames) for medium in with_video.media] == [3, 1]
     assert contents(encode_text({"text": "<image> a"}, folder)) == contents(
-        encode_text({"text": "<image> a", "images": []}, folder)
+        encode_text({"text": "<image> a", "image": None}, folder)
     )
     assert not encode_text({"text": "<image> a"}, folder).media
+
+
+@pytest.mark.parametrize(
+    "nothing",
+    [None, "", [], [None], [""], [{"path": ""}], {"bytes": b"", "path": None}, [{"bytes": b"", "path": None}]],
+)
+@pytest.mark.parametrize("kind", ["image", "video"])
+def test_a_tag_whose_field_is_empty_is_refused(folder: Path, kind: str, nothing: object) -> None:
+    """As where a download failed; the rows of a table without a tag have an empty field too."""
+    messages = [{"role": "user", "content": f"<{kind}>What?"}, {"role": "assistant", "content": "A cat."}]
+    reason, message = reason_of({"messages": messages, f"{kind}s": nothing}, folder)
+    assert (reason, message) == ("media_count", f"names more {kind}s than the 0 that it has")
+    document = {"text": f"<{kind}> a", f"{kind}s": nothing}
+    without_tower = EncodeText(Data(), TOKENIZERS["chatml"].backend_tokenizer, None, 1000)
+    for encode_document in (without_tower, functools.partial(encode_text, folder=folder)):
+        with pytest.raises(BadSample, match="names more") as caught:
+            encode_document(document)
+        assert caught.value.reason == "media_count"
+    plain = [{"role": "user", "content": "What?"}, messages[1]]
+    assert contents(encode({"messages": plain, f"{kind}s": nothing}, folder)) == contents(
+        encode({"messages": plain}, folder)
+    )
 
 
 # ------------------------------------------------------------------------------------------- refusals

@@ -109,6 +109,13 @@ def test_parts_that_are_refused(part):
     assert refused({"role": "user", "content": ["x", part]}, answer())[0] == "unused_field"
 
 
+def test_a_message_of_two_roles():
+    assert refused({"from": "human", "role": "assistant", "value": "x"}, answer()) == (
+        "wrong_type", "has message 0 from 'human' with the role 'assistant'",
+    )  # fmt: skip
+    assert trained({"from": "human", "role": "user", "value": "Hi."}, answer()) == "Ho.<|im_end|>"
+
+
 def test_calls_of_functions_in_other_forms():
     expected = trained(
         QUESTION, answer("", tool_calls=[{"type": "function", "function": {"name": "f", "arguments": {}}}])
@@ -134,6 +141,8 @@ def test_calls_of_functions_in_other_forms():
         ({"tool_calls": [{"name": "f"}], "function_call": {"name": "g"}}, "unused_field"),
         ({"tool_calls": [{"name": "f", "arguments": "[" * 100_000}]}, "wrong_type"),
         ({"tool_calls": [{"name": "f", "arguments": "{'a': 1}"}]}, "wrong_type"),
+        *[({"tool_calls": [{"name": "f", "arguments": x}]}, "wrong_type") for x in ("0", "false", 0, False, '""', [1])],
+        ({"tool_calls": [{"name": "f", "arguments": '{"a": 1, "b": 2, "a": 3}'}]}, "wrong_type"),
         ({"tool_calls": [3]}, "wrong_type"),
         ({"tool_calls": {"name": "f"}}, "wrong_type"),
         ({"function_call": "f"}, "wrong_type"),

@@ -7,10 +7,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from config.options import Data
 from data.batch import Sample
 from data.packing import BadSample
 from data.records import Whole
-from data.samples import Samples, read_sample
+from data.samples import EncodeText, Samples, read_sample
+from data.tokenizer import load_tokenizer
+from models.ops.labels import IGNORED
 
 
 class Numbers(Whole):
@@ -71,6 +74,22 @@ def test_weights_are_shares_of_samples() -> None:
     samples = Samples([Numbers(20, 7), Numbers(50, 4)], (3.0, 1.0), encode, 0)
     counts = Counter(number >= 50 for number in numbers_of(samples, range(8191)))
     assert counts[True] == round(8191 / 4)
+
+
+def test_special_tokens_in_documents_are_told_once_each() -> None:
+    """What others prepared with a template is such a text on purpose, so it is trained on as it is."""
+    tokenizer = load_tokenizer("data/tiny/tokenizer").backend_tokenizer
+    encode = EncodeText(Data(), tokenizer, None, 1000)
+    assert encode({"text": "plain, <think> and <|im|>"}).note is None
+    assert encode(np.array([tokenizer.token_to_id("<|im_start|>")], "<u2")).note is None  # of a corpus made elsewhere
+    sample = encode({"text": "a<|endoftext|>b<|im_start|>c"})
+    assert sample.note is not None
+    reason, message = sample.note
+    assert reason == "special_in_text"
+    assert message.startswith("has <|endoftext|>, <|im_start|> in its text: taken for these special tokens")
+    assert (sample.labels != IGNORED).sum() == len(sample.tokens) - 1
+    assert encode({"text": "<|im_start|>"}).note is None
+    assert "<|im_end|>" in str(encode({"text": "x<|im_end|>"}).note)
 
 
 def test_a_refusal_names_the_place() -> None:

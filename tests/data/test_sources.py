@@ -147,6 +147,8 @@ def make(tmp_path, **files):
         ({"a_jsonl": "\n\n", "b_jsonl": ""}, ["*.jsonl"], r"no document in '.*\*\.jsonl'"),
         ({"a_parquet": "not parquet"}, ["a.parquet"], r"a\.parquet cannot be read: "),
         ({"a_jsonl_gz": "not packed"}, ["a.jsonl.gz"], r"a\.jsonl\.gz cannot be read: "),
+        ({"a_jsonl_gz": b""}, ["a.jsonl.gz"], r"a\.jsonl\.gz is empty: expected what gzip packs"),
+        ({"a_jsonl_zst": b""}, ["a.jsonl.zst"], r"a\.jsonl\.zst is empty: expected what zstd packs"),
         ({"a_jsonl_zst": "not packed"}, ["a.jsonl.zst"], r"a\.jsonl\.zst cannot be read: "),
         ({"a_jsonl_gz": gzip.compress(b'{"text": "x"}')[:-9]}, ["a.jsonl.gz"], r"a\.jsonl\.gz cannot be read: "),
     ],

@@ -65,6 +65,13 @@ CALL = {"type": "function", "function": {"name": "add", "arguments": {"x": "a b"
 TURNS = [user("One?"), answer("Two."), user("Three?"), answer("Four."), user("Five?"), answer("Six.")]
 
 
+@pytest.mark.parametrize("name", ["think", "user", "loop", "tojson", "m", "", "enable_thinkin"])
+def test_a_word_of_the_template_is_no_option_of_it(name):
+    template = TOKENIZERS["qwen35_style"].chat_template
+    with pytest.raises(UserError, match="the chat template does not read it"):
+        EncodeChat(Data(format="chat", template_options={name: False}), _with_template(template), 1000)
+
+
 def test_options_of_the_run_and_of_a_sample():
     template = (
         "{% for m in messages %}{% if m.role == 'user' %}<|im_start|>{{ who|default('user') }}\n{{ m.content }}"
