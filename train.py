@@ -84,6 +84,7 @@ def build_model(config: Config, shape: ModelConfig, meshes: Meshes, device: torc
     if config.lora.rank:
         add_adapters(model, config.lora.rank, config.lora.alpha, config.lora.targets)
     for block in model.blocks:
+        block.mlp.gate.dtype = getattr(torch, config.moe.router_dtype)
         block.mlp.gate.force_balanced = config.moe.force_balanced_routing
     num_parameters = sum(parameter.numel() for parameter in model.parameters())
     num_trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)

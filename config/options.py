@@ -214,6 +214,9 @@ class MoE:
     layers, as transformers does."""
     z_loss_coef: NotNegative = 0.0
     """Weight of the router z-loss, which keeps the router's logits small. 0: off."""
+    router_dtype: Literal["float32", "bfloat16", "float64"] = "float32"
+    """Of the product that makes the router's logits; the softmax is float32 or wider. Weights are stored in float32
+    whatever it is. 'bfloat16': as transformers and most engines do under bfloat16, other choices near ties."""
     force_balanced_routing: bool = False
     """Benchmarks only: tokens go to the experts in turn, whatever the router prefers."""
 

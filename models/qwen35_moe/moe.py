@@ -53,18 +53,22 @@ class Router(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.top_k = config.num_experts_per_tok
+        self.dtype = torch.float32  # of the logits' product
         self.force_balanced = False  # benchmarks only
         self.weight = nn.Parameter(torch.empty(config.num_experts, config.hidden_size, dtype=torch.float32))
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
         """x [T, H] -> weights float32 [T, k], experts int64 [T, k], logits and probabilities float32 [T, E]."""
-        logits = F.linear(at_least_float32(x), self.weight)
+        out = at_least_float32(x).dtype  # float64 of a float64 model, which has all its arithmetic so
+        dtype = self.dtype if out == torch.float32 else out
+        logits = at_least_float32(F.linear(x.to(dtype), self.weight.to(dtype)))
         probabilities = logits.softmax(dim=-1)
         weights, experts = probabilities.topk(self.top_k, dim=-1)
         if self.force_balanced:
             experts = torch.arange(experts.numel(), device=x.device).view_as(experts) % logits.shape[-1]
             weights = probabilities.gather(-1, experts)
-        return weights / weights.sum(dim=-1, keepdim=True), experts, logits, probabilities
+        weights = weights / weights.sum(dim=-1, keepdim=True)
+        return weights.to(out), experts, logits.to(out), probabilities.to(out)
 
 
 def routed_experts(
