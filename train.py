@@ -52,7 +52,7 @@ from training.flops import flops_per_token, peak_flops_of_all
 from training.gradients import last_nonfinite
 from training.lock import RunLock
 from training.metrics import MetricsWriter, data_quality, peak_memory_gib, setup_logging
-from training.optimizer import build_optimizer, lr_factor, set_learning_rate
+from training.optimizer import build_optimizer, cut_short, lr_factor, set_learning_rate
 from training.signals import StopRequest
 from training.step import Stepper
 from training.step_report import Logged, StepReport
@@ -185,8 +185,8 @@ def main(arguments: list[str]) -> None:
     # A CPU has done a step when the host has launched it.
     report = StepReport(config, device, writer, first_step, step, *speed, is_late=device.type == "cuda")
     logger.info(f"from step {step} to {total_steps}, {loader.num_micro_batches} micro-batches a rank and step")
-    if (warmup_steps := config.lr_scheduler.warmup_steps) > total_steps:
-        logger.info(f"lr_scheduler.warmup_steps = {warmup_steps}: the rise is not finished in {total_steps} steps")
+    if missing := cut_short(total_steps, config.lr_scheduler):
+        logger.info(missing)
     if loader.num_filler_rows:
         readers = "processes" if meshes.context_parallel is None else "groups of processes"
         rows = f"{meshes.num_data_ranks} {readers} in rows of {training.local_batch_size}"

@@ -198,7 +198,7 @@ class LRScheduler:
     decay: Literal["cosine", "linear", "wsd", "constant"] = "cosine"
     """Curve from the peak to `min_lr_ratio` at the last step; "wsd": stay at the peak, fall linearly at the end."""
     decay_steps: Count = 0
-    """Length of the final fall of "wsd", in steps; with any other decay it must be 0."""
+    """Length of the final fall of "wsd", in steps, at most those after the rise; with any other decay it must be 0."""
     min_lr_ratio: Ratio = 0.1
     """Learning rate at the last step / peak learning rate."""
 

@@ -170,16 +170,31 @@ def lr_factor(step: int, total_steps: int, config: LRScheduler) -> float:
     """What the peak learning rate is multiplied by at optimizer step `step` (1 is the first).
 
     Linear warm-up, then a decay to `min_lr_ratio` at the last step: "cosine" (Loshchilov & Hutter 2017, arXiv
-    1608.03983), "linear", "wsd" (constant until the last `decay_steps`, then linear: arXiv 2404.06395) or "constant".
+    1608.03983), "linear", "wsd" (constant until the last `decay_steps`, then linear: arXiv 2404.06395; at the earliest
+    from the warm-up's end) or "constant".
     """
     if step <= config.warmup_steps:
         return step / config.warmup_steps
     if config.decay == "constant":
         return 1.0
-    start = total_steps - config.decay_steps if config.decay == "wsd" else config.warmup_steps
+    start = config.warmup_steps
+    if config.decay == "wsd":
+        start = max(start, total_steps - config.decay_steps)
     progress = min(max((step - start) / max(total_steps - start, 1), 0.0), 1.0)
     remaining = (1 + math.cos(math.pi * progress)) / 2 if config.decay == "cosine" else 1 - progress
     return config.min_lr_ratio + (1 - config.min_lr_ratio) * remaining
+
+
+def cut_short(total_steps: int, config: LRScheduler) -> str:
+    """What of the schedule has no room in so many steps, in words; nothing if all has."""
+    left = total_steps - config.warmup_steps
+    if left < 0:
+        return f"lr_scheduler.warmup_steps = {config.warmup_steps}: the rise is not finished in {total_steps} steps"
+    if left == 0:
+        return f"lr_scheduler.warmup_steps = {config.warmup_steps}: the rise takes all {total_steps} steps"
+    if config.decay == "wsd" and config.decay_steps > left:
+        return f"lr_scheduler.decay_steps = {config.decay_steps}: the rise leaves {left} of {total_steps} for the fall"
+    return ""
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:

@@ -1,6 +1,7 @@
 """Learning-rate schedule and AdamW's parameter groups."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from models.qwen35_moe.init import init_weights
 from models.qwen35_moe.model import Qwen35Moe
 from tests.models.qwen35_moe.shapes import random_model, tiny_config
 from tests.models.qwen35_moe.vision_shapes import tiny_vision
-from training.optimizer import build_optimizer, lr_factor, set_learning_rate, step_clipped
+from training.optimizer import build_optimizer, cut_short, lr_factor, set_learning_rate, step_clipped
 
 
 def factors(total: int, **changes) -> list[float]:
@@ -41,6 +42,31 @@ def test_wsd_is_flat_until_its_last_steps() -> None:
     wsd = factors(20, decay="wsd", decay_steps=5)
     assert wsd[3:15] == [1.0] * 12
     assert wsd[15:] == pytest.approx([0.82, 0.64, 0.46, 0.28, 0.1])
+
+
+def test_a_fall_that_is_too_long_begins_at_the_peak() -> None:
+    for decay_steps in (17, 20, 1000):
+        assert factors(20, decay="wsd", decay_steps=decay_steps) == factors(20, decay="linear")
+    assert factors(3, decay="wsd", decay_steps=2) == pytest.approx([0.25, 0.5, 0.75])
+
+
+@pytest.mark.parametrize(
+    ("total", "changes", "expected"),
+    [
+        (20, {}, ""),
+        (5, {}, ""),
+        (4, {}, "lr_scheduler.warmup_steps = 4: the rise takes all 4 steps"),
+        (3, {}, "lr_scheduler.warmup_steps = 4: the rise is not finished in 3 steps"),
+        (20, {"decay": "wsd", "decay_steps": 16}, ""),
+        (
+            20,
+            {"decay": "wsd", "decay_steps": 17},
+            "lr_scheduler.decay_steps = 17: the rise leaves 16 of 20 for the fall",
+        ),
+    ],
+)
+def test_what_of_a_schedule_has_no_room_is_told(total: int, changes: dict[str, Any], expected: str) -> None:
+    assert cut_short(total, LRScheduler(**{"warmup_steps": 4, **changes})) == expected
 
 
 def test_only_matrices_decay_and_every_parameter_is_optimised_once() -> None:
