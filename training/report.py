@@ -2,8 +2,9 @@
 
     python -m training.report RUN [RUN ...] [--out report.html]
 
-RUN is a folder that a run writes (`job.output_dir`), also of one that is still going on. The page needs nothing else,
-neither network nor scripts. Time is that of the training: pauses between starts and for checkpoints are left out.
+RUN is a folder that a run writes (`job.output_dir`), also of one that is still going on; one that has logged nothing
+yet is left out. The page needs nothing else, neither network nor scripts. Time is that of the training: pauses between
+starts and for checkpoints are left out.
 """
 
 import json
@@ -28,6 +29,10 @@ from training.report_html import page
 Points = list[tuple[float, float]]
 _MOST_METRICS = 1000  # of other names than those a run has: a damaged file may have any number
 _NEVER_NEGATIVE = ("step", "tokens_seen", "step_seconds")
+
+
+class NotLogged(UserError):
+    """A run that has no line of metrics yet."""
 
 
 @dataclass
@@ -72,10 +77,12 @@ class Run:
 
 
 def read_run(folder: Path, name: str) -> Run:
-    """Raises UserError for a folder without metrics."""
+    """Raises UserError for a folder without metrics: NotLogged if it is a run's."""
     path = folder / "metrics.jsonl"
     if not os.path.isfile(path):
-        raise UserError(f"{str(folder)!r}: expected the folder of a run, with a metrics.jsonl")
+        is_run = any(os.path.isfile(folder / name) for name in ("run.lock", "config.toml"))
+        kind = NotLogged if is_run else UserError
+        raise kind(f"{str(folder)!r}: expected the folder of a run, with a metrics.jsonl")
     columns: dict[str, array[float]] = {"step": array("d"), "seconds": array("d")}
     steps, seconds, num_damaged = columns["step"], columns["seconds"], 0
     for line in _objects(path):
@@ -96,7 +103,7 @@ def read_run(folder: Path, name: str) -> Run:
                 column.extend([math.nan] * (count - len(column)))
                 column.append(value)
     if not steps:
-        raise UserError(f"{path}: expected at least one line of metrics that can be read")
+        raise NotLogged(f"{path}: expected at least one line of metrics that can be read")
     for column in columns.values():
         column.extend([math.nan] * (len(steps) - len(column)))
     metrics = {metric: np.array(column) for metric, column in columns.items()}
@@ -174,7 +181,16 @@ def main(argv: list[str]) -> None:
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folders that runs write")
     parser.add_argument("--out", type=Path, default=Path("report.html"), help="the page; default: report.html")
     options = parser.parse_args(argv)
-    runs = [read_run(folder, name) for folder, name in zip(options.runs, short_names(options.runs))]
+    runs, without_lines = [], []
+    for folder, name in zip(options.runs, short_names(options.runs)):
+        try:
+            runs.append(read_run(folder, name))
+        except NotLogged as error:
+            without_lines.append(error)
+    if not runs:
+        raise without_lines[0]
+    for left_out in without_lines:
+        print(f"left out: {left_out}", file=sys.stderr)
     content = page(runs).encode(errors="replace")
     try:
         options.out.write_bytes(content)

@@ -88,6 +88,27 @@ def test_what_is_no_run_is_one_line(
     assert not (tmp_path / "page.html").exists()
 
 
+@pytest.mark.parametrize("lines", [None, "", "[]\n"])
+def test_a_run_that_has_not_logged_is_left_out_beside_one_that_has(
+    tmp_path: Path, lines: str | None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    old, new, options = write_run(tmp_path / "old"), tmp_path / "new", ["--out", str(tmp_path / "page.html")]
+    new.mkdir()
+    (new / "run.lock").write_text("")
+    if lines is not None:
+        (new / "metrics.jsonl").write_text(lines)
+    main([str(new), str(old), *options])
+    error = capsys.readouterr().err
+    assert error.startswith("left out: ")
+    assert str(new) in error
+    assert len(error.splitlines()) == 1
+    assert (tmp_path / "page.html").exists()
+    assert status_of(main, [str(new), *options]) == 2
+    (new / "run.lock").unlink()
+    (new / "metrics.jsonl").unlink(missing_ok=True)
+    assert status_of(main, [str(new), str(old), *options]) == 2  # a mistake in a name
+
+
 def test_a_page_that_cannot_be_written_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert status_of(main, [str(write_run(tmp_path / "a")), "--out", str(tmp_path / "none/page.html")]) == 2
     assert "--out" in capsys.readouterr().err
