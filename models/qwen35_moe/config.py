@@ -180,7 +180,8 @@ class ModelConfig:
     @classmethod
     def from_table(cls, table: Mapping[str, Any]) -> "ModelConfig":
         """Reads the inline table `[model.config]`: what is left out is as in 35B-A3B, the defaults above. With a
-        `vision_config` the tower is part of the model."""
+        `vision_config` the tower is part of the model. Raises UserError for what two keys say differently."""
+        _check_said_once(table)
         table = {"rope_theta": cls.rope_theta, **table}
         rope = table.get("rope_parameters") or {}
         if "mrope_section" in table and isinstance(rope, Mapping):
@@ -279,6 +280,27 @@ def read_config(path: Path) -> dict[str, Any]:
 def regular_layer_types(num_layers: int, interval: int) -> tuple[str, ...]:
     """Every `interval`-th layer is full attention."""
     return tuple(LINEAR if layer % interval else FULL for layer in range(1, num_layers + 1))
+
+
+def _check_said_once(table: Mapping[str, Any]) -> None:
+    """In a config.json the first of two keys is not read where they differ; whoever writes a table means both."""
+    for name, level in (("", table), ("vision_config.", table.get("vision_config"))):
+        if not isinstance(level, Mapping) or not isinstance(rope := level.get("rope_parameters"), Mapping):
+            continue
+        for key in level.keys() & rope.keys():
+            if not same(level[key], rope[key]):
+                raise UserError(
+                    f"model config: {name}{key} = {short(level[key])} and {name}rope_parameters.{key} = "
+                    f"{short(rope[key])}: expected one of them"
+                )
+    interval, layers = table.get("full_attention_interval"), table.get("layer_types")
+    if interval is not None and isinstance(layers, list | tuple):
+        interval = integer("full_attention_interval", interval, _LARGEST_DIM)
+        if tuple(layers) != regular_layer_types(len(layers), interval):
+            raise UserError(
+                f"model config: full_attention_interval = {interval} and layer_types = {short(layers)}: expected one "
+                "of them"
+            )
 
 
 def _text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:

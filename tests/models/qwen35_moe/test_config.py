@@ -353,3 +353,36 @@ def test_layer_types_follow_the_interval() -> None:
 def test_impossible_configs_are_named(changes: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         ModelConfig.from_table(changes)
+
+
+@pytest.mark.parametrize(
+    ("table", "expected"),
+    [
+        (
+            {"mrope_section": [-1], "rope_parameters": {"mrope_section": [11, 11, 10]}},
+            "model config: mrope_section = [-1] and rope_parameters.mrope_section = [11, 11, 10]: expected one of them",
+        ),
+        ({"rope_theta": 1e6, "rope_parameters": {"rope_theta": 1e4}}, "rope_theta = 1000000.0 and rope_parameters."),
+        (
+            {"partial_rotary_factor": 0.5, "rope_parameters": {"partial_rotary_factor": 0.25}},
+            "partial_rotary_factor = 0.5 and rope_parameters.",
+        ),
+        (
+            {"vision_config": {"rope_theta": 1.0, "rope_parameters": {"rope_theta": 1e4}}},
+            "vision_config.rope_theta = 1.0 and vision_config.rope_parameters.rope_theta = 10000.0: expected one",
+        ),
+        ({"full_attention_interval": 1, "layer_types": [LINEAR, FULL]}, "full_attention_interval = 1 and layer_types"),
+        ({"full_attention_interval": -1, "layer_types": [LINEAR, FULL]}, "full_attention_interval = -1 must be"),
+    ],
+)
+def test_a_table_that_says_a_thing_twice(table: dict[str, Any], expected: str) -> None:
+    with pytest.raises(UserError) as caught:
+        ModelConfig.from_table(table)
+    assert expected in str(caught.value)
+
+
+def test_a_table_may_say_the_same_twice() -> None:
+    rope = {"rope_theta": 3e4, "mrope_section": [12, 10, 10]}
+    layers = {"num_hidden_layers": 2, "layer_types": [LINEAR, FULL], "full_attention_interval": 2}
+    config = ModelConfig.from_table(rope | layers | {"rope_parameters": rope})
+    assert (config.rope_theta, config.mrope_section) == (3e4, (12, 10, 10))
