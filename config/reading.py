@@ -23,7 +23,7 @@ import tomli
 import tomli_w
 
 from config.options import Config
-from config.schema import SCHEMA, SECTIONS, default_of, help_text, in_words
+from config.schema import SCHEMA, SECTIONS, Named, default_of, help_text, in_words
 from data.files import is_dataset, matches
 from errors import UserError
 from models.qwen35_moe.config import ModelConfig, read_config
@@ -195,12 +195,15 @@ def _parse_command_line(argv: list[str]) -> dict[str, Any]:
         seen.add(key)
         names = key.split(".")
         schema: Any = accepted
-        for name in names:
+        for depth, name in enumerate(names):
             if get_origin(schema) is dict or schema is object:  # any keys
                 schema = object
                 continue
-            if not isinstance(schema, Mapping) or name not in schema:
-                raise UserError(f"--{key} = {text!r} is unknown: {_nearest(key)}")
+            if not isinstance(schema, Mapping):
+                leaf = ".".join(names[:depth])
+                raise UserError(f"--{key} = {text!r} is unknown: {leaf} is no table, but {in_words(schema)}")
+            if name not in schema:
+                raise UserError(f"--{key} = {text!r} is unknown: {_nearest(names[:depth], names[depth:], schema)}")
             schema = schema[name]
         if text is None:
             if schema is not bool:
@@ -264,7 +267,7 @@ def _convert_table(prefix: str, schema: Mapping[str, Any], table: Any, source: s
     for name, value in table.items():
         key = prefix + name
         if name not in schema:
-            raise UserError(f"{source}{key} = {value!r} is unknown: {_nearest(key)}")
+            raise UserError(f"{source}{key} = {value!r} is unknown: {_nearest(prefix.split('.')[:-1], [name], schema)}")
         if isinstance(schema[name], Mapping) and isinstance(value, dict):
             converted[name] = _convert_table(f"{key}.", schema[name], value, source)
             continue
@@ -319,18 +322,25 @@ def _expected(hint: Any, value: Any) -> str:
     return f"expected {in_words(hint)}" + "".join(f"; did you mean {choice!r}?" for choice in nearest)
 
 
-def _nearest(key: str) -> str:
-    """What an unknown key may have been meant to be."""
+def _nearest(above: list[str], names: list[str], table: Mapping[str, Any]) -> str:
+    """What an unknown key may have been meant to be. above: the names of `table`, which is there; names: those below,
+    of which the first is not. A key of that table goes before others."""
+    if isinstance(table, Named):
+        return f"expected {table.accepted}"
 
-    def leaves(schema: Mapping[str, Any], prefix: str) -> Iterator[str]:
-        for name, inner in schema.items():
-            yield from leaves(inner, f"{prefix}{name}.") if isinstance(inner, Mapping) else [prefix + name]
+    def keys(table: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+        for name, inner in table.items():
+            yield prefix + name
+            if isinstance(inner, Mapping):
+                yield from keys(inner, f"{prefix}{name}.")
 
-    keys = list(leaves(SCHEMA, ""))
-    known = keys if "." in key else [*SCHEMA, *keys]
-    same_name = [other for other in (*SCHEMA, *keys) if other.rpartition(".")[2] == key.rpartition(".")[2]]
-    nearest = difflib.get_close_matches(key, same_name or known, n=1, cutoff=0.0 if same_name else 0.6)
+    own, all_keys = list(keys(table)), list(keys(SCHEMA))
+    nearest = difflib.get_close_matches(".".join(names), own, n=1)
+    if not above or not nearest:
+        same_name = [key for key in all_keys if key.rpartition(".")[2] == names[-1]]
+        found = difflib.get_close_matches(".".join(above + names), same_name, n=1, cutoff=0.0)
+        if found:
+            return f"did you mean {found[0]}?"
     if nearest:
-        return f"did you mean {nearest[0]}?"
-    section = key.partition(".")[0]
-    return f"expected one of {', '.join(SCHEMA.get(section, SCHEMA))}"
+        return f"did you mean {'.'.join([*above, nearest[0]])}?"
+    return f"expected one of {', '.join(table)}"

@@ -36,8 +36,10 @@ def _given(hint: Any) -> Any:
     return get_args(hint)[0] if get_origin(hint) is types.UnionType or get_origin(hint) is Union else hint
 
 
-class _Named(dict[str, Any]):
+class Named(dict[str, Any]):
     """The schema of a table whose keys are names that the user gives, with values of one type."""
+
+    accepted = "a name of 1 to 64 letters, digits, _ and -"
 
     def __init__(self, hint: Any) -> None:
         super().__init__()
@@ -54,7 +56,7 @@ SCHEMA: dict[str, Any] = {
     name: {field.rstrip("_"): _given(hint) for field, hint in get_type_hints(cls, include_extras=True).items()}
     for name, cls in SECTIONS.items()
 }
-SCHEMA["validation"]["sets"] = _Named(get_args(SCHEMA["validation"]["sets"])[1])
+SCHEMA["validation"]["sets"] = Named(get_args(SCHEMA["validation"]["sets"])[1])
 SCHEMA["model"]["config"] = _SHAPE | _HF_FORM | _VISION
 SCHEMA["model"]["config"] |= {"attention_dropout": float, "rope_parameters": _ROPE_PARAMETERS}
 
