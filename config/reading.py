@@ -30,6 +30,7 @@ from models.qwen35_moe.config import ModelConfig, read_config
 
 _LENGTHS = {"steps", "epochs"}  # how long a run is, either way
 ROOT = Path(__file__).resolve().parents[1]
+_SHIPPED = ROOT / "train_configs"
 
 
 def load_config(argv: list[str]) -> Config:
@@ -42,23 +43,27 @@ def load_config(argv: list[str]) -> Config:
         raise SystemExit(0)
     options = _parse_command_line(argv)
     name = options.pop("config", None)
-    tables = options if name is None else _over(_load_toml(_find_config(name)), options)
+    file = None if name is None else _find_config(name)
+    tables = options if file is None else _over(_load_toml(file), options)
+    missing_in = f"{file}: " if file else f"--config is missing: {_expected_file()}; without it "
     model = tables.get("model", {})
     if model.get("path") and model.get("config"):
         raise UserError(f"model.path = {model['path']!r} and model.config exclude each other: expected one of them")
     if not model.get("path") and not model.get("config"):
-        raise UserError("model.path = '' and model.config is empty: expected a Hugging Face directory or a table")
+        neither = "model.path = '' and model.config is empty: expected a Hugging Face directory or a table"
+        raise UserError(f"{missing_in}{neither}")
     sections = {}
     for section, cls in SECTIONS.items():
         given = tables.get(section, {})
         fields = {item.name.rstrip("_"): item for item in dataclasses.fields(cls)}
         for key, item in fields.items():
             if key not in given and not default_of(item):
-                raise UserError(f"{section}.{key} is missing: expected {in_words(SCHEMA[section][key])}")
+                raise UserError(f"{missing_in}{section}.{key} is missing: expected {in_words(SCHEMA[section][key])}")
         sections[section] = cls(**{fields[key].name: value for key, value in given.items()})
     config = Config(**sections)
     if config.training.steps is None and config.training.epochs is None:
-        raise UserError("training.steps is missing: expected a positive integer, or training.epochs, a positive number")
+        neither = "training.steps is missing: expected a positive integer, or training.epochs, a positive number"
+        raise UserError(f"{missing_in}{neither}")
     if config.training.steps is not None and config.training.epochs is not None:
         both = f"training.steps = {config.training.steps} and training.epochs = {config.training.epochs}"
         raise UserError(f"{both}: expected one of them")
@@ -148,12 +153,18 @@ def _with_absolute_paths(config: Config) -> Config:
 
 def _find_config(name: str) -> Path:
     """The TOML file that `--config NAME` means. Raises UserError."""
-    folder = ROOT / "train_configs"
-    for path in (Path(name), ROOT / name, folder / name, folder / f"{name}.toml"):
-        if path.is_file():
+    for path in (Path(name), ROOT / name, _SHIPPED / name, _SHIPPED / f"{name}.toml"):
+        if os.path.isfile(path):
             return path
-    shipped = sorted(path.name for path in folder.glob("*.toml"))
-    raise UserError(f"--config = {name!r} does not exist: expected a file's path, or one of {', '.join(shipped)}")
+    found = "does not exist"
+    if os.path.exists(name):
+        is_folder = os.path.isdir(name)
+        found = "is a folder" if is_folder else "is a pipe or a device, and each process of a run has to read it"
+    raise UserError(f"--config = {name!r} {found}: {_expected_file()}")
+
+
+def _expected_file() -> str:
+    return f"expected a file's path, or one of {', '.join(sorted(path.name for path in _SHIPPED.glob('*.toml')))}"
 
 
 def _load_toml(path: Path, below: tuple[Path, ...] = ()) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """What is refused before a run: kernels, data, paths; and the command that run_train.sh runs first."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -53,7 +54,11 @@ def test_multi_token_prediction(folder: Path) -> None:
 def test_files_that_are_no_text(folder: Path) -> None:
     (folder / "binary.toml").write_bytes(b"\xff\xfe")
     assert "binary.toml is not TOML" in error_of("--config", "binary.toml")
-    assert "'text' does not exist: expected a file's path, or one of" in error_of("--config", "text")
+    assert "'none' does not exist: expected a file's path, or one of" in error_of("--config", "none")
+    assert "'text' is a folder: expected a file's path, or one of" in error_of("--config", "text")
+    os.mkfifo("pipe")
+    for name in ("pipe", "/dev/null"):
+        assert f"'{name}' is a pipe or a device, and each process of a run has to read it" in error_of("--config", name)
     (folder / "tokenizer" / "tokenizer.json").write_text("[]")
     assert "tokenizer.json cannot be read: " in error_of()
 

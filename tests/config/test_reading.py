@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from config.checks import check_config
 from config.options import Model
 from config.reading import ROOT, SECTIONS, load_config, model_config, resolved_toml
+from errors import UserError
 from tests.config.runs import MINIMAL, error_of, load, write_tokenizer
 
 # Precedence and merging
@@ -280,13 +281,35 @@ def test_an_option_given_twice() -> None:
         ("extends = 'base.toml'\n[data]\npath = [1]", "data.path = [1]: expected a list of any length, each a string"),
         ("extends = 'base.toml'\n[data]\npath = 1979-05-27", "expected a list"),
         ("[model]\npath = 'text'\nconfig = {num_experts = 4}", "model.config exclude each other"),
-        ("[training]\nsteps = 3", "model.path = '' and model.config is empty"),
-        (MINIMAL.replace("steps = 10", ""), "training.steps is missing: expected a positive integer"),
-        (MINIMAL.replace("[optimizer]\nlr = 1e-3", ""), "optimizer.lr is missing: expected a positive number"),
+        ("", "mistake.toml: model.path = '' and model.config is empty: expected a Hugging Face directory or a table"),
+        ("[training]\nsteps = 3", "mistake.toml: model.path = '' and model.config is empty"),
+        (MINIMAL.replace("steps = 10", ""), "mistake.toml: training.steps is missing: expected a positive integer"),
+        (
+            MINIMAL.replace("[optimizer]\nlr = 1e-3", ""),
+            "mistake.toml: optimizer.lr is missing: expected a positive number",
+        ),
     ],
 )
 def test_a_mistake_in_a_file(toml: str, expected: str) -> None:
     assert expected in error_of(toml=toml)
+
+
+@pytest.mark.parametrize(
+    ("options", "missing"),
+    [
+        ([], "model.path = '' and model.config is empty"),
+        (["--model.path=hf"], "training.sequence_length is missing: expected a positive"),
+        (
+            ["--model.path=hf", "--optimizer.lr=1", "--training.sequence_length=8", "--training.global_batch_size=8"],
+            "training.steps is missing: expected a positive",
+        ),
+    ],
+)
+def test_a_configuration_that_is_not_named(options: list[str], missing: str) -> None:
+    with pytest.raises(UserError) as caught:
+        load_config(options)
+    assert str(caught.value).startswith("--config is missing: expected a file's path, or one of qwen35moe_100m.toml, ")
+    assert f"; without it {missing}" in str(caught.value)
 
 
 @pytest.mark.parametrize("change", [lambda text: text.replace("\n", "\r\n"), lambda text: "\ufeff" + text])
