@@ -15,8 +15,9 @@ from typing import Any, NamedTuple
 
 import torch
 
+from checkpoint.files import read_json
 from checkpoint.tensors.safetensors import Export, read_safetensors
-from checkpoint.tensors.stored import StoredArray, StoredTensor, read_json
+from checkpoint.tensors.stored import StoredArray, StoredTensor
 from config.options import Lora
 from errors import UserError, reading
 from models.qwen35_moe.hf_weights import hf_name

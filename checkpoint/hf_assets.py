@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from checkpoint.tensors.stored import file_size, read_json
+from checkpoint.files import file_size, read_json
 from data.images import PROCESSOR_FILES, find_processor
 from data.tokenizer import PROBES, verify_tokenizer
 from errors import UserError, reading

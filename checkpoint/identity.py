@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from checkpoint.tensors.stored import read_json
+from checkpoint.files import read_json
 from config.options import Config
 from data.files import files_of, is_dataset
 from data.media import media_settings

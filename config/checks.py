@@ -7,8 +7,10 @@ import dataclasses
 import importlib.util
 import os
 import sys
+import tempfile
 from pathlib import Path
 
+from checkpoint.directories import find_checkpoint
 from config.options import Config, Kernels, LRScheduler, Optimizer
 from config.reading import load_config, model_config
 from data.check import check_data
@@ -147,12 +149,22 @@ def _check_paths(config: Config) -> None:
             raise UserError(
                 f"model.initial_load = 'hf': expected model.path = {config.model.path!r} to hold safetensors files"
             )
-    parent = Path(config.job.output_dir)
-    while not parent.exists():
-        parent = parent.parent
-    if not parent.is_dir() or not os.access(parent, os.W_OK):
-        output_dir = config.job.output_dir
-        raise UserError(f"job.output_dir = {output_dir!r}: expected a folder that can be written in {str(parent)!r}")
+    for key, named in (("resume", resume), ("start_from", start)):
+        if named and named not in ("auto", "never"):
+            try:
+                find_checkpoint(Path(named))
+            except UserError as error:
+                raise UserError(f"checkpoint.{key} = {error}") from None
+    parent = config.job.output_dir
+    while not os.path.lexists(parent):
+        parent = os.path.dirname(parent)
+    try:  # what the permissions say is not all: nobody can make a folder in /proc
+        os.rmdir(tempfile.mkdtemp(prefix=".", dir=parent))
+    except OSError as error:
+        raise UserError(
+            f"job.output_dir = {config.job.output_dir!r}: {error.strerror}: expected a folder that can be written in "
+            f"{parent!r}"
+        ) from None
     for path in (Path(config.job.output_dir, name) for name in _FOLDERS):
         if os.path.lexists(path) and not path.is_dir():
             raise UserError(f"{path} is no folder, or a link to none: expected the run's own, or nothing there")

@@ -12,7 +12,8 @@ from typing import cast
 
 import torch
 
-from checkpoint.tensors.stored import Chunk, StoredArray, StoredTensor, file_size
+from checkpoint.files import file_size
+from checkpoint.tensors.stored import Chunk, StoredArray, StoredTensor
 from checkpoint.tensors.torch_file import Stub, load_pickle, read_torch_file
 from errors import UserError, reading
 from models.qwen35_moe.parameters import Shape

@@ -14,7 +14,8 @@ from typing import NamedTuple
 
 import torch
 
-from checkpoint.tensors.stored import DTYPES, StoredArray, StoredTensor, file_size, finite, read_json, whole
+from checkpoint.files import file_size, read_json
+from checkpoint.tensors.stored import DTYPES, StoredArray, StoredTensor, finite, whole
 from errors import UserError, reading
 from models.qwen35_moe.hf_weights import shape_of_box
 from models.qwen35_moe.parameters import Box, Shape

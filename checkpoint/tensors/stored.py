@@ -6,17 +6,17 @@ memory is bounded by that box. Whatever the files, what they say is checked here
 element once, that bytes lie inside their file.
 """
 
-import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from io import FileIO
 from math import prod
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
-from errors import UserError, reading
+from checkpoint.files import file_size
+from errors import UserError
 from models.qwen35_moe.parameters import Box, Shape, full_box
 
 DTYPES = {
@@ -95,24 +95,6 @@ class StoredArray(NamedTuple):
             done += count
         strided = buffer.as_strided(self.shape, self.strides)
         return buffer.view(self.shape) if strided.is_contiguous() else strided.contiguous()
-
-
-def file_size(path: Path) -> int:
-    """Bytes of a regular file. Raises UserError for anything else, which might never end."""
-    with reading(path):
-        if not path.is_file():
-            raise UserError(f"{path} is {'no regular file' if path.exists() else 'missing'}")
-        return path.stat().st_size
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file. Raises UserError for one that is missing, no regular file, or holds anything else."""
-    file_size(path)
-    with reading(path):
-        value = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(value, dict):
-            raise UserError(f"{path} holds {value!r:.60}: expected a JSON object")
-        return value
 
 
 @dataclass

@@ -19,7 +19,8 @@ from typing import IO, Any, ClassVar
 
 import torch
 
-from checkpoint.tensors.stored import StoredArray, file_size
+from checkpoint.files import file_size
+from checkpoint.tensors.stored import StoredArray
 from errors import UserError, reading
 from torch_private import storage_types
 

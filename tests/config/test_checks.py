@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -21,6 +22,29 @@ def test_what_a_run_starts_from_is_one_thing(folder: Path) -> None:
     start = ["--config", "base.toml", "--checkpoint.start_from=text"]
     assert "start_from and checkpoint.resume = " in error_of(*start, "--checkpoint.resume=text")
     assert "exclude each other" in error_of(*start, "--model.initial_load=hf")
+
+
+@pytest.mark.parametrize("key", ["resume", "start_from"])
+def test_a_folder_that_is_no_checkpoint(folder: Path, key: str) -> None:
+    option = f"--checkpoint.{key}=text"
+    assert f"checkpoint.{key} = {folder}/text: expected a checkpoint, or a run's output_dir with a" in error_of(option)
+    (folder / "text" / "checkpoints" / "step-00000003").mkdir(parents=True)
+    check_config(load(option), 2)
+    check_config(load(f"{option}/checkpoints/../"), 2)
+    (folder / "plain").mkdir()
+    (folder / "plain" / ".metadata").touch()
+    check_config(load(f"--checkpoint.{key}=plain"), 2)
+
+
+def test_a_folder_that_cannot_be_made(folder: Path) -> None:
+    for path in ("/proc/none", "/proc/none/run", f"{folder}/base.toml/run", f"{folder}/lost", f"{folder}/lost/run"):
+        Path("lost").unlink(missing_ok=True)
+        Path("lost").symlink_to("none")
+        expected = rf"job.output_dir = '{path}': .*: expected a folder that can be written in '"
+        assert re.fullmatch(f"{expected}.*'", error_of(f"--job.output_dir={path}"))
+    before = sorted(folder.rglob("*"))
+    check_config(load("--job.output_dir=a/b"), 2)
+    assert sorted(folder.rglob("*")) == before  # the check leaves nothing behind
 
 
 def test_multi_token_prediction(folder: Path) -> None:
