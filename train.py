@@ -16,6 +16,7 @@ from checkpoint.hf_reader import load_hf_weights
 from config.checks import check_config
 from config.options import Config
 from config.reading import load_config, model_config, resolved_toml
+from config.unread import unread
 from data.held_out import Side
 from data.loader import TokenLoader
 from data.media import media_settings
@@ -130,6 +131,8 @@ def main(arguments: list[str]) -> None:
     torch.manual_seed(config.job.seed)
     shape = model_config(config)
     degrees = work_out_degrees(config.parallelism, config.training, shape, world_size)
+    if ignored := unread(config, shape, degrees):
+        logger.warning(ignored)
     meshes = build_meshes(device.type, degrees, room_factor(config.parallelism, device.type))
     set_timeout(meshes.all, config.job.collective_timeout_seconds)
 

@@ -68,13 +68,14 @@ def run(config_file: Path, output_dir: Path, *options: str, ranks: int = 2) -> N
     Run(output_dir, ranks, f"--config={config_file}", *options, defaults=()).finish()
 
 
-def run_script(config_file: Path, output_dir: Path, *options: str, ranks: int = 2) -> None:
-    """run_train.sh to its end, which must be a good one."""
+def run_script(config_file: Path, output_dir: Path, *options: str, ranks: int = 2) -> str:
+    """What run_train.sh prints to its end, which must be a good one."""
     command = ["bash", str(ROOT / "run_train.sh"), "--config", str(config_file), "--job.output_dir", str(output_dir)]
     done = subprocess.run(
         [*command, *options], env=environment(NGPU=str(ranks)), capture_output=True, text=True, timeout=PATIENCE
     )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return done.stdout + done.stderr
 
 
 def metrics(output_dir: Path) -> list[dict]:
@@ -99,7 +100,9 @@ def native_model(checkpoint: Path, with_vision: bool = False) -> Qwen35Moe:
 
 
 def test_four_processes_train_and_transformers_loads_the_result(config_file: Path, tmp_path: Path) -> None:
-    run_script(config_file, tmp_path / "run", "--training.steps=10", "--parallelism.expert_parallel_degree=4", ranks=4)
+    options = ("--training.steps=10", "--parallelism.expert_parallel_degree=4", "--validation.share=0.5")
+    log = run_script(config_file, tmp_path / "run", *options, ranks=4)
+    assert log.count("set, but not read: validation.share (validation.enable is false)\n") == 1
     lines = metrics(tmp_path / "run")
     assert [line["step"] for line in lines] == list(range(1, 11))
     assert lines[-1]["loss"] < lines[0]["loss"] - 0.5
