@@ -102,12 +102,9 @@ class Checkpointer:
         if options.enable:
             self._check_folder()
             self._from_rank_0(lambda: self._run and None)  # the data as they are now are what every save records
+        if options.resume == "never":
+            self._from_rank_0(lambda: directories.check_is_new(self._folder))
         existing = self._from_rank_0(lambda: directories.complete_checkpoints(self._folder))
-        if options.resume == "never" and existing:
-            raise UserError(
-                f"checkpoint.resume = 'never': {str(self._folder)!r} holds {existing[-1].name} of an earlier run: "
-                "expected another job.output_dir"
-            )
         if options.resume not in ("auto", "never"):
             return self._load(self._undamaged(Path(options.resume), "resume"))
         for path in reversed(existing):

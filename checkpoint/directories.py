@@ -30,6 +30,15 @@ def complete_checkpoints(folder: Path) -> list[Path]:
     return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
 
 
+def check_is_new(folder: Path) -> None:
+    """Raises UserError if a run's `checkpoints` folder holds complete ones, for a run that is to resume from none."""
+    if existing := complete_checkpoints(folder):
+        raise UserError(
+            f"checkpoint.resume = 'never': {str(folder)!r} holds {existing[-1].name} of an earlier run: expected "
+            "another job.output_dir"
+        )
+
+
 def find_checkpoint(path: Path) -> Path:
     """`path` itself if it is a checkpoint, else the newest of the run whose output_dir it is. Raises UserError."""
     with reading(path):

@@ -10,7 +10,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from checkpoint.directories import find_checkpoint
+from checkpoint.directories import check_is_new, find_checkpoint
 from config.options import Config, Kernels, LRScheduler, Optimizer
 from config.reading import load_config, model_config
 from data.check import check_data
@@ -149,6 +149,8 @@ def _check_paths(config: Config) -> None:
             raise UserError(
                 f"model.initial_load = 'hf': expected model.path = {config.model.path!r} to hold safetensors files"
             )
+    if resume == "never":
+        check_is_new(Path(config.job.output_dir, "checkpoints"))
     for key, named in (("resume", resume), ("start_from", start)):
         if named and named not in ("auto", "never"):
             try:

@@ -36,6 +36,15 @@ def test_a_folder_that_is_no_checkpoint(folder: Path, key: str) -> None:
     check_config(load(f"--checkpoint.{key}=plain"), 2)
 
 
+def test_a_fresh_run_in_a_folder_with_checkpoints(folder: Path) -> None:
+    check_config(load("--checkpoint.resume=never"), 2)
+    (folder / "out" / "checkpoints" / "step-00000003").mkdir(parents=True)
+    assert error_of("--checkpoint.resume=never") == (
+        f"checkpoint.resume = 'never': '{folder}/out/checkpoints' holds step-00000003 of an earlier run: expected "
+        "another job.output_dir"
+    )
+
+
 def test_a_folder_that_cannot_be_made(folder: Path) -> None:
     for path in ("/proc/none", "/proc/none/run", f"{folder}/base.toml/run", f"{folder}/lost", f"{folder}/lost/run"):
         Path("lost").unlink(missing_ok=True)
