@@ -92,7 +92,9 @@ def _read_manifest(folder: Path) -> dict[str, tuple[int, int]]:
             if not all(type(number) is int and number >= 0 for number in numbers):
                 raise ValueError(f"it does not tell the size and CRC-32 of {name!r}")
             files[name] = numbers
-    read = [folder / ".metadata", *folder.glob("*.distcp"), *folder.glob("run.json"), *folder.glob("hf/[!.]*")]
+    of_hf = [path for pattern in ("[!.]*", "[!.]*/**/*") for path in folder.glob(f"hf/{pattern}")]
+    read = [folder / ".metadata", *folder.glob("*.distcp"), *folder.glob("run.json")]
+    read += [path for path in of_hf if path.is_symlink() or not path.is_dir()]
     if unlisted := sorted({str(file.relative_to(folder)) for file in read} - files.keys()):
         raise UserError(f"{path} does not list {unlisted[0]!r}: expected the folder as the run left it")
     return files
