@@ -30,7 +30,9 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 from torch.distributed.checkpoint.staging import BlockingAsyncStager
+from torch.distributed.checkpoint.storage import WriteResult
 
 from checkpoint import directories
 from checkpoint.adapters import check_adapters, hash_base, serving_note, write_adapter
@@ -257,13 +259,14 @@ class Checkpointer:
             self._from_rank_0(lambda: directories.make_afresh(unfinished))
             state = self._model_state() | self._optimizer_state()
             state |= _train_state(step, tokens_seen, self._gather_cursors(own_cursors))
+            writer = _Writer(unfinished)
             if self._config.checkpoint.async_ and not last:
                 # It returns when the state is copied.
                 saving = dcp.async_save(
-                    state, checkpoint_id=unfinished, process_group=self._group, async_stager=self._stager
+                    state, storage_writer=writer, process_group=self._group, async_stager=self._stager
                 )
             else:
-                saving = self._thread.submit(dcp.save, state, checkpoint_id=unfinished, process_group=self._group)
+                saving = self._thread.submit(dcp.save, state, storage_writer=writer, process_group=self._group)
         except UserError as error:
             saving = Future()
             saving.set_exception(error)
@@ -389,10 +392,23 @@ def _train_state(step: int, tokens_seen: int, data_cursors: torch.Tensor) -> dic
     }
 
 
+class _Writer(dcp.FileSystemWriter):
+    """DCP's, whose errors are the disk's own: what an error came from does not travel to the other ranks with it."""
+
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> torch.futures.Future[list[WriteResult]]:
+        """Writes this rank's file."""
+        try:
+            return super().write_data(plan, planner)
+        except Exception as error:
+            raise directories.disk_error(error) or error from error
+
+
 def _one_line(error: BaseException) -> str:
     """The reason, without DCP's tracebacks of every rank."""
     if isinstance(error, CheckpointException):
         error = next(iter(error.failures.values()))[0]
+    if not isinstance(error, UserError):
+        error = directories.disk_error(error) or error
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
     return next(iter(str(error).splitlines()), type(error).__name__)

@@ -134,15 +134,19 @@ def new_directory(out: Path, source: Path) -> Iterator[Path]:
     except UserError:
         raise
     except Exception as error:
-        cause: BaseException | None = error
-        while cause and not (isinstance(cause, OSError) and cause.errno in _OF_THE_DISK):
-            cause = cause.__context__  # torch.save makes another error of it
-        if isinstance(cause, OSError):
+        if cause := disk_error(error):
             raise UserError(f"{out} cannot be written: {cause.strerror}") from error
         raise
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
         os.close(lock)
+
+
+def disk_error(error: BaseException | None) -> OSError | None:
+    """What the disk said, if that is what an error came from: torch.save makes another error of it."""
+    while error and not (isinstance(error, OSError) and error.errno in _OF_THE_DISK):
+        error = error.__context__
+    return error if isinstance(error, OSError) else None
 
 
 def _lock(folder: Path) -> int:
