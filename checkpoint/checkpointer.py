@@ -80,6 +80,7 @@ class Checkpointer:
         self._folder = Path(config.job.output_dir) / "checkpoints"
         self._base = Path(config.model.path) if config.model.initial_load == "hf" else None
         self._files_of_base: dict[str, str] = {}
+        self._damaged: set[Path] = set()
         # Saves run beside the training's collectives, which must not wait for each other: they have a group of their
         # own. A slow disk, or the export of a large model, is no dead peer: hours pass before it gives up.
         self._group = dist.new_group(backend="gloo", timeout=timedelta(hours=4))
@@ -116,6 +117,7 @@ class Checkpointer:
             if (damage := self._find_damage(path)) is None:
                 return self._load(path)
             logger.warning(f"cannot resume from {path}: {damage}")
+            self._damaged.add(path)
         if existing:
             raise UserError(
                 f"checkpoint.resume = 'auto': none of the {len(existing)} checkpoints in {str(self._folder)!r} can be "
@@ -313,7 +315,8 @@ class Checkpointer:
         return True
 
     def _publish(self, unfinished: Path, final: Path, files: dict[str, dict[str, int]]) -> None:
-        """Adds the files that are not DCP's, gives the checkpoint its name, and removes the oldest beyond `keep`."""
+        """Adds the files that are not DCP's, gives the checkpoint its name, and removes the oldest beyond `keep`,
+        those that the resume found damaged before all others."""
         (unfinished / "config.toml").write_text(resolved_toml(self._config), encoding="utf-8")
         (unfinished / RUN).write_text(json.dumps(self._run, indent=1) + "\n", encoding="utf-8")
         assets = unfinished / "hf"
@@ -339,6 +342,8 @@ class Checkpointer:
         # Never the one just written, which may not have the highest step.
         keep, older = self._config.checkpoint.keep, directories.complete_checkpoints(self._folder)
         older.remove(final)
+        self._damaged.discard(final)
+        older.sort(key=lambda path: path not in self._damaged)
         for path in older[: max(len(older) + 1 - keep, 0)] if keep else []:
             try:
                 directories.remove(path)

@@ -169,6 +169,28 @@ def test_keeps_the_newest_and_never_takes_the_one_just_written(tmp_path: Path) -
 
 
 @pytest.mark.usefixtures("one_rank")
+def test_what_the_resume_found_damaged_goes_before_any_good_one(tmp_path: Path) -> None:
+    def names() -> list[int]:
+        return [int(path.name[5:]) for path in complete_checkpoints(tmp_path / "checkpoints")]
+
+    _, _, checkpointer = build(str(tmp_path), 1, 1, seed=0, keep=0)
+    for step in (2, 4, 6, 8):
+        save(checkpointer, step)
+    for step in (6, 8):
+        flip_a_bit(tmp_path / f"checkpoints/step-{step:08}/__0_0.distcp")
+    _, _, checkpointer = build(str(tmp_path), 1, 1, seed=1, keep=3)
+    assert checkpointer.resume().step == 4
+    save(checkpointer, 5)
+    assert names() == [2, 4, 5]
+    flip_a_bit(tmp_path / "checkpoints/step-00000005/__0_0.distcp")
+    _, _, checkpointer = build(str(tmp_path), 1, 1, seed=1, keep=3)
+    assert checkpointer.resume().step == 4
+    save(checkpointer, 5)  # in the place of the damaged one: it is a good one now
+    save(checkpointer, 6)
+    assert names() == [4, 5, 6]
+
+
+@pytest.mark.usefixtures("one_rank")
 def test_a_save_that_fails_half_way_is_told_and_leaves_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
