@@ -37,12 +37,12 @@ from torch.distributed.checkpoint.storage import WriteResult
 from checkpoint import directories
 from checkpoint.adapters import check_adapters, hash_base, serving_note, write_adapter
 from checkpoint.export import Options, export_to_hf
-from checkpoint.hf_assets import SAMPLE, read_base, write_checkpoint_assets
+from checkpoint.hf_assets import SAMPLE, Files, name_base, read_base, read_checkpoint_assets, write_files
 from checkpoint.hf_reader import begin_mtp, fill
 from checkpoint.identity import RUN, Run, describe_run, difference, read_run
 from checkpoint.tensors.dcp import read_dcp
 from config.options import Config
-from config.reading import resolved_toml
+from config.reading import model_config, resolved_toml
 from data.chat import end_of_turn_ids
 from data.media import processor_of
 from data.samples import sample_texts
@@ -104,7 +104,8 @@ class Checkpointer:
             logger.info(serving_note(self._config.lora.targets))
         if options.enable:
             self._check_folder()
-            self._from_rank_0(lambda: self._run and None)  # the data as they are now are what every save records
+            # The data, and what accompanies the weights, as they are now are what every save records.
+            self._from_rank_0(lambda: self._run and self._assets and None)
         existing = self._from_rank_0(lambda: directories.complete_checkpoints(self._folder))
         if options.resume == "never" and existing:
             raise UserError(
@@ -220,8 +221,27 @@ class Checkpointer:
         return describe_run(self._config, self._shape)
 
     @functools.cached_property
-    def _sample(self) -> list[str]:
-        return sample_texts(self._config.data)
+    def _assets(self) -> Files:
+        """Each checkpoint's `hf/`, read when the run begins: its sources may change or vanish while it goes on."""
+        data, model = self._config.data, self._config.model
+        tokenizer = Path(data.tokenizer)
+        sources = [tokenizer]
+        config = self._shape.to_dict()
+        # No position beyond has been seen in training.
+        config.get("text_config", config)["max_position_embeddings"] = self._config.training.sequence_length
+        if model.path:  # it may say more than the shape
+            sources.append(Path(model.path))
+            config = read_config(sources[-1] / "config.json")
+            if model_config(self._config) != self._shape:
+                raise UserError(f"{sources[-1] / 'config.json'} has changed since the run began: expected it as it was")
+        ends = end_of_turn_ids(data.tokenizer, data) if data.format == "chat" else None
+        files = read_checkpoint_assets(
+            config, *sources, tokenizer=tokenizer, processor=processor_of(self._config), end_of_turn=ends
+        )
+        if data.format == "chat" and data.chat_template:  # comes before what the tokenizer has
+            with reading(data.chat_template):
+                files["chat_template.jinja"] = Path(data.chat_template).read_bytes()
+        return files | {SAMPLE: json.dumps(sample_texts(data)).encode()}
 
     def _has_new_data(self, path: Path) -> bool:
         """Whether the data are to be read from their beginning. Raises UserError naming what must not differ."""
@@ -321,22 +341,9 @@ class Checkpointer:
         (unfinished / RUN).write_text(json.dumps(self._run, indent=1) + "\n", encoding="utf-8")
         assets = unfinished / "hf"
         assets.mkdir()
-        sources = [Path(self._config.data.tokenizer)]
-        config = self._shape.to_dict()
-        # No position beyond has been seen in training.
-        config.get("text_config", config)["max_position_embeddings"] = self._config.training.sequence_length
-        if self._config.model.path:  # it may say more than the shape
-            sources.append(Path(self._config.model.path))
-            config = read_config(sources[-1] / "config.json")
-        data = self._config.data
-        ends = end_of_turn_ids(data.tokenizer, data) if data.format == "chat" else None
-        processor = processor_of(self._config)
-        write_checkpoint_assets(assets, config, self._base, *sources, processor=processor, end_of_turn=ends)
-        if data.format == "chat" and data.chat_template:  # comes before what the tokenizer has
-            shutil.copyfile(data.chat_template, assets / "chat_template.jinja")
+        write_files(assets, self._assets | (name_base(self._base) if self._base else {}))
         if self._config.lora.rank and self._base:
             write_adapter(assets, self._config.lora, self._base, self._files_of_base)
-        (assets / SAMPLE).write_text(json.dumps(self._sample), encoding="utf-8")
         directories.write_manifest(unfinished, files)
         directories.publish(unfinished, final)
         # Never the one just written, which may not have the highest step.

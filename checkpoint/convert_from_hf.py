@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a file fr
 
 from checkpoint.directories import check_is_free, new_directory, write_manifest
 from checkpoint.export import DTYPES
-from checkpoint.hf_assets import special_token_ids, write_checkpoint_assets
+from checkpoint.hf_assets import name_base, read_checkpoint_assets, special_token_ids, write_files
 from checkpoint.hf_reader import naming_tensors, native_tensors
 from checkpoint.tensors.safetensors import read_safetensors
 from checkpoint.tensors.stored import StoredTensor, finite
@@ -52,7 +52,7 @@ def convert_from_hf(
     with new_directory(out, source) as folder:
         (folder / "hf").mkdir()
         _write_dcp(folder, tensors, dtypes)
-        write_checkpoint_assets(folder / "hf", config, source, source)
+        write_files(folder / "hf", read_checkpoint_assets(config, source) | name_base(source))
         write_manifest(folder)
     return [key for key in stored if key.startswith(left_out(shape))]
 

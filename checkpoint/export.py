@@ -115,7 +115,7 @@ def export_to_hf(checkpoint: Path, out: Path, options: Options | None = None, pr
         new_directory(out, plan.source) as folder,
         tqdm(total=total, unit="B", unit_scale=True, desc=out.name, disable=None if progress else True) as bar,
     ):
-        hf_assets.copy_assets(folder, *plan.assets, vision="vision_config" in plan.config)
+        hf_assets.write_files(folder, hf_assets.read_assets(*plan.assets, vision="vision_config" in plan.config))
         hf_assets.write_generation_config(folder, plan.config)
         (folder / "config.json").write_text(json.dumps(plan.config, indent=2) + "\n", encoding="utf-8")
         hf_assets.check_tokenizer(folder, plan.assets)
@@ -170,7 +170,7 @@ def make_plan(checkpoint: Path, options: Options) -> Plan:
     if not configs:
         raise UserError(f"{checkpoint} has no config.json: expected --base with the model that it came from")
     # The checkpoint's own config tells what was trained; the base's may have what the checkpoint's left out: vision.
-    config = configs[0] if "vision_config" in configs[0] else configs[-1]
+    config = next((each for each in configs if "vision_config" in each), configs[-1 if options.base else 0])
     shape = ModelConfig.from_dict(configs[0])
     if ModelConfig.from_dict(config) != shape:
         raise UserError(f"--base {base}: its text model has another shape than the checkpoint's")
