@@ -37,7 +37,16 @@ from torch.distributed.checkpoint.storage import WriteResult
 from checkpoint import directories
 from checkpoint.adapters import check_adapters, hash_base, serving_note, write_adapter
 from checkpoint.export import Options, export_to_hf
-from checkpoint.hf_assets import SAMPLE, Files, name_base, read_base, read_checkpoint_assets, write_files
+from checkpoint.hf_assets import (
+    PROCESSOR_TEMPLATE,
+    SAMPLE,
+    TEMPLATE,
+    Files,
+    name_base,
+    read_base,
+    read_checkpoint_assets,
+    write_files,
+)
 from checkpoint.hf_reader import begin_mtp, fill
 from checkpoint.identity import RUN, Run, describe_run, difference, read_run
 from checkpoint.tensors.dcp import read_dcp
@@ -240,7 +249,9 @@ class Checkpointer:
         )
         if data.format == "chat" and data.chat_template:  # comes before what the tokenizer has
             with reading(data.chat_template):
-                files["chat_template.jinja"] = Path(data.chat_template).read_bytes()
+                files[TEMPLATE] = Path(data.chat_template).read_bytes()
+        if data.format == "chat" and TEMPLATE in files:  # and not another than the run trains with
+            files.pop(PROCESSOR_TEMPLATE, None)
         return files | {SAMPLE: json.dumps(sample_texts(data)).encode()}
 
     def _has_new_data(self, path: Path) -> bool:

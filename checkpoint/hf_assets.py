@@ -11,10 +11,13 @@ from data.images import PROCESSOR_FILES, find_processor
 from data.tokenizer import PROBES, verify_tokenizer
 from errors import UserError, reading
 
+TEMPLATE = "chat_template.jinja"
+PROCESSOR_TEMPLATE = "chat_template.json"
+"""Of older processors; where it is there, transformers' processor takes it before TEMPLATE."""
 _TOKENIZER = (
     "tokenizer.json",
     "tokenizer_config.json",
-    "chat_template.jinja",
+    TEMPLATE,
     "special_tokens_map.json",
     "added_tokens.json",
     "vocab.json",
@@ -24,7 +27,6 @@ _GENERATION = "generation_config.json"
 SAMPLE = "tokenizer_sample.json"
 """Of a checkpoint: a list of texts of its training data, by which an export's tokenizer is compared."""
 _SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
-
 
 Files = dict[str, bytes]
 """Their contents, by their names in a folder."""
@@ -37,7 +39,8 @@ def read_assets(
 
     A tokenizer's files belong together: they are those in `tokenizer`, by which a run reads its texts, else those of
     `find_tokenizer`, and no other source's. So do an image processor's: those in `processor`, by which a run reads its
-    images, else of the first source that has some.
+    images, else of the first source that has some. A processor's template is not taken where the tokenizer of another
+    folder has its own.
     """
     if tokenizer is None:
         tokenizer = find_tokenizer(sources)
@@ -48,11 +51,19 @@ def read_assets(
     names[_GENERATION] = list(sources)
     if vision and (processor := processor or find_processor(sources)):
         names |= {name: [processor] for name in PROCESSOR_FILES}
+        if processor == tokenizer or not (templates or _has_template(tokenizer)):
+            names[PROCESSOR_TEMPLATE] = [processor]
     found = {}
     for name, places in names.items():
         if source := next((place for place in places if os.path.lexists(place / name)), None):
             found[name] = _without_code(source / name)
     return found
+
+
+def _has_template(tokenizer: Path) -> bool:
+    settings = tokenizer / _TOKENIZER[1]
+    in_settings = settings.exists() and bool(read_json(settings).get("chat_template"))
+    return in_settings or (tokenizer / TEMPLATE).exists()
 
 
 def write_files(folder: Path, files: Files) -> None:

@@ -176,6 +176,8 @@ def started_from_files(folder: Path) -> Checkpointer:
     (folder / "tokenizer/additional_chat_templates/tool.jinja").write_text("x")
     (folder / "base/config.json").write_text(json.dumps(CONFIG.to_dict() | {"note": 1, "max_position_embeddings": 64}))
     (folder / "base/generation_config.json").write_text('{"top_k": 20}')
+    (folder / "tokenizer/preprocessor_config.json").write_text("{}")
+    (folder / "tokenizer/chat_template.json").write_text('{"chat_template": "another"}')
     shutil.copy(TOKENIZER / "chat_template.jinja", folder / "own.jinja")
     turns = [{"role": "user", "content": "Who are you?"}, {"role": "assistant", "content": "I am Tiny."}]
     (folder / "chats.jsonl").write_text(json.dumps({"messages": turns}) + "\n")
@@ -214,6 +216,7 @@ def test_what_accompanies_the_weights_is_that_of_the_start(tmp_path: Path, chang
         assert config["num_experts_per_tok"] == CONFIG.num_experts_per_tok
         assert (config["note"], config["max_position_embeddings"]) == (1, 64)
         assert json.loads((folder / "generation_config.json").read_text())["top_k"] == 20
+        assert not (folder / "chat_template.json").exists()  # transformers' processor would take it
         assert (folder / "chat_template.jinja").read_bytes() == (tmp_path / "own.jinja.before").read_bytes()
         for name in ("tokenizer.json", "tokenizer_config.json", "additional_chat_templates/tool.jinja"):
             assert (folder / name).read_bytes() == (tmp_path / "tokenizer.before" / name).read_bytes()

@@ -98,6 +98,32 @@ def test_a_processors_files_are_of_one_folder(tmp_path: Path, processor: str | N
 
 
 @pytest.mark.parametrize(
+    ("files", "beside", "expected"),
+    [
+        ({}, False, True),
+        ({"chat_template_jinja": "x"}, False, False),
+        ({"additional_chat_templates__tool_jinja": "x"}, False, False),
+        ({"tokenizer_config_json": '{"chat_template": "x"}'}, False, False),
+        ({"chat_template_jinja": "x"}, True, True),
+    ],
+)
+def test_a_processors_template_comes_along_and_before_no_other_tokenizers(
+    tmp_path: Path, files: dict[str, str], beside: bool, expected: bool
+) -> None:
+    processor = {"preprocessor_config_json": "{}", "chat_template_json": '{"chat_template": "z"}'}
+    trained = folder_of(tmp_path / "trained", **(tokenizer_files() | files | (processor if beside else {})))
+    base = folder_of(tmp_path / "base", **tokenizer_files(), **processor)
+    assert ("chat_template.json" in read_assets(trained, base)) == expected
+    assert "chat_template.json" not in read_assets(trained, base, vision=False)
+
+
+def test_a_processors_template_alone_makes_no_processor(tmp_path: Path) -> None:
+    trained = folder_of(tmp_path / "trained", **tokenizer_files(), chat_template_json="{}")
+    base = folder_of(tmp_path / "base", preprocessor_config_json="{}")
+    assert "preprocessor_config.json" in read_assets(trained, base)
+
+
+@pytest.mark.parametrize(
     ("config", "settings", "expected"),
     [
         ({}, None, [7, 9]),  # the tokenizer's own, and that of the trained turns
