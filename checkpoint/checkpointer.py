@@ -44,12 +44,14 @@ from checkpoint.hf_assets import (
     Files,
     name_base,
     read_base,
+    read_base_parts,
     read_checkpoint_assets,
     write_files,
 )
-from checkpoint.hf_reader import begin_mtp, fill
+from checkpoint.hf_reader import begin_mtp, fill, hash_parts
 from checkpoint.identity import RUN, Run, describe_run, difference, read_run
 from checkpoint.tensors.dcp import read_dcp
+from checkpoint.tensors.safetensors import read_safetensors
 from config.options import Config
 from config.reading import model_config, resolved_toml
 from data.chat import end_of_turn_ids
@@ -57,7 +59,7 @@ from data.media import processor_of
 from data.samples import sample_texts
 from errors import UserError, reading
 from models.qwen35_moe.config import ModelConfig, read_config
-from models.qwen35_moe.hf_weights import MTP, TOWER
+from models.qwen35_moe.hf_weights import MTP, TOWER, left_out
 from models.qwen35_moe.lora import is_adapter
 from models.qwen35_moe.model import Qwen35Moe
 from parallelisms.mesh import Meshes
@@ -89,6 +91,7 @@ class Checkpointer:
         self._folder = Path(config.job.output_dir) / "checkpoints"
         self._base = Path(config.model.path) if config.model.initial_load == "hf" else None
         self._files_of_base: dict[str, str] = {}
+        self._parts_of_base: dict[str, str] = {}
         self._damaged: set[Path] = set()
         # Saves run beside the training's collectives, which must not wait for each other: they have a group of their
         # own. A slow disk, or the export of a large model, is no dead peer: hours pass before it gives up.
@@ -135,6 +138,8 @@ class Checkpointer:
             )
         if options.start_from:
             return self._load(self._undamaged(Path(options.start_from), "start_from"), weights_only=True)
+        if options.enable and not self._config.lora.rank and (base := self._base):
+            self._parts_of_base = self._from_rank_0(lambda: hash_parts(read_safetensors(base), left_out(self._shape)))
         return None
 
     def _check_folder(self) -> None:
@@ -208,7 +213,7 @@ class Checkpointer:
         # DCP itself would unpickle the checkpoint's index, and trust it.
         self._on_all_ranks(lambda: fill(state, stored, local_region))
         if not self._config.lora.rank:
-            self._base = read_base(path)
+            self._base, self._parts_of_base = read_base(path), read_base_parts(path)
         if weights_only:
             logger.info(f"starts with the weights of {path}")
             return Progress()
@@ -352,7 +357,7 @@ class Checkpointer:
         (unfinished / RUN).write_text(json.dumps(self._run, indent=1) + "\n", encoding="utf-8")
         assets = unfinished / "hf"
         assets.mkdir()
-        write_files(assets, self._assets | (name_base(self._base) if self._base else {}))
+        write_files(assets, self._assets | (name_base(self._base, self._parts_of_base) if self._base else {}))
         if self._config.lora.rank and self._base:
             write_adapter(assets, self._config.lora, self._base, self._files_of_base)
         directories.write_manifest(unfinished, files)

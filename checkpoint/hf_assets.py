@@ -132,9 +132,9 @@ def read_checkpoint_assets(
     return files | {"config.json": _as_json(config)}
 
 
-def name_base(base: Path) -> Files:
-    """What a checkpoint's `hf/` tells of where the model's weights came from."""
-    return {"base.json": (json.dumps({"path": str(base.resolve())}) + "\n").encode()}
+def name_base(base: Path, parts: Mapping[str, str]) -> Files:
+    """What a checkpoint's `hf/` tells of where the model's weights came from, and of the parts that were left there."""
+    return {"base.json": (json.dumps({"path": str(base.resolve()), "parts": dict(parts)}) + "\n").encode()}
 
 
 def write_generation_config(folder: Path, config: Mapping[str, Any]) -> None:
@@ -168,6 +168,16 @@ def read_base(checkpoint: Path) -> Path | None:
         base = Path(values["path"])
         base.exists()  # or it is no path: too long, for one
         return base
+
+
+def read_base_parts(checkpoint: Path) -> dict[str, str]:
+    """The hashes of the parts that were left in that directory, by the prefix of their tensors; an older checkpoint has
+    none."""
+    path = checkpoint / "hf" / "base.json"
+    parts = read_json(path).get("parts", {}) if os.path.lexists(path) else {}
+    if not isinstance(parts, dict) or not all(isinstance(value, str) for value in parts.values()):
+        raise UserError(f"{path}: expected the parts' hashes")
+    return parts
 
 
 def special_token_ids(tokenizer: Path) -> dict[str, int]:

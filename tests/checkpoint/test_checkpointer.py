@@ -1,6 +1,7 @@
 """Saving, retention, resuming on other layouts, and what a resume refuses."""
 
 import dataclasses
+import hashlib
 import json
 import pickle
 import shutil
@@ -11,14 +12,16 @@ from unittest.mock import ANY
 import pytest
 import torch
 import torch.distributed as dist
+from safetensors.torch import save_file
 
 import checkpoint.checkpointer as checkpointer_module
 from checkpoint.checkpointer import Checkpointer, Progress
 from checkpoint.directories import complete_checkpoints, find_checkpoint, write_manifest
-from checkpoint.hf_assets import read_base
+from checkpoint.hf_assets import read_base, read_base_parts
 from config.options import Checkpoint, Config, Data, Job, Model, Optimizer, Training
 from errors import UserError
 from models.ops.kernels import Kernels
+from models.qwen35_moe.hf_weights import MTP, VISION
 from models.qwen35_moe.model import Qwen35Moe
 from parallelisms.degrees import Degrees
 from parallelisms.mesh import build_meshes
@@ -189,7 +192,6 @@ def started_from_files(folder: Path) -> Checkpointer:
         chat_template=str(folder / "own.jinja"),
     )
     checkpointer._config = dataclasses.replace(checkpointer._config, data=data, model=Model(path=str(folder / "base")))
-    checkpointer._base = folder / "base"
     return checkpointer
 
 
@@ -201,6 +203,7 @@ SOURCES = ("base", "tokenizer", "own.jinja", "chats.jsonl")
 def test_what_accompanies_the_weights_is_that_of_the_start(tmp_path: Path, change: str) -> None:
     checkpointer = started_from_files(tmp_path)
     assert checkpointer.resume() is None
+    checkpointer._base = tmp_path / "base"  # as if it had been loaded from there
     for name in SOURCES:
         (tmp_path / name).rename(tmp_path / f"{name}.before")
     if change == "change":
@@ -222,6 +225,25 @@ def test_what_accompanies_the_weights_is_that_of_the_start(tmp_path: Path, chang
             assert (folder / name).read_bytes() == (tmp_path / "tokenizer.before" / name).read_bytes()
     assert "I am Tiny." in json.loads((find_checkpoint(tmp_path / "run") / "hf/tokenizer_sample.json").read_text())
     save(checkpointer, 2)
+
+
+@pytest.mark.usefixtures("one_rank")
+def test_every_checkpoint_tells_what_was_left_in_the_base(tmp_path: Path) -> None:
+    base = tmp_path / "base"
+    base.mkdir()
+    save_file({"mtp.norm.weight": torch.ones(3), "model.norm.weight": torch.ones(3)}, base / "model.safetensors")
+    _, _, checkpointer = build(str(tmp_path / "run"), 1, 1, seed=0)
+    checkpointer._base = base  # as with model.initial_load = "hf"
+    assert checkpointer.resume() is None
+    shutil.rmtree(base)
+    save(checkpointer, 1)
+    _, _, checkpointer = build(str(tmp_path / "run"), 1, 1, seed=0)
+    assert checkpointer.resume().step == 1
+    save(checkpointer, 2)
+    first, second = (read_base_parts(path) for path in complete_checkpoints(tmp_path / "run/checkpoints"))
+    assert first.keys() == {VISION, MTP}
+    assert first[VISION] == hashlib.sha256().hexdigest() != first[MTP]
+    assert second == first
 
 
 @pytest.mark.usefixtures("one_rank")
