@@ -30,23 +30,36 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 from torch.distributed.checkpoint.staging import BlockingAsyncStager
+from torch.distributed.checkpoint.storage import WriteResult
 
 from checkpoint import directories
 from checkpoint.adapters import check_adapters, hash_base, serving_note, write_adapter
 from checkpoint.export import Options, export_to_hf
-from checkpoint.hf_assets import SAMPLE, read_base, write_checkpoint_assets
-from checkpoint.hf_reader import begin_mtp, fill
+from checkpoint.hf_assets import (
+    PROCESSOR_TEMPLATE,
+    SAMPLE,
+    TEMPLATE,
+    Files,
+    name_base,
+    read_base,
+    read_base_parts,
+    read_checkpoint_assets,
+    write_files,
+)
+from checkpoint.hf_reader import begin_mtp, fill, hash_parts
 from checkpoint.identity import RUN, Run, describe_run, difference, read_run
 from checkpoint.tensors.dcp import read_dcp
+from checkpoint.tensors.safetensors import read_safetensors
 from config.options import Config
-from config.reading import resolved_toml
+from config.reading import model_config, resolved_toml
 from data.chat import end_of_turn_ids
 from data.media import processor_of
 from data.samples import sample_texts
 from errors import UserError, reading
 from models.qwen35_moe.config import ModelConfig, read_config
-from models.qwen35_moe.hf_weights import MTP, TOWER
+from models.qwen35_moe.hf_weights import MTP, TOWER, left_out
 from models.qwen35_moe.lora import is_adapter
 from models.qwen35_moe.model import Qwen35Moe
 from parallelisms.mesh import Meshes
@@ -78,6 +91,8 @@ class Checkpointer:
         self._folder = Path(config.job.output_dir) / "checkpoints"
         self._base = Path(config.model.path) if config.model.initial_load == "hf" else None
         self._files_of_base: dict[str, str] = {}
+        self._parts_of_base: dict[str, str] = {}
+        self._damaged: set[Path] = set()
         # Saves run beside the training's collectives, which must not wait for each other: they have a group of their
         # own. A slow disk, or the export of a large model, is no dead peer: hours pass before it gives up.
         self._group = dist.new_group(backend="gloo", timeout=timedelta(hours=4))
@@ -101,7 +116,8 @@ class Checkpointer:
             logger.info(serving_note(self._config.lora.targets))
         if options.enable:
             self._check_folder()
-            self._from_rank_0(lambda: self._run and None)  # the data as they are now are what every save records
+            # The data, and what accompanies the weights, as they are now are what every save records.
+            self._from_rank_0(lambda: self._run and self._assets and None)
         if options.resume == "never":
             self._from_rank_0(lambda: directories.check_is_new(self._folder))
         existing = self._from_rank_0(lambda: directories.complete_checkpoints(self._folder))
@@ -111,6 +127,7 @@ class Checkpointer:
             if (damage := self._find_damage(path)) is None:
                 return self._load(path)
             logger.warning(f"cannot resume from {path}: {damage}")
+            self._damaged.add(path)
         if existing:
             raise UserError(
                 f"checkpoint.resume = 'auto': none of the {len(existing)} checkpoints in {str(self._folder)!r} can be "
@@ -118,6 +135,8 @@ class Checkpointer:
             )
         if options.start_from:
             return self._load(self._undamaged(Path(options.start_from), "start_from"), weights_only=True)
+        if options.enable and not self._config.lora.rank and (base := self._base):
+            self._parts_of_base = self._from_rank_0(lambda: hash_parts(read_safetensors(base), left_out(self._shape)))
         return None
 
     def _check_folder(self) -> None:
@@ -191,7 +210,7 @@ class Checkpointer:
         # DCP itself would unpickle the checkpoint's index, and trust it.
         self._on_all_ranks(lambda: fill(state, stored, local_region))
         if not self._config.lora.rank:
-            self._base = read_base(path)
+            self._base, self._parts_of_base = read_base(path), read_base_parts(path)
         if weights_only:
             logger.info(f"starts with the weights of {path}")
             return Progress()
@@ -213,8 +232,29 @@ class Checkpointer:
         return describe_run(self._config, self._shape)
 
     @functools.cached_property
-    def _sample(self) -> list[str]:
-        return sample_texts(self._config.data)
+    def _assets(self) -> Files:
+        """Each checkpoint's `hf/`, read when the run begins: its sources may change or vanish while it goes on."""
+        data, model = self._config.data, self._config.model
+        tokenizer = Path(data.tokenizer)
+        sources = [tokenizer]
+        config = self._shape.to_dict()
+        # No position beyond has been seen in training.
+        config.get("text_config", config)["max_position_embeddings"] = self._config.training.sequence_length
+        if model.path:  # it may say more than the shape
+            sources.append(Path(model.path))
+            config = read_config(sources[-1] / "config.json")
+            if model_config(self._config) != self._shape:
+                raise UserError(f"{sources[-1] / 'config.json'} has changed since the run began: expected it as it was")
+        ends = end_of_turn_ids(data.tokenizer, data) if data.format == "chat" else None
+        files = read_checkpoint_assets(
+            config, *sources, tokenizer=tokenizer, processor=processor_of(self._config), end_of_turn=ends
+        )
+        if data.format == "chat" and data.chat_template:  # comes before what the tokenizer has
+            with reading(data.chat_template):
+                files[TEMPLATE] = Path(data.chat_template).read_bytes()
+        if data.format == "chat" and TEMPLATE in files:  # and not another than the run trains with
+            files.pop(PROCESSOR_TEMPLATE, None)
+        return files | {SAMPLE: json.dumps(sample_texts(data)).encode()}
 
     def _has_new_data(self, path: Path) -> bool:
         """Whether the data are to be read from their beginning. Raises UserError naming what must not differ."""
@@ -254,13 +294,14 @@ class Checkpointer:
             self._from_rank_0(lambda: directories.make_afresh(unfinished))
             state = self._model_state() | self._optimizer_state()
             state |= _train_state(step, tokens_seen, self._gather_cursors(own_cursors))
+            writer = _Writer(unfinished)
             if self._config.checkpoint.async_ and not last:
                 # It returns when the state is copied.
                 saving = dcp.async_save(
-                    state, checkpoint_id=unfinished, process_group=self._group, async_stager=self._stager
+                    state, storage_writer=writer, process_group=self._group, async_stager=self._stager
                 )
             else:
-                saving = self._thread.submit(dcp.save, state, checkpoint_id=unfinished, process_group=self._group)
+                saving = self._thread.submit(dcp.save, state, storage_writer=writer, process_group=self._group)
         except UserError as error:
             saving = Future()
             saving.set_exception(error)
@@ -307,32 +348,22 @@ class Checkpointer:
         return True
 
     def _publish(self, unfinished: Path, final: Path, files: dict[str, dict[str, int]]) -> None:
-        """Adds the files that are not DCP's, gives the checkpoint its name, and removes the oldest beyond `keep`."""
+        """Adds the files that are not DCP's, gives the checkpoint its name, and removes the oldest beyond `keep`,
+        those that the resume found damaged before all others."""
         (unfinished / "config.toml").write_text(resolved_toml(self._config), encoding="utf-8")
         (unfinished / RUN).write_text(json.dumps(self._run, indent=1) + "\n", encoding="utf-8")
         assets = unfinished / "hf"
         assets.mkdir()
-        sources = [Path(self._config.data.tokenizer)]
-        config = self._shape.to_dict()
-        # No position beyond has been seen in training.
-        config.get("text_config", config)["max_position_embeddings"] = self._config.training.sequence_length
-        if self._config.model.path:  # it may say more than the shape
-            sources.append(Path(self._config.model.path))
-            config = read_config(sources[-1] / "config.json")
-        data = self._config.data
-        ends = end_of_turn_ids(data.tokenizer, data) if data.format == "chat" else None
-        processor = processor_of(self._config)
-        write_checkpoint_assets(assets, config, self._base, *sources, processor=processor, end_of_turn=ends)
-        if data.format == "chat" and data.chat_template:  # comes before what the tokenizer has
-            shutil.copyfile(data.chat_template, assets / "chat_template.jinja")
+        write_files(assets, self._assets | (name_base(self._base, self._parts_of_base) if self._base else {}))
         if self._config.lora.rank and self._base:
             write_adapter(assets, self._config.lora, self._base, self._files_of_base)
-        (assets / SAMPLE).write_text(json.dumps(self._sample), encoding="utf-8")
         directories.write_manifest(unfinished, files)
         directories.publish(unfinished, final)
         # Never the one just written, which may not have the highest step.
         keep, older = self._config.checkpoint.keep, directories.complete_checkpoints(self._folder)
         older.remove(final)
+        self._damaged.discard(final)
+        older.sort(key=lambda path: path not in self._damaged)
         for path in older[: max(len(older) + 1 - keep, 0)] if keep else []:
             try:
                 directories.remove(path)
@@ -386,10 +417,23 @@ def _train_state(step: int, tokens_seen: int, data_cursors: torch.Tensor) -> dic
     }
 
 
+class _Writer(dcp.FileSystemWriter):
+    """DCP's, whose errors are the disk's own: what an error came from does not travel to the other ranks with it."""
+
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> torch.futures.Future[list[WriteResult]]:
+        """Writes this rank's file."""
+        try:
+            return super().write_data(plan, planner)
+        except Exception as error:
+            raise directories.disk_error(error) or error from error
+
+
 def _one_line(error: BaseException) -> str:
     """The reason, without DCP's tracebacks of every rank."""
     if isinstance(error, CheckpointException):
         error = next(iter(error.failures.values()))[0]
+    if not isinstance(error, UserError):
+        error = directories.disk_error(error) or error
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
     return next(iter(str(error).splitlines()), type(error).__name__)

@@ -19,8 +19,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a file fr
 
 from checkpoint.directories import check_is_free, new_directory, write_manifest
 from checkpoint.export import DTYPES
-from checkpoint.hf_assets import special_token_ids, write_checkpoint_assets
-from checkpoint.hf_reader import naming_tensors, native_tensors
+from checkpoint.hf_assets import name_base, read_checkpoint_assets, special_token_ids, write_files
+from checkpoint.hf_reader import hash_parts, naming_tensors, native_tensors
 from checkpoint.tensors.safetensors import read_safetensors
 from checkpoint.tensors.stored import StoredTensor, finite
 from errors import OneLineParser, exit_on_error
@@ -49,10 +49,11 @@ def convert_from_hf(
         tensors = native_tensors(shape, stored)
     float32 = {name for name, parameter in parameters(shape).items() if parameter.is_float32}
     dtypes = {n: t.dtype if dtype is None else torch.float32 if n in float32 else dtype for n, t in tensors.items()}
+    parts = hash_parts(stored, left_out(shape))
     with new_directory(out, source) as folder:
         (folder / "hf").mkdir()
         _write_dcp(folder, tensors, dtypes)
-        write_checkpoint_assets(folder / "hf", config, source, source)
+        write_files(folder / "hf", read_checkpoint_assets(config, source) | name_base(source, parts))
         write_manifest(folder)
     return [key for key in stored if key.startswith(left_out(shape))]
 

@@ -101,7 +101,9 @@ def _read_manifest(folder: Path) -> dict[str, tuple[int, int]]:
             if not all(type(number) is int and number >= 0 for number in numbers):
                 raise ValueError(f"it does not tell the size and CRC-32 of {name!r}")
             files[name] = numbers
-    read = [folder / ".metadata", *folder.glob("*.distcp"), *folder.glob("run.json"), *folder.glob("hf/[!.]*")]
+    of_hf = [path for pattern in ("[!.]*", "[!.]*/**/*") for path in folder.glob(f"hf/{pattern}")]
+    read = [folder / ".metadata", *folder.glob("*.distcp"), *folder.glob("run.json")]
+    read += [path for path in of_hf if path.is_symlink() or not path.is_dir()]
     if unlisted := sorted({str(file.relative_to(folder)) for file in read} - files.keys()):
         raise UserError(f"{path} does not list {unlisted[0]!r}: expected the folder as the run left it")
     return files
@@ -141,15 +143,19 @@ def new_directory(out: Path, source: Path) -> Iterator[Path]:
     except UserError:
         raise
     except Exception as error:
-        cause: BaseException | None = error
-        while cause and not (isinstance(cause, OSError) and cause.errno in _OF_THE_DISK):
-            cause = cause.__context__  # torch.save makes another error of it
-        if isinstance(cause, OSError):
+        if cause := disk_error(error):
             raise UserError(f"{out} cannot be written: {cause.strerror}") from error
         raise
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
         os.close(lock)
+
+
+def disk_error(error: BaseException | None) -> OSError | None:
+    """What the disk said, if that is what an error came from: torch.save makes another error of it."""
+    while error and not (isinstance(error, OSError) and error.errno in _OF_THE_DISK):
+        error = error.__context__
+    return error if isinstance(error, OSError) else None
 
 
 def _lock(folder: Path) -> int:

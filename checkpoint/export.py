@@ -34,7 +34,7 @@ from tqdm import tqdm
 from checkpoint import hf_assets
 from checkpoint.adapters import Adapter, Computed, check_base, hash_base, merge, peft_config, peft_exports, read_adapter
 from checkpoint.directories import check_files, find_checkpoint, new_directory
-from checkpoint.hf_reader import assemble, naming_tensors, native_tensors
+from checkpoint.hf_reader import assemble, hash_parts, naming_tensors, native_tensors
 from checkpoint.tensors.dcp import read_dcp
 from checkpoint.tensors.fsdp_shards import is_shard_directory, read_fsdp_shards
 from checkpoint.tensors.safetensors import Export, read_file, read_safetensors, write_file
@@ -115,7 +115,7 @@ def export_to_hf(checkpoint: Path, out: Path, options: Options | None = None, pr
         new_directory(out, plan.source) as folder,
         tqdm(total=total, unit="B", unit_scale=True, desc=out.name, disable=None if progress else True) as bar,
     ):
-        hf_assets.copy_assets(folder, *plan.assets, vision="vision_config" in plan.config)
+        hf_assets.write_files(folder, hf_assets.read_assets(*plan.assets, vision="vision_config" in plan.config))
         hf_assets.write_generation_config(folder, plan.config)
         (folder / "config.json").write_text(json.dumps(plan.config, indent=2) + "\n", encoding="utf-8")
         hf_assets.check_tokenizer(folder, plan.assets)
@@ -170,7 +170,7 @@ def make_plan(checkpoint: Path, options: Options) -> Plan:
     if not configs:
         raise UserError(f"{checkpoint} has no config.json: expected --base with the model that it came from")
     # The checkpoint's own config tells what was trained; the base's may have what the checkpoint's left out: vision.
-    config = configs[0] if "vision_config" in configs[0] else configs[-1]
+    config = next((each for each in configs if "vision_config" in each), configs[-1 if options.base else 0])
     shape = ModelConfig.from_dict(configs[0])
     if ModelConfig.from_dict(config) != shape:
         raise UserError(f"--base {base}: its text model has another shape than the checkpoint's")
@@ -196,6 +196,8 @@ def make_plan(checkpoint: Path, options: Options) -> Plan:
     if not options.architecture and not options.base and of_base and not (has_tower or _part(VISION, of_base)):
         architecture = "causal_lm"  # the run came from a text model beside the config.json of a whole one
     others = {part: _part(part, stored) or _part(part, of_base) for part in NOT_TEXT}
+    if of_base and not options.base:
+        _check_parts(source, base, {p: t for p, t in others.items() if not _part(p, stored)}, architecture)
     exports = _text_exports(checkpoint, stored, shape, architecture, options.dtype)
     came_per_expert = any(".experts.0." in key and not key.startswith(MTP) for key in of_base)
     if options.experts == "per_expert" or (options.experts == "keep" and came_per_expert):
@@ -215,6 +217,19 @@ def make_plan(checkpoint: Path, options: Options) -> Plan:
         vision = [Export(key, tensor, dtype_of_tower or tensor.dtype) for key, tensor in others[VISION].items()]
         _check("the vision tower", {e.key: e.shape for e in vision}, _vision_shapes(written))
     return Plan(source, written, [*vision, *exports, *mtp], assets)
+
+
+def _check_parts(
+    checkpoint: Path, base: Path | None, parts: dict[str, dict[str, StoredTensor]], architecture: str
+) -> None:
+    """Raises UserError if a part that comes from the recorded base is not what it was when the weights came from it."""
+    for prefix, before in hf_assets.read_base_parts(checkpoint).items():
+        needed = prefix in parts and (prefix == MTP or architecture == "image_text_to_text")
+        if needed and hash_parts(parts[prefix], [prefix])[prefix] != before:
+            raise UserError(
+                f"{base}: {prefix}* is not what it was when the model came from there: expected --base with the model "
+                "as it was, or with the one to take this from"
+            )
 
 
 def _part(prefix: str, tensors: dict[str, StoredTensor]) -> dict[str, StoredTensor]:

@@ -11,10 +11,13 @@ from data.images import PROCESSOR_FILES, find_processor
 from data.tokenizer import PROBES, verify_tokenizer
 from errors import UserError, reading
 
+TEMPLATE = "chat_template.jinja"
+PROCESSOR_TEMPLATE = "chat_template.json"
+"""Of older processors; where it is there, transformers' processor takes it before TEMPLATE."""
 _TOKENIZER = (
     "tokenizer.json",
     "tokenizer_config.json",
-    "chat_template.jinja",
+    TEMPLATE,
     "special_tokens_map.json",
     "added_tokens.json",
     "vocab.json",
@@ -25,23 +28,49 @@ SAMPLE = "tokenizer_sample.json"
 """Of a checkpoint: a list of texts of its training data, by which an export's tokenizer is compared."""
 _SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
+Files = dict[str, bytes]
+"""Their contents, by their names in a folder."""
 
-def copy_assets(folder: Path, *sources: Path, vision: bool = True, processor: Path | None = None) -> None:
-    """Copies the files other than config.json. One that several of `sources` have is taken from the first.
 
-    A tokenizer's files belong together: they are those of `find_tokenizer`, and no other source's. So do an image
-    processor's: those in `processor`, by which a run reads its images, else of the first source that has some.
+def read_assets(
+    *sources: Path, vision: bool = True, tokenizer: Path | None = None, processor: Path | None = None
+) -> Files:
+    """The files other than config.json. One that several of `sources` have is taken from the first.
+
+    A tokenizer's files belong together: they are those in `tokenizer`, by which a run reads its texts, else those of
+    `find_tokenizer`, and no other source's. So do an image processor's: those in `processor`, by which a run reads its
+    images, else of the first source that has some. A processor's template is not taken where the tokenizer of another
+    folder has its own.
     """
-    tokenizer = find_tokenizer(sources)
+    if tokenizer is None:
+        tokenizer = find_tokenizer(sources)
+    elif missing := [name for name in _TOKENIZER[:2] if not (tokenizer / name).is_file()]:
+        raise UserError(f"data.tokenizer = {str(tokenizer)!r}: expected a directory with {missing[0]}")
     templates = [str(path.relative_to(tokenizer)) for path in tokenizer.glob("additional_chat_templates/*.jinja")]
     names = {name: [tokenizer] for name in (*_TOKENIZER, *templates)}
     names[_GENERATION] = list(sources)
     if vision and (processor := processor or find_processor(sources)):
         names |= {name: [processor] for name in PROCESSOR_FILES}
+        if processor == tokenizer or not (templates or _has_template(tokenizer)):
+            names[PROCESSOR_TEMPLATE] = [processor]
+    found = {}
     for name, places in names.items():
         if source := next((place for place in places if os.path.lexists(place / name)), None):
-            (folder / name).parent.mkdir(exist_ok=True)
-            (folder / name).write_bytes(_without_code(source / name))
+            found[name] = _without_code(source / name)
+    return found
+
+
+def _has_template(tokenizer: Path) -> bool:
+    settings = tokenizer / _TOKENIZER[1]
+    in_settings = settings.exists() and bool(read_json(settings).get("chat_template"))
+    return in_settings or (tokenizer / TEMPLATE).exists()
+
+
+def write_files(folder: Path, files: Files) -> None:
+    """Writes them to `folder`, which is there."""
+    for name, content in files.items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_bytes(content)
 
 
 def check_tokenizer(folder: Path, sources: Sequence[Path]) -> None:
@@ -76,34 +105,36 @@ def _as_json(values: dict[str, Any]) -> bytes:
     return (json.dumps(values, indent=2) + "\n").encode()
 
 
-def write_checkpoint_assets(
-    folder: Path,
+def read_checkpoint_assets(
     config: dict[str, Any],
-    base: Path | None,
     *sources: Path,
+    tokenizer: Path | None = None,
     processor: Path | None = None,
     end_of_turn: int | list[int] | None = None,
-) -> None:
-    """Writes a checkpoint's `hf/`: `config`, the other files as `copy_assets` does, and where the model's weights came
-    from.
+) -> Files:
+    """A checkpoint's `hf/`: `config`, and the other files as `read_assets` has them.
 
     `end_of_turn`: the tokens that end the trained turns of chats. They are told as those that end generation, beside
     those that the config, the generation's settings and the tokenizer name; else they are left as they are.
     """
-    copy_assets(folder, *sources, processor=processor)
+    files = read_assets(*sources, tokenizer=tokenizer, processor=processor)
     config = {key: value for key, value in config.items() if key != "auto_map"}
     if end_of_turn is not None:
         text = config.get("text_config", config)
-        settings = read_json(folder / _GENERATION) if (folder / _GENERATION).exists() else {}
-        ends = end_tokens(text, settings, special_token_ids(find_tokenizer(sources)), {"eos_token_id": end_of_turn})
+        settings = json.loads(files.get(_GENERATION, b"{}"))
+        special_tokens = special_token_ids(tokenizer or find_tokenizer(sources))
+        ends = end_tokens(text, settings, special_tokens, {"eos_token_id": end_of_turn})
         if text is not config:
             config["text_config"] = text | ends
         if text is config or "eos_token_id" in config:
             config |= ends
-        (folder / _GENERATION).write_bytes(_as_json(settings | ends))
-    (folder / "config.json").write_bytes(_as_json(config))
-    if base:
-        (folder / "base.json").write_text(json.dumps({"path": str(base.resolve())}) + "\n", encoding="utf-8")
+        files[_GENERATION] = _as_json(settings | ends)
+    return files | {"config.json": _as_json(config)}
+
+
+def name_base(base: Path, parts: Mapping[str, str]) -> Files:
+    """What a checkpoint's `hf/` tells of where the model's weights came from, and of the parts that were left there."""
+    return {"base.json": (json.dumps({"path": str(base.resolve()), "parts": dict(parts)}) + "\n").encode()}
 
 
 def write_generation_config(folder: Path, config: Mapping[str, Any]) -> None:
@@ -137,6 +168,16 @@ def read_base(checkpoint: Path) -> Path | None:
         base = Path(values["path"])
         base.exists()  # or it is no path: too long, for one
         return base
+
+
+def read_base_parts(checkpoint: Path) -> dict[str, str]:
+    """The hashes of the parts that were left in that directory, by the prefix of their tensors; an older checkpoint has
+    none."""
+    path = checkpoint / "hf" / "base.json"
+    parts = read_json(path).get("parts", {}) if os.path.lexists(path) else {}
+    if not isinstance(parts, dict) or not all(isinstance(value, str) for value in parts.values()):
+        raise UserError(f"{path}: expected the parts' hashes")
+    return parts
 
 
 def special_token_ids(tokenizer: Path) -> dict[str, int]:

@@ -1,7 +1,8 @@
 """Reads the model out of a Hugging Face directory: all of it for conversion, a rank's shards for training."""
 
+import hashlib
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +20,8 @@ from models.qwen35_moe.model import Qwen35Moe
 from models.qwen35_moe.parameters import Shape, full_box, parameters
 
 logger = logging.getLogger("train")
+
+_BLOCK_BYTES = 64 * 2**20
 
 
 def native_tensors(config: ModelConfig, stored: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
@@ -44,6 +47,21 @@ def _check_tied(embedding: StoredTensor, head: StoredTensor) -> None:
                 "weights: 'lm_head.weight' differs from the embedding, but config.json's tie_word_embeddings is true: "
                 "expected equal values, no 'lm_head.weight', or tie_word_embeddings = false"
             )
+
+
+def hash_parts(stored: Mapping[str, StoredTensor], prefixes: Iterable[str]) -> dict[str, str]:
+    """Of each part of a directory's tensors, by the prefix of their names, the SHA-256 of all that they hold."""
+    return {prefix: _hash(stored, prefix) for prefix in prefixes}
+
+
+def _hash(stored: Mapping[str, StoredTensor], prefix: str) -> str:
+    value = hashlib.sha256()
+    for key, tensor in sorted(stored.items()):
+        if key.startswith(prefix):
+            value.update(f"{key} {tensor.dtype} {tensor.shape}".encode())
+            for block in tensor.blocks(_BLOCK_BYTES):
+                value.update(block.view(-1).view(torch.uint8).numpy().data)
+    return value.hexdigest()
 
 
 @contextmanager

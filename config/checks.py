@@ -15,7 +15,7 @@ from config.options import Config, Kernels, LRScheduler, Optimizer
 from config.reading import load_config, model_config
 from data.check import check_data
 from errors import UserError, exit_on_error
-from models.qwen35_moe.config import ModelConfig
+from models.qwen35_moe.config import ModelConfig, unread_weights
 from models.qwen35_moe.parts import ADAPTABLE, check_frozen, check_present, parts_of_model
 from parallelisms.degrees import Degrees, work_out_degrees
 
@@ -145,9 +145,11 @@ def _check_paths(config: Config) -> None:
     if config.model.initial_load == "hf":
         if start and not config.lora.rank:  # of adapters, it is the adapters that start from there
             raise UserError("model.initial_load = 'hf' and checkpoint.start_from exclude each other: expected one")
-        if not list(Path(config.model.path or "/dev/null").glob("*.safetensors")):
+        folder = Path(config.model.path or "/dev/null")
+        if not list(folder.glob("*.safetensors")):
             raise UserError(
                 f"model.initial_load = 'hf': expected model.path = {config.model.path!r} to hold safetensors files"
+                f"{unread_weights(folder)}"
             )
     if resume == "never":
         check_is_new(Path(config.job.output_dir, "checkpoints"))

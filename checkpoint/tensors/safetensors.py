@@ -17,6 +17,7 @@ import torch
 from checkpoint.files import file_size, read_json
 from checkpoint.tensors.stored import DTYPES, StoredArray, StoredTensor, finite, whole
 from errors import UserError, reading
+from models.qwen35_moe.config import unread_weights
 from models.qwen35_moe.hf_weights import shape_of_box
 from models.qwen35_moe.parameters import Box, Shape
 
@@ -29,6 +30,8 @@ def read_safetensors(folder: Path) -> dict[str, StoredTensor]:
     """Every tensor of a Hugging Face directory, one file or several. Raises UserError naming a file that is bad."""
     index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
     if not os.path.lexists(index):
+        if not os.path.lexists(single) and (others := unread_weights(folder)):
+            raise UserError(f"{single} is missing{others}: expected safetensors")
         return read_file(single)
     file_of = read_json(index).get("weight_map")
     if not isinstance(file_of, dict) or not all(

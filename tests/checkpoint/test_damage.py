@@ -127,14 +127,45 @@ def test_a_lying_manifest_is_refused(tmp_path: Path, step: Path, kind: str) -> N
     assert "manifest.json" in (find_damage(step) or "")
 
 
-@pytest.mark.parametrize("name", ["__1_0.distcp", "hf/generation_config_2.json", ".metadata", "run.json"])
+NOT_LISTED = [
+    "__1_0.distcp",
+    "hf/generation_config_2.json",
+    "hf/additional_chat_templates/tool.jinja",
+    "hf/a/b/c",
+    ".metadata",
+    "run.json",
+]
+
+
+@pytest.mark.parametrize("name", NOT_LISTED)
 def test_what_a_manifest_does_not_list_is_not_read(tmp_path: Path, step: Path, name: str) -> None:
+    (step / name).parent.mkdir(parents=True, exist_ok=True)
     (step / name).touch()
     path = step / "manifest.json"
     files = json.loads(path.read_text())["files"]
     files.pop(name, None)
     path.write_text(json.dumps({"files": files}))
     assert f"does not list {name!r}" in error_of(lambda out: export_to_hf(step, out), tmp_path)
+
+
+@pytest.mark.parametrize("inside", [False, True])
+def test_a_folder_that_is_a_link_is_not_listed(tmp_path: Path, step: Path, inside: bool) -> None:
+    elsewhere = step / ".elsewhere" if inside else tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / "tool.jinja").touch()
+    (step / "hf/additional_chat_templates").symlink_to(elsewhere)
+    assert "does not list 'hf/additional_chat_templates'" in (find_damage(step) or "")
+
+
+def test_a_tokenizer_with_files_in_folders_comes_along(tmp_path: Path, hf: Path) -> None:
+    (hf / "additional_chat_templates").mkdir()
+    (hf / "additional_chat_templates/tool.jinja").write_text("x")
+    convert_from_hf(hf, tmp_path / "step-00000001", None)
+    assert find_damage(tmp_path / "step-00000001") is None
+    export_to_hf(tmp_path / "step-00000001", tmp_path / "out")
+    assert (tmp_path / "out/additional_chat_templates/tool.jinja").read_text() == "x"
+    (tmp_path / "step-00000001/hf/additional_chat_templates/tool.jinja").write_text("y")
+    assert "tool.jinja is corrupted" in (find_damage(tmp_path / "step-00000001") or "")
 
 
 JSON = {

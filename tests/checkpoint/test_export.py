@@ -10,6 +10,7 @@ from safetensors.torch import save_file
 from transformers import AutoModelForImageTextToText
 
 from checkpoint import export
+from checkpoint.convert_from_hf import convert_from_hf
 from checkpoint.export import Options, _vision_shapes, make_plan
 from checkpoint.tensors.safetensors import read_safetensors
 from errors import UserError
@@ -114,6 +115,34 @@ def test_class_tower_and_mtp(
     text = {e.key for e in plan.tensors if not e.key.startswith((VISION, MTP))}
     assert text == {hf_name(name, expected) for name in parameters(CONFIG)}
     assert all(e.stored.read().flatten()[0] == 1 for e in plan.tensors if e.key in text)
+
+
+@pytest.mark.parametrize(
+    ("changed", "refused"), [(VISION, {IMAGE}), (MTP, {CAUSAL, IMAGE}), ("model.language_model.", set())]
+)
+@pytest.mark.parametrize("files", ["one byte", "no tensors"])
+def test_what_was_left_in_the_base_is_what_it_was(tmp_path: Path, changed: str, refused: set[str], files: str) -> None:
+    weights = tensors("vTm", 2.0)
+    base = write(tmp_path / "base", "vTm")
+    save_file(weights, base / "model.safetensors")
+    convert_from_hf(base, tmp_path / "step", None)
+    for architecture in (CAUSAL, IMAGE):
+        make_plan(tmp_path / "step", Options(architecture))
+    key = max(key for key in weights if key.startswith(changed))
+    if files == "one byte":
+        weights[key].view(-1)[-1] = 3
+    else:
+        del weights[key]
+    save_file(weights, base / "model.safetensors")
+    for architecture in (CAUSAL, IMAGE):
+        if architecture in refused:
+            message = rf"base: {changed}\* is not what it was when the model came from there: expected --base"
+            with pytest.raises(UserError, match=message):
+                make_plan(tmp_path / "step", Options(architecture))
+        else:
+            make_plan(tmp_path / "step", Options(architecture))
+        if files == "one byte":
+            make_plan(tmp_path / "step", Options(architecture, base=base))
 
 
 @pytest.mark.parametrize("experts", ["stacked", "per_expert", "keep"])

@@ -1,6 +1,7 @@
 """Saves that fail: a full disk, a read-only one; the run goes on, the next save is tried, earlier ones stay intact."""
 
 import functools
+import logging
 import os
 import resource
 import subprocess
@@ -38,14 +39,16 @@ def cannot_read(folder: Path, paths: list[Path]) -> None:
     raise OSError(f"cannot read {paths}")
 
 
-def saves(folder: str, async_: bool, failures: str) -> list[bool]:
+def saves(folder: str, async_: bool, failures: str, limit: int = 50_000) -> list[bool]:
     """Saves steps 1 to 4 on each rank while step 2 and 3 cannot succeed; whether each did."""
     _, _, checkpointer = build(folder, 1, 1, seed=0, async_=async_, keep=0)
+    if failures == "file size limit":  # on a small disk an open file would be in the way
+        logging.getLogger("train").addHandler(logging.FileHandler(Path(folder, "log")))
     first, filler = dist.get_rank() == 0, Path(folder, "filler")
     outcomes = []
     for step in (1, 2, 3, 4):
         if step == 2 and failures == "file size limit":
-            resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, resource.RLIM_INFINITY))
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
         elif step == 4 and failures == "file size limit":
             resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
         elif first and step == 2 and failures == "full":
@@ -77,11 +80,13 @@ def test_on_a_small_disk(small_disk: Path, failure: str) -> None:
     check(small_disk)
 
 
-@pytest.mark.parametrize("async_", [False, True])
-def test_under_a_limit_on_the_size_of_files(tmp_path: Path, async_: bool) -> None:
-    for outcomes in run_ranks(saves, 2, str(tmp_path), async_, "file size limit"):
+@pytest.mark.parametrize(("async_", "limit"), [(False, 20_000), (False, 50_000), (True, 50_000)])
+def test_under_a_limit_on_the_size_of_files(tmp_path: Path, async_: bool, limit: int) -> None:
+    for outcomes in run_ranks(saves, 2, str(tmp_path), async_, "file size limit", limit):
         assert outcomes == [True, False, False, True]
     check(tmp_path)
+    told = [line for line in (tmp_path / "log").read_text().splitlines() if "cannot save" in line]
+    assert [": File too large (" in line for line in told] == [True, True], told
 
 
 @pytest.mark.parametrize("size", [100, 20_000, 1_000_000])

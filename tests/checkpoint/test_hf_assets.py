@@ -7,7 +7,13 @@ from typing import Any
 
 import pytest
 
-from checkpoint.hf_assets import check_tokenizer, copy_assets, write_checkpoint_assets, write_generation_config
+from checkpoint.hf_assets import (
+    check_tokenizer,
+    read_assets,
+    read_checkpoint_assets,
+    write_files,
+    write_generation_config,
+)
 from errors import UserError
 
 TINY = Path(__file__).resolve().parents[2] / "data/tiny/tokenizer"
@@ -49,7 +55,7 @@ def test_no_file_of_another_tokenizer_stands_beside_the_trained_one(tmp_path: Pa
         tmp_path / "base", **tokenizer_files("<b>"), **{leftover: "{}"}, generation_config_json='{"top_k": 20}'
     )
     (tmp_path / "out").mkdir()
-    copy_assets(tmp_path / "out", trained, base)
+    write_files(tmp_path / "out", read_assets(trained, base))
     names = {path.name for path in (tmp_path / "out").rglob("*")}
     assert names == {"tokenizer.json", "tokenizer_config.json", "generation_config.json"}
     assert read(tmp_path / "out/tokenizer_config.json")["eos_token"] == "<a>"
@@ -60,9 +66,20 @@ def test_a_tokenizer_is_taken_whole_from_the_first_that_is_one(tmp_path: Path) -
     base = folder_of(tmp_path / "base", **tokenizer_files(), **template)
     without = folder_of(tmp_path / "without", config_json="{}", chat_template_jinja="z")
     (tmp_path / "out").mkdir()
-    copy_assets(tmp_path / "out", without, base)
+    write_files(tmp_path / "out", read_assets(without, base))
     assert (tmp_path / "out/chat_template.jinja").read_text() == "x"
     assert (tmp_path / "out/additional_chat_templates/tool.jinja").read_text() == "y"
+
+
+@pytest.mark.parametrize("lacking", ["tokenizer.json", "tokenizer_config.json"])
+def test_a_tokenizer_that_is_named_is_there_or_told(tmp_path: Path, lacking: str) -> None:
+    """No other's is taken in its place."""
+    named = folder_of(tmp_path / "named", **tokenizer_files("<b>"))
+    base = folder_of(tmp_path / "base", **tokenizer_files())
+    assert b'"<b>"' in read_assets(base, named, tokenizer=named)["tokenizer_config.json"]
+    (named / lacking).unlink()
+    with pytest.raises(UserError, match=f"data.tokenizer = '{named}': expected a directory with {lacking}"):
+        read_assets(named, base, tokenizer=named)
 
 
 @pytest.mark.parametrize("processor", [None, "base"])
@@ -73,9 +90,37 @@ def test_a_processors_files_are_of_one_folder(tmp_path: Path, processor: str | N
     others = {"processor_config_json": "{}", "video_preprocessor_config_json": "{}"}
     base = folder_of(tmp_path / "base", **others)
     (tmp_path / "out").mkdir()
-    copy_assets(tmp_path / "out", folder_of(tmp_path / "none"), trained, base, processor=processor and base)
+    write_files(
+        tmp_path / "out", read_assets(folder_of(tmp_path / "none"), trained, base, processor=processor and base)
+    )
     expected = {path.name for path in (base if processor else trained).iterdir() if "processor" in path.name}
     assert {path.name for path in (tmp_path / "out").iterdir() if "processor" in path.name} == expected
+
+
+@pytest.mark.parametrize(
+    ("files", "beside", "expected"),
+    [
+        ({}, False, True),
+        ({"chat_template_jinja": "x"}, False, False),
+        ({"additional_chat_templates__tool_jinja": "x"}, False, False),
+        ({"tokenizer_config_json": '{"chat_template": "x"}'}, False, False),
+        ({"chat_template_jinja": "x"}, True, True),
+    ],
+)
+def test_a_processors_template_comes_along_and_before_no_other_tokenizers(
+    tmp_path: Path, files: dict[str, str], beside: bool, expected: bool
+) -> None:
+    processor = {"preprocessor_config_json": "{}", "chat_template_json": '{"chat_template": "z"}'}
+    trained = folder_of(tmp_path / "trained", **(tokenizer_files() | files | (processor if beside else {})))
+    base = folder_of(tmp_path / "base", **tokenizer_files(), **processor)
+    assert ("chat_template.json" in read_assets(trained, base)) == expected
+    assert "chat_template.json" not in read_assets(trained, base, vision=False)
+
+
+def test_a_processors_template_alone_makes_no_processor(tmp_path: Path) -> None:
+    trained = folder_of(tmp_path / "trained", **tokenizer_files(), chat_template_json="{}")
+    base = folder_of(tmp_path / "base", preprocessor_config_json="{}")
+    assert "preprocessor_config.json" in read_assets(trained, base)
 
 
 @pytest.mark.parametrize(
@@ -97,7 +142,7 @@ def test_a_chats_end_of_turn_ends_generation(
     given = {"text_config": config} if nested else config
     before = json.dumps(given)
     (tmp_path / "hf").mkdir()
-    write_checkpoint_assets(tmp_path / "hf", given, None, source, end_of_turn=9)
+    write_files(tmp_path / "hf", read_checkpoint_assets(given, source, end_of_turn=9))
     written = read(tmp_path / "hf/config.json")
     assert written.get("text_config", written)["eos_token_id"] == expected
     assert ("eos_token_id" in written) != nested
@@ -108,7 +153,7 @@ def test_a_chats_end_of_turn_ends_generation(
 def test_without_chats_nothing_is_added(tmp_path: Path) -> None:
     source = folder_of(tmp_path / "source", **tokenizer_files(), generation_config_json='{"eos_token_id": 5}')
     (tmp_path / "hf").mkdir()
-    write_checkpoint_assets(tmp_path / "hf", {"eos_token_id": 3}, None, source)
+    write_files(tmp_path / "hf", read_checkpoint_assets({"eos_token_id": 3}, source))
     assert read(tmp_path / "hf/config.json") == {"eos_token_id": 3}
     assert read(tmp_path / "hf/generation_config.json") == {"eos_token_id": 5}
 
@@ -145,7 +190,7 @@ def test_an_export_whose_tokenizer_is_read_as_another_is_refused(tmp_path: Path,
     if sample is not None:
         (source / "tokenizer_sample.json").write_text(json.dumps(sample))
     folder.mkdir()
-    copy_assets(folder, source)
+    write_files(folder, read_assets(source))
     (folder / "config.json").write_text('{"model_type": "qwen3_5_moe_text"}')
     check_tokenizer(folder, [source])
     assert not (folder / "tokenizer_sample.json").exists()

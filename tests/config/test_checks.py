@@ -56,6 +56,16 @@ def test_a_folder_that_cannot_be_made(folder: Path) -> None:
     assert sorted(folder.rglob("*")) == before  # the check leaves nothing behind
 
 
+def test_weights_of_another_format(folder: Path) -> None:
+    model = ["--model.initial_load=hf", "--model.path=text"]
+    (folder / "text/config.json").write_text(json.dumps(model_config(load()).to_dict()))
+    base = (folder / "base.toml").read_text()
+    (folder / "base.toml").write_text("[data]" + base.partition("[data]")[2] + '[job]\noutput_dir = "out"\n')
+    assert error_of(*model).endswith("to hold safetensors files")
+    (folder / "text/pytorch_model.bin").touch()
+    assert error_of(*model).endswith("to hold safetensors files; pytorch_model.bin is there and is not read")
+
+
 def test_multi_token_prediction(folder: Path) -> None:
     assert [model_config(load(f"--mtp.train={train}")).mtp_num_hidden_layers for train in ("off", "head", "joint")] == [
         0,

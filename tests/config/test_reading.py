@@ -172,7 +172,10 @@ def test_every_value_survives_the_round_trip(text_key: str, seed: int, lr: float
         ("--training.lr=3", "--training.lr = '3' is unknown: did you mean optimizer.lr?"),
         ("--zzz=3", "--zzz = '3' is unknown: expected one of config, job, model, data,"),
         ("--cofnig=x", "--cofnig = 'x' is unknown: did you mean config?"),
-        ("--moe.capacity_factor=x", "--moe.capacity_factor = 'x' is unknown: expected one of aux_loss_coef, aux_loss_scope,"),
+        (
+            "--moe.capacity_factor=x",
+            "--moe.capacity_factor = 'x' is unknown: expected one of aux_loss_coef, aux_loss_scope,",
+        ),
         ("--metrics.interval=3", "did you mean metrics.log_interval?"),  # not another section's interval
         ("--validation.set=3", "did you mean validation.sets?"),
         ("--validation.sets.a b=x", "unknown: expected a name of 1 to 64 letters, digits, _ and -"),

@@ -136,3 +136,15 @@ def test_only_regular_files_are_opened(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "model.safetensors")
     with pytest.raises(UserError, match=r"model\.safetensors is no regular file"):
         read_safetensors(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "name", ["pytorch_model.bin", "pytorch_model-00001-of-00002.bin", "consolidated.00.pth", "model.gguf"]
+)
+def test_weights_of_another_format_are_named(tmp_path: Path, name: str) -> None:
+    (tmp_path / "training_args.bin").touch()
+    with pytest.raises(UserError, match=r"model\.safetensors is missing$"):
+        read_safetensors(tmp_path)
+    (tmp_path / name).touch()
+    with pytest.raises(UserError, match=f"is missing; {name} is there and is not read: expected safetensors"):
+        read_safetensors(tmp_path)
