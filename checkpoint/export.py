@@ -174,6 +174,9 @@ def make_plan(checkpoint: Path, options: Options) -> Plan:
     shape = ModelConfig.from_dict(configs[0])
     if ModelConfig.from_dict(config) != shape:
         raise UserError(f"--base {base}: its text model has another shape than the checkpoint's")
+    if (ends := configs[0].get("text_config", configs[0]).get("eos_token_id")) is not None:  # of trained turns too
+        text = config.get("text_config", config) | {"eos_token_id": ends}
+        config = config | {"text_config": text} if "text_config" in config else text
     adapter = adapter_of(checkpoint)
     has_tower = any(key.startswith(VISION) for key in stored)
     came_with_vision = "vision_config" in config and (base is not None or has_tower)

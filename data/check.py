@@ -1,15 +1,13 @@
 """The check of data and tokenizer before a run: the readers' own code, on the first records. Needs no torch."""
 
-import functools
 import os
-from collections.abc import Callable
 from dataclasses import replace
 
 from config.options import Config
 from data.files import check_cache, is_dataset
 from data.media import MediaReader, media_settings
-from data.records import Record, Source, Whole
-from data.samples import EncodeChat, EncodeText, check_source, text_of
+from data.records import Source, Whole
+from data.samples import Encode, EncodeChat, EncodeText, check_source
 from data.sources import declared_sources
 from data.tokenizer import check_tokenizer, load_tokenizer
 from errors import UserError
@@ -49,10 +47,10 @@ def check_data(config: Config, vocab_size: int, vision: VisionConfig | None = No
     if reader and not os.path.isdir(data.image_folder):
         raise UserError(f"data.image_folder = {data.image_folder!r}: expected a folder")
     max_tokens = config.training.sequence_length
-    encode: Callable[[Record], object] = functools.partial(text_of, key=data.text_key)
+    encode: Encode
     if data.format == "chat":
         encode = EncodeChat(data, tokenizer, max_tokens, reader)
-    elif reader:
+    else:
         encode = EncodeText(data, tokenizer.backend_tokenizer, None, max_tokens, reader)
     if not all(isinstance(source, Whole) for _, source in sources):
         check_cache()

@@ -12,11 +12,11 @@ import logging
 import math
 import multiprocessing
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -36,8 +36,16 @@ _INDIFFERENT = {"path", "weights", "shuffle", "num_workers"}
 """Options of the data that change no sample's length, or are told in other ways."""
 _MOST_PROCESSES = 32
 _CHUNK = 2000  # samples that a process measures at a time
-Measured = tuple[NDArray[np.int64], NDArray[np.int32]]
-"""Where each sample's numbers begin, and at the end where they end; the numbers."""
+
+
+class Measured(NamedTuple):
+    """What samples take."""
+
+    starts: NDArray[np.int64]
+    """Where each sample's numbers begin, and at the end where they end."""
+    numbers: NDArray[np.int32]
+    files: str
+    """The files of images and videos, as JSON: of each its path and, if it was there, its size and time."""
 
 
 def deal(packer: "Packer") -> "Packer":
@@ -51,7 +59,7 @@ def deal(packer: "Packer") -> "Packer":
     num_documents, num_slots = packer.samples.num_documents, packer.num_slots
 
     def make(path: Path) -> None:
-        starts, numbers = _measured(packer)
+        starts, numbers, _ = _measured(packer)
         lengths = numbers[starts[:-1]].astype(np.int64)
         tokens = np.zeros(num_slots, np.int64)
         with open(path, "wb") as file:
@@ -68,8 +76,8 @@ def deal(packer: "Packer") -> "Packer":
                     place = end
                 file.write(documents.astype("<i8").tobytes())
 
-    order = packer.samples.permutation(0)[:8].tolist()  # stands for the seed and data.shuffle
-    path = _cached(packer, ["deal", num_slots, num_epochs, order], ".deal", make)
+    what = ["deal", num_slots, num_epochs, packer.samples.seed, _measured(packer).files]
+    path = _cached(packer, what, ".deal", make)
     return packer._replace(samples=packer.samples.dealt(path))
 
 
@@ -78,9 +86,9 @@ def most_rows(packer: "Packer", cursors: Sequence[Cursor], sequence_length: int)
     rows themselves would."""
     assert packer.end is not None
     measured = _measured(packer)
-    if packer.data.format == "text" and len(measured[1]) == packer.samples.num_documents:
-        return max(_num_full_rows(packer, cursor, sequence_length, measured[1]) for cursor in cursors)
-    num_tokens = sequence_length if packer.data.format == "chat" else int(measured[1].max(initial=1))
+    if packer.data.format == "text" and len(measured.numbers) == packer.samples.num_documents:
+        return max(_num_full_rows(packer, cursor, sequence_length, measured.numbers) for cursor in cursors)
+    num_tokens = sequence_length if packer.data.format == "chat" else int(measured.numbers.max(initial=1))
     longest = Sample.of(np.zeros(num_tokens, np.int32), False)
     return max(_num_rows(packer, cursor, sequence_length, measured, longest) for cursor in cursors)
 
@@ -95,7 +103,7 @@ def _num_full_rows(packer: "Packer", cursor: Cursor, sequence_length: int, lengt
 
 def _num_rows(packer: "Packer", cursor: Cursor, sequence_length: int, measured: Measured, longest: Sample) -> int:
     assert packer.end is not None
-    starts, numbers = measured
+    starts, numbers, _ = measured
     documents = np.asarray(packer.samples.documents(range(packer.end)))  # a file's, so it takes no memory
 
     def read(sample: int) -> Sample:
@@ -135,27 +143,59 @@ def _measured(packer: "Packer") -> Measured:
             num_processes = min(os.cpu_count() or 1, len(ranges), _MOST_PROCESSES)
             with ProcessPoolExecutor(num_processes, multiprocessing.get_context("forkserver")) as pool:
                 parts = list(pool.map(measure, ranges))
-        counts, numbers = (np.concatenate(arrays) for arrays in zip(*parts))
+        counts, numbers, files = zip(*parts)
+        starts = np.concatenate([[0], np.cumsum(np.concatenate(counts))])
         with open(path, "wb") as file:
-            np.savez(file, starts=np.concatenate([[0], np.cumsum(counts)]), numbers=numbers)
+            np.savez(file, starts=starts, numbers=np.concatenate(numbers), files=_described(set().union(*files)))
 
-    path = _cached(packer, ["lengths"], ".lengths", make)
+    def is_current(path: Path) -> bool:
+        files = _stored(path).files
+        return files == _described(path for path, *_ in json.loads(files))
+
+    return _stored(_cached(packer, ["lengths, and files"], ".lengths", make, is_current))
+
+
+def _stored(path: Path) -> Measured:
     with np.load(path) as stored:
-        return stored["starts"], stored["numbers"]
+        return Measured(stored["starts"], stored["numbers"], str(stored["files"]))
 
 
-def _cached(packer: "Packer", what: list[Any], suffix: str, make: Callable[[Path], None]) -> Path:
+def _described(files: Iterable[str]) -> str:
+    """See `Measured.files`."""
+
+    def stat(file: str) -> list[int]:
+        try:
+            found = os.stat(file)
+        except (OSError, ValueError):
+            return []
+        return [found.st_size, found.st_mtime_ns]
+
+    return json.dumps([[file, *stat(file)] for file in sorted(files)])
+
+
+def _cached(
+    packer: "Packer",
+    what: list[Any],
+    suffix: str,
+    make: Callable[[Path], None],
+    is_current: Callable[[Path], bool] = Path.exists,
+) -> Path:
     """What `make` makes of all that decides about the lengths of samples."""
     data = packer.data
     options = {name: value for name, value in dataclasses.asdict(data).items() if name not in _INDIFFERENT}
     of_samples = [tokenizer_identity(data.tokenizer, data.format, data.chat_template), packer.samples.made_by]
     files = [str(file) for entry in data.path for file in files_of(entry, data.split)]
-    return cached(files, json.dumps([*what, options, *of_samples], default=str), suffix, make)
+    return cached(files, json.dumps([*what, options, *of_samples], default=str), suffix, make, is_current)
 
 
-def _measure(samples: Samples, skip_bad: bool, documents: range) -> tuple[NDArray[np.int64], NDArray[np.int32]]:
-    """How many numbers there are of each document, and the numbers."""
+def _measure(
+    samples: Samples, skip_bad: bool, documents: range
+) -> tuple[NDArray[np.int64], NDArray[np.int32], set[str]]:
+    """How many numbers there are of each document, the numbers, and the files of images and videos."""
     counts, numbers, read = [], [], samples.reader()
+    files = set[str]()
+    if samples.media is not None:
+        samples.media.files = files
     for document in documents:
         try:
             sample = read(document)
@@ -166,4 +206,6 @@ def _measure(samples: Samples, skip_bad: bool, documents: range) -> tuple[NDArra
             own = [0]
         counts.append(len(own))
         numbers += own
-    return np.array(counts, np.int64), np.array(numbers, np.int32)
+    if samples.media is not None:
+        samples.media.files = None
+    return np.array(counts, np.int64), np.array(numbers, np.int32), files

@@ -125,10 +125,17 @@ def cache_folder() -> Path:
     return Path(os.environ.get("HF_DATASETS_CACHE") or os.path.join(home, "datasets")).expanduser()
 
 
-def cached(files: list[str], what: str, suffix: str, make: Callable[[Path], None]) -> Path:
+def cached(
+    files: list[str],
+    what: str,
+    suffix: str,
+    make: Callable[[Path], None],
+    is_current: Callable[[Path], bool] = Path.exists,
+) -> Path:
     """The file that `make(path)` writes for the present contents of `files`; made once, others wait for it.
 
-    `what` tells apart what is made of the same files. Raises UserError for a cache that cannot be written."""
+    `is_current`: of one that is there, whether it need not be made again. `what` tells apart what is made of the same
+    files. Raises UserError for a cache that cannot be written."""
     from filelock import FileLock
 
     with reading("data.path"):  # the system's errors name the file
@@ -137,7 +144,7 @@ def cached(files: list[str], what: str, suffix: str, make: Callable[[Path], None
     with _writing_the_cache() as folder:
         path = folder / (hashlib.sha256(key).hexdigest()[:32] + suffix)
         with FileLock(f"{path}.lock"):
-            if not path.exists():
+            if not (path.exists() and is_current(path)):
                 unfinished = path.with_name(f"{path.name}.unfinished")
                 make(unfinished)
                 os.replace(unfinished, path)

@@ -38,6 +38,9 @@ KINDS = ("image", "video")
 PART_KEYS = {kind: (kind, f"{kind}_url", "path", "url", "base64", "bytes") for kind in KINDS}
 """Of a content part: where its source may stand."""
 _TAG = re.compile("<(image|video)>")
+_SOURCE = ("bytes", "base64", "path", "url", "detail", "format", "mime_type", "media_type", "name", "filename", "id")
+"""What may stand in the table of a source: where it is, and what only describes it."""
+_RATES = ("fps", "video_fps", "sample_fps")
 
 
 class Source(NamedTuple):
@@ -124,6 +127,9 @@ class Media:
             values = given[0] if given and isinstance(given[0], list) else given
             self._waiting[kind] = list(values)
         self._tagged = _tagged(record, data)
+        rates = [key for key in _RATES if not _is_nothing(record.get(key))]
+        if rates and any(isinstance(value, list) for value in self._waiting["video"]):
+            raise BadSample("unused_field", f"has {rates[0]!r} beside videos of pictures: expected it in their parts")
 
     def in_text(self, text: str) -> list[str | Source]:
         """A text and what its tags name, in order; a tag of a kind that the record has no field of is text. Raises
@@ -194,6 +200,8 @@ class MediaReader:
 
     def __init__(self, settings: MediaSettings, folder: str, tokenizer: "PreTrainedTokenizerFast") -> None:
         """`folder`: where relative paths begin. Raises UserError for a tokenizer without the model's vision tokens."""
+        self.files: set[str] | None = None
+        """If a set, it comes to hold the paths that samples name, also of files that are not there."""
         vision, self._rules = settings
         self._vision, self._folder = vision, folder
         texts: dict[str, str] = {}
@@ -248,6 +256,9 @@ class MediaReader:
             given = [(key, inner) for key, inner in value.items() if inner is not None]
             preferred = next((pair for pair in given if pair[0] in ("bytes", "base64")), None)
             key, value = preferred or next((pair for pair in given if pair[0] in ("path", "url")), ("", None))
+            unknown = [name for name, inner in given if name not in _SOURCE and not _is_nothing(inner)]
+            if key and unknown:
+                raise BadSample("unused_field", f"has {kind} with {unknown[0]!r:.60}, which is not read")
             if key == "base64" and isinstance(value, str):
                 return _decoded(value.partition(",")[2] if value.startswith("data:") else value, kind)
         if isinstance(value, bytes):
@@ -263,7 +274,10 @@ class MediaReader:
             # As a path that somebody put file:// before, or as the standard has it, with %20 for a space.
             plain = value[value.index("://") + 3 + len(url.netloc) :]
             value = plain if os.path.lexists(plain) else unquote(url.path)
-        return os.path.join(self._folder, value)
+        path = os.path.join(self._folder, value)
+        if self.files is not None:
+            self.files.add(path)
+        return path
 
     def without_placeholders(self, rendered: str) -> str:
         """What a rendering says beside images and videos."""

@@ -58,12 +58,13 @@ class Samples:
         encode: Encode,
         seed: int | None,
         made_by: tuple[Any, ...] = (),
+        media: MediaReader | None = None,
     ) -> None:
         """`weights`: of the sources, or none. `seed`: None for the documents' own order. `made_by`: beside [data] and
-        the tokenizer, what decides how many tokens a sample has."""
+        the tokenizer, what decides how many tokens a sample has. `media`: what `encode` reads images and videos by."""
         self.made_by = made_by
         self._deal: Path | None = None
-        self._sources, self._encode, self._seed = sources, encode, seed
+        self._sources, self._encode, self.seed, self.media = sources, encode, seed, media
         self._starts = np.array(list(itertools.accumulate(map(len, sources), initial=0)), np.int64)
         self.num_documents = int(self._starts[-1])
         """N."""
@@ -77,13 +78,13 @@ class Samples:
 
     def in_order(self) -> "Samples":
         """The same documents in their own order."""
-        return Samples(self._sources, (), self._encode, None)
+        return Samples(self._sources, (), self._encode, None, media=self.media)
 
     def permutation(self, epoch: int) -> NDArray[np.int64]:
         """[N], the documents of the samples of an epoch; without weights."""
-        if self._seed is None:
+        if self.seed is None:
             return np.arange(self.num_documents)
-        return permutation(self.num_documents, self._seed, epoch)
+        return permutation(self.num_documents, self.seed, epoch)
 
     def dealt(self, deal: Path) -> "Samples":
         """The same documents in an order of some epochs that a file has: int64, the document of each sample."""
@@ -113,7 +114,7 @@ class Samples:
 
     def _permuted(self, indices: NDArray[np.int64], size: int, owner: int = 0) -> NDArray[np.int64]:
         epochs, indices = np.divmod(indices, size)
-        return indices if self._seed is None else permute(indices, size, self._seed + 2 * owner * _OTHER_SEEDS, epochs)
+        return indices if self.seed is None else permute(indices, size, self.seed + 2 * owner * _OTHER_SEEDS, epochs)
 
     def reader(self, stride: int = 1) -> Callable[[int], Sample]:
         """`read` for one who reads each sample `stride` behind the one before: where they are is worked out for many at
@@ -375,4 +376,4 @@ def open_samples(
     for source in sources:
         check_source(source, copy.copy(encode))  # a copy, so that the workers name ignored fields themselves
     made_by = (max_tokens, side, media and media.rules, [ends_of(source, data) for source in sources if len(source)])
-    return Samples(sources, data.weights, encode, seed if data.shuffle else None, made_by)
+    return Samples(sources, data.weights, encode, seed if data.shuffle else None, made_by, reader)

@@ -7,6 +7,7 @@ Shapes: P patches, F frames, H and W height and width, C channels (3).
 
 import io
 import math
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from types import SimpleNamespace
@@ -152,7 +153,8 @@ def _opened(source: str | bytes) -> Iterator[tuple["InputContainer", "VideoStrea
             with av.open(content, "r", container_options=options, metadata_errors="replace") as container:
                 if not container.streams.video:
                     raise BadSample("broken_video", f"{name} has no video stream")
-                if container.format.name == "gif" and not _ends_as_gif(file):
+                kind = container.format.name
+                if (kind == "gif" and not _ends_as_gif(file)) or (kind == "mpegts" and not _has_whole_packets(file)):
                     raise BadSample("broken_video", f"{name} is cut off")
                 stream = container.streams.video[0]
                 stream.thread_count = 1  # one thread a worker, and the same frames each time
@@ -170,6 +172,22 @@ def _ends_as_gif(file: IO[bytes]) -> bool:
     return end.endswith(b";")
 
 
+def _has_whole_packets(file: IO[bytes]) -> bool:
+    """A transport stream is packets of 188 bytes, or 192 or 204 with what some devices add, and tells no length."""
+    here = file.tell()
+    size = file.seek(0, io.SEEK_END)
+    file.seek(here)
+    return any(size % of_packet == 0 for of_packet in (188, 192, 204))
+
+
+def _seconds_told(container: "InputContainer", stream: "VideoStream") -> float:
+    """How long the film is by its header; 0 if that does not tell it of the pictures alone."""
+    if tag := re.fullmatch(r"(\d+):(\d+):(\d+\.?\d*)", stream.metadata.get("DURATION", "")):
+        hours, minutes, seconds = map(float, tag.groups())
+        return 3600 * hours + 60 * minutes + seconds
+    return (container.duration or 0) / 1e6 if len(container.streams) == 1 else 0.0
+
+
 def _read_header(source: str | bytes) -> tuple[int, float, int, int]:
     """Number of frames, frames a second, height and width as shown. One frame is decoded: it tells how it is turned."""
     name = name_of(source, "a video")
@@ -185,7 +203,14 @@ def _read_header(source: str | bytes) -> tuple[int, float, int, int]:
         height, width = (frame.width, frame.height) if turned else (frame.height, frame.width)
     if not num_frames:
         with _opened(source) as (container, stream):
-            num_frames = sum(packet.size > 0 and not packet.is_discard for packet in container.demux(stream))
+            told, end = _seconds_told(container, stream), 0.0
+            for packet in container.demux(stream):
+                num_frames += packet.size > 0 and not packet.is_discard
+                if packet.pts is not None:
+                    end = max(end, float((packet.pts + (packet.duration or 0)) * packet.time_base))
+        # Some files tell no duration of their last frame.
+        if end < 0.95 * told - 0.5:
+            raise BadSample("broken_video", f"{name} is cut off: it ends after {end:.1f} of {told:.1f} s")
     if not rate or rate < 0:
         raise BadSample("broken_video", f"{name} does not tell how many frames a second it has")
     return num_frames, float(rate), height, width

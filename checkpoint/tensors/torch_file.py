@@ -198,7 +198,12 @@ def read_torch_file(path: Path, start: int = 0, length: int | None = None) -> An
         raise UserError(f"{path} ends too early: it is truncated")
     with reading(path), path.open("rb") as file:
         window = _Window(file, start, size if length is None else length)
-        archive = zipfile.ZipFile(window)
+        try:
+            archive = zipfile.ZipFile(window)
+        except zipfile.BadZipFile as error:
+            raise UserError(
+                f"{path} is no archive ({error}): expected a file of torch.save as it writes since PyTorch 1.6, whole"
+            ) from None
         entries = {info.filename.partition("/")[2]: info for info in archive.infolist()}
         if "byteorder" in entries and _read_small(archive, entries["byteorder"]) != b"little":
             raise UserError(f"{path} is big-endian")

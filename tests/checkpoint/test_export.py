@@ -98,6 +98,9 @@ def test_class_tower_and_mtp(
     if kind in ("recorded", "gone"):  # as a run's checkpoint does in hf/base.json
         opened = export._open_checkpoint
         monkeypatch.setattr(export, "_open_checkpoint", lambda path: (*opened(path)[:3], tmp_path / "base"))
+    config = json.loads((ranks / "config.json").read_text())
+    config.get("text_config", config)["eos_token_id"] = [3, 5]  # as after training on chats
+    (ranks / "config.json").write_text(json.dumps(config))
     options = Options(asked, base=tmp_path / "base" if kind == "given" else None)
     if expected not in (CAUSAL, IMAGE):
         with pytest.raises(UserError, match=expected):
@@ -108,6 +111,7 @@ def test_class_tower_and_mtp(
     assert plan.config["architectures"] == [f"Qwen3_5MoeFor{'ConditionalGeneration' if is_image else 'CausalLM'}"]
     assert ("vision_config" in plan.config) == is_image
     assert plan.config.get("text_config", plan.config).get("mtp_num_hidden_layers") == (1 if mtp else 0)
+    assert plan.config.get("text_config", plan.config)["eos_token_id"] == [3, 5]
     sources = {1.0: "checkpoint", 2.0: "base"}
     for prefix, source in ((VISION, tower), (MTP, mtp)):
         of_part = [e for e in plan.tensors if e.key.startswith(prefix)]

@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 from config.options import Config, Data, Job, LRScheduler, Model, Optimizer, Training, Validation
-from data import files, pieces, sources
+from data import files, pieces, sources, tokenize
 from data.check import check_data
 from data.loader import TokenLoader
 from data.packing import REASONS
@@ -110,6 +110,15 @@ def test_the_first_of_several_files_may_be_bad_in_parts_but_not_all_of_them(tmp_
     (tmp_path / "b.jsonl").write_bytes(b"\n")
     with pytest.raises(UserError, match=r"data\.path: no document in '.*\*\.jsonl'"):
         check_data(config(tmp_path / "*.jsonl"), 4096)
+
+
+@pytest.mark.parametrize("form", ["text", "chat"])
+def test_what_was_tokenised_ahead(tmp_path, form):
+    turns = [{"role": "user", "content": "Hi?"}, {"role": "assistant", "content": "Ho."}]
+    (tmp_path / "a.jsonl").write_text(json.dumps({"text": "a b c"} if form == "text" else {"messages": turns}))
+    options = ["--config", "qwen35moe_tiny.toml", f"--data.path={tmp_path}/a.jsonl", f"--data.format={form}"]
+    tokenize.main([*options, "--out", str(tmp_path / "tokens"), "--workers", "1"])
+    check_data(config(tmp_path / "tokens", format=form), 4096)
 
 
 def test_validation_data_are_looked_at_too(tmp_path):

@@ -386,6 +386,20 @@ def test_documents(folder: Path) -> None:
     assert not encode_text({"text": "<image> a"}, folder).media
 
 
+def test_what_a_source_says_beside_its_place(folder: Path) -> None:
+    question = [{"role": "user", "content": "<video>What?"}, {"role": "assistant", "content": "A cat."}]
+    source = {"path": A, "detail": "high", "mime_type": "image/png", "start": None}
+    image = [{"role": "user", "content": "<image>What?"}, question[1]]
+    assert len(encode({"messages": image, "images": [source]}, folder).media) == 1
+    for key in ("start", "resized_height", "crop"):
+        record = {"messages": image, "images": [{**source, key: 1.5}]}
+        assert reason_of(record, folder) == ("unused_field", f"has image with {key!r}, which is not read")
+    for key in ("fps", "video_fps", "sample_fps"):
+        record = {"messages": question, "videos": [CLIP], key: 2}
+        message = f"has {key!r} beside videos of pictures: expected it in their parts"
+        assert reason_of(record, folder) == ("unused_field", message)
+
+
 @pytest.mark.parametrize(
     "nothing",
     [None, "", [], [None], [""], [{"path": ""}], {"bytes": b"", "path": None}, [{"bytes": b"", "path": None}]],

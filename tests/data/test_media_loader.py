@@ -94,6 +94,34 @@ def make_loader(
     )  # fmt: skip
 
 
+def test_pictures_that_come_or_change_are_counted_anew(folder: Path, tmp_path: Path) -> None:
+    """As where some are fetched when a preview has named them: epochs have other lengths then."""
+
+    def read(images: Path) -> tuple[int, int]:
+        """How many steps there are, and how many tokens of images in them."""
+        training = Training(epochs=1, sequence_length=SEQUENCE_LENGTH, global_batch_size=NUM_SLOTS)
+        data = Data(path=(str(folder / "chat.jsonl"),), format="chat", image_folder=str(images), tokenizer=str(MODEL),
+                    num_workers=0)  # fmt: skip
+        loader = TokenLoader(data, training, 0, 1, 5, media=SETTINGS)
+        num_steps = loader.num_steps_left()
+        batches = [next(loader) for _ in range(loader.num_micro_batches * (num_steps + 1))]
+        assert all((batch.labels == IGNORED).all() for batch in batches[-loader.num_micro_batches :])
+        return num_steps, sum(int((batch.tokens == IMAGE).sum()) for batch in batches)
+
+    expected = read(folder / "good")
+    images = tmp_path / "some"
+    images.mkdir()
+    assert read(images)[1] == 0
+    for path in (folder / "good").iterdir():
+        (images / path.name).write_bytes(path.read_bytes())
+    assert read(images) == expected
+    (images / "3.jpg").write_bytes(picture(256, 256, 1, "JPEG"))
+    larger = read(images)
+    assert larger[1] > expected[1]
+    (images / "3.jpg").unlink()
+    assert read(images)[1] < expected[1]
+
+
 def content_of(batches: list[MicroBatch]) -> dict[str, Any]:
     """A global batch, laid end to end; what stands at no place is left out."""
     shown: list[Any] = []

@@ -397,6 +397,35 @@ def test_a_truncated_film_is_refused_or_shorter(codec: str, kind: str) -> None:
 
 
 @needs_av
+@pytest.mark.parametrize(("codec", "kind"), [("h264", "matroska"), ("vp9", "webm"), ("h264", "mpegts")])
+@pytest.mark.parametrize("share", [0.3, 0.5, 0.75])
+def test_a_film_that_was_cut_off_is_no_shorter_film(codec: str, kind: str, share: float) -> None:
+    """These have no index, so that what is left of them could be read as a whole."""
+    content = film(120, codec=codec, kind=kind)
+    assert len(plan_video(content, RULES).indices) > 2
+    cut = int(len(content) * share)
+    assert reason_of(content[: cut + (cut % 188 == 0)]) == "broken_video"
+
+
+@needs_av
+@pytest.mark.parametrize("kind", ["matroska", "webm"])
+def test_a_film_with_a_longer_sound_is_whole(kind: str) -> None:
+    file, codecs = io.BytesIO(), {"matroska": ("h264", "aac"), "webm": ("vp9", "libopus")}[kind]
+    with av.open(file, "w", format=kind) as container:
+        stream, sound = container.add_stream(codecs[0], rate=25), container.add_stream(codecs[1], rate=48000)
+        stream.height, stream.width, stream.pix_fmt = HEIGHT, WIDTH, "yuv420p"
+        frames = [av.VideoFrame.from_ndarray(picture, format="rgb24") for picture in pictures(12)]
+        for packet in [packet for frame in [*frames, None] for packet in stream.encode(frame)]:
+            container.mux(packet)
+        for number in range(200):
+            samples = av.AudioFrame.from_ndarray(np.zeros((2, 960), np.float32), format="fltp", layout="stereo")
+            samples.sample_rate, samples.pts = 48000, number * 960
+            container.mux(sound.encode(samples))
+        container.mux(sound.encode(None))
+    assert plan_video(file.getvalue(), RULES).timestamps[-1] < 0.5
+
+
+@needs_av
 def test_a_header_that_promises_more_than_there_is() -> None:
     """The case of a file that only breaks while it is decoded: its index stands before its frames."""
     content = bytearray(film(30))

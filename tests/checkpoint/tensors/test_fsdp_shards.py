@@ -151,7 +151,7 @@ def test_what_does_not_fit_is_named(tmp_path: Path) -> None:
     path = folder / "model_world_size_4_rank_2.pt"
     whole = path.read_bytes()
     path.write_bytes(whole[:-30])
-    with pytest.raises(ValueError, match=r"rank_2.pt cannot be read: .*not a zip file"):
+    with pytest.raises(ValueError, match=r"rank_2.pt is no archive .*: expected a file of torch.save"):
         read_fsdp_shards(folder)
     path.unlink()
     with pytest.raises(ValueError, match=r"rank_2.pt is missing"):
