@@ -114,7 +114,7 @@ def test_unequal_routing_equals_one_process(experts: tuple[int, ...]) -> None:
     runs = one_process(config, ROWS, experts)
     assert (runs[1e-4].expert_counts > 0).sum(dim=1).tolist() == [len(experts)] * config.num_hidden_layers
     check_layouts(runs, config, ROWS, layouts, experts)
-    check_layouts(runs, config, ROWS, [replace(COMPILED, compile=True if len(experts) == 2 else "aot_eager")], experts)
+    check_layouts(runs, config, ROWS, [replace(COMPILED, compile="aot_eager")], experts)
 
 
 def check_layouts(
