@@ -7,6 +7,7 @@ once, by all cores, and what is left of it goes to the cache: int32 numbers, of 
 """
 
 import dataclasses
+import hashlib
 import json
 import logging
 import math
@@ -16,7 +17,7 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -38,14 +39,8 @@ _MOST_PROCESSES = 32
 _CHUNK = 2000  # samples that a process measures at a time
 
 
-class Measured(NamedTuple):
-    """What samples take."""
-
-    starts: NDArray[np.int64]
-    """Where each sample's numbers begin, and at the end where they end."""
-    numbers: NDArray[np.int32]
-    files: str
-    """The files of images and videos, as JSON: of each its path and, if it was there, its size and time."""
+Measured = tuple[NDArray[np.int64], NDArray[np.int32]]
+"""Where each sample's numbers begin, and at the end where they end; the numbers."""
 
 
 def deal(packer: "Packer") -> "Packer":
@@ -59,7 +54,7 @@ def deal(packer: "Packer") -> "Packer":
     num_documents, num_slots = packer.samples.num_documents, packer.num_slots
 
     def make(path: Path) -> None:
-        starts, numbers, _ = _measured(packer)
+        starts, numbers = _measured(packer)
         lengths = numbers[starts[:-1]].astype(np.int64)
         tokens = np.zeros(num_slots, np.int64)
         with open(path, "wb") as file:
@@ -76,8 +71,8 @@ def deal(packer: "Packer") -> "Packer":
                     place = end
                 file.write(documents.astype("<i8").tobytes())
 
-    what = ["deal", num_slots, num_epochs, packer.samples.seed, _measured(packer).files]
-    path = _cached(packer, what, ".deal", make)
+    of_files = hashlib.sha256(_files_of(_lengths(packer))).hexdigest()
+    path = _cached(packer, ["deal", num_slots, num_epochs, packer.samples.seed, of_files], ".deal", make)
     return packer._replace(samples=packer.samples.dealt(path))
 
 
@@ -86,9 +81,9 @@ def most_rows(packer: "Packer", cursors: Sequence[Cursor], sequence_length: int)
     rows themselves would."""
     assert packer.end is not None
     measured = _measured(packer)
-    if packer.data.format == "text" and len(measured.numbers) == packer.samples.num_documents:
-        return max(_num_full_rows(packer, cursor, sequence_length, measured.numbers) for cursor in cursors)
-    num_tokens = sequence_length if packer.data.format == "chat" else int(measured.numbers.max(initial=1))
+    if packer.data.format == "text" and len(measured[1]) == packer.samples.num_documents:
+        return max(_num_full_rows(packer, cursor, sequence_length, measured[1]) for cursor in cursors)
+    num_tokens = sequence_length if packer.data.format == "chat" else int(measured[1].max(initial=1))
     longest = Sample.of(np.zeros(num_tokens, np.int32), False)
     return max(_num_rows(packer, cursor, sequence_length, measured, longest) for cursor in cursors)
 
@@ -103,7 +98,7 @@ def _num_full_rows(packer: "Packer", cursor: Cursor, sequence_length: int, lengt
 
 def _num_rows(packer: "Packer", cursor: Cursor, sequence_length: int, measured: Measured, longest: Sample) -> int:
     assert packer.end is not None
-    starts, numbers, _ = measured
+    starts, numbers = measured
     documents = np.asarray(packer.samples.documents(range(packer.end)))  # a file's, so it takes no memory
 
     def read(sample: int) -> Sample:
@@ -127,6 +122,18 @@ def _no_pixels() -> NDArray[np.uint8]:
 
 def _measured(packer: "Packer") -> Measured:
     """Of all samples, from the cache, or measured now."""
+    with np.load(_lengths(packer)) as stored:
+        return stored["starts"], stored["numbers"]
+
+
+def _files_of(lengths: Path) -> bytes:
+    """The files of images and videos that were measured, as `_described` has them."""
+    with np.load(lengths) as stored:
+        return stored["files"].tobytes()
+
+
+def _lengths(packer: "Packer") -> Path:
+    """The file of what is measured: Measured, and of which files."""
     samples = packer.samples.in_order()
 
     def make(path: Path) -> None:
@@ -145,23 +152,19 @@ def _measured(packer: "Packer") -> Measured:
                 parts = list(pool.map(measure, ranges))
         counts, numbers, files = zip(*parts)
         starts = np.concatenate([[0], np.cumsum(np.concatenate(counts))])
+        described = np.frombuffer(_described(set().union(*files)), np.uint8)
         with open(path, "wb") as file:
-            np.savez(file, starts=starts, numbers=np.concatenate(numbers), files=_described(set().union(*files)))
+            np.savez(file, starts=starts, numbers=np.concatenate(numbers), files=described)
 
     def is_current(path: Path) -> bool:
-        files = _stored(path).files
-        return files == _described(path for path, *_ in json.loads(files))
+        files = _files_of(path)
+        return files == _described(file for file, *_ in json.loads(files))
 
-    return _stored(_cached(packer, ["lengths, and files"], ".lengths", make, is_current))
-
-
-def _stored(path: Path) -> Measured:
-    with np.load(path) as stored:
-        return Measured(stored["starts"], stored["numbers"], str(stored["files"]))
+    return _cached(packer, ["lengths, and files"], ".lengths", make, is_current)
 
 
-def _described(files: Iterable[str]) -> str:
-    """See `Measured.files`."""
+def _described(files: Iterable[str]) -> bytes:
+    """Of each file its path and, if it is there, its size and time: as JSON."""
 
     def stat(file: str) -> list[int]:
         try:
@@ -170,7 +173,7 @@ def _described(files: Iterable[str]) -> str:
             return []
         return [found.st_size, found.st_mtime_ns]
 
-    return json.dumps([[file, *stat(file)] for file in sorted(files)])
+    return json.dumps([[file, *stat(file)] for file in sorted(files)]).encode()
 
 
 def _cached(
