@@ -238,10 +238,10 @@ class ChatTemplate:
 
 def _reasoning_in(content: str) -> tuple[str, str] | None:
     """The one reasoning with which a content begins, and the answer: between tags, or, as what follows a prompt that
-    opened it, up to a closing tag on a line of its own. None where anything stands before, or there are more tags."""
+    opened it, up to a closing tag on a line of its own. None where anything stands before, or a closing tag behind."""
     head, tag, answer = content.partition("</think>")
     before, opening, reasoning = head.rpartition("<think>")
-    if not tag or before.strip() or any(each in before + answer for each in ("<think>", "</think>")):
+    if not tag or before.strip() or "</think>" in answer:
         return None
     is_own_line = reasoning.rstrip(" ").endswith("\n") and answer.lstrip(" ")[:1] in ("\n", "")
     return (reasoning, answer) if opening or is_own_line else None

@@ -143,6 +143,13 @@ def test_reasoning_that_is_written_as_a_model_writes_it_behind_its_prompt():
     assert trained_texts("qwen35_style", turns) == ["1<|im_end|>", "so\n</think>\n\n2<|im_end|>"]
 
 
+def test_an_opening_tag_in_an_answer_is_text():
+    turns = [user("One?"), assistant("<think>so</think>Use <think> here."), user("Two?"), assistant("A <think> tag.")]
+    assert trained_texts("qwen35_style", turns)[0] == "Use <think> here.<|im_end|>"
+    assert trained_texts("qwen35_style", turns)[1].endswith("A <think> tag.<|im_end|>")
+    assert trained_texts("qwen35_style", turns[:2]) == ["so\n</think>\n\nUse <think> here.<|im_end|>"]
+
+
 @pytest.mark.parametrize(
     "content",
     [
