@@ -13,8 +13,11 @@ import pytest
 from config.options import Training
 from config.reading import load_config, resolved_toml
 from data.loader import TokenLoader
+from data.packing import BadSample
 from data.skipped import write_skipped
+from data.sources import open_sources
 from errors import UserError
+from tests.data.media_shapes import contents, encode, picture
 
 ROOT = Path(__file__).resolve().parents[2]
 TRAINING = Training(steps=1, sequence_length=64, global_batch_size=2)
@@ -82,6 +85,49 @@ def test_what_is_not_in_the_data_any_more_is_told(tmp_path, run):
     (skipped / "rank-00000.jsonl").write_text("3\n")
     with pytest.raises(UserError, match=r"rank-00000\.jsonl cannot be read"):
         write_skipped(config, skipped, tmp_path / "other.jsonl")
+
+
+def written_again(tmp_path, record):
+    """A record of a table, and the line that is written of it."""
+    pyarrow.parquet.write_table(pa.Table.from_pylist([record]), tmp_path / "a.parquet")
+    config = load_config(
+        ["--config=qwen35moe_tiny.toml", "--data.format=chat", f"--data.path={tmp_path / 'a.parquet'}"]
+    )
+    (note,) = [{"sample": f"{tmp_path / 'a.parquet'}, row 1: is bad", "reason": "special_token"}]
+    (tmp_path / "rank-00000.jsonl").write_text(json.dumps(note) + "\n")
+    write_skipped(config, tmp_path, tmp_path / "out.jsonl")
+    (source,) = open_sources(config.data)
+    return source[0], json.loads((tmp_path / "out.jsonl").read_text())
+
+
+PNG = picture()
+
+
+@pytest.mark.parametrize(
+    ("shown", "fields"),
+    [
+        *(({"type": "image"}, fields) for fields in (
+            {"images": [PNG]}, {"images": [{"bytes": PNG, "path": "gone.png"}]}, {"image": PNG},
+            {"image": {"bytes": PNG}},
+        )),
+        *((part, {}) for part in (
+            {"image": PNG}, {"image": {"bytes": PNG, "path": "gone.png"}}, {"bytes": PNG, "type": "image"},
+            {"base64": PNG, "type": "image"}, {"image_url": {"url": PNG}}, {"video": [PNG, PNG]},
+            {"video": [{"bytes": PNG}, {"bytes": PNG}]},
+        )),
+        ({"text": "no picture"}, {"image": b""}),
+    ],
+)  # fmt: skip
+def test_pictures_in_a_table_can_be_read_again(tmp_path, shown, fields):
+    answer = {"role": "assistant", "content": [{"text": "Noise."}]}
+    record, line = written_again(tmp_path, {"messages": [{"role": "user", "content": [shown]}, answer], **fields})
+    assert contents(encode(line)) == contents(encode(record))
+
+
+def test_bytes_in_the_place_of_a_text_do_not_become_one(tmp_path):
+    _, line = written_again(tmp_path, chat("Q", b"\xff\x00"))
+    with pytest.raises(BadSample, match="content"):
+        encode(line)
 
 
 def test_the_command_and_the_mended_file(tmp_path, run):
