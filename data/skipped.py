@@ -33,7 +33,8 @@ def write_skipped(config: Config, folder: Path, out: Path) -> str:
                     continue
                 found[text] += 1
                 about = {"where": place, "reason": notes[text], "message": text[len(place) + 2 :]}
-                file.write(json.dumps({"skipped": about, **_fields(record)}, default=_as_json) + "\n")
+                note = {"skipped": about}  # first in its line, and in the place of one from before
+                file.write(json.dumps(note | _fields(record) | note, default=_as_json) + "\n")
     except OSError as error:
         raise UserError(f"OUT = {str(out)!r}: {error.strerror}: expected a new file in a folder that exists") from None
     missing = [text for text in notes if not found[text]]

@@ -77,6 +77,29 @@ def test_each_is_written_with_its_fields_and_what_is_wrong(tmp_path, run):
         write_skipped(config, skipped, tmp_path / "out.jsonl")
 
 
+def written_again(tmp_path, record, suffix=".parquet"):
+    """A record of a file, and the line that is written of it."""
+    path = tmp_path / f"a{suffix}"
+    if suffix == ".parquet":
+        pyarrow.parquet.write_table(pa.Table.from_pylist([record]), path)
+    else:
+        path.write_text(json.dumps(record) + "\n")
+    config = load_config(["--config=qwen35moe_tiny.toml", "--data.format=chat", f"--data.path={path}"])
+    (source,) = open_sources(config.data)
+    note = {"sample": f"{source.where(0)}: is bad", "reason": "special_token"}
+    (tmp_path / "rank-00000.jsonl").write_text(json.dumps(note) + "\n")
+    write_skipped(config, tmp_path, tmp_path / "out.jsonl")
+    return source[0], json.loads((tmp_path / "out.jsonl").read_text())
+
+
+def test_the_note_of_a_second_round_takes_the_place_of_the_first(tmp_path):
+    _, line = written_again(tmp_path, {**chat("Q", "A"), "skipped": {"where": "a", "reason": "empty"}}, ".jsonl")
+    assert list(line) == ["skipped", "messages"]
+    assert line["skipped"] == {
+        "where": f"{tmp_path / 'a.jsonl'}, line 1", "reason": "special_token", "message": "is bad"
+    }  # fmt: skip
+
+
 def test_what_is_not_in_the_data_any_more_is_told(tmp_path, run):
     config, skipped = run
     (tmp_path / "c.csv").write_text("prompt,completion\nQ,A\n")
@@ -85,19 +108,6 @@ def test_what_is_not_in_the_data_any_more_is_told(tmp_path, run):
     (skipped / "rank-00000.jsonl").write_text("3\n")
     with pytest.raises(UserError, match=r"rank-00000\.jsonl cannot be read"):
         write_skipped(config, skipped, tmp_path / "other.jsonl")
-
-
-def written_again(tmp_path, record):
-    """A record of a table, and the line that is written of it."""
-    pyarrow.parquet.write_table(pa.Table.from_pylist([record]), tmp_path / "a.parquet")
-    config = load_config(
-        ["--config=qwen35moe_tiny.toml", "--data.format=chat", f"--data.path={tmp_path / 'a.parquet'}"]
-    )
-    (note,) = [{"sample": f"{tmp_path / 'a.parquet'}, row 1: is bad", "reason": "special_token"}]
-    (tmp_path / "rank-00000.jsonl").write_text(json.dumps(note) + "\n")
-    write_skipped(config, tmp_path, tmp_path / "out.jsonl")
-    (source,) = open_sources(config.data)
-    return source[0], json.loads((tmp_path / "out.jsonl").read_text())
 
 
 PNG = picture()
