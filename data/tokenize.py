@@ -72,8 +72,11 @@ def main(argv: list[str]) -> None:
     options, rest = parser.parse_known_args(argv)
     config = load_config(rest)
     shape = model_config(config)
-    check_data(config, shape.vocab_size, shape.vision)
     data, out = config.data, options.out
+    is_chat, length = data.format == "chat", config.training.sequence_length
+    max_tokens = sys.maxsize if is_chat and data.too_long != "truncate_left" else length
+    as_stored = replace(config, training=replace(config.training, sequence_length=max_tokens))
+    check_data(as_stored, shape.vocab_size, shape.vision)
     if data.weights:
         raise UserError(f"data.weights = {list(data.weights)}: expected none: shards are mixed when they are read")
     if shape.vision is not None and shows_media(config):
@@ -82,8 +85,6 @@ def main(argv: list[str]) -> None:
         raise UserError(f"--out = {str(out)!r} exists: expected a folder that does not")
     tokenizer = load_tokenizer(data.tokenizer)
     in_order = replace(data, shuffle=False, end_of_document=False)
-    is_chat, length = data.format == "chat", config.training.sequence_length
-    max_tokens = sys.maxsize if is_chat and data.too_long != "truncate_left" else length
     samples = open_samples(in_order, tokenizer, max_tokens, config.job.seed)
     dtype = "<u2" if num_ids(tokenizer.backend_tokenizer) <= 1 << 16 else "<u4"
     unfinished = out.with_name(f".{out.name}")

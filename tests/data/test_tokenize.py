@@ -56,6 +56,19 @@ def test_shards_hold_the_tokens_in_order_and_skipped_documents_are_told(tmp_path
     assert summary == f"{tmp_path}/tokens: {num_tokens:,} tokens of 5 documents, {counts}"
 
 
+def chat(question, answer):
+    return {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]}
+
+
+def tokenise_chats(tmp_path, chats, *options):
+    """Their file, and the folder of their tokens."""
+    path, out = tmp_path / "chats.jsonl", tmp_path / "tokens"
+    path.write_text("".join(json.dumps(chat) + "\n" for chat in chats))
+    source = ["--config=qwen35moe_tiny.toml", f"--data.path={path}", "--data.format=chat"]
+    tokenize.main(["--out", str(out), "--workers=1", *source, *options])
+    return path, out
+
+
 @pytest.mark.parametrize("too_long", ["drop", "truncate", "truncate_left"])
 def test_chats_ahead_of_time_are_what_they_are_when_read(tmp_path, too_long):
     chats = [
@@ -63,10 +76,7 @@ def test_chats_ahead_of_time_are_what_they_are_when_read(tmp_path, too_long):
                       for role in ("user", "assistant")]}
         for number, (turns, length) in enumerate([(1, 1), (3, 1), (1, 20), (6, 3), (2, 2)])
     ]  # fmt: skip
-    path, out = tmp_path / "chats.jsonl", tmp_path / "tokens"
-    path.write_text("".join(json.dumps(chat) + "\n" for chat in chats))
-    options = ["--data.format=chat", f"--data.too_long={too_long}", "--training.sequence_length=64"]
-    tokenize.main(["--out", str(out), "--workers=1", "--config=qwen35moe_tiny.toml", f"--data.path={path}", *options])
+    path, out = tokenise_chats(tmp_path, chats, f"--data.too_long={too_long}", "--training.sequence_length=64")
     data = Data(format="chat", path=(str(path),), tokenizer=str(TOKENIZER), too_long=too_long, shuffle=False)
     ahead = replace(data, path=(str(out),))
 
@@ -93,6 +103,13 @@ def test_chats_ahead_of_time_are_what_they_are_when_read(tmp_path, too_long):
     (out / "00000.trained").unlink()
     with pytest.raises(UserError, match=r"is damaged: 00000\.trained is missing"):
         open_sources(ahead)
+
+
+@pytest.mark.parametrize("too_long", ["drop", "truncate"])
+def test_conversations_that_are_all_longer_than_a_row_are_stored_whole(tmp_path, capsys, too_long):
+    options = ["--training.sequence_length=4", f"--data.too_long={too_long}", "--data.on_bad_sample=error"]
+    tokenise_chats(tmp_path, [chat("One?", "Two.")] * 3, *options)
+    assert "tokens of 3 documents\n" in capsys.readouterr().out
 
 
 def test_mistakes(tmp_path, arguments):
