@@ -261,8 +261,10 @@ class EncodeText:
             self._reader.check_placeholders(tokens, 0)
         sample = Sample(tokens, np.ones(len(tokens), bool))
         if isinstance(record, dict) and self._special and not self._special.keys().isdisjoint(text):
-            names = [self._special.pop(number) for number in sorted(self._special.keys() & set(text))]
-            message = f"has {', '.join(names)} in its text: taken for these special tokens in all documents"
+            found = {number: name for number, name in self._special.items() if number in text}
+            # Not in place: the copy with which sources are checked names its own.
+            self._special = {number: name for number, name in self._special.items() if number not in found}
+            message = f"has {', '.join(found.values())} in its text: taken for these special tokens in all documents"
             return sample._replace(note=("special_in_text", message))
         return sample
 
