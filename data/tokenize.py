@@ -38,13 +38,13 @@ from errors import OneLineParser, UserError, exit_on_error
 
 _SHARD = 100_000  # documents
 
-Notes = list[tuple[str, str]]  # reason and message of each document that was skipped
+Notes = list[tuple[str, str]]  # reason and message, of documents that were skipped or not used as they are
 
 
 def _write_shard(
     samples: Samples, skip_bad: bool, is_chat: bool, dtype: str, folder: Path, shard: int
 ) -> tuple[int, int, Notes]:
-    """Returns the numbers of documents and of tokens, and what was skipped."""
+    """Returns the numbers of documents and of tokens, and notes."""
     end = min((shard + 1) * _SHARD, samples.num_documents)
     share = Share(samples.reader(), stride=1, end=end, skip_bad=skip_bad, max_bad=_SHARD)
     ends = [0]
@@ -90,16 +90,17 @@ def main(argv: list[str]) -> None:
     unfinished = out.with_name(f".{out.name}")
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir(parents=True)
-    documents, tokens, skipped = [], [], Counter[str]()
+    documents, tokens, counts = [], [], Counter[str]()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the other cores belong to other workers
     with ProcessPoolExecutor(options.workers, multiprocessing.get_context("forkserver")) as pool:
         write = functools.partial(_write_shard, samples, data.on_bad_sample == "skip", is_chat, dtype, unfinished)
         for num_documents, num_tokens, notes in pool.map(write, range(-(-samples.num_documents // _SHARD))):
             documents.append(num_documents)
             tokens.append(num_tokens)
-            skipped.update(reason for reason, _ in notes)
             for reason, message in notes:
-                print(f"{'used, but' if reason in USED else 'skipped'} ({reason}): {message}")
+                became = "used, but" if reason in USED else "skipped"
+                counts[f"{became}: {reason}"] += 1
+                print(f"{became} ({reason}): {message}")
     meta: dict[str, object] = {
         "tokenizer": corpus_identity(data),
         "dtype": dtype,
@@ -110,8 +111,8 @@ def main(argv: list[str]) -> None:
         meta |= {"format": "chat", "options": {name: getattr(data, name) for name in CHAT_OPTIONS}}
     (unfinished / TOKENS_META).write_text(json.dumps(meta), encoding="utf-8")
     os.replace(unfinished, out)
-    counts = "".join(f", {number:,} skipped: {reason}" for reason, number in sorted(skipped.items()))
-    print(f"{out}: {sum(tokens):,} tokens of {sum(documents):,} documents{counts}")
+    counted = "".join(f", {number:,} {what}" for what, number in sorted(counts.items()))
+    print(f"{out}: {sum(tokens):,} tokens of {sum(documents):,} documents{counted}")
 
 
 if __name__ == "__main__":
