@@ -86,14 +86,15 @@ def test_contents_that_cannot_be(tmp_path, changes, message):
         {"dtype": "<f4"}, {"dtype": ["<u2"]}, {"dtype": None}, {"documents": 2}, {"documents": None}, {"tokens": {}},
         {"documents": [2, -2]}, {"documents": [2, "2"]}, {"tokens": [4, 2.0]}, {"tokens": [4, True]}, {"tokens": [4]},
         {"documents": [2, 2, 0], "tokens": [4, 2, 0]}, {"documents": [2, 3]}, {"tokens": [4, 10**30]},
-        {"tokenizer": 3}, {"tokenizer": "", "tokenizer_sha256": None},
+        {"tokenizer": 3}, {"tokenizer": "", "tokenizer_sha256": None}, {"format": "xx"}, {"format": None},
+        {"format": []}, {"options": [1, 2]}, {"options": [["train_on", "all"]]}, {"options": None}, {"options": "x"},
     ],
 )  # fmt: skip
 def test_descriptions_that_cannot_be(tmp_path, meta):
     folder = write(tmp_path / "a", meta=meta)
     with pytest.raises(UserError) as raised:
         open_corpus(folder)
-    assert str(folder) in str(raised.value)
+    assert str(raised.value).startswith(f"data.path: {str(folder)!r} is damaged: ")
     assert "\n" not in str(raised.value)
 
 
@@ -109,9 +110,18 @@ def test_files_that_are_missing_or_cut(tmp_path):
         (folder / name).mkdir()
         with pytest.raises(UserError, match=f"{name} is missing"):
             open_corpus(folder)
-    for content in (b"", b"[", b"[]", b"{}", b"null", b"\xff", b"[" * 100_000, b"3"):
+    for content in (b"", b"[", b"\xff", b"[" * 100_000):
         (folder / "tokens.json").write_bytes(content)
         with pytest.raises(UserError, match=r"tokens\.json cannot be read: "):
+            open_corpus(folder)
+    for content, message in (
+        (b"[]", "is no table"),
+        (b"null", "is no table"),
+        (b"3", "is no table"),
+        (b"{}", "names no"),
+    ):
+        (folder / "tokens.json").write_bytes(content)
+        with pytest.raises(UserError, match=rf"is damaged: tokens\.json {message}"):
             open_corpus(folder)
 
 
