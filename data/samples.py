@@ -333,6 +333,8 @@ class EncodeChat:
         if isinstance(record, TokenisedChat):
             if not len(record.tokens):
                 raise BadSample("empty", "has no tokens")
+            if not np.count_nonzero(record.is_trained[1:]):  # a third of the time of any()
+                raise BadSample("nothing_to_train", "has no token that is to be trained on")
             sample = Sample(record.tokens, record.is_trained)
         else:
             assert isinstance(record, dict)
