@@ -253,6 +253,7 @@ class EncodeText:
             is_shown = self._reader is not None and has_fields(record, self._data)  # else they are nobody's business
             if is_shown or has_media(record, self._data):
                 return self._with_media(record)
+        assert not isinstance(record, TokenisedChat)
         text = self._tokenise(text_of(record, self._data.text_key)) if isinstance(record, dict) else record
         if not len(text):
             raise BadSample("empty", "has no text")
@@ -331,6 +332,11 @@ class EncodeChat:
 
     def __call__(self, record: Record) -> Sample:
         if isinstance(record, TokenisedChat):
+            if record.cut_to not in (None, self._max_tokens):
+                raise UserError(
+                    f"training.sequence_length = {self._max_tokens}: expected {record.cut_to}, to which data.too_long "
+                    "= 'truncate_left' cut the conversations when they were tokenised"
+                )
             if not len(record.tokens):
                 raise BadSample("empty", "has no tokens")
             if not np.count_nonzero(record.is_trained[1:]):  # a third of the time of any()

@@ -9,8 +9,8 @@ Reads what [data] describes, in the files' order. FOLDER then takes the place of
     00000.ends              where each of them ends, int64
     00000.trained           of chats: 1 for each token that is trained on, else 0, uint8
 
-Conversations are stored whole: `data.too_long` is asked when they are read, but for "truncate_left". The
-end-of-document token is not stored: `data.end_of_document` appends it when it is read.
+Conversations are stored whole: `data.too_long` is asked when they are read. With "truncate_left" they are cut now, for
+rows of this length alone. The end-of-document token is not stored: `data.end_of_document` appends it when it is read.
 """
 
 import contextlib
@@ -74,7 +74,8 @@ def main(argv: list[str]) -> None:
     shape = model_config(config)
     data, out = config.data, options.out
     is_chat, length = data.format == "chat", config.training.sequence_length
-    max_tokens = sys.maxsize if is_chat and data.too_long != "truncate_left" else length
+    is_cut = data.too_long == "truncate_left"
+    max_tokens = sys.maxsize if is_chat and not is_cut else length
     as_stored = replace(config, training=replace(config.training, sequence_length=max_tokens))
     check_data(as_stored, shape.vocab_size, shape.vision)
     if data.weights:
@@ -109,6 +110,7 @@ def main(argv: list[str]) -> None:
     }
     if is_chat:
         meta |= {"format": "chat", "options": {name: getattr(data, name) for name in CHAT_OPTIONS}}
+        meta |= {"cut_to": length} if is_cut else {}
     (unfinished / TOKENS_META).write_text(json.dumps(meta), encoding="utf-8")
     os.replace(unfinished, out)
     counted = "".join(f", {number:,} {what}" for what, number in sorted(counts.items()))

@@ -59,6 +59,18 @@ class TokenisedCorpus(Whole):
                 raise UserError(
                     f"data.{name} = {getattr(data, name)!r}: expected {value!r}, with which {folder!r} was tokenised"
                 )
+        self._cut_to = meta.get("cut_to")
+        if self._cut_to is not None and type(self._cut_to) is not int:
+            raise self._damaged(f"{TOKENS_META} has cut_to = {self._cut_to!r:.60}, expected a number")
+        if self._cut_to is not None and data.too_long != "truncate_left":
+            raise UserError(
+                f"data.too_long = {data.too_long!r}: expected 'truncate_left', with which {folder!r} was tokenised"
+            )
+        if is_chat and self._cut_to is None and data.too_long == "truncate_left":
+            raise UserError(
+                f"data.too_long = 'truncate_left': expected 'drop' or 'truncate', or {folder!r} tokenised with it: its "
+                "conversations are whole"
+            )
         if (
             self._dtype not in ("<u2", "<u4")
             or not isinstance(documents, list)
@@ -116,7 +128,7 @@ class TokenisedCorpus(Whole):
         shard, place = part_of(index, self._starts)
         tokens, ends, *trained = _opened(self._folder, shard, self._kinds, self._dtype)
         own = slice(ends[place - 1] if place else 0, ends[place])
-        return TokenisedChat(tokens[own], trained[0][own]) if trained else tokens[own]
+        return TokenisedChat(tokens[own], trained[0][own], self._cut_to) if trained else tokens[own]
 
     def where(self, index: int) -> str:
         return f"{self._folder}, document {index + 1}"

@@ -80,12 +80,24 @@ def test_chats_ahead_of_time_are_what_they_are_when_read(tmp_path, too_long):
     data = Data(format="chat", path=(str(path),), tokenizer=str(TOKENIZER), too_long=too_long, shuffle=False)
     ahead = replace(data, path=(str(out),))
 
-    def rows(data):
-        loader = TokenLoader(replace(data, num_workers=0), TRAINING, 0, 1, 0, one_epoch=True)
+    def rows(data, training=TRAINING):
+        loader = TokenLoader(replace(data, num_workers=0), training, 0, 1, 0, one_epoch=True)
         batches = [next(loader) for _ in range(4)]
         return [(batch.tokens.tolist(), batch.labels.tolist()) for batch in batches]
 
     assert rows(ahead) == rows(data)
+    whole, other_length = too_long != "truncate_left", replace(TRAINING, sequence_length=128)
+    if whole:
+        assert rows(ahead, other_length) == rows(data, other_length)
+    else:
+        with pytest.raises(UserError, match=r"training\.sequence_length = 128: expected 64, to which"):
+            rows(ahead, other_length)
+    for other in {"drop", "truncate", "truncate_left"} - {too_long}:
+        if whole and other != "truncate_left":
+            assert rows(replace(ahead, too_long=other)) == rows(replace(data, too_long=other))
+        else:
+            with pytest.raises(UserError, match=rf"data\.too_long = '{other}': expected .*tokens' (was )?tokenised"):
+                open_sources(replace(ahead, too_long=other))
     for other, message in (
         ({"train_on": "last"}, r"data\.train_on = 'last': expected 'all', with which .*tokens' was tokenised"),
         ({"train_empty_thinking": True}, r"data\.train_empty_thinking = True: expected False"),

@@ -88,6 +88,7 @@ def test_contents_that_cannot_be(tmp_path, changes, message):
         {"documents": [2, 2, 0], "tokens": [4, 2, 0]}, {"documents": [2, 3]}, {"tokens": [4, 10**30]},
         {"tokenizer": 3}, {"tokenizer": "", "tokenizer_sha256": None}, {"format": "xx"}, {"format": None},
         {"format": []}, {"options": [1, 2]}, {"options": [["train_on", "all"]]}, {"options": None}, {"options": "x"},
+        {"cut_to": "x"}, {"cut_to": True},
     ],
 )  # fmt: skip
 def test_descriptions_that_cannot_be(tmp_path, meta):
