@@ -16,6 +16,8 @@ class TokenisedChat(NamedTuple):
 
     tokens: NDArray[np.unsignedinteger]
     is_trained: NDArray[np.bool_]
+    cut_to: int | None = None
+    """The length of a row for which first turns of longer ones were left out; None where all are whole."""
 
 
 Record = dict[str, Any] | NDArray[np.unsignedinteger] | TokenisedChat

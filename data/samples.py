@@ -254,6 +254,7 @@ class EncodeText:
             is_shown = self._reader is not None and has_fields(record, self._data)  # else they are nobody's business
             if is_shown or has_media(record, self._data):
                 return self._with_media(record)
+        assert not isinstance(record, TokenisedChat)
         text = self._tokenise(text_of(record, self._data.text_key)) if isinstance(record, dict) else record
         if not len(text):
             raise BadSample("empty", "has no text")
@@ -262,8 +263,10 @@ class EncodeText:
             self._reader.check_placeholders(tokens, 0)
         sample = Sample(tokens, np.ones(len(tokens), bool))
         if isinstance(record, dict) and self._special and not self._special.keys().isdisjoint(text):
-            names = [self._special.pop(number) for number in sorted(self._special.keys() & set(text))]
-            message = f"has {', '.join(names)} in its text: taken for these special tokens in all documents"
+            found = {number: name for number, name in self._special.items() if number in text}
+            # Not in place: the copy with which sources are checked names its own.
+            self._special = {number: name for number, name in self._special.items() if number not in found}
+            message = f"has {', '.join(found.values())} in its text: taken for these special tokens in all documents"
             return sample._replace(note=("special_in_text", message))
         return sample
 
@@ -330,8 +333,15 @@ class EncodeChat:
 
     def __call__(self, record: Record) -> Sample:
         if isinstance(record, TokenisedChat):
+            if record.cut_to not in (None, self._max_tokens):
+                raise UserError(
+                    f"training.sequence_length = {self._max_tokens}: expected {record.cut_to}, to which data.too_long "
+                    "= 'truncate_left' cut the conversations when they were tokenised"
+                )
             if not len(record.tokens):
                 raise BadSample("empty", "has no tokens")
+            if not np.count_nonzero(record.is_trained[1:]):  # a third of the time of any()
+                raise BadSample("nothing_to_train", "has no token that is to be trained on")
             sample = Sample(record.tokens, record.is_trained)
         else:
             assert isinstance(record, dict)

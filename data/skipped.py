@@ -33,7 +33,8 @@ def write_skipped(config: Config, folder: Path, out: Path) -> str:
                     continue
                 found[text] += 1
                 about = {"where": place, "reason": notes[text], "message": text[len(place) + 2 :]}
-                file.write(json.dumps({"skipped": about, **_fields(record)}, default=_as_text) + "\n")
+                note = {"skipped": about}  # first in its line, and in the place of one from before
+                file.write(json.dumps(note | _fields(record) | note, default=_as_json) + "\n")
     except OSError as error:
         raise UserError(f"OUT = {str(out)!r}: {error.strerror}: expected a new file in a folder that exists") from None
     missing = [text for text in notes if not found[text]]
@@ -82,6 +83,7 @@ def _fields(read: Any) -> dict[str, Any]:
         return {}
 
 
-def _as_text(value: object) -> object:
-    """What JSON has no form for, such as bytes and dates of a table."""
-    return base64.b64encode(value).decode() if isinstance(value, bytes) else str(value)
+def _as_json(value: object) -> object:
+    """What JSON has no form for: bytes as a source of an image or a video may stand, and as no text could be taken for;
+    and dates of a table."""
+    return {"base64": base64.b64encode(value).decode()} if isinstance(value, bytes) else str(value)

@@ -9,8 +9,8 @@ Reads what [data] describes, in the files' order. FOLDER then takes the place of
     00000.ends              where each of them ends, int64
     00000.trained           of chats: 1 for each token that is trained on, else 0, uint8
 
-Conversations are stored whole: `data.too_long` is asked when they are read, but for "truncate_left". The
-end-of-document token is not stored: `data.end_of_document` appends it when it is read.
+Conversations are stored whole: `data.too_long` is asked when they are read. With "truncate_left" they are cut now, for
+rows of this length alone. The end-of-document token is not stored: `data.end_of_document` appends it when it is read.
 """
 
 import contextlib
@@ -38,13 +38,13 @@ from errors import OneLineParser, UserError, exit_on_error
 
 _SHARD = 100_000  # documents
 
-Notes = list[tuple[str, str]]  # reason and message of each document that was skipped
+Notes = list[tuple[str, str]]  # reason and message, of documents that were skipped or not used as they are
 
 
 def _write_shard(
     samples: Samples, skip_bad: bool, is_chat: bool, dtype: str, folder: Path, shard: int
 ) -> tuple[int, int, Notes]:
-    """Returns the numbers of documents and of tokens, and what was skipped."""
+    """Returns the numbers of documents and of tokens, and notes."""
     end = min((shard + 1) * _SHARD, samples.num_documents)
     share = Share(samples.reader(), stride=1, end=end, skip_bad=skip_bad, max_bad=_SHARD)
     ends = [0]
@@ -72,8 +72,12 @@ def main(argv: list[str]) -> None:
     options, rest = parser.parse_known_args(argv)
     config = load_config(rest)
     shape = model_config(config)
-    check_data(config, shape.vocab_size, shape.vision)
     data, out = config.data, options.out
+    is_chat, length = data.format == "chat", config.training.sequence_length
+    is_cut = data.too_long == "truncate_left"
+    max_tokens = sys.maxsize if is_chat and not is_cut else length
+    as_stored = replace(config, training=replace(config.training, sequence_length=max_tokens))
+    check_data(as_stored, shape.vocab_size, shape.vision)
     if data.weights:
         raise UserError(f"data.weights = {list(data.weights)}: expected none: shards are mixed when they are read")
     if shape.vision is not None and shows_media(config):
@@ -82,23 +86,22 @@ def main(argv: list[str]) -> None:
         raise UserError(f"--out = {str(out)!r} exists: expected a folder that does not")
     tokenizer = load_tokenizer(data.tokenizer)
     in_order = replace(data, shuffle=False, end_of_document=False)
-    is_chat, length = data.format == "chat", config.training.sequence_length
-    max_tokens = sys.maxsize if is_chat and data.too_long != "truncate_left" else length
     samples = open_samples(in_order, tokenizer, max_tokens, config.job.seed)
     dtype = "<u2" if num_ids(tokenizer.backend_tokenizer) <= 1 << 16 else "<u4"
     unfinished = out.with_name(f".{out.name}")
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir(parents=True)
-    documents, tokens, skipped = [], [], Counter[str]()
+    documents, tokens, counts = [], [], Counter[str]()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the other cores belong to other workers
     with ProcessPoolExecutor(options.workers, multiprocessing.get_context("forkserver")) as pool:
         write = functools.partial(_write_shard, samples, data.on_bad_sample == "skip", is_chat, dtype, unfinished)
         for num_documents, num_tokens, notes in pool.map(write, range(-(-samples.num_documents // _SHARD))):
             documents.append(num_documents)
             tokens.append(num_tokens)
-            skipped.update(reason for reason, _ in notes)
             for reason, message in notes:
-                print(f"{'used, but' if reason in USED else 'skipped'} ({reason}): {message}")
+                became = "used, but" if reason in USED else "skipped"
+                counts[f"{became}: {reason}"] += 1
+                print(f"{became} ({reason}): {message}")
     meta: dict[str, object] = {
         "tokenizer": corpus_identity(data),
         "dtype": dtype,
@@ -107,10 +110,11 @@ def main(argv: list[str]) -> None:
     }
     if is_chat:
         meta |= {"format": "chat", "options": {name: getattr(data, name) for name in CHAT_OPTIONS}}
+        meta |= {"cut_to": length} if is_cut else {}
     (unfinished / TOKENS_META).write_text(json.dumps(meta), encoding="utf-8")
     os.replace(unfinished, out)
-    counts = "".join(f", {number:,} skipped: {reason}" for reason, number in sorted(skipped.items()))
-    print(f"{out}: {sum(tokens):,} tokens of {sum(documents):,} documents{counts}")
+    counted = "".join(f", {number:,} {what}" for what, number in sorted(counts.items()))
+    print(f"{out}: {sum(tokens):,} tokens of {sum(documents):,} documents{counted}")
 
 
 if __name__ == "__main__":

@@ -40,21 +40,42 @@ class TokenisedCorpus(Whole):
         path = Path(folder, TOKENS_META)
         with reading(path):
             meta = json.loads(path.read_text(encoding="utf-8"))
-            documents, tokens, self._dtype = meta["documents"], meta["tokens"], meta["dtype"]
-            known = meta.get("tokenizer") or meta["tokenizer_sha256"]  # the second: of shards from before
-            is_chat, options = meta.get("format") == "chat", dict(meta.get("options", {}))
+        if not isinstance(meta, dict):
+            raise self._damaged(f"{TOKENS_META} is no table")
+        documents, tokens, self._dtype = meta.get("documents"), meta.get("tokens"), meta.get("dtype", "")
+        known = meta.get("tokenizer") or meta.get("tokenizer_sha256")  # the second: of shards from before
+        if not isinstance(known, str):
+            raise self._damaged(f"{TOKENS_META} names no tokenizer")
+        held, options = meta.get("format", "text"), meta.get("options", {})
+        if held not in ("text", "chat") or not isinstance(options, dict):
+            raise self._damaged(f"{TOKENS_META} has other than format 'text' or 'chat' and a table of options")
+        is_chat = held == "chat"
         self._kinds = ("tokens", "ends", "trained") if is_chat else ("tokens", "ends")
-        if is_chat != (data.format == "chat"):
-            held, other = ("conversations", "chat") if is_chat else ("documents", "text")
-            raise UserError(f"data.path: {folder!r} holds the tokens of {held}: expected data.format = {other!r}")
+        if held != data.format:
+            what = "conversations" if is_chat else "documents"
+            raise UserError(f"data.path: {folder!r} holds the tokens of {what}: expected data.format = {held!r}")
         for name, value in options.items():
             if name in CHAT_OPTIONS and getattr(data, name) != value:
                 raise UserError(
                     f"data.{name} = {getattr(data, name)!r}: expected {value!r}, with which {folder!r} was tokenised"
                 )
-        counts = [documents, tokens] if isinstance(documents, list) and isinstance(tokens, list) else [[None]]
-        if self._dtype not in ("<u2", "<u4") or not all(
-            type(n) is int and 0 <= n < 2**48 for n in itertools.chain(*counts)
+        self._cut_to = meta.get("cut_to")
+        if self._cut_to is not None and type(self._cut_to) is not int:
+            raise self._damaged(f"{TOKENS_META} has cut_to = {self._cut_to!r:.60}, expected a number")
+        if self._cut_to is not None and data.too_long != "truncate_left":
+            raise UserError(
+                f"data.too_long = {data.too_long!r}: expected 'truncate_left', with which {folder!r} was tokenised"
+            )
+        if is_chat and self._cut_to is None and data.too_long == "truncate_left":
+            raise UserError(
+                f"data.too_long = 'truncate_left': expected 'drop' or 'truncate', or {folder!r} tokenised with it: its "
+                "conversations are whole"
+            )
+        if (
+            self._dtype not in ("<u2", "<u4")
+            or not isinstance(documents, list)
+            or not isinstance(tokens, list)
+            or not all(type(n) is int and 0 <= n < 2**48 for n in itertools.chain(documents, tokens))
         ):
             raise self._damaged(f"{TOKENS_META} has other than dtype '<u2' or '<u4' and lists of numbers")
         if len(documents) != len(tokens):
@@ -107,7 +128,7 @@ class TokenisedCorpus(Whole):
         shard, place = part_of(index, self._starts)
         tokens, ends, *trained = _opened(self._folder, shard, self._kinds, self._dtype)
         own = slice(ends[place - 1] if place else 0, ends[place])
-        return TokenisedChat(tokens[own], trained[0][own]) if trained else tokens[own]
+        return TokenisedChat(tokens[own], trained[0][own], self._cut_to) if trained else tokens[own]
 
     def where(self, index: int) -> str:
         return f"{self._folder}, document {index + 1}"

@@ -1,6 +1,8 @@
 """The stream of epochs over sources: every record once an epoch, shares by weight, errors that name the place."""
 
+import json
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,7 +13,7 @@ from config.options import Data
 from data.batch import Sample
 from data.packing import BadSample
 from data.records import Whole
-from data.samples import EncodeText, Samples, read_sample
+from data.samples import EncodeText, Samples, open_samples, read_sample
 from data.tokenizer import load_tokenizer
 from models.ops.labels import IGNORED
 
@@ -90,6 +92,14 @@ def test_special_tokens_in_documents_are_told_once_each() -> None:
     assert (sample.labels != IGNORED).sum() == len(sample.tokens) - 1
     assert encode({"text": "<|im_start|>"}).note is None
     assert "<|im_end|>" in str(encode({"text": "x<|im_end|>"}).note)
+
+
+def test_a_special_token_in_the_first_document_is_told_after_the_check_too(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text(json.dumps({"text": "x<|im_end|>"}) + "\n")
+    data = Data(path=(str(tmp_path / "a.jsonl"),), tokenizer="data/tiny/tokenizer")
+    note = open_samples(data, load_tokenizer(data.tokenizer), 64, 0).read(0).note
+    assert note is not None
+    assert note[0] == "special_in_text"
 
 
 def test_a_refusal_names_the_place() -> None:

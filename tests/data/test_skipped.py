@@ -13,8 +13,11 @@ import pytest
 from config.options import Training
 from config.reading import load_config, resolved_toml
 from data.loader import TokenLoader
+from data.packing import BadSample
 from data.skipped import write_skipped
+from data.sources import open_sources
 from errors import UserError
+from tests.data.media_shapes import contents, encode, picture
 
 ROOT = Path(__file__).resolve().parents[2]
 TRAINING = Training(steps=1, sequence_length=64, global_batch_size=2)
@@ -74,6 +77,29 @@ def test_each_is_written_with_its_fields_and_what_is_wrong(tmp_path, run):
         write_skipped(config, skipped, tmp_path / "out.jsonl")
 
 
+def written_again(tmp_path, record, suffix=".parquet"):
+    """A record of a file, and the line that is written of it."""
+    path = tmp_path / f"a{suffix}"
+    if suffix == ".parquet":
+        pyarrow.parquet.write_table(pa.Table.from_pylist([record]), path)
+    else:
+        path.write_text(json.dumps(record) + "\n")
+    config = load_config(["--config=qwen35moe_tiny.toml", "--data.format=chat", f"--data.path={path}"])
+    (source,) = open_sources(config.data)
+    note = {"sample": f"{source.where(0)}: is bad", "reason": "special_token"}
+    (tmp_path / "rank-00000.jsonl").write_text(json.dumps(note) + "\n")
+    write_skipped(config, tmp_path, tmp_path / "out.jsonl")
+    return source[0], json.loads((tmp_path / "out.jsonl").read_text())
+
+
+def test_the_note_of_a_second_round_takes_the_place_of_the_first(tmp_path):
+    _, line = written_again(tmp_path, {**chat("Q", "A"), "skipped": {"where": "a", "reason": "empty"}}, ".jsonl")
+    assert list(line) == ["skipped", "messages"]
+    assert line["skipped"] == {
+        "where": f"{tmp_path / 'a.jsonl'}, line 1", "reason": "special_token", "message": "is bad"
+    }  # fmt: skip
+
+
 def test_what_is_not_in_the_data_any_more_is_told(tmp_path, run):
     config, skipped = run
     (tmp_path / "c.csv").write_text("prompt,completion\nQ,A\n")
@@ -82,6 +108,36 @@ def test_what_is_not_in_the_data_any_more_is_told(tmp_path, run):
     (skipped / "rank-00000.jsonl").write_text("3\n")
     with pytest.raises(UserError, match=r"rank-00000\.jsonl cannot be read"):
         write_skipped(config, skipped, tmp_path / "other.jsonl")
+
+
+PNG = picture()
+
+
+@pytest.mark.parametrize(
+    ("shown", "fields"),
+    [
+        *(({"type": "image"}, fields) for fields in (
+            {"images": [PNG]}, {"images": [{"bytes": PNG, "path": "gone.png"}]}, {"image": PNG},
+            {"image": {"bytes": PNG}},
+        )),
+        *((part, {}) for part in (
+            {"image": PNG}, {"image": {"bytes": PNG, "path": "gone.png"}}, {"bytes": PNG, "type": "image"},
+            {"base64": PNG, "type": "image"}, {"image_url": {"url": PNG}}, {"video": [PNG, PNG]},
+            {"video": [{"bytes": PNG}, {"bytes": PNG}]},
+        )),
+        ({"text": "no picture"}, {"image": b""}),
+    ],
+)  # fmt: skip
+def test_pictures_in_a_table_can_be_read_again(tmp_path, shown, fields):
+    answer = {"role": "assistant", "content": [{"text": "Noise."}]}
+    record, line = written_again(tmp_path, {"messages": [{"role": "user", "content": [shown]}, answer], **fields})
+    assert contents(encode(line)) == contents(encode(record))
+
+
+def test_bytes_in_the_place_of_a_text_do_not_become_one(tmp_path):
+    _, line = written_again(tmp_path, chat("Q", b"\xff\x00"))
+    with pytest.raises(BadSample, match="content"):
+        encode(line)
 
 
 def test_the_command_and_the_mended_file(tmp_path, run):

@@ -56,6 +56,19 @@ def test_shards_hold_the_tokens_in_order_and_skipped_documents_are_told(tmp_path
     assert summary == f"{tmp_path}/tokens: {num_tokens:,} tokens of 5 documents, {counts}"
 
 
+def chat(question, answer):
+    return {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]}
+
+
+def tokenise_chats(tmp_path, chats, *options):
+    """Their file, and the folder of their tokens."""
+    path, out = tmp_path / "chats.jsonl", tmp_path / "tokens"
+    path.write_text("".join(json.dumps(chat) + "\n" for chat in chats))
+    source = ["--config=qwen35moe_tiny.toml", f"--data.path={path}", "--data.format=chat"]
+    tokenize.main(["--out", str(out), "--workers=1", *source, *options])
+    return path, out
+
+
 @pytest.mark.parametrize("too_long", ["drop", "truncate", "truncate_left"])
 def test_chats_ahead_of_time_are_what_they_are_when_read(tmp_path, too_long):
     chats = [
@@ -63,19 +76,28 @@ def test_chats_ahead_of_time_are_what_they_are_when_read(tmp_path, too_long):
                       for role in ("user", "assistant")]}
         for number, (turns, length) in enumerate([(1, 1), (3, 1), (1, 20), (6, 3), (2, 2)])
     ]  # fmt: skip
-    path, out = tmp_path / "chats.jsonl", tmp_path / "tokens"
-    path.write_text("".join(json.dumps(chat) + "\n" for chat in chats))
-    options = ["--data.format=chat", f"--data.too_long={too_long}", "--training.sequence_length=64"]
-    tokenize.main(["--out", str(out), "--workers=1", "--config=qwen35moe_tiny.toml", f"--data.path={path}", *options])
+    path, out = tokenise_chats(tmp_path, chats, f"--data.too_long={too_long}", "--training.sequence_length=64")
     data = Data(format="chat", path=(str(path),), tokenizer=str(TOKENIZER), too_long=too_long, shuffle=False)
     ahead = replace(data, path=(str(out),))
 
-    def rows(data):
-        loader = TokenLoader(replace(data, num_workers=0), TRAINING, 0, 1, 0, one_epoch=True)
+    def rows(data, training=TRAINING):
+        loader = TokenLoader(replace(data, num_workers=0), training, 0, 1, 0, one_epoch=True)
         batches = [next(loader) for _ in range(4)]
         return [(batch.tokens.tolist(), batch.labels.tolist()) for batch in batches]
 
     assert rows(ahead) == rows(data)
+    whole, other_length = too_long != "truncate_left", replace(TRAINING, sequence_length=128)
+    if whole:
+        assert rows(ahead, other_length) == rows(data, other_length)
+    else:
+        with pytest.raises(UserError, match=r"training\.sequence_length = 128: expected 64, to which"):
+            rows(ahead, other_length)
+    for other in {"drop", "truncate", "truncate_left"} - {too_long}:
+        if whole and other != "truncate_left":
+            assert rows(replace(ahead, too_long=other)) == rows(replace(data, too_long=other))
+        else:
+            with pytest.raises(UserError, match=rf"data\.too_long = '{other}': expected .*tokens' (was )?tokenised"):
+                open_sources(replace(ahead, too_long=other))
     for other, message in (
         ({"train_on": "last"}, r"data\.train_on = 'last': expected 'all', with which .*tokens' was tokenised"),
         ({"train_empty_thinking": True}, r"data\.train_empty_thinking = True: expected False"),
@@ -93,6 +115,27 @@ def test_chats_ahead_of_time_are_what_they_are_when_read(tmp_path, too_long):
     (out / "00000.trained").unlink()
     with pytest.raises(UserError, match=r"is damaged: 00000\.trained is missing"):
         open_sources(ahead)
+
+
+@pytest.mark.parametrize("too_long", ["drop", "truncate"])
+def test_conversations_that_are_all_longer_than_a_row_are_stored_whole(tmp_path, capsys, too_long):
+    options = ["--training.sequence_length=4", f"--data.too_long={too_long}", "--data.on_bad_sample=error"]
+    tokenise_chats(tmp_path, [chat("One?", "Two.")] * 3, *options)
+    assert "tokens of 3 documents\n" in capsys.readouterr().out
+
+
+def test_documents_that_are_used_are_not_counted_as_skipped(tmp_path, capsys):
+    long = chat("One?", "Two.")["messages"] * 9
+    long[0] = {**long[0], "id": "x"}
+    chats = [{"messages": long}, {"messages": long[:2]}, chat("Three?", "")]
+    tokenise_chats(tmp_path, chats, "--data.too_long=truncate_left", "--training.sequence_length=64")
+    *_, summary = capsys.readouterr().out.splitlines()
+    counts = "1 skipped: empty, 1 used, but: ignored_field, 1 used, but: truncated"
+    assert summary.endswith(f" tokens of 2 documents, {counts}")
+    texts = ["--config=qwen35moe_tiny.toml", f"--data.path={tmp_path / 'a.jsonl'}", "--workers=1"]
+    (tmp_path / "a.jsonl").write_text(json.dumps({"text": "x<|im_end|>"}) + "\n")
+    tokenize.main(["--out", str(tmp_path / "texts"), *texts])
+    assert capsys.readouterr().out.endswith(" tokens of 1 documents, 1 used, but: special_in_text\n")
 
 
 def test_mistakes(tmp_path, arguments):

@@ -86,14 +86,16 @@ def test_contents_that_cannot_be(tmp_path, changes, message):
         {"dtype": "<f4"}, {"dtype": ["<u2"]}, {"dtype": None}, {"documents": 2}, {"documents": None}, {"tokens": {}},
         {"documents": [2, -2]}, {"documents": [2, "2"]}, {"tokens": [4, 2.0]}, {"tokens": [4, True]}, {"tokens": [4]},
         {"documents": [2, 2, 0], "tokens": [4, 2, 0]}, {"documents": [2, 3]}, {"tokens": [4, 10**30]},
-        {"tokenizer": 3}, {"tokenizer": "", "tokenizer_sha256": None},
+        {"tokenizer": 3}, {"tokenizer": "", "tokenizer_sha256": None}, {"format": "xx"}, {"format": None},
+        {"format": []}, {"options": [1, 2]}, {"options": [["train_on", "all"]]}, {"options": None}, {"options": "x"},
+        {"cut_to": "x"}, {"cut_to": True},
     ],
 )  # fmt: skip
 def test_descriptions_that_cannot_be(tmp_path, meta):
     folder = write(tmp_path / "a", meta=meta)
     with pytest.raises(UserError) as raised:
         open_corpus(folder)
-    assert str(folder) in str(raised.value)
+    assert str(raised.value).startswith(f"data.path: {str(folder)!r} is damaged: ")
     assert "\n" not in str(raised.value)
 
 
@@ -109,9 +111,18 @@ def test_files_that_are_missing_or_cut(tmp_path):
         (folder / name).mkdir()
         with pytest.raises(UserError, match=f"{name} is missing"):
             open_corpus(folder)
-    for content in (b"", b"[", b"[]", b"{}", b"null", b"\xff", b"[" * 100_000, b"3"):
+    for content in (b"", b"[", b"\xff", b"[" * 100_000):
         (folder / "tokens.json").write_bytes(content)
         with pytest.raises(UserError, match=r"tokens\.json cannot be read: "):
+            open_corpus(folder)
+    for content, message in (
+        (b"[]", "is no table"),
+        (b"null", "is no table"),
+        (b"3", "is no table"),
+        (b"{}", "names no"),
+    ):
+        (folder / "tokens.json").write_bytes(content)
+        with pytest.raises(UserError, match=rf"is damaged: tokens\.json {message}"):
             open_corpus(folder)
 
 
@@ -140,19 +151,31 @@ def test_another_tokenizer(tmp_path):
         open_corpus(tmp_path / "a", other)
 
 
-def test_an_empty_conversation_is_skipped(tmp_path):
-    """Of all documents [5], [4095, 0, 7], [] and [8, 9]."""
-    folder = write(tmp_path / "a")
-    for shard, tokens in enumerate(TOKENS):
-        np.ones(len(tokens), "u1").tofile(folder / f"{shard:05}.trained")
+def chats(folder, trained, **meta):
+    """The folder with TOKENS as conversations, and how they are read."""
+    write(folder)
+    for shard, of_shard in enumerate(trained):
+        np.array(of_shard, "u1").tofile(folder / f"{shard:05}.trained")
     data = Data(path=(str(folder),), tokenizer=str(TOKENIZER), format="chat", shuffle=False, num_workers=0)
-    meta = json.loads((folder / "tokens.json").read_text()) | {"format": "chat", "tokenizer": corpus_identity(data)}
-    (folder / "tokens.json").write_text(json.dumps(meta))
+    stored = json.loads((folder / "tokens.json").read_text())
+    stored |= {"format": "chat", "tokenizer": corpus_identity(data)} | meta
+    (folder / "tokens.json").write_text(json.dumps(stored))
+    return data
+
+
+def test_conversations_of_which_nothing_can_be_used_are_skipped(tmp_path):
+    """Of [5], [4095, 0, 7], [] and [8, 9], the first of which nothing predicts."""
+    data = chats(tmp_path / "a", [[1, 1, 1, 1], [1, 1]])
     training = Training(steps=1, sequence_length=7, global_batch_size=1)
     loader = TokenLoader(data, training, 0, 1, 0, one_epoch=True)
     batch = next(loader)
-    assert batch.documents.lengths() == [1, 3, 2, 1]
-    assert batch.labels.tolist() == [-100, 0, 7, -100, 9, -100, -100]
-    assert loader.counts["empty"] == 1
-    with pytest.raises(UserError, match="a, document 3: has no tokens"):
+    assert batch.documents.lengths() == [3, 2, 2]
+    assert batch.labels.tolist() == [0, 7, -100, 9, -100, -100, -100]
+    assert (loader.counts["empty"], loader.counts["nothing_to_train"]) == (1, 1)
+    with pytest.raises(UserError, match="a, document 1: has no token that is to be trained on"):
         next(TokenLoader(replace(data, on_bad_sample="error"), training, 0, 1, 0))
+    with pytest.raises(UserError, match=r"has no token that is to be trained on \(and none of the first 4 samples"):
+        TokenLoader(chats(tmp_path / "b", [[1, 1, 0, 0], [1, 0]]), training, 0, 1, 0)
+    mixed = TokenLoader(chats(tmp_path / "c", [[0, 0, 0, 1], [0, 0]]), training, 0, 1, 0, one_epoch=True)
+    assert next(mixed).documents.lengths() == [3, 4]
+    assert mixed.counts["nothing_to_train"] == 2
