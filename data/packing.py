@@ -35,8 +35,10 @@ REASONS = (
 )
 
 
-USED = ("truncated", "ignored_field", "special_in_text")
-"""Those of which something is told, although they are trained on."""
+WHOLE = ("ignored_field", "special_in_text")
+"""Those of which something is told, although nothing is missing."""
+USED = ("truncated", *WHOLE)
+"""And those that are trained on."""
 
 
 class BadSample(UserError):

@@ -15,7 +15,7 @@ from typing import Any, BinaryIO
 
 import torch
 
-from data.packing import REASONS
+from data.packing import REASONS, WHOLE
 from errors import regular_file
 from training.distributed import sum_over_ranks
 from training.trackers import Careful, TensorBoard, expert_picture
@@ -166,7 +166,8 @@ class MetricsWriter:
         time_left = timedelta(seconds=round((self._total_steps - metrics["step"]) * metrics["step_seconds"]))
         mfu = f"  mfu {metrics['mfu']:.1%}" if "mfu" in metrics else ""
         fill = f"  rows {metrics['fill_rate']:.1%} full" if "fill_rate" in metrics else ""
-        skipped = sum(value for name, value in metrics.items() if name.startswith("samples_"))
+        counted = {name.removeprefix("samples_"): n for name, n in metrics.items() if name.startswith("samples_")}
+        skipped = sum(n for reason, n in counted.items() if reason not in WHOLE)
         fill += f"  {skipped:,} samples skipped or cut" if skipped else ""
         fill += f"  validation loss {metrics['validation_loss']:.4f}" if "validation_loss" in metrics else ""
         fill += f"  {metrics['mtp_acceptance']:.1%} of drafts accepted" if "mtp_acceptance" in metrics else ""

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from data.packing import USED
 from training.trackers import expert_picture
 
 if TYPE_CHECKING:
@@ -104,7 +105,7 @@ def _summary(runs: Sequence["Run"]) -> str:
             f"{tail.mean():.4f}" if len(tail) else "",
             f"{validated.min():.4f}" if len(validated) else "",
             f"{np.median(speeds):,.0f}" if len(speeds) else "",
-            f"{run.skipped().total():,}",
+            f"{sum(number for reason, number in run.skipped().items() if reason not in USED):,}",
         )
         key = f'<span class="key" style="border-color: {_colour(number)}"></span>'
         numbers = "".join(f'<td class="number">{cell}</td>' for cell in cells)
@@ -244,7 +245,8 @@ def _skipped(runs: Sequence["Run"]) -> str:
     reasons = sorted({reason for skipped in of_runs for reason in skipped})
     if not reasons:
         return "<h2>Skipped samples</h2>\n<p>None.</p>\n"
-    rows = [[reason, *(f"{skipped[reason]:,}" for skipped in of_runs)] for reason in reasons]
+    names = {reason: f"{reason} (used)" if reason in USED else reason for reason in reasons}
+    rows = [[name, *(f"{skipped[reason]:,}" for skipped in of_runs)] for reason, name in names.items()]
     return "<h2>Skipped samples</h2>\n" + _table("reason", runs, rows, "number")
 
 

@@ -1,11 +1,13 @@
 """The page that compares runs: right numbers, no trust in what files say, and looked at by a real browser."""
 
 import json
+import re
 import tracemalloc
 from pathlib import Path
 
 import pytest
 
+from data.packing import USED
 from tests.commands import status_of
 from training.report import main, read_run, short_names
 from training.report_html import page
@@ -45,6 +47,16 @@ def test_counts_of_skipped_samples_start_anew_with_each_start(tmp_path: Path) ->
     lines = [json.dumps({"step": n, "samples_empty": count}) for n, count in enumerate(counts)]
     (folder / "metrics.jsonl").write_text("\n".join(lines))
     assert read_run(folder, "a").skipped() == {"empty": 5 + 3 + 4}
+
+
+def test_samples_that_are_used_are_no_skipped_ones(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "a")
+    counts = {f"samples_{reason}": number for number, reason in enumerate(("empty", *USED), start=4)}
+    (folder / "metrics.jsonl").write_text(json.dumps({"step": 1, "loss": 3.0, "tokens_seen": 5, **counts}))
+    summary, _, table = page([read_run(folder, "a")]).partition("<h2>Skipped samples</h2>")
+    assert '<td class="number">4</td></tr>' in summary
+    rows = re.findall(r"<code>([a-z_ ()]+)</code></td><td class=.number.><code>(\d+)</code>", table)
+    assert dict(rows) == {"empty": "4"} | {f"{reason} (used)": str(n) for n, reason in enumerate(USED, start=5)}
 
 
 def test_damaged_lines_and_values_that_are_none_are_left_out_and_told(tmp_path: Path) -> None:
