@@ -30,35 +30,28 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 from torch.distributed.checkpoint.staging import BlockingAsyncStager
-from torch.distributed.checkpoint.storage import WriteResult
 
 from checkpoint import directories
 from checkpoint.adapters import check_adapters, hash_base, serving_note, write_adapter
 from checkpoint.export import Options, export_to_hf
 from checkpoint.hf_assets import (
-    PROCESSOR_TEMPLATE,
-    SAMPLE,
-    TEMPLATE,
     Files,
     name_base,
     read_base,
     read_base_parts,
-    read_checkpoint_assets,
     write_files,
 )
 from checkpoint.hf_reader import begin_mtp, fill, hash_parts
 from checkpoint.identity import RUN, Run, describe_run, difference, read_run
+from checkpoint.run_assets import assets_of_run
 from checkpoint.tensors.dcp import read_dcp
 from checkpoint.tensors.safetensors import read_safetensors
+from checkpoint.writer import Writer, one_line
 from config.options import Config
-from config.reading import model_config, resolved_toml
-from data.chat import end_of_turn_ids
-from data.media import processor_of
-from data.samples import sample_texts
+from config.reading import resolved_toml
 from errors import UserError, reading
-from models.qwen35_moe.config import ModelConfig, read_config
+from models.qwen35_moe.config import ModelConfig
 from models.qwen35_moe.hf_weights import MTP, TOWER, left_out
 from models.qwen35_moe.lora import is_adapter
 from models.qwen35_moe.model import Qwen35Moe
@@ -233,28 +226,7 @@ class Checkpointer:
 
     @functools.cached_property
     def _assets(self) -> Files:
-        """Each checkpoint's `hf/`, read when the run begins: its sources may change or vanish while it goes on."""
-        data, model = self._config.data, self._config.model
-        tokenizer = Path(data.tokenizer)
-        sources = [tokenizer]
-        config = self._shape.to_dict()
-        # No position beyond has been seen in training.
-        config.get("text_config", config)["max_position_embeddings"] = self._config.training.sequence_length
-        if model.path:  # it may say more than the shape
-            sources.append(Path(model.path))
-            config = read_config(sources[-1] / "config.json")
-            if model_config(self._config) != self._shape:
-                raise UserError(f"{sources[-1] / 'config.json'} has changed since the run began: expected it as it was")
-        ends = end_of_turn_ids(data.tokenizer, data) if data.format == "chat" else None
-        files = read_checkpoint_assets(
-            config, *sources, tokenizer=tokenizer, processor=processor_of(self._config), end_of_turn=ends
-        )
-        if data.format == "chat" and data.chat_template:  # comes before what the tokenizer has
-            with reading(data.chat_template):
-                files[TEMPLATE] = Path(data.chat_template).read_bytes()
-        if data.format == "chat" and TEMPLATE in files:  # and not another than the run trains with
-            files.pop(PROCESSOR_TEMPLATE, None)
-        return files | {SAMPLE: json.dumps(sample_texts(data)).encode()}
+        return assets_of_run(self._config, self._shape)
 
     def _has_new_data(self, path: Path) -> bool:
         """Whether the data are to be read from their beginning. Raises UserError naming what must not differ."""
@@ -294,7 +266,7 @@ class Checkpointer:
             self._from_rank_0(lambda: directories.make_afresh(unfinished))
             state = self._model_state() | self._optimizer_state()
             state |= _train_state(step, tokens_seen, self._gather_cursors(own_cursors))
-            writer = _Writer(unfinished)
+            writer = Writer(unfinished)
             if self._config.checkpoint.async_ and not last:
                 # It returns when the state is copied.
                 saving = dcp.async_save(
@@ -378,7 +350,7 @@ class Checkpointer:
         try:
             result = action()
         except (Exception, CheckpointException) as raised:
-            error = _one_line(raised)
+            error = one_line(raised)
         outcomes = [(result, error)] * dist.get_world_size()
         dist.all_gather_object(outcomes, outcomes[0], group=self._group)
         if error := next((error for _, error in outcomes if error), None):
@@ -415,25 +387,3 @@ def _train_state(step: int, tokens_seen: int, data_cursors: torch.Tensor) -> dic
         "train.data_cursors": data_cursors,
         "train.rng_state": torch.get_rng_state(),
     }
-
-
-class _Writer(dcp.FileSystemWriter):
-    """DCP's, whose errors are the disk's own: what an error came from does not travel to the other ranks with it."""
-
-    def write_data(self, plan: SavePlan, planner: SavePlanner) -> torch.futures.Future[list[WriteResult]]:
-        """Writes this rank's file."""
-        try:
-            return super().write_data(plan, planner)
-        except Exception as error:
-            raise directories.disk_error(error) or error from error
-
-
-def _one_line(error: BaseException) -> str:
-    """The reason, without DCP's tracebacks of every rank."""
-    if isinstance(error, CheckpointException):
-        error = next(iter(error.failures.values()))[0]
-    if not isinstance(error, UserError):
-        error = directories.disk_error(error) or error
-    if isinstance(error, OSError) and error.strerror:
-        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
-    return next(iter(str(error).splitlines()), type(error).__name__)

@@ -1,10 +1,12 @@
-"""Regular files, and the JSON in them. Needs no torch: the check before a run finds checkpoints."""
+"""Regular files, the JSON in them, and weights that nothing reads. Needs no torch: the check before a run uses it."""
 
 import json
 from pathlib import Path
 from typing import Any
 
 from errors import UserError, reading
+
+_OTHER_WEIGHTS = ("pytorch_model*.bin", "*.pth", "*.gguf")
 
 
 def file_size(path: Path) -> int:
@@ -23,3 +25,9 @@ def read_json(path: Path) -> dict[str, Any]:
         if not isinstance(value, dict):
             raise UserError(f"{path} holds {value!r:.60}: expected a JSON object")
         return value
+
+
+def unread_weights(folder: Path) -> str:
+    """The end of a line that misses safetensors files: which weights of another format are there instead, if any."""
+    found = sorted(path.name for pattern in _OTHER_WEIGHTS for path in folder.glob(pattern))
+    return f"; {found[0]} is there and is not read" if found else ""

@@ -57,6 +57,8 @@ def describe_run(config: Config, shape: ModelConfig) -> Run:
             sources[f"name of entry {number} of data.path"] = entry
     if config.validation.enable and config.validation.share:
         sources["validation.share"] = config.validation.share
+        if config.data.format == "chat":
+            sources["what decides of validation.share"] = "what is read of a conversation"
     if config.training.epochs:
         sources["order"] = "epochs, dealt by length"
     model = dict(_flat(shape.to_dict()))

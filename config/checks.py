@@ -11,11 +11,12 @@ import tempfile
 from pathlib import Path
 
 from checkpoint.directories import check_is_new, find_checkpoint
+from checkpoint.files import unread_weights
 from config.options import Config, Kernels, LRScheduler, Optimizer
 from config.reading import load_config, model_config
 from data.check import check_data
 from errors import UserError, exit_on_error
-from models.qwen35_moe.config import ModelConfig, unread_weights
+from models.qwen35_moe.config import ModelConfig
 from models.qwen35_moe.parts import ADAPTABLE, check_frozen, check_present, parts_of_model
 from parallelisms.degrees import Degrees, work_out_degrees
 

@@ -1,7 +1,5 @@
 """Options that are set and that nothing reads: told at a run's start, and not refused, as a base file may have them."""
 
-import os
-
 from config.options import Config
 from models.qwen35_moe.config import ModelConfig
 from parallelisms.degrees import Degrees
@@ -14,7 +12,7 @@ def unread(config: Config, shape: ModelConfig, degrees: Degrees) -> str:
     whoever turns it off knows.
     """
     of_chats = "layout messages_key system_key tools_key template_options chat_template train_on train_empty_thinking"
-    of_images = "image_folder min_pixels max_pixels max_video_pixels video_fps max_video_frames"
+    of_images = "min_pixels max_pixels max_video_pixels video_fps max_video_frames"
     table = [
         (not config.validation.enable, "validation", "path share sets interval steps", "validation.enable is false"),
         (config.mtp.train == "off", "mtp", "loss_weight", "mtp.train is 'off'"),
@@ -33,8 +31,6 @@ def unread(config: Config, shape: ModelConfig, degrees: Degrees) -> str:
         options = getattr(config, section)
         default = type(options)()
         values = {key: getattr(options, key) for key in keys.split()}
-        if values.get("image_folder") == os.getcwd():  # what "" has become
-            del values["image_folder"]
         names = [f"{section}.{key}" for key, value in values.items() if value != getattr(default, key)]
         if is_off and names:
             found.append(f"{', '.join(names)} ({reason})")

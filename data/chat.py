@@ -238,13 +238,13 @@ class ChatTemplate:
 
 def _reasoning_in(content: str) -> tuple[str, str] | None:
     """The one reasoning with which a content begins, and the answer: between tags, or, as what follows a prompt that
-    opened it, up to a closing tag on a line of its own. None where anything stands before, or a closing tag behind."""
+    opened it, up to a closing tag that a line begins or ends with. None where anything stands before."""
     head, tag, answer = content.partition("</think>")
     before, opening, reasoning = head.rpartition("<think>")
     if not tag or before.strip() or "</think>" in answer:
         return None
-    is_own_line = reasoning.rstrip(" ").endswith("\n") and answer.lstrip(" ")[:1] in ("\n", "")
-    return (reasoning, answer) if opening or is_own_line else None
+    ends_a_line = reasoning.rstrip(" ")[-1:] in ("\n", "") or answer.lstrip(" ")[:1] == "\n"
+    return (reasoning, answer) if opening or ends_a_line else None
 
 
 @functools.cache

@@ -13,7 +13,7 @@ import logging
 import math
 import multiprocessing
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -37,6 +37,7 @@ _INDIFFERENT = {"path", "weights", "shuffle", "num_workers"}
 """Options of the data that change no sample's length, or are told in other ways."""
 _MOST_PROCESSES = 32
 _CHUNK = 2000  # samples that a process measures at a time
+_MOST_FILES = 10_000  # whose size each process asks for when it starts: a second, or some over a network
 
 
 Measured = tuple[NDArray[np.int64], NDArray[np.int32]]
@@ -71,8 +72,9 @@ def deal(packer: "Packer") -> "Packer":
                     place = end
                 file.write(documents.astype("<i8").tobytes())
 
-    of_files = hashlib.sha256(_files_of(_lengths(packer))).hexdigest()
-    path = _cached(packer, ["deal", num_slots, num_epochs, packer.samples.seed, of_files], ".deal", make)
+    with np.load(_lengths(packer)) as stored:
+        digest = str(stored["digest"])
+    path = _cached(packer, ["deal", num_slots, num_epochs, packer.samples.seed, digest], ".deal", make)
     return packer._replace(samples=packer.samples.dealt(path))
 
 
@@ -126,14 +128,8 @@ def _measured(packer: "Packer") -> Measured:
         return stored["starts"], stored["numbers"]
 
 
-def _files_of(lengths: Path) -> bytes:
-    """The files of images and videos that were measured, as `_described` has them."""
-    with np.load(lengths) as stored:
-        return stored["files"].tobytes()
-
-
 def _lengths(packer: "Packer") -> Path:
-    """The file of what is measured: Measured, and of which files."""
+    """The file of what is measured: Measured, its digest, and of which files of images and videos."""
     samples = packer.samples.in_order()
 
     def make(path: Path) -> None:
@@ -151,29 +147,35 @@ def _lengths(packer: "Packer") -> Path:
             with ProcessPoolExecutor(num_processes, multiprocessing.get_context("forkserver")) as pool:
                 parts = list(pool.map(measure, ranges))
         counts, numbers, files = zip(*parts)
-        starts = np.concatenate([[0], np.cumsum(np.concatenate(counts))])
-        described = np.frombuffer(_described(set().union(*files)), np.uint8)
+        starts, all_numbers = np.concatenate([[0], np.cumsum(np.concatenate(counts))]), np.concatenate(numbers)
+        digest = hashlib.sha256(starts.tobytes() + all_numbers.tobytes()).hexdigest()
+        sizes = json.dumps(_looked_at({file: _size(file) for file in set().union(*files)}))
         with open(path, "wb") as file:
-            np.savez(file, starts=starts, numbers=np.concatenate(numbers), files=described)
+            np.savez(file, starts=starts, numbers=all_numbers, digest=digest, sizes=sizes)
 
     def is_current(path: Path) -> bool:
-        files = _files_of(path)
-        return files == _described(file for file, *_ in json.loads(files))
+        with np.load(path) as stored:
+            sizes = json.loads(str(stored["sizes"]))
+        return all(_size(file) == size for file, size in sizes.items())
 
-    return _cached(packer, ["lengths, and files"], ".lengths", make, is_current)
+    return _cached(packer, ["lengths, and sizes of files"], ".lengths", make, is_current)
 
 
-def _described(files: Iterable[str]) -> bytes:
-    """Of each file its path and, if it is there, its size and time: as JSON."""
+def _looked_at(sizes: dict[str, int]) -> dict[str, int]:
+    """The files at which each start looks again, of those that are there and of those that are not: all, or so many."""
+    chosen = dict[str, int]()
+    for is_there in (False, True):
+        files = sorted(file for file, size in sizes.items() if (size >= 0) == is_there)
+        chosen |= {file: sizes[file] for file in files[:: -(-len(files) // _MOST_FILES) or 1]}
+    return chosen
 
-    def stat(file: str) -> list[int]:
-        try:
-            found = os.stat(file)
-        except (OSError, ValueError):
-            return []
-        return [found.st_size, found.st_mtime_ns]
 
-    return json.dumps([[file, *stat(file)] for file in sorted(files)]).encode()
+def _size(file: str) -> int:
+    """In bytes; -1 if it is not there."""
+    try:
+        return os.stat(file).st_size
+    except (OSError, ValueError):
+        return -1
 
 
 def _cached(

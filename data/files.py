@@ -143,6 +143,8 @@ def cached(
     key = json.dumps(stats + [what] * bool(what)).encode()
     with _writing_the_cache() as folder:
         path = folder / (hashlib.sha256(key).hexdigest()[:32] + suffix)
+        if path.exists() and is_current(path):  # all ranks may ask at once
+            return path
         with FileLock(f"{path}.lock"):
             if not (path.exists() and is_current(path)):
                 unfinished = path.with_name(f"{path.name}.unfinished")

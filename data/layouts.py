@@ -34,7 +34,8 @@ ROLES = {
 }
 """The names of those who speak, in "from" or "role", in any case of letters, as roles of templates."""
 _ANSWERS_OF_TWO = ("chosen", "rejected", "rejected_response", "rejected_messages")
-_LABELS, _IS_GOOD = ("label", "kto_tag"), ("true", "false", "1", "0", "1.0", "0.0")
+_LABELS = ("label", "kto_tag")
+_IS_GOOD = {"label": ("true", "false"), "kto_tag": ("true", "false", "1", "0", "1.0", "0.0")}  # a label may be a class
 _UNREAD = {"system_prompt": "system_key", "system_message": "system_key", "functions": "tools_key"}
 """Fields that belong to a conversation if they are there, and the option that has to name them."""
 
@@ -95,7 +96,7 @@ def layout_of(record: dict[str, Any], data: Data) -> str:
     fits = [layout for layout in fits if any(record[field] not in ("", []) for field in known[layout])] or fits
     if _is_open(data):
         compared = preferences_in(field for field, value in record.items() if value)
-        labels = [field for field in _LABELS if str(record.get(field)).lower() in _IS_GOOD] if fits else []
+        labels = [field for field in _LABELS if str(record.get(field)).lower() in _IS_GOOD[field]] if fits else []
         if compared or labels:
             raise BadSample("wrong_type", preferences_refused(compared + labels))
     if len(fits) > 1:
@@ -155,8 +156,8 @@ def _from_json(value: Any, field: str) -> Any:
         return value or None
     try:
         return parse_json(value)
-    except (ValueError, RecursionError):
-        raise BadSample("wrong_type", f"has {field} that are not JSON") from None
+    except (ValueError, RecursionError) as error:
+        raise BadSample("wrong_type", f"has {field} that are not JSON: {error}") from None
 
 
 def _messages(value: Any, field: str) -> Any:

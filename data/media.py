@@ -38,9 +38,12 @@ KINDS = ("image", "video")
 PART_KEYS = {kind: (kind, f"{kind}_url", "path", "url", "base64", "bytes") for kind in KINDS}
 """Of a content part: where its source may stand."""
 _TAG = re.compile("<(image|video)>")
-_SOURCE = ("bytes", "base64", "path", "url", "detail", "format", "mime_type", "media_type", "name", "filename", "id")
-"""What may stand in the table of a source: where it is, and what only describes it."""
 _RATES = ("fps", "video_fps", "sample_fps")
+_UNREAD = {
+    *(*_RATES, "start", "end", "video_start", "video_end", "nframes", "num_frames", "min_frames", "max_frames"),
+    *("crop", "bbox", "resized_height", "resized_width", "min_pixels", "max_pixels", "total_pixels", "rotation"),
+}
+"""What would change what a source shows, and is not read beside it."""
 
 
 class Source(NamedTuple):
@@ -126,18 +129,18 @@ class Media:
             # One alone stands without a list around it.
             values = given[0] if given and isinstance(given[0], list) else given
             self._waiting[kind] = list(values)
-        self._tagged = _tagged(record, data)
+        self._tagged, self._shown = _tagged(record, data), {kind for kind in KINDS if self._waiting[kind]}
         rates = [key for key in _RATES if not _is_nothing(record.get(key))]
         if rates and any(isinstance(value, list) for value in self._waiting["video"]):
             raise BadSample("unused_field", f"has {rates[0]!r} beside videos of pictures: expected it in their parts")
 
-    def in_text(self, text: str) -> list[str | Source]:
-        """A text and what its tags name, in order; a tag of a kind that the record has no field of is text. Raises
-        BadSample where the field has nothing left, or never had."""
+    def in_text(self, text: str, is_answer: bool = False) -> list[str | Source]:
+        """A text and what its tags name, in order; a tag of a kind that the record has no field of is text, and in an
+        answer also one whose field is empty. Raises BadSample where the field has nothing left, or never had."""
         parts: list[str | Source] = []
         end = 0
         for tag in _TAG.finditer(text):
-            if tag[1] in self._tagged:
+            if tag[1] in (self._shown if is_answer else self._tagged):
                 parts += [text[end : tag.start()], self._next(tag[1])]
                 end = tag.end()
         return [part for part in [*parts, text[end:]] if part != ""]
@@ -256,7 +259,7 @@ class MediaReader:
             given = [(key, inner) for key, inner in value.items() if inner is not None]
             preferred = next((pair for pair in given if pair[0] in ("bytes", "base64")), None)
             key, value = preferred or next((pair for pair in given if pair[0] in ("path", "url")), ("", None))
-            unknown = [name for name, inner in given if name not in _SOURCE and not _is_nothing(inner)]
+            unknown = [name for name, inner in given if name in _UNREAD and not _is_nothing(inner)]
             if key and unknown:
                 raise BadSample("unused_field", f"has {kind} with {unknown[0]!r:.60}, which is not read")
             if key == "base64" and isinstance(value, str):

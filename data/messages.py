@@ -63,11 +63,8 @@ def _with_role(message: Any, number: int) -> Message:
         raise BadSample("wrong_type", f"has message {number} from {name!r:.60}, expected {', '.join(ROLES)}")
     if role == message.get("role") and "value" not in message:
         return message
-    if (
-        given.get("role") is not None
-        and (sender := given.get("from")) is not None
-        and role_of({"from": sender}) != role
-    ):
+    sender = given.get("from") if given.get("role") is not None else None
+    if role_of({"from": sender}) not in (None, role):  # it may be somebody's name
         raise BadSample("wrong_type", f"has message {number} from {sender!r:.60} with the role {name!r:.60}")
     given = {"role": role} | {key: value for key, value in message.items() if key not in ("role", "from")}
     if given.get("content") is None:
@@ -103,7 +100,7 @@ def _read_message(message: Message, number: int, reasoning_key: str, read: Conve
                 raise BadSample("unused_field", f"has message {number} with {field} beside its tool_calls")
             out["tool_calls"] = [_read_call(value, number)]
         elif field == "content":
-            out["content"] = _content(value, number, media)
+            out["content"] = _content(value, number, media, message.get("role") == "assistant")
         elif field == "tool_calls":
             if not isinstance(value, list):
                 raise BadSample("wrong_type", f"has message {number} whose tool_calls are no list")
@@ -177,7 +174,7 @@ def _flag(value: Any, field: str, number: int) -> int:
     return flag
 
 
-def _content(content: Any, number: int, media: Media) -> str | list[dict[str, str]]:
+def _content(content: Any, number: int, media: Media, is_answer: bool) -> str | list[dict[str, str]]:
     """A content: a string, or parts that are texts, end to end; with images or videos among them, parts as templates
     take them. These are collected in `media`."""
     if not isinstance(content, str | list):
@@ -197,7 +194,7 @@ def _content(content: Any, number: int, media: Media) -> str | list[dict[str, st
             )
         if unknown := [key for key, value in given.items() if key not in _PART and value not in ("", [], {})]:
             raise BadSample("unused_field", f"has message {number} with a content part that has {unknown[0]!r:.60}")
-        for piece in media.in_text(text):
+        for piece in media.in_text(text, is_answer):
             if not isinstance(piece, str):
                 parts.append({"type": piece.kind})
             elif parts and parts[-1]["type"] == "text":

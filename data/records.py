@@ -25,15 +25,16 @@ Record = dict[str, Any] | NDArray[np.unsignedinteger] | TokenisedChat
 
 
 def parse_json(text: str) -> Any:
-    """What a text says, in objects where no field stands twice: all but the last would be lost. Raises ValueError."""
+    """What a text says, in objects where no field says two things: one would be lost. Raises ValueError."""
     return json.loads(text, object_pairs_hook=_table)
 
 
 def _table(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     table = dict(pairs)
     if len(table) < len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"{next(name for name in names if names.count(name) > 1)!r:.60} stands twice in an object")
+        for name, value in pairs:
+            if value != table[name]:
+                raise ValueError(f"{name!r:.60} stands twice in an object, and says two things")
     return table
 
 

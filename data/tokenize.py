@@ -100,7 +100,7 @@ def main(argv: list[str]) -> None:
             tokens.append(num_tokens)
             for reason, message in notes:
                 became = "used, but" if reason in USED else "skipped"
-                counts[f"{became}: {reason}"] += 1
+                counts[f"{became} {reason}" if reason in USED else f"{became}: {reason}"] += 1
                 print(f"{became} ({reason}): {message}")
     meta: dict[str, object] = {
         "tokenizer": corpus_identity(data),

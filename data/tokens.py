@@ -69,7 +69,7 @@ class TokenisedCorpus(Whole):
         if is_chat and self._cut_to is None and data.too_long == "truncate_left":
             raise UserError(
                 f"data.too_long = 'truncate_left': expected 'drop' or 'truncate', or {folder!r} tokenised with it: its "
-                "conversations are whole"
+                "conversations are whole, or were cut by a version that did not note it"
             )
         if (
             self._dtype not in ("<u2", "<u4")

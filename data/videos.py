@@ -173,11 +173,18 @@ def _ends_as_gif(file: IO[bytes]) -> bool:
 
 
 def _has_whole_packets(file: IO[bytes]) -> bool:
-    """A transport stream is packets of 188 bytes, or 192 or 204 with what some devices add, and tells no length."""
+    """A transport stream tells no length. It is packets of 188 bytes, each of which begins with 0x47, and of 192 or 204
+    with what some devices put around them. True where that is not seen."""
     here = file.tell()
     size = file.seek(0, io.SEEK_END)
+    file.seek(0)
+    start = file.read(5 * 204)
     file.seek(here)
-    return any(size % of_packet == 0 for of_packet in (188, 192, 204))
+    for length in (188, 192, 204):
+        for first in range(length):
+            if all(start[place : place + 1] == b"G" for place in range(first, first + 4 * length, length)):
+                return (size - first) % length in (0, 188 % length)
+    return True
 
 
 def _seconds_told(container: "InputContainer", stream: "VideoStream") -> float:

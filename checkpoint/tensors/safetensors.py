@@ -14,10 +14,9 @@ from typing import NamedTuple
 
 import torch
 
-from checkpoint.files import file_size, read_json
+from checkpoint.files import file_size, read_json, unread_weights
 from checkpoint.tensors.stored import DTYPES, StoredArray, StoredTensor, finite, whole
 from errors import UserError, reading
-from models.qwen35_moe.config import unread_weights
 from models.qwen35_moe.hf_weights import shape_of_box
 from models.qwen35_moe.parameters import Box, Shape
 

@@ -56,7 +56,6 @@ _ROPE_KEYS = ("rope_type", "type", "rope_theta", "partial_rotary_factor", "mrope
 # Far above any model; so small that a product of four stays a size that can be computed.
 _LARGEST = {"num_hidden_layers": 1000, "num_experts": 2**16, "vocab_size": 2**24}
 _LARGEST_DIM = 2**18
-_OTHER_WEIGHTS = ("pytorch_model*.bin", "*.pth", "*.gguf")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -276,12 +275,6 @@ def read_config(path: Path) -> dict[str, Any]:
     if "model_type" not in config:
         raise UserError(f"{path}: model_type is missing: expected {TEXT!r} or {IMAGE_TEXT!r}")
     return config
-
-
-def unread_weights(folder: Path) -> str:
-    """The end of a line that misses safetensors files: which weights of another format are there instead, if any."""
-    found = sorted(path.name for pattern in _OTHER_WEIGHTS for path in folder.glob(pattern))
-    return f"; {found[0]} is there and is not read" if found else ""
 
 
 def regular_layer_types(num_layers: int, interval: int) -> tuple[str, ...]:

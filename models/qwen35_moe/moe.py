@@ -59,7 +59,7 @@ class Router(nn.Module):
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
         """x [T, H] -> weights float32 [T, k], experts int64 [T, k], logits and probabilities float32 [T, E]."""
-        out = at_least_float32(x).dtype  # float64 of a float64 model, which has all its arithmetic so
+        out = torch.promote_types(x.dtype, torch.float32)  # float64 of a float64 model, which has all its arithmetic so
         dtype = self.dtype if out == torch.float32 else out
         logits = at_least_float32(F.linear(x.to(dtype), self.weight.to(dtype)))
         probabilities = logits.softmax(dim=-1)

@@ -43,8 +43,8 @@ def told(config: Config, expert: int = 1) -> str:
             None,
         ),
         (
-            ["--data.image_folder=text", "--data.max_pixels=3"],
-            "data.image_folder, data.max_pixels",
+            ["--data.min_pixels=3", "--data.max_pixels=3"],
+            "data.min_pixels, data.max_pixels",
             "the model has no tower",
             [TOWER],
         ),

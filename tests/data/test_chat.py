@@ -143,6 +143,19 @@ def test_reasoning_that_is_written_as_a_model_writes_it_behind_its_prompt():
     assert trained_texts("qwen35_style", turns) == ["1<|im_end|>", "so\n</think>\n\n2<|im_end|>"]
 
 
+@pytest.mark.parametrize("content", ["so</think>\n\nA", "so </think>\n\nA", "so\n</think>A", "so\n</think>\n\nA"])
+def test_a_closing_tag_at_a_lines_beginning_or_end(content):
+    reasoning = content.partition("</think>")[0].strip()  # which this template does
+    assert trained_texts("qwen35_style", [user("1?"), assistant(content)]) == [f"{reasoning}\n</think>\n\nA<|im_end|>"]
+    earlier = [user("1?"), assistant(content), user("2?"), assistant("2")]
+    assert trained_texts("qwen35_style", earlier)[0] == "A<|im_end|>"
+
+
+@pytest.mark.parametrize("content", ["</think>\n\nA", "</think>A", "<think>\n\n</think>\n\nA"])
+def test_no_reasoning_in_a_content(content):
+    assert trained_texts("qwen35_style", [user("1?"), assistant(content)]) == ["A<|im_end|>"]
+
+
 def test_an_opening_tag_in_an_answer_is_text():
     turns = [user("One?"), assistant("<think>so</think>Use <think> here."), user("Two?"), assistant("A <think> tag.")]
     assert trained_texts("qwen35_style", turns)[0] == "Use <think> here.<|im_end|>"
@@ -158,7 +171,6 @@ def test_an_opening_tag_in_an_answer_is_text():
         "<think>a</think>The tag </think> ends it.",
         "<think>so <think> on</think>Y",
         "Write the tag </think> where it ends.",  # no reasoning, but what an answer says
-        "Use\n</think> to end.",
     ],
 )
 @pytest.mark.parametrize("is_last", [False, True])

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from config.options import Data, Training
+from data import epochs
 from data.epochs import most_rows
 from data.loader import TokenLoader
 from data.tokenizer import load_tokenizer
@@ -121,6 +122,17 @@ def test_more_epochs_may_follow_and_fewer_are_refused(paths, kind):
     fewer = make_loader(paths, kind, 0.5)
     with pytest.raises(UserError, match=r"training\.epochs = 0\.5: the checkpoint has read more: expected more"):
         fewer.load_cursors(more.cursors)
+
+
+def test_of_many_files_some_are_looked_at_again(monkeypatch):
+    monkeypatch.setattr(epochs, "_MOST_FILES", 4)
+    sizes = {f"{number}.png": number if number % 3 else -1 for number in range(100)}
+    chosen = epochs._looked_at(sizes)
+    assert chosen.items() <= sizes.items()
+    for is_there in (False, True):
+        assert 2 <= sum((size >= 0) == is_there for size in chosen.values()) <= 4
+    assert epochs._looked_at({}) == {}
+    assert epochs._looked_at(dict(list(sizes.items())[:4])) == dict(list(sizes.items())[:4])
 
 
 def test_slots_end_at_about_the_same_step(paths):

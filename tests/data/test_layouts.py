@@ -87,7 +87,7 @@ def test_every_layout_becomes_messages(layout, record, messages, weights):
         ({"messages": [Q, A], "rejected_response": "B"}, "has rejected_response: preferences"),
         ({"prompt": "Q", "completion": "A", "label": False}, "has label: preferences"),
         ({"messages": [Q, A], "kto_tag": "true"}, "has kto_tag: preferences"),
-        ({"messages": [Q, A], "label": 0}, "has label: preferences"),
+        ({"messages": [Q, A], "kto_tag": 0}, "has kto_tag: preferences"),
         (
             {"messages": [Q, A], "system_prompt": "S"},
             "has 'system_prompt', which is not read: expected data.system_key",

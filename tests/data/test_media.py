@@ -388,7 +388,7 @@ def test_documents(folder: Path) -> None:
 
 def test_what_a_source_says_beside_its_place(folder: Path) -> None:
     question = [{"role": "user", "content": "<video>What?"}, {"role": "assistant", "content": "A cat."}]
-    source = {"path": A, "detail": "high", "mime_type": "image/png", "start": None}
+    source = {"path": A, "detail": "high", "width": 60, "sha256": "0a", "caption": "A cat.", "start": None}
     image = [{"role": "user", "content": "<image>What?"}, question[1]]
     assert len(encode({"messages": image, "images": [source]}, folder).media) == 1
     for key in ("start", "resized_height", "crop"):
@@ -416,7 +416,7 @@ def test_a_tag_whose_field_is_empty_is_refused(folder: Path, kind: str, nothing:
         with pytest.raises(BadSample, match="names more") as caught:
             encode_document(document)
         assert caught.value.reason == "media_count"
-    plain = [{"role": "user", "content": "What?"}, messages[1]]
+    plain = [{"role": "user", "content": "What?"}, {"role": "assistant", "content": f"Write <{kind}>."}]
     assert contents(encode({"messages": plain, f"{kind}s": nothing}, folder)) == contents(
         encode({"messages": plain}, folder)
     )

@@ -132,13 +132,13 @@ def test_a_table_of_records_is_no_record_of_its_last_line(tmp_path):
 def test_a_field_that_stands_twice_is_told(tmp_path):
     lines = [
         '{"text": "a", "n": 1, "text": "b"}',
-        '{"text": "c", "x": [{"y": 1, "y": 1}]}',
-        '{"text": "d", "x": {"text": 1}}',
+        '{"text": "c", "x": [{"y": 1, "y": 2}]}',
+        '{"text": "d", "text": "d", "x": {"text": 1}}',
     ]
     (tmp_path / "a.jsonl").write_text("\n".join(lines))
     (source,) = open_sources(Data(path=(str(tmp_path / "a.jsonl"),)))
     for number, name in enumerate(("text", "y")):
-        with pytest.raises(BadSample, match=f"is not JSON: '{name}' stands twice in an object") as caught:
+        with pytest.raises(BadSample, match=f"is not JSON: '{name}' stands twice in an object, and says") as caught:
             source[number]
         assert caught.value.reason == "not_json"
     assert source[2] == {"text": "d", "x": {"text": 1}}

@@ -130,12 +130,12 @@ def test_documents_that_are_used_are_not_counted_as_skipped(tmp_path, capsys):
     chats = [{"messages": long}, {"messages": long[:2]}, chat("Three?", "")]
     tokenise_chats(tmp_path, chats, "--data.too_long=truncate_left", "--training.sequence_length=64")
     *_, summary = capsys.readouterr().out.splitlines()
-    counts = "1 skipped: empty, 1 used, but: ignored_field, 1 used, but: truncated"
+    counts = "1 skipped: empty, 1 used, but ignored_field, 1 used, but truncated"
     assert summary.endswith(f" tokens of 2 documents, {counts}")
     texts = ["--config=qwen35moe_tiny.toml", f"--data.path={tmp_path / 'a.jsonl'}", "--workers=1"]
     (tmp_path / "a.jsonl").write_text(json.dumps({"text": "x<|im_end|>"}) + "\n")
     tokenize.main(["--out", str(tmp_path / "texts"), *texts])
-    assert capsys.readouterr().out.endswith(" tokens of 1 documents, 1 used, but: special_in_text\n")
+    assert capsys.readouterr().out.endswith(" tokens of 1 documents, 1 used, but special_in_text\n")
 
 
 def test_mistakes(tmp_path, arguments):
