@@ -63,6 +63,13 @@ def _rebuild_from_type(function: Any, kind: type[Stub], args: Any, state: Any) -
     return stub
 
 
+def _member(kind: object, name: object) -> Stub:
+    """Of an enum, as Python's first releases of 3.11 pickle it: by `getattr`, which is not what is called here."""
+    if not (isinstance(kind, type) and issubclass(kind, Stub) and isinstance(name, str)):
+        raise ValueError("its pickle asks for an attribute of something else than an enum")
+    return kind(name)
+
+
 _DTYPES = {str(d).removeprefix("torch."): d for d in vars(torch).values() if isinstance(d, torch.dtype)}
 _STUBS = {
     "torch": ("device",),
@@ -94,6 +101,7 @@ _ALLOWED: dict[tuple[str, str], Any] = {
     ("torch._utils", "_rebuild_parameter"): lambda data, *_: data,
     ("torch._tensor", "_rebuild_from_type_v2"): _rebuild_from_type,
     ("collections", "OrderedDict"): lambda items=(): collections.OrderedDict((_key(k), v) for k, v in items),
+    ("builtins", "getattr"): _member,
     ("builtins", "set"): lambda items=(): {_key(item) for item in items},
 }
 

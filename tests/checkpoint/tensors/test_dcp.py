@@ -1,5 +1,6 @@
 """DCP checkpoints: chunks of every layout that a run has, another version of torch, and pickles that ask for more."""
 
+import enum
 import io
 import pickle
 from pathlib import Path
@@ -52,6 +53,15 @@ def test_reads_chunks_of_several_mesh_axes(tmp_path: Path, replicate: int, efsdp
     assert status_of(to_hf.main, [str(tmp_path / "dcp"), str(tmp_path / "out"), "--dtype=keep"]) == 0
     out = load_file(tmp_path / "out/model.safetensors")
     assert all(torch.equal(out[hf_name(name)], tensor) for name, tensor in weights.items())
+
+
+def test_the_index_as_pythons_first_releases_of_3_11_pickle_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Debian 12 has 3.11.2, which names the member of an enum by `getattr`."""
+    monkeypatch.setattr(enum.Enum, "__reduce_ex__", lambda member, _: (getattr, (type(member), member._name_)))
+    dcp.save({"model.a": torch.arange(6.0)}, checkpoint_id=tmp_path / "dcp", no_dist=True)
+    monkeypatch.undo()
+    assert b"getattr" in (tmp_path / "dcp" / ".metadata").read_bytes()
+    assert torch.equal(read_dcp(tmp_path / "dcp")["model.a"].read(), torch.arange(6.0))
 
 
 class Touch:

@@ -142,6 +142,15 @@ def test_functions_that_a_pickle_gets_cannot_be_changed() -> None:
     assert (torch_file._rebuild_tensor.__dict__, torch_file._rebuild_tensor.__defaults__) == before
 
 
+@pytest.mark.parametrize("kind", [torch.Size, torch.float32, 3, "torch", pickle.loads])
+def test_an_attribute_of_what_is_no_enum_is_refused(kind: object) -> None:
+    with pytest.raises(ValueError, match="of something else than an enum"):
+        torch_file._member(kind, "__class__")
+    with pytest.raises(ValueError, match="of something else than an enum"):
+        torch_file._member(torch_file.Stub, 3)
+    assert type(torch_file._member(torch_file.Stub, "__class__")) is torch_file.Stub
+
+
 def test_gadgets_do_run_where_they_are_believed(tmp_path: Path) -> None:
     """Else the tests above would show nothing."""
     for number, name in enumerate(("os.system", "eval, on the stack", "as an argument", "object")):
