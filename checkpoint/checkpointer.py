@@ -35,13 +35,7 @@ from torch.distributed.checkpoint.staging import BlockingAsyncStager
 from checkpoint import directories
 from checkpoint.adapters import check_adapters, hash_base, serving_note, write_adapter
 from checkpoint.export import Options, export_to_hf
-from checkpoint.hf_assets import (
-    Files,
-    name_base,
-    read_base,
-    read_base_parts,
-    write_files,
-)
+from checkpoint.hf_assets import Files, name_base, read_base, read_base_parts, write_files
 from checkpoint.hf_reader import begin_mtp, fill, hash_parts
 from checkpoint.identity import RUN, Run, describe_run, difference, read_run
 from checkpoint.run_assets import assets_of_run

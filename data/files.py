@@ -130,7 +130,7 @@ def cached(
     what: str,
     suffix: str,
     make: Callable[[Path], None],
-    is_current: Callable[[Path], bool] = Path.exists,
+    is_current: Callable[[Path], bool] = lambda _: True,
 ) -> Path:
     """The file that `make(path)` writes for the present contents of `files`; made once, others wait for it.
 
@@ -143,10 +143,14 @@ def cached(
     key = json.dumps(stats + [what] * bool(what)).encode()
     with _writing_the_cache() as folder:
         path = folder / (hashlib.sha256(key).hexdigest()[:32] + suffix)
-        if path.exists() and is_current(path):  # all ranks may ask at once
+
+        def is_made() -> bool:
+            return path.exists() and is_current(path)
+
+        if is_made():  # all ranks may ask at once
             return path
         with FileLock(f"{path}.lock"):
-            if not (path.exists() and is_current(path)):
+            if not is_made():
                 unfinished = path.with_name(f"{path.name}.unfinished")
                 make(unfinished)
                 os.replace(unfinished, path)

@@ -17,8 +17,6 @@ from tests.checkpoint.test_checkpointer import CONFIG, TOKENIZER, build, run_con
 from tests.models.qwen35_moe.shapes import tiny_config
 from tests.models.qwen35_moe.vision_shapes import tiny_vision
 
-from tests.checkpoint.test_checkpointer import one_rank as one_rank  # isort: skip
-
 
 def write_lines(path: Path, num: int, text: str = "a document") -> Path:
     path.parent.mkdir(exist_ok=True, parents=True)
